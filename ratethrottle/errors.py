@@ -1,0 +1,98 @@
+"""The errors, all of them under `RateThrottleError`:
+
+    RateThrottleError
+    ├── ConfigurationError (ValueError)
+    ├── InvalidRequest (ValueError)
+    │   └── CostExceedsLimit
+    ├── RateLimitExceeded
+    ├── LimiterClosed
+    └── StorageError
+        ├── StorageUnavailable (ConnectionError)
+        ├── StorageTimeout (TimeoutError)
+        └── StorageProtocolError
+
+Being denied is a value, not an error: only `.limit(...)` and `acquire` past its timeout raise `RateLimitExceeded`. No message holds
+a password or a key.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ratethrottle._core import Decision
+
+
+class RateThrottleError(Exception):
+    """Any error of this library."""
+
+
+class ConfigurationError(RateThrottleError, ValueError):
+    """A rule, an option or a storage can't be what was asked for. Says what would be accepted."""
+
+
+class InvalidRequest(RateThrottleError, ValueError):
+    """A call has a bad key, rule or cost. Raised before any I/O; nothing was consumed."""
+
+
+class CostExceedsLimit(InvalidRequest):
+    """The cost is above the rule's capacity, so that waiting would never help."""
+
+    def __init__(self, cost: int, capacity: int, rule: str) -> None:
+        """Word it from the cost and the capacity (units) and the rule's name."""
+        super().__init__(cost, capacity, rule)
+        self.cost = cost
+        self.capacity = capacity
+        self.rule = rule
+
+    def __str__(self) -> str:
+        return (
+            f"a cost of {self.cost} can never be allowed: rule {self.rule!r} has a capacity of {self.capacity}; "
+            "split the request or raise the limit"
+        )
+
+
+class RateLimitExceeded(RateThrottleError):
+    """The request was denied where a denial is an exception; `.decision` says for how long."""
+
+    def __init__(self, decision: Decision) -> None:
+        """Word it from the decision, which stays available as `.decision`."""
+        super().__init__(decision)
+        self.decision = decision
+
+    def __str__(self) -> str:
+        return (
+            f"rule {self.decision.rule!r} allows {self.decision.limit}; "
+            f"retry in {self.decision.retry_after} s"
+        )
+
+
+class LimiterClosed(RateThrottleError):
+    """The limiter was used after `aclose`."""
+
+    def __str__(self) -> str:
+        return "the limiter is closed; make a new one"
+
+
+class StorageError(RateThrottleError):
+    """The shared state couldn't be asked."""
+
+
+class StorageUnavailable(StorageError, ConnectionError):
+    """The storage can't be reached, or refuses to serve us."""
+
+
+class StorageTimeout(StorageError, TimeoutError):
+    """No answer came within the deadline. The check may have been counted."""
+
+    def __init__(self, deadline_s: float) -> None:
+        """Word it from the deadline in seconds."""
+        super().__init__(deadline_s)
+        self.deadline_s = deadline_s
+
+    def __str__(self) -> str:
+        return f"no answer from the storage within {self.deadline_s} s"
+
+
+class StorageProtocolError(StorageError):
+    """The storage answered with something that isn't a reply of ours."""
