@@ -1,0 +1,40 @@
+"""An asyncio rate limiter for services on more than one server: atomic, fast, and bounded when Redis fails."""
+
+from ratethrottle._core import Decision, PendingDecision
+from ratethrottle.errors import (
+    ConfigurationError,
+    CostExceedsLimit,
+    InvalidRequest,
+    LimiterClosed,
+    RateLimitExceeded,
+    RateThrottleError,
+    StorageError,
+    StorageProtocolError,
+    StorageTimeout,
+    StorageUnavailable,
+)
+from ratethrottle.limiter import RateThrottleCore, Request, create_limiter
+from ratethrottle.rule import RateThrottleRule
+from ratethrottle.storage.memory import InMemoryStorage
+from ratethrottle.storage.redis import RedisStorage
+
+__all__ = [
+    "ConfigurationError",
+    "CostExceedsLimit",
+    "Decision",
+    "InMemoryStorage",
+    "InvalidRequest",
+    "LimiterClosed",
+    "PendingDecision",
+    "RateLimitExceeded",
+    "RateThrottleCore",
+    "RateThrottleError",
+    "RateThrottleRule",
+    "RedisStorage",
+    "Request",
+    "StorageError",
+    "StorageProtocolError",
+    "StorageTimeout",
+    "StorageUnavailable",
+    "create_limiter",
+]

@@ -1,0 +1,111 @@
+# Everything below needs only Python, a C compiler and make; the rest is fetched into .venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+PYTHONS ?= 3.11 3.12 3.13
+AGREE_STEPS ?= 1000000
+
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+# Naming the interpreter in the stamp makes `make PYTHON=…` start over instead of using another Python's environment.
+MADE := $(VENV)/.made-with-$(subst /,_,$(PYTHON))
+TOOLS := $(VENV)/.tools
+PEERS := $(VENV)/.peers
+BUILT := $(VENV)/.built
+SOURCES := setup.py pyproject.toml $(wildcard ratethrottle/*.pyx ratethrottle/*.pxd)
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+# A module that somebody deleted is stale, whatever the stamp says.
+ifeq ($(wildcard ratethrottle/_core.*.so),)
+$(BUILT): FORCE
+endif
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help test demo check ci matrix floor bench agree agree-short trace sanitize debug format wheel clean redis FORCE
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo '  PYTHON=python3.12 picks the interpreter, PYTEST_ARGS="-k name -n 2" goes to pytest.'
+
+test: $(BUILT) redis ## Build what is stale, run the test suite
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+demo: $(BUILT) redis ## Three servers, one Redis, one limit: watch it hold
+	$(BIN)/ratethrottle demo
+
+check: $(BUILT) $(PEERS) ## Everything static: format, lint, types, stubs, spelling
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy ratethrottle benchmarks tests/typing tools/check_wheel.py
+	$(PY) -m mypy.stubtest ratethrottle._core
+	$(BIN)/cython-lint ratethrottle
+	$(BIN)/codespell
+	$(BIN)/validate-pyproject pyproject.toml
+
+ci: check test agree-short ## check, test and the short agreement run: what .ci/run calls
+
+agree: $(BUILT) redis ## Oracle, core and Lua over 10^6 random steps (AGREE_STEPS=…)
+	$(PY) -m tests.agree --steps $(AGREE_STEPS)
+
+agree-short: $(BUILT) redis
+	$(PY) -m tests.agree --steps 30000
+
+bench: $(BUILT) $(PEERS) redis ## Benchmarks, beside the peers in one run
+	$(PY) -m benchmarks
+
+matrix: $(addprefix matrix-,$(PYTHONS)) ## The wheel, checked and tested on each of PYTHONS
+
+matrix-%: redis FORCE
+	PYTEST_ARGS="$(PYTEST_ARGS)" tools/matrix $*
+
+floor: redis ## The same on the oldest Python and the oldest dependencies
+	PYTEST_ARGS="$(PYTEST_ARGS)" tools/matrix $(firstword $(PYTHONS)) floor
+
+debug: $(TOOLS) redis ## The suite on a build with invariants and strict warnings
+	tools/mode debug $(PY) -m pytest $(PYTEST_ARGS)
+
+sanitize: $(TOOLS) redis ## The suite under the address and undefined behaviour sanitizers
+	tools/mode sanitize $(PY) -m pytest $(PYTEST_ARGS)
+
+trace: $(TOOLS) redis ## Coverage, that of the .pyx included
+	tools/mode trace $(PY) -m coverage run -m pytest $(PYTEST_ARGS)
+	cd build/trace && ../../$(PY) -m coverage combine -q && ../../$(PY) -m coverage report
+
+wheel: $(TOOLS) ## A checked wheel in dist/
+	tools/stage wheel
+	cd build/wheel && ../../$(PY) -m build -q --wheel --no-isolation --outdir ../../dist
+	$(PY) tools/check_wheel.py $$(ls -t dist/*.whl | head -n 1)
+
+format: $(TOOLS) ## Let ruff format and mend what it can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## Remove everything built, .venv included
+	rm -rf build dist *.egg-info .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.*
+	rm -f ratethrottle/*.so ratethrottle/*.c
+
+$(MADE):
+	tools/system-packages $(PYTHON)
+	$(PYTHON) -m venv --clear $(VENV)
+	touch $@
+
+$(TOOLS): $(MADE) requirements/dev.txt
+	$(PY) -m pip install -q --no-deps -r requirements/dev.txt
+	touch $@
+
+$(PEERS): $(TOOLS) requirements/bench.txt
+	$(PY) -m pip install -q --no-deps -r requirements/bench.txt
+	touch $@
+
+$(BUILT): $(TOOLS) $(SOURCES)
+	RATETHROTTLE_BUILD=ship $(PY) -m pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+# After the environment, so that two jobs never run apt-get at once.
+redis: $(MADE)
+	@tools/system-packages $(PYTHON) redis
+
+FORCE:

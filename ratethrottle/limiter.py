@@ -1,0 +1,166 @@
+"""The limiter: `RateThrottleCore`, and `create_limiter`, which makes one with its storage.
+
+`check` itself is compiled; it stands in `_core.pyx`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType, TracebackType
+from typing import Any, Final, Self
+
+from ratethrottle._core import Decision, Entry, Limiter
+from ratethrottle.errors import ConfigurationError, InvalidRequest
+from ratethrottle.rule import RateThrottleRule
+from ratethrottle.storage import Storage
+from ratethrottle.storage.memory import InMemoryStorage
+from ratethrottle.storage.redis import RedisStorage
+
+Key = str | tuple[str | int, ...]
+
+# name -> (storage, default, unit, range): the one table of options; `create_limiter` prints it in its errors and its help.
+OPTIONS: Final[Mapping[str, tuple[str, str, str, str]]] = MappingProxyType(
+    {
+        "max_keys": ("memory", "1,000,000", "keys", "1 to 10^9"),
+        "on_full": ("memory", '"evict"', "", '"evict" or "deny"'),
+        "prefix": ("redis", '"ratethrottle"', "", "1 to 64 characters without spaces and braces"),
+        "deadline": ("redis", "0.25", "seconds", "0.005 to 60"),
+        "tags": ("redis", "64", "hash tags", "1 to 16,384"),
+        "max_waiting": ("redis", "10,000", "calls", "1 to 1,000,000"),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One check of `check_many`: a key, the rule's name (None: the only rule) and a cost in units."""
+
+    key: Key
+    rule: str | None = None
+    cost: int = 1
+
+
+class RateThrottleCore(Limiter):
+    """Decides who may do what now. Keeps its state in `storage` (default: `InMemoryStorage`).
+
+    Use it from any number of tasks. `async with` is optional: it takes the storage up at once, and closes it at the end.
+    A storage that was passed in is closed too, but never the Redis client that the storage was made from.
+
+    Raises ConfigurationError.
+    """
+
+    def __init__(self, storage: Storage | None = None, *, rules: Iterable[RateThrottleRule] = ()) -> None:
+        if storage is None:
+            storage = InMemoryStorage()
+        elif not hasattr(storage, "decide_one"):
+            raise ConfigurationError(f"storage is a {type(storage).__name__}; pass InMemoryStorage(...) or RedisStorage(client)")
+        super().__init__(storage)
+        self._by_name: dict[str, RateThrottleRule] = {}
+        for rule in rules:
+            self.add_rule(rule)
+
+    @property
+    def rules(self) -> Mapping[str, RateThrottleRule]:
+        """The rules by name; a live view that can't be written to."""
+        return MappingProxyType(self._by_name)
+
+    def add_rule(self, rule: RateThrottleRule, *, replace: bool = False) -> None:
+        """Take a rule up from the next check on. Adding an equal rule again does nothing.
+
+        replace: let it take the place of another rule of its name; what was used is carried over.
+        Raises ConfigurationError if another rule of this name is there and `replace` is not given.
+        """
+        if not isinstance(rule, RateThrottleRule):
+            raise ConfigurationError(f"add_rule takes a RateThrottleRule, not a {type(rule).__name__}")
+        known = self._by_name.get(rule.name)
+        if known == rule:
+            return
+        if known is not None and not replace:
+            raise ConfigurationError(f"there is another rule {rule.name!r} already; pass replace=True to change it")
+        self._by_name[rule.name] = rule
+        self._install(rule.compiled)
+
+    def remove_rule(self, name: str) -> None:
+        """Drop a rule. What was used under it stays in the storage until it expires.
+
+        Raises ConfigurationError if there is no rule of this name.
+        """
+        if name not in self._by_name:
+            raise ConfigurationError(f"there is no rule {name!r}; there are {', '.join(sorted(self._by_name)) or 'none'}")
+        del self._by_name[name]
+        self._uninstall(name)
+
+    async def check_many(self, requests: Iterable[Key | Request]) -> list[Decision]:
+        """Decide several checks in order, in one gathering; each consumes on its own. Returns their decisions in order.
+
+        All of them are validated before the first is decided. Raises what `check` raises.
+        """
+        if isinstance(requests, str):
+            raise InvalidRequest("check_many takes an iterable of keys; for one key there is check(key)")
+        entries = [self._request(request) for request in requests]
+        return await self._storage.decide(entries) if entries else []
+
+    async def peek(self, key: Key, rule: str | None = None, *, cost: int = 1) -> Decision:
+        """Say what `check` would decide now, and consume nothing. `remaining` is what is left now. Raises what `check` raises."""
+        return await self._storage.peek(self._entry(key, rule, cost))
+
+    async def reset(self, key: Key, rule: str | None = None) -> None:
+        """Forget what the key has used under the rule. Raises what `check` raises."""
+        await self._storage.reset(self._entry(key, rule))
+
+    async def aclose(self) -> None:
+        """Close the limiter and its storage. Later calls raise LimiterClosed; closing again does nothing."""
+        if not self._closed:
+            self._closed = True
+            await self._storage.aclose()
+
+    async def __aenter__(self) -> Self:
+        await self._storage.open()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.aclose()
+
+    def __repr__(self) -> str:
+        return f"<RateThrottleCore {type(self._storage).__name__} rules={sorted(self._by_name)}{' closed' if self._closed else ''}>"
+
+    def _request(self, request: Key | Request) -> Entry:
+        if isinstance(request, Request):
+            return self._entry(request.key, request.rule, request.cost)
+        return self._entry(request)
+
+
+def create_limiter(
+    storage: str = "memory", *, redis_url: str | None = None, rules: Iterable[RateThrottleRule] = (), **options: Any
+) -> RateThrottleCore:
+    """Make a limiter with a storage of its own: "memory" (this process) or "redis" (all servers, at `redis_url`).
+
+    | option | of | default | unit | range |
+    |---|---|---|---|---|
+    | max_keys | memory | 1,000,000 | keys | 1 to 10^9 |
+    | on_full | memory | "evict" | | "evict" or "deny" |
+    | prefix | redis | "ratethrottle" | | 1 to 64 characters without spaces and braces |
+    | deadline | redis | 0.25 | seconds | 0.005 to 60 |
+    | tags | redis | 64 | hash tags | 1 to 16,384 |
+    | max_waiting | redis | 10,000 | calls | 1 to 1,000,000 |
+
+    Nothing connects here. Raises ConfigurationError, for an unknown option too.
+    """
+    if storage not in ("memory", "redis"):
+        raise ConfigurationError(f'storage is {storage!r}; it is "memory" or "redis"')
+    for name in options:
+        if name not in OPTIONS:
+            near = difflib.get_close_matches(name, [*OPTIONS, "redis_url", "rules"], 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(OPTIONS)}"
+            raise ConfigurationError(f"there is no option {name!r}; {hint}")
+        if OPTIONS[name][0] != storage:
+            raise ConfigurationError(f'option {name!r} belongs to storage="{OPTIONS[name][0]}", not to "{storage}"')
+    if storage == "memory":
+        if redis_url is not None:
+            raise ConfigurationError('redis_url was given, but the storage is "memory"; pass storage="redis" too')
+        return RateThrottleCore(InMemoryStorage(**options), rules=rules)
+    if redis_url is None:
+        raise ConfigurationError('storage="redis" needs redis_url, such as "redis://localhost:6379/0"')
+    return RateThrottleCore(RedisStorage.from_url(redis_url, **options), rules=rules)

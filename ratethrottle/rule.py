@@ -1,0 +1,209 @@
+"""What is allowed: `RateThrottleRule`, and the exact integers that it compiles to (docs/arithmetic.md)."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from dataclasses import dataclass, field
+from datetime import timedelta
+from fractions import Fraction
+from typing import Any, Final, cast
+
+from ratethrottle._core import CompiledRule
+from ratethrottle.errors import ConfigurationError
+
+MAX_UNITS: Final = 10**9
+MIN_WINDOW_US: Final = 1_000
+MAX_WINDOW_US: Final = 366 * 86_400 * 1_000_000
+MAX_DRAIN_US: Final = 2**48
+TICKS: Final = 2**52  # Lua's doubles are exact below 2^53; sums of two ticks stay there
+
+STRATEGIES: Final = {
+    "sliding_window": "s",
+    "token_bucket": "b",
+    "leaky_bucket": "b",
+    "sliding_counter": "c",
+    "fixed_window": "f",
+}
+EXACT_LIMIT: Final = 64  # a sliding window keeps every admission up to this limit, slots above it
+SLOTS: Final = 64
+
+NAME = re.compile(r"[A-Za-z0-9_.-]+\Z")
+RATE = re.compile(r"\s*(\d[\d_]*)\s*(?:/|\bper\b)\s*(\d+(?:\.\d+)?)?\s*([A-Za-zµ]+)\s*\Z")
+UNITS_S: Final = {
+    "ms": Fraction(1, 1000),
+    "millisecond": Fraction(1, 1000),
+    "s": Fraction(1),
+    "sec": Fraction(1),
+    "second": Fraction(1),
+    "m": Fraction(60),
+    "min": Fraction(60),
+    "minute": Fraction(60),
+    "h": Fraction(3600),
+    "hour": Fraction(3600),
+    "d": Fraction(86400),
+    "day": Fraction(86400),
+}
+
+
+@dataclass(frozen=True)
+class RateThrottleRule:
+    """Allow `limit` units in each `window`, counted by `strategy`.
+
+    name: letters, digits and `_.-`; one limiter has one rule of a name, and it is part of the keys in Redis.
+    limit: units, 1 to 10^9. window: seconds (int, float) or a timedelta, 1 ms to 366 days, a whole number of µs.
+    strategy: "sliding_window" (never more than `limit` in any interval), "token_bucket", "leaky_bucket",
+    "sliding_counter" or "fixed_window". burst: capacity of a bucket in units, 1 to 10^9 (default: `limit`).
+
+    Raises ConfigurationError, which says what would be accepted.
+    """
+
+    name: str
+    limit: int
+    window: float | timedelta
+    strategy: str = field(default="sliding_window", kw_only=True)
+    burst: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not NAME.match(self.name):
+            raise ConfigurationError(
+                f"the name of a rule is letters, digits and any of _ . - (it becomes part of a key), not {self.name!r}"
+            )
+        if self.strategy not in STRATEGIES:
+            near = difflib.get_close_matches(str(self.strategy), STRATEGIES, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ConfigurationError(
+                f"rule {self.name!r} has no strategy {self.strategy!r}: {hint}there are {', '.join(STRATEGIES)}"
+            )
+        _check_units(self.name, "limit", self.limit)
+        if self.burst is not None:
+            if STRATEGIES[self.strategy] != "b":
+                raise ConfigurationError(
+                    f"rule {self.name!r}: burst belongs to token_bucket and leaky_bucket; a {self.strategy} has only its limit"
+                )
+            _check_units(self.name, "burst", self.burst)
+        object.__setattr__(self, "_compiled", self._compile(_window_us(self.name, self.window)))
+
+    @classmethod
+    def parse(cls, name: str, rate: str, **options: Any) -> RateThrottleRule:
+        """Make a rule from a rate such as "1000/minute", "10/s", "100 per 5 minutes" or "5/15m".
+
+        Units are ms, s, m, h and d and their names. `options` are those of the class. Raises ConfigurationError.
+        """
+        found = RATE.match(rate) if isinstance(rate, str) else None
+        unit = found[3].lower() if found else ""
+        seconds = UNITS_S.get(unit) or UNITS_S.get(unit.removesuffix("s"))
+        if found is None or seconds is None:
+            raise ConfigurationError(
+                f'rule {name!r}: {rate!r} is not a rate; write it as "1000/minute", "10/s", "100 per 5 minutes" or "5/15m"'
+            )
+        window = Fraction(found[2] or 1) * seconds
+        exact = timedelta(microseconds=int(window * 1_000_000)) if (window * 1_000_000).denominator == 1 else float(window)
+        return cls(name, int(found[1].replace("_", "")), exact, **options)
+
+    @property
+    def window_us(self) -> int:
+        """The window in µs."""
+        return self.compiled.window_us
+
+    @property
+    def capacity(self) -> int:
+        """The most units that can be used at once: `burst` of a bucket, `limit` otherwise."""
+        return self.limit if self.burst is None else self.burst
+
+    @property
+    def compiled(self) -> CompiledRule:
+        """The exact integers that storages decide by."""
+        return cast(CompiledRule, self.__dict__["_compiled"])
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RateThrottleRule):
+            return NotImplemented
+        return self.compiled == other.compiled
+
+    def __hash__(self) -> int:
+        return hash(self.compiled)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (self.name, self.limit, self.window, self.strategy, self.burst)
+
+    def _compile(self, window_us: int) -> CompiledRule:
+        kind = STRATEGIES[self.strategy]
+        unit_ticks = drain_ticks = slot_us = coarse_us = 0
+        if kind == "b":
+            unit_ticks, drain_ticks = self._ticks(window_us)
+        elif kind == "s":
+            slot_us = 1 if self.limit <= EXACT_LIMIT else -(-window_us // SLOTS)
+        elif kind == "c":
+            coarse_us = -(-window_us // ((TICKS - 1) // self.limit))
+        return CompiledRule(
+            self.name, self.strategy, kind, self.limit, self.capacity, window_us, unit_ticks, drain_ticks, slot_us, coarse_us
+        )
+
+    def _ticks(self, window_us: int) -> tuple[int, int]:
+        if self.capacity * window_us > MAX_DRAIN_US * self.limit:
+            raise ConfigurationError(
+                f"rule {self.name!r}: a burst of {self.capacity} at {self.limit} per {window_us / 1e6:g} s takes over "
+                f"{MAX_DRAIN_US / 86400e6 / 366:.0f} years to come back; choose a smaller burst or a higher rate"
+            )
+        rate = Fraction(self.limit, window_us)
+        most = (TICKS - 1) // self.capacity
+        if rate.denominator <= most:
+            return rate.denominator, rate.numerator
+        near = largest_fraction(rate, most)
+        if near.numerator == 0 or (rate - near) / rate >= Fraction(1, 10**9):
+            raise ConfigurationError(
+                f"rule {self.name!r}: {self.limit} per {window_us} µs with a burst of {self.capacity} has no exact rate in 52 bits, "
+                "nor one within a billionth; choose a rounder limit or window, or a smaller burst"
+            )
+        return near.denominator, near.numerator
+
+
+def largest_fraction(rate: Fraction, most: int) -> Fraction:
+    """The largest fraction ≤ `rate` (positive) with a denominator of at most `most`.
+
+    Source: the Stern–Brocot tree (Graham, Knuth and Patashnik, «Concrete Mathematics», 4.5), runs taken in one step.
+    """
+    low_n, low_d, high_n, high_d = 0, 1, 1, 0  # low ≤ rate < high, neighbours in the tree
+    while True:
+        below, above = rate * low_d - low_n, high_n - rate * high_d
+        steps = math.floor(below / above)
+        if high_d:
+            steps = min(steps, (most - low_d) // high_d)
+        low_n, low_d = low_n + steps * high_n, low_d + steps * high_d
+        below = rate * low_d - low_n
+        if below == 0 or low_d + high_d > most:
+            return Fraction(low_n, low_d)
+        steps = min(math.ceil(above / below) - 1, (most - high_d) // low_d)
+        high_n, high_d = high_n + steps * low_n, high_d + steps * low_d
+        if low_d + high_d > most:
+            return Fraction(low_n, low_d)
+
+
+def _check_units(name: str, what: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigurationError(f"rule {name!r}: {what} is {value!r}; it is a whole number (int) of units")
+    if not 1 <= value <= MAX_UNITS:
+        raise ConfigurationError(f"rule {name!r}: {what} is {value}; it is from 1 to {MAX_UNITS} units")
+
+
+def _window_us(name: str, window: object) -> int:
+    if isinstance(window, timedelta):
+        window_us: int | float = window // timedelta(microseconds=1)
+    elif isinstance(window, bool) or not isinstance(window, (int, float)):
+        raise ConfigurationError(f"rule {name!r}: window is {window!r}; it is seconds (int or float) or a timedelta")
+    elif isinstance(window, float) and not math.isfinite(window):
+        raise ConfigurationError(f"rule {name!r}: window is {window}; it is a finite number of seconds")
+    else:
+        window_us = window * 1_000_000
+    if not MIN_WINDOW_US <= window_us <= MAX_WINDOW_US:
+        raise ConfigurationError(f"rule {name!r}: window is {window!r}; it is from 1 ms to 366 days (int or float: seconds)")
+    # 0.3 s is no exact double: what is within a thousandth of a whole µs was meant to be one.
+    if abs(window_us - round(window_us)) > 0.001:
+        raise ConfigurationError(f"rule {name!r}: window is {window!r} s; it is a whole number of µs")
+    return round(window_us)
+
+
+def _restore(name: str, limit: int, window: float | timedelta, strategy: str, burst: int | None) -> RateThrottleRule:
+    return RateThrottleRule(name, limit, window, strategy=strategy, burst=burst)

@@ -1,0 +1,71 @@
+"""State of this process only, in the compiled key table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from ratethrottle._core import Decision, Entry, KeyTable
+from ratethrottle.errors import ConfigurationError
+
+MAX_KEYS = 1_000_000_000
+
+
+class InMemoryStorage:
+    """Keep the state of at most `max_keys` keys in this process.
+
+    max_keys: 1 to 10^9 (keys × rules). on_full: what a new key does when they are all in use: "evict" forgets the key
+    closest to fresh among a few (`evictions` counts those that were not fresh yet), "deny" denies the new one.
+    clock_us: a monotonic clock in integer µs, for tests; by default the system's, counted from the Unix epoch.
+
+    Raises ConfigurationError.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_keys: int = 1_000_000,
+        on_full: Literal["evict", "deny"] = "evict",
+        clock_us: Callable[[], int] | None = None,
+    ) -> None:
+        if isinstance(max_keys, bool) or not isinstance(max_keys, int) or not 1 <= max_keys <= MAX_KEYS:
+            raise ConfigurationError(f"max_keys is {max_keys!r}; it is a whole number from 1 to {MAX_KEYS}")
+        if on_full not in ("evict", "deny"):
+            raise ConfigurationError(f'on_full is {on_full!r}; it is "evict" or "deny"')
+        self.table = KeyTable(max_keys, on_full == "evict", clock_us)
+
+    def __len__(self) -> int:
+        """Keys held, fresh ones that have not been swept included."""
+        return len(self.table)
+
+    @property
+    def evictions(self) -> int:
+        """How many keys were forgotten before they were fresh."""
+        return self.table.evictions
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes held for all keys."""
+        return self.table.size_bytes
+
+    async def decide_one(self, entry: Entry) -> Decision:
+        """Decide and consume."""
+        return self.table.decide(entry)
+
+    async def decide(self, entries: Sequence[Entry]) -> list[Decision]:
+        """Decide in order."""
+        return [self.table.decide(entry) for entry in entries]
+
+    async def peek(self, entry: Entry) -> Decision:
+        """Decide without consuming."""
+        return self.table.peek(entry)
+
+    async def reset(self, entry: Entry) -> None:
+        """Forget what the key has used under the rule."""
+        self.table.reset(entry)
+
+    async def open(self) -> None:
+        """Nothing to take up."""
+
+    async def aclose(self) -> None:
+        """Nothing to close."""

@@ -1,0 +1,37 @@
+"""The Lua scripts, one file per operation, and what their headers say of keys, arguments and reply."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from hashlib import sha1
+from importlib.resources import files
+
+HEADER = re.compile(r"^--- (KEYS|ARGV|rule|entry|reply): (.*)$", re.MULTILINE)
+SHEBANG = b"#!lua\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """One script as text, and its header's words by line."""
+
+    name: str
+    text: bytes
+    header: dict[str, tuple[str, ...]]
+
+    def body(self, shebang: bool) -> bytes:
+        """What to load. With `#!lua` Redis 7 refuses the script on a demoted replica before it runs."""
+        return SHEBANG + self.text if shebang else self.text
+
+    def sha(self, shebang: bool) -> bytes:
+        """The name that EVALSHA calls it by."""
+        return sha1(self.body(shebang), usedforsecurity=False).hexdigest().encode()
+
+
+@cache
+def script(name: str) -> Script:
+    """Read `lua/<name>.lua`."""
+    text = files(__package__).joinpath("lua", f"{name}.lua").read_text("ascii")
+    header = {line: tuple(words.replace(",", " ").split()) for line, words in HEADER.findall(text)}
+    return Script(name, text.encode(), header)

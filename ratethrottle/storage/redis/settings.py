@@ -1,0 +1,126 @@
+"""How to reach Redis: connections of our own, made from the settings of the client that the user gave us.
+
+The client itself, its pool and its connections are left alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import redis
+import redis.asyncio
+import redis.asyncio.sentinel
+import redis.sentinel
+from redis.asyncio.connection import AbstractConnection
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from ratethrottle.errors import ConfigurationError, StorageUnavailable
+
+# What our connections decide for themselves, or can't take from a client: its parser may be the synchronous one, its retries
+# would resend what may have run, its decoding would cost time and fail on bytes.
+OURS = frozenset(
+    "retry retry_on_error retry_on_timeout health_check_interval parser_class encoder_class decode_responses encoding encoding_errors "
+    "connection_pool event_dispatcher driver_info lib_name lib_version legacy_responses himport_registry protocol socket_timeout "
+    "socket_connect_timeout socket_read_size redis_connect_func command_packer maint_notifications_config maintenance_state "
+    "maint_notifications_pool_handler maintenance_notification_hash orig_host_address orig_socket_timeout "
+    "orig_socket_connect_timeout oss_cluster_maint_notifications_handler".split()
+)
+
+
+class Settings:
+    """Makes connections to one server, or to the master that sentinels name. Raises ConfigurationError for a strange client."""
+
+    def __init__(self, client: Any, deadline_s: float) -> None:
+        if not isinstance(client, (redis.Redis, redis.asyncio.Redis)):
+            cluster = "Cluster" in type(client).__name__
+            raise ConfigurationError(
+                f"RedisStorage takes a client of redis-py (redis.asyncio.Redis, redis.Redis or a Sentinel's master_for), not a "
+                f"{type(client).__name__}" + (": clusters are not supported yet" if cluster else "")
+            )
+        pool = client.connection_pool
+        self._deadline_s = deadline_s
+        self._sentinels: list[Settings] = []
+        self._master = ""
+        manager = getattr(pool, "sentinel_manager", None)
+        if manager is not None:
+            if not pool.is_master:
+                raise ConfigurationError("RedisStorage writes, so it takes a Sentinel's master_for(...), not its replica")
+            self._master = pool.service_name
+            self._sentinels = [Settings(sentinel, deadline_s) for sentinel in manager.sentinels]
+        self._class = asyncio_twin(pool.connection_class)
+        self._kwargs = own_kwargs(self._class, pool.connection_kwargs, deadline_s)
+
+    async def connect(self) -> AbstractConnection:
+        """Open a connection. Raises redis-py's errors and OSError; the caller bounds the time."""
+        kwargs = dict(self._kwargs)
+        if self._sentinels:
+            kwargs["host"], kwargs["port"] = await self._master_address()
+        connection = self._class(**kwargs)
+        try:
+            await connection.connect()
+        except BaseException:
+            await connection.disconnect(nowait=True)
+            raise
+        return connection
+
+    async def _master_address(self) -> tuple[str, int]:
+        failure: Exception | None = None
+        for sentinel in self._sentinels:
+            try:
+                connection = await sentinel.connect()
+                try:
+                    await connection.send_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._master)
+                    address = await connection.read_response()
+                finally:
+                    await connection.disconnect(nowait=True)
+            except (redis.RedisError, OSError) as error:
+                failure = error
+                continue
+            if address:
+                return address[0].decode(), int(address[1])
+        raise StorageUnavailable(f"none of {len(self._sentinels)} sentinels names a master {self._master!r}") from failure
+
+
+def asyncio_twin(connection_class: type) -> type[AbstractConnection]:
+    """The asyncio connection class that connects as `connection_class` does."""
+    if issubclass(connection_class, AbstractConnection):
+        if issubclass(connection_class, redis.asyncio.sentinel.SentinelManagedConnection):
+            return redis.asyncio.SSLConnection if issubclass(connection_class, redis.asyncio.SSLConnection) else redis.asyncio.Connection
+        return connection_class
+    if connection_class.__module__.partition(".")[0] == "fakeredis":
+        from fakeredis.aioredis import FakeAsyncRedisConnection
+
+        return FakeAsyncRedisConnection
+    if issubclass(connection_class, redis.SSLConnection):
+        return redis.asyncio.SSLConnection
+    if issubclass(connection_class, redis.UnixDomainSocketConnection):
+        return redis.asyncio.UnixDomainSocketConnection
+    return redis.asyncio.Connection
+
+
+def own_kwargs(connection_class: type, theirs: Mapping[str, Any], deadline_s: float) -> dict[str, Any]:
+    """The arguments of a connection of ours: where and as whom from theirs, how from us."""
+    fake = "fakeredis" in connection_class.__module__
+    accepted = {
+        name
+        for ancestor in connection_class.__mro__
+        for name in inspect.signature(ancestor.__init__).parameters  # type: ignore[misc]  # read, not called
+    }
+    kwargs = {name: value for name, value in theirs.items() if name not in OURS and (fake or name in accepted)}
+    kwargs.update(
+        protocol=2,
+        retry=Retry(NoBackoff(), 0),
+        socket_connect_timeout=deadline_s,
+        socket_timeout=deadline_s,
+    )
+    for name in ("driver_info", "lib_name", "lib_version", "maint_notifications_config"):
+        if name in accepted:
+            kwargs[name] = None
+    if "driver_info" in accepted:
+        # Given beside driver_info, these only earn a deprecation warning.
+        kwargs.pop("lib_name", None)
+        kwargs.pop("lib_version", None)
+    return kwargs
