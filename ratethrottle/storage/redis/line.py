@@ -15,7 +15,7 @@ import redis
 from redis.asyncio.connection import AbstractConnection
 
 from ratethrottle.errors import StorageError, StorageProtocolError, StorageTimeout, StorageUnavailable
-from ratethrottle.storage.redis.scripts import Script, script
+from ratethrottle.storage.redis.scripts import SHEBANG, Script, script
 from ratethrottle.storage.redis.settings import Settings
 
 CALLS_TOGETHER_MAX = 64  # calls written at once before their replies are read
@@ -148,17 +148,20 @@ class Line:
         return self._connection
 
     async def _load(self, connection: AbstractConnection) -> None:
+        self._shebang = await self._knows_shebang(connection)
         for loaded in (script("decide"), script("reset")):
-            try:
-                await connection.send_command("SCRIPT", "LOAD", loaded.body(self._shebang))
-                await connection.read_response()
-            except redis.ResponseError as error:
-                # A server that doesn't know the first line (fakeredis) calls it a syntax error: it gets the script without it.
-                if not self._shebang or "ompil" not in str(error):
-                    raise
-                self._shebang = False
-                await connection.send_command("SCRIPT", "LOAD", loaded.body(False))
-                await connection.read_response()
+            await connection.send_command("SCRIPT", "LOAD", loaded.body(self._shebang))
+            await connection.read_response()
+
+    async def _knows_shebang(self, connection: AbstractConnection) -> bool:
+        """Whether scripts may begin with `#!lua`: fakeredis loads such a script, but calls it a syntax error when it runs."""
+        try:
+            await connection.send_command("EVAL", SHEBANG + b"return 1", 0)
+            return bool(await connection.read_response() == 1)
+        except redis.ResponseError as error:
+            if "near '#'" not in str(error):
+                raise
+            return False
 
     async def _drop(self) -> None:
         connection, self._connection = self._connection, None
