@@ -41,7 +41,8 @@ check: $(BUILT) $(PEERS) ## Everything static: format, lint, types, stubs, spell
 	$(BIN)/ruff check .
 	$(BIN)/mypy ratethrottle benchmarks tests/typing tools/check_wheel.py
 	$(PY) -m mypy.stubtest ratethrottle._core
-	$(BIN)/cython-lint ratethrottle
+	@# It calls pycodestyle by name.
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cython-lint ratethrottle
 	$(BIN)/codespell
 	$(BIN)/validate-pyproject pyproject.toml
 

@@ -19,7 +19,8 @@ from ratethrottle.errors import CostExceedsLimit, InvalidRequest, LimiterClosed
 
 
 cdef extern from "Python.h":
-    const char* PyUnicode_AsUTF8AndSize(object text, Py_ssize_t* size) except NULL
+    const char* PyUnicode_AsUTF8AndSize(object text, Py_ssize_t* size) noexcept
+    void PyErr_Clear()
     bint PyUnicode_Check(object)
     bint PyBool_Check(object)
     object PyNumber_Index(object)
@@ -1544,13 +1545,11 @@ cdef class Limiter:
             terms = self.which(rule)
         units = 1 if cost is 1 else units_of(cost, terms)
         if PyUnicode_Check(key):
-            try:
-                data = PyUnicode_AsUTF8AndSize(key, &length)
-            except UnicodeEncodeError:
+            data = PyUnicode_AsUTF8AndSize(key, &length)
+            if data == NULL or length == 0:
+                PyErr_Clear()
                 self._entry(key, rule, cost)  # words the error
-                raise
-            if length == 0:
-                self._entry(key, rule, cost)
+                raise InvalidRequest("the key has no UTF-8")
             self.table.decide_key(terms, False, data, length, units, &out)
         else:
             entry = <Entry>self._entry(key, rule, cost)
