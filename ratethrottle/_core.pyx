@@ -9,8 +9,13 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.object cimport PyObject, PyTypeObject
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcpy, memmove, memset
+from libc.string cimport memcpy, memset
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
+
+from ratethrottle._arithmetic cimport (
+    KEEP, NEVER, NO_MEMORY, WRITE, Outcome, Terms, Units, View, Window, ceil_div, decide_views, judge, report, same_definition, settle,
+    view_ahead, view_charge, view_derive, view_free, view_fresh_at, view_rebase, view_roll, window_clone, window_drop, window_live,
+)
 
 from asyncio import _get_running_loop as running_loop
 from os import urandom
@@ -83,13 +88,6 @@ cdef extern from *:
         type->tp_iternext = next;
     }
 
-    #ifdef RATETHROTTLE_DEBUG
-    #define RT_DEBUG 1
-    #else
-    #define RT_DEBUG 0
-    #endif
-    #define RT_UNITS_MAX 4000000000LL  /* saturates stored counts; beyond any limit, so that no decision changes */
-    #define RT_OVERFLOWS(a, b, product) __builtin_mul_overflow((int64_t)(a), (int64_t)(b), product)
     #define RT_PREFETCH(address) __builtin_prefetch(address)
     """
     void rt_set_stop(PyObject* value) noexcept
@@ -98,29 +96,10 @@ cdef extern from *:
     Py_ssize_t Py_REFCNT(PyObject*)
     void rt_set_slots(PyTypeObject* type, PySendResult (*send)(PyObject*, PyObject*, PyObject**) noexcept,
                       PyObject* (*next)(PyObject*) noexcept)
-    bint RT_DEBUG
-    bint RT_OVERFLOWS(int64_t a, int64_t b, int64_t* product) noexcept nogil
-    const int64_t UNITS_MAX "RT_UNITS_MAX"
     void RT_PREFETCH(const void* address) noexcept nogil
 
 
-# ---------------------------------------------------------------------------------------------------------------- terms
-
-cdef enum:
-    EXACT_UNITS = 64                       # a window with 1 µs slots never depends on more than its newest 64 units
-    ENTRIES_MAX = 66                       # 64 slots and the one under way, and one more before the oldest leaves
-    NEVER = -1
-
-cdef struct Terms:                         # what a rule compiles to; see docs/arithmetic.md
-    char kind                              # b, s, c or f
-    int64_t capacity                       # units
-    int64_t window_us
-    int64_t unit_ticks
-    int64_t drain_ticks                    # per µs
-    int64_t slot_us
-    int64_t coarse_us
-    int64_t span                           # of a counter: the window in coarse time, ceil_div(window_us, coarse_us)
-
+# ---------------------------------------------------------------------------------------------------------------- rules
 
 @cython.final
 cdef class CompiledRule:
@@ -192,446 +171,6 @@ cdef class CompiledRule:
         return f"CompiledRule{self.facts()!r}"
 
 
-cdef inline bint same_definition(const Terms* a, const Terms* b) noexcept nogil:
-    """Whether both read the same view: see «State» in docs/arithmetic.md."""
-    if a.kind != b.kind:
-        return False
-    if a.kind == c"b":
-        return a.unit_ticks == b.unit_ticks and a.drain_ticks == b.drain_ticks
-    return a.window_us == b.window_us and a.slot_us == b.slot_us
-
-
-# ----------------------------------------------------------------------------------------------------------- arithmetic
-
-cdef struct Units:
-    int64_t at_us                          # the instant from which they count
-    int64_t units
-
-cdef struct Window:                        # of a sliding window: entries[first:first + count], ascending
-    int64_t total
-    uint32_t first
-    uint32_t count
-    uint32_t room                          # entries allocated
-    Units entries[1]
-
-cdef struct Counts:
-    uint32_t cur
-    uint32_t prev
-
-cdef union Amount:
-    int64_t level_ticks                    # b
-    Counts counts                          # c, f
-    Window* window                         # s
-    void* pair                             # of a slot that holds two views
-
-cdef struct View:                          # one definition's account of a key
-    const Terms* terms
-    int64_t at_us                          # b: when the level was true; c, f: start of the window; s: unused
-    Amount amount
-
-cdef struct Outcome:
-    bint allowed
-    bint in_ticks                          # the numbers below still wait for their divisions, which most callers never need
-    int64_t remaining
-    int64_t retry_us                       # 0 when allowed, NEVER when the cost exceeds the capacity
-    int64_t reset_us
-
-cdef enum:
-    KEEP = 0
-    WRITE = 1
-    NO_MEMORY = 2
-
-
-cdef inline int64_t ceil_div(int64_t a, int64_t b) noexcept nogil:
-    return (a + b - 1) // b
-
-
-cdef inline int64_t slot_end(const Terms* terms, int64_t now_us) noexcept nogil:
-    """When units admitted now count from."""
-    if terms.slot_us == 1:
-        return now_us
-    return (now_us // terms.slot_us + 1) * terms.slot_us
-
-
-cdef Window* window_new(uint32_t room) noexcept nogil:
-    cdef Window* window = <Window*>malloc(sizeof(Window) + (room - 1) * sizeof(Units))
-    if window != NULL:
-        window.total = 0
-        window.first = 0
-        window.count = 0
-        window.room = room
-    return window
-
-
-cdef Window* window_clone(const Window* window) noexcept nogil:
-    cdef Window* twin = window_new(window.room)
-    if twin != NULL:
-        memcpy(twin, window, sizeof(Window) + (window.room - 1) * sizeof(Units))
-    return twin
-
-
-cdef inline void window_live(const Window* window, int64_t since_us, uint32_t* expired, int64_t* total) noexcept nogil:
-    """How many entries from the oldest on have left by `since_us` (now − window), and what the others hold."""
-    cdef uint32_t n = 0
-    cdef int64_t held = window.total
-    while n < window.count and window.entries[window.first + n].at_us <= since_us:
-        held -= window.entries[window.first + n].units
-        n += 1
-    expired[0] = n
-    total[0] = held
-
-
-cdef inline void window_drop(Window* window, uint32_t expired, int64_t total) noexcept nogil:
-    window.first += expired
-    window.count -= expired
-    window.total = total
-    if window.count == 0:
-        window.first = 0
-
-
-cdef int window_push(Window** owner, bint exact, int64_t at_us, int64_t units) noexcept nogil:
-    """Add units that count from `at_us`, which is not before the newest entry. Returns NO_MEMORY or KEEP."""
-    cdef Window* window = owner[0]
-    cdef Window* larger
-    cdef Units* newest
-    cdef int64_t excess
-    units = min(units, UNITS_MAX)
-    newest = &window.entries[window.first + window.count - 1] if window.count else NULL
-    if newest != NULL and newest.at_us == at_us:
-        units = min(units, UNITS_MAX - newest.units)
-        newest.units += units
-    else:
-        if window.first + window.count == window.room:
-            if window.first > 0:
-                memmove(window.entries, &window.entries[window.first], window.count * sizeof(Units))
-                window.first = 0
-            else:
-                larger = window_new(min(2 * window.room, <uint32_t>ENTRIES_MAX) if window.room < ENTRIES_MAX
-                                    else 2 * window.room)
-                if larger == NULL:
-                    return NO_MEMORY
-                larger.total = window.total
-                larger.count = window.count
-                memcpy(larger.entries, window.entries, window.count * sizeof(Units))
-                free(window)
-                owner[0] = window = larger
-        window.entries[window.first + window.count] = Units(at_us, units)
-        window.count += 1
-    window.total += units
-    if exact:
-        while window.total > EXACT_UNITS:
-            excess = window.total - EXACT_UNITS
-            if window.entries[window.first].units > excess:
-                window.entries[window.first].units -= excess
-                window.total -= excess
-            else:
-                window_drop(window, 1, window.total - window.entries[window.first].units)
-    return KEEP
-
-
-cdef inline bint view_ahead(const View* view, int64_t now_us) noexcept nogil:
-    """Whether the state is from further ahead than is legal: the clock has stepped backwards."""
-    cdef const Window* window
-    if view.terms.kind == c"s":
-        window = view.amount.window
-        # at > slot_end(now), without its division: with slots, `at` is a multiple of them.
-        return window.count > 0 and (window.entries[window.first + window.count - 1].at_us
-                                     - (view.terms.slot_us if view.terms.slot_us > 1 else 0) > now_us)
-    # Likewise the start of a window, a multiple of it, lies behind now's exactly if it lies behind now.
-    return view.at_us > now_us
-
-
-cdef void view_rebase(View* view, int64_t now_us) noexcept nogil:
-    """Bring a state from ahead to now, with all that it holds."""
-    cdef Window* window
-    cdef int64_t head_us, held = 0
-    if view.terms.kind == c"s":
-        window = view.amount.window
-        head_us = slot_end(view.terms, now_us)
-        while window.count and window.entries[window.first + window.count - 1].at_us >= head_us:
-            held += window.entries[window.first + window.count - 1].units
-            window.count -= 1
-        window.entries[window.first + window.count] = Units(head_us, min(held, UNITS_MAX))
-        window.count += 1
-        window.total -= held - min(held, UNITS_MAX)
-    elif view.terms.kind == c"b":
-        view.at_us = now_us
-    else:
-        view.at_us = now_us - now_us % view.terms.window_us
-
-
-cdef inline void view_roll(View* view, int64_t now_us) noexcept nogil:
-    """Bring a view that is not ahead, and not a sliding window, to now."""
-    cdef const Terms* terms = view.terms
-    cdef int64_t start_us, drained_ticks
-    if terms.kind == c"b":
-        if RT_OVERFLOWS(now_us - view.at_us, terms.drain_ticks, &drained_ticks) or drained_ticks >= view.amount.level_ticks:
-            view.amount.level_ticks = 0
-        else:
-            view.amount.level_ticks -= drained_ticks
-        view.at_us = now_us
-        return
-    if now_us - view.at_us < terms.window_us:
-        return
-    start_us = now_us - now_us % terms.window_us
-    if terms.kind == c"c" and view.at_us == start_us - terms.window_us:
-        view.amount.counts.prev = view.amount.counts.cur
-    else:
-        view.amount.counts.prev = 0
-    view.amount.counts.cur = 0
-    view.at_us = start_us
-
-
-cdef inline int64_t counter_room(const Terms* rule, const View* view, int64_t now_us) noexcept nogil:
-    """(limit − cur)·V − prev·(V − e): what is free, in units times V. Negative once over."""
-    cdef int64_t past = now_us - view.at_us
-    cdef int64_t cur = min(<int64_t>view.amount.counts.cur, rule.capacity)
-    cdef int64_t prev = min(<int64_t>view.amount.counts.prev, rule.capacity)
-    if rule.coarse_us > 1:
-        past //= rule.coarse_us
-    return (rule.capacity - cur) * rule.span - prev * (rule.span - past)
-
-
-cdef int64_t counter_retry(const Terms* rule, const View* view, int64_t now_us, int64_t cost) noexcept nogil:
-    cdef int64_t span = rule.span
-    cdef int64_t cur = min(<int64_t>view.amount.counts.cur, rule.capacity)
-    cdef int64_t prev = min(<int64_t>view.amount.counts.prev, rule.capacity)
-    cdef int64_t room = rule.capacity - cur - cost
-    cdef int64_t steps
-    if room >= 0:
-        steps = span - (room * span) // prev
-        return view.at_us + (steps * rule.coarse_us if steps < span else rule.window_us) - now_us
-    steps = max(<int64_t>0, span - ((rule.capacity - cost) * span) // cur)
-    return view.at_us + rule.window_us + min(steps * rule.coarse_us, rule.window_us) - now_us
-
-
-cdef int64_t window_retry(const Terms* rule, const Window* window, uint32_t expired, int64_t total, int64_t now_us,
-                          int64_t cost) noexcept nogil:
-    cdef uint32_t i = window.first + expired
-    cdef int64_t excess = total + cost - rule.capacity
-    while True:
-        excess -= window.entries[i].units
-        if excess <= 0:
-            return window.entries[i].at_us + rule.window_us - now_us
-        i += 1
-
-
-cdef inline void judge(const Terms* rule, const View* view, int64_t now_us, int64_t cost, uint32_t expired, int64_t total,
-                       Outcome* out) noexcept nogil:
-    """Decide on a rolled view; `expired` and `total` are of a sliding window."""
-    cdef int64_t short_by
-    if cost > rule.capacity:
-        out.allowed = False
-        out.retry_us = NEVER
-        return
-    if rule.kind == c"b":
-        short_by = view.amount.level_ticks + cost * rule.unit_ticks - rule.capacity * rule.unit_ticks
-        out.allowed = short_by <= 0
-        out.retry_us = 0 if out.allowed else short_by
-    elif rule.kind == c"s":
-        out.allowed = total + cost <= rule.capacity
-        out.retry_us = 0 if out.allowed else window_retry(rule, view.amount.window, expired, total, now_us, cost)
-    elif rule.kind == c"f":
-        out.allowed = view.amount.counts.cur + cost <= rule.capacity
-        out.retry_us = 0 if out.allowed else view.at_us + rule.window_us - now_us
-    else:
-        out.allowed = cost * rule.span <= counter_room(rule, view, now_us)
-        # The retry time of a counter depends on all of its numbers, so it doesn't wait.
-        out.retry_us = 0 if out.allowed else counter_retry(rule, view, now_us, cost)
-
-
-cdef inline int64_t view_fresh_at(const View* view) noexcept nogil:
-    """When nothing of the view is left to tell it from a fresh one; at most `now` if that has come."""
-    cdef const Window* window
-    if view.terms.kind == c"b":
-        return view.at_us + ceil_div(view.amount.level_ticks, view.terms.drain_ticks)
-    if view.terms.kind == c"s":
-        window = view.amount.window
-        return window.entries[window.first + window.count - 1].at_us + view.terms.window_us if window.count else 0
-    if view.terms.kind == c"f":
-        return view.at_us + view.terms.window_us if view.amount.counts.cur else 0
-    if view.amount.counts.cur:
-        return view.at_us + 2 * view.terms.window_us
-    return view.at_us + view.terms.window_us if view.amount.counts.prev else 0
-
-
-cdef inline void report(const Terms* rule, const View* view, int64_t now_us, int64_t total, Outcome* out) noexcept nogil:
-    """Fill in what is left and when all of it is back, as the view stands now; `settle` finishes it."""
-    out.in_ticks = rule.kind == c"b" or rule.kind == c"c"
-    if rule.kind == c"b":
-        out.remaining = rule.capacity * rule.unit_ticks - view.amount.level_ticks
-        out.reset_us = view.amount.level_ticks
-        return
-    if rule.kind == c"s":
-        out.remaining = max(<int64_t>0, rule.capacity - total)
-    elif rule.kind == c"f":
-        out.remaining = max(<int64_t>0, rule.capacity - view.amount.counts.cur)
-    else:
-        out.remaining = counter_room(rule, view, now_us)
-    out.reset_us = max(<int64_t>0, view_fresh_at(view) - now_us)
-
-
-cdef void settle(const Terms* rule, Outcome* out) noexcept nogil:
-    """Do the divisions that `judge` and `report` left: a division costs as much as all the rest of a decision."""
-    out.in_ticks = False
-    if rule.kind == c"b":
-        out.remaining = out.remaining // rule.unit_ticks if out.remaining > 0 else 0
-        out.reset_us = ceil_div(out.reset_us, rule.drain_ticks)
-        if out.retry_us > 0:
-            out.retry_us = ceil_div(out.retry_us, rule.drain_ticks)
-    else:
-        out.remaining = out.remaining // rule.span if out.remaining > 0 else 0
-
-
-cdef inline int view_charge(View* view, int64_t now_us, int64_t cost) noexcept nogil:
-    """Count units in a rolled view: of its own definition, or admitted by another one. Returns NO_MEMORY or KEEP."""
-    cdef const Window* window
-    cdef int64_t at_us
-    if view.terms.kind == c"s":
-        window = view.amount.window
-        at_us = window.entries[window.first + window.count - 1].at_us if window.count else 0
-        if at_us <= now_us:
-            at_us = slot_end(view.terms, now_us)  # else this is still the slot of the newest entry
-        return window_push(&view.amount.window, view.terms.slot_us == 1, at_us, cost)
-    if view.terms.kind == c"b":
-        view.amount.level_ticks += cost * view.terms.unit_ticks
-    else:
-        view.amount.counts.cur = <uint32_t>min(view.amount.counts.cur + cost, UNITS_MAX)
-    return KEEP
-
-
-cdef int view_charge_other(View* view, int64_t now_us, int64_t cost) noexcept nogil:
-    cdef int64_t most
-    if view.terms.kind != c"b":
-        return view_charge(view, now_us, cost)
-    # A definition never owes more than its capacity for what another one admitted: no ratchet into a lockout.
-    most = max(view.amount.level_ticks, view.terms.capacity * view.terms.unit_ticks)
-    view.amount.level_ticks = min(most, view.amount.level_ticks + min(cost, view.terms.capacity) * view.terms.unit_ticks)
-    return KEEP
-
-
-cdef int64_t view_used(const View* view, int64_t now_us) noexcept nogil:
-    """Units that a view which is not ahead holds now."""
-    cdef View rolled = view[0]
-    cdef uint32_t expired
-    cdef int64_t total
-    if view.terms.kind == c"s":
-        window_live(view.amount.window, now_us - view.terms.window_us, &expired, &total)
-        return total
-    view_roll(&rolled, now_us)
-    if view.terms.kind == c"b":
-        return ceil_div(rolled.amount.level_ticks, view.terms.unit_ticks)
-    if view.terms.kind == c"f":
-        return rolled.amount.counts.cur
-    return <int64_t>rolled.amount.counts.cur + rolled.amount.counts.prev
-
-
-cdef int view_derive(View* own, const Terms* rule, const View* source, int64_t now_us) noexcept nogil:
-    """Make the view of a definition that this state meets for the first time. Returns NO_MEMORY or KEEP."""
-    cdef int64_t used = view_used(source, now_us) if source != NULL else 0
-    cdef int64_t head_us, at_us
-    cdef const Window* entries
-    cdef uint32_t i
-    own.terms = rule
-    if rule.kind == c"b":
-        own.at_us = now_us
-        own.amount.level_ticks = min(used, rule.capacity) * rule.unit_ticks
-        return KEEP
-    if rule.kind != c"s":
-        own.at_us = now_us - now_us % rule.window_us
-        own.amount.counts = Counts(<uint32_t>min(used, UNITS_MAX), 0)
-        return KEEP
-    own.at_us = 0
-    own.amount.window = window_new(2)
-    if own.amount.window == NULL:
-        return NO_MEMORY
-    head_us = slot_end(rule, now_us)
-    if source == NULL or source.terms.kind != c"s":
-        return window_push(&own.amount.window, rule.slot_us == 1, head_us, used) if used else KEEP
-    entries = source.amount.window
-    for i in range(entries.first, entries.first + entries.count):
-        at_us = entries.entries[i].at_us
-        if at_us + source.terms.window_us <= now_us:
-            continue
-        at_us = min(ceil_div(at_us, rule.slot_us) * rule.slot_us, head_us)
-        if at_us + rule.window_us > now_us:
-            if window_push(&own.amount.window, rule.slot_us == 1, at_us, entries.entries[i].units) == NO_MEMORY:
-                return NO_MEMORY
-    return KEEP
-
-
-cdef inline void view_free(View* view) noexcept nogil:
-    if view.terms.kind == c"s":
-        free(view.amount.window)
-
-
-cdef int decide_views(View* views, int* count, const Terms* rule, int64_t now_us, int64_t cost,
-                      Outcome* out) noexcept nogil:
-    """Decide on a state of at most two views, the last writer's first. `views` and `count` become the state to keep.
-
-    WRITE: they replace the stored ones (count 0: nothing but fresh views, delete the key). KEEP: the stored state stands.
-    """
-    cdef View own, other
-    cdef bint rebased = False, derived = False, has_other = False
-    cdef int i, own_index = -1, status
-    cdef uint32_t expired = 0
-    cdef int64_t total = 0
-    for i in range(count[0]):
-        if view_ahead(&views[i], now_us):
-            view_rebase(&views[i], now_us)
-            rebased = True
-        if own_index < 0 and same_definition(views[i].terms, rule):
-            own_index = i
-    for i in range(count[0]):
-        if not has_other and i != own_index and view_fresh_at(&views[i]) > now_us:
-            other = views[i]
-            has_other = True
-    if own_index >= 0:
-        own = views[own_index]
-    else:
-        if view_derive(&own, rule, &views[0] if count[0] else NULL, now_us) == NO_MEMORY:
-            return NO_MEMORY
-        derived = view_fresh_at(&own) > now_us
-    if rule.kind == c"s":
-        window_live(own.amount.window, now_us - rule.window_us, &expired, &total)
-    else:
-        view_roll(&own, now_us)
-    judge(rule, &own, now_us, cost, expired, total, out)
-    if not (out.allowed or rebased or derived):
-        report(rule, &own, now_us, total, out)
-        if own_index < 0:
-            view_free(&own)
-        return KEEP
-
-    if rule.kind == c"s":
-        window_drop(own.amount.window, expired, total)
-    if out.allowed:
-        own.terms = rule
-        if view_charge(&own, now_us, cost) == NO_MEMORY:
-            return NO_MEMORY
-    report(rule, &own, now_us, own.amount.window.total if rule.kind == c"s" else 0, out)
-    if has_other:
-        if other.terms.kind == c"s":
-            window_live(other.amount.window, now_us - other.terms.window_us, &expired, &total)
-            window_drop(other.amount.window, expired, total)
-        else:
-            view_roll(&other, now_us)
-        if out.allowed:
-            view_charge_other(&other, now_us, cost)  # without memory for one more entry, the other definition goes uncharged
-    for i in range(count[0]):
-        # Any view that isn't kept gives back its window; a kept one was moved, not copied.
-        if i != own_index and not (has_other and same_definition(views[i].terms, other.terms)):
-            view_free(&views[i])
-    if not has_other and view_fresh_at(&own) <= now_us:
-        view_free(&own)
-        count[0] = 0
-        return WRITE
-    views[0] = own
-    views[1] = other
-    count[0] = 2 if has_other else 1
-    return WRITE
-
-
 # ------------------------------------------------------------------------------------------------------------ key table
 
 cdef enum:
@@ -679,6 +218,7 @@ cdef inline Hash128 siphash(uint64_t k0, uint64_t k1, const char* data, Py_ssize
     """
     cdef uint64_t[4] v
     cdef uint64_t word
+    cdef uint32_t low, high
     cdef Hash128 result
     cdef Py_ssize_t left = length
     v[0] = k0 ^ 0x736f6d6570736575ULL
@@ -692,9 +232,15 @@ cdef inline Hash128 siphash(uint64_t k0, uint64_t k1, const char* data, Py_ssize
         v[0] ^= word
         data += 8
         left -= 8
-    word = 0
-    memcpy(&word, data, left)
-    word |= (<uint64_t>length & 0xff) << 56
+    # The last 0 to 7 bytes by at most three loads: a memcpy of a length known only now would be a call.
+    word = <uint64_t>length << 56
+    if left >= 4:
+        memcpy(&low, data, 4)
+        memcpy(&high, data + left - 4, 4)
+        word |= low | <uint64_t>high << (left - 4) * 8
+    elif left > 0:
+        word |= (<uint8_t>data[0] | <uint64_t><uint8_t>data[left >> 1] << (left >> 1) * 8
+                 | <uint64_t><uint8_t>data[left - 1] << (left - 1) * 8)
     v[3] ^= word
     sip_round(v)
     v[0] ^= word
@@ -928,10 +474,10 @@ cdef class KeyTable:
         rule.home = self.secret[2]
         return 0
 
-    cdef inline int decide_key(self, CompiledRule rule, bint joined, const char* data, Py_ssize_t length, int64_t cost,
-                               Outcome* out) except -1:
-        """Decide on the key with this UTF-8, or on a tuple's joined form, and consume if allowed."""
-        cdef int64_t now_us = self.now_us(), found
+    cdef inline int decide_key(self, CompiledRule rule, bint joined, const char* data, Py_ssize_t length, int64_t now_us,
+                               int64_t cost, Outcome* out) except -1:
+        """Decide on the key with this UTF-8, or on a tuple's joined form, and consume if allowed. Runs no Python code."""
+        cdef int64_t found
         cdef Hash128 hashed
         cdef Shard* shard
         cdef Slot* slot
@@ -1082,7 +628,7 @@ cdef class KeyTable:
         """Decide and consume. Returns a `Decision`."""
         cdef Outcome out
         self.decide_key(entry.rule, entry.joined(), PyBytes_AS_STRING(entry.canonical) + 1,
-                        PyBytes_GET_SIZE(entry.canonical) - 1, entry.cost, &out)
+                        PyBytes_GET_SIZE(entry.canonical) - 1, self.now_us(), entry.cost, &out)
         return decision_new(entry.rule, entry.key, entry.cost, MEMORY, &out)
 
     def peek(self, Entry entry not None):
@@ -1283,17 +829,12 @@ cdef class Decision:
 
 cdef inline Decision decision_new(CompiledRule rule, object key, int64_t cost, Source source, const Outcome* out):
     cdef Decision decision = Decision.__new__(Decision)
-    decision_fill(decision, rule, key, cost, source, out)
-    return decision
-
-
-cdef inline void decision_fill(Decision decision, CompiledRule rule, object key, int64_t cost, Source source,
-                               const Outcome* out):
+    decision.out = out[0]
     decision.terms = rule
     decision.key = key
     decision.cost = cost
     decision.source_index = source
-    decision.out = out[0]
+    return decision
 
 
 def _restore_decision(CompiledRule rule not None, key, int64_t cost, int source, bint allowed, int64_t remaining,
@@ -1528,9 +1069,10 @@ cdef class Limiter:
         `LimiterClosed` after `aclose`; when awaited, a `StorageError` if the storage can't answer within its deadline.
         """
         cdef CompiledRule terms
-        cdef Outcome out
+        cdef Outcome* out
         cdef PendingDecision pending
-        cdef int64_t units
+        cdef bytes joined = None
+        cdef int64_t units, now_us
         cdef Py_ssize_t length
         cdef const char* data
         if self.table is None:
@@ -1550,12 +1092,15 @@ cdef class Limiter:
                 PyErr_Clear()
                 self._entry(key, rule, cost)  # words the error
                 raise InvalidRequest("the key has no UTF-8")
-            self.table.decide_key(terms, False, data, length, units, &out)
         else:
-            entry = <Entry>self._entry(key, rule, cost)
-            self.table.decide_key(terms, True, PyBytes_AS_STRING((<Entry>entry).canonical) + 1,
-                                  PyBytes_GET_SIZE((<Entry>entry).canonical) - 1, units, &out)
-        pending = self.complete_pending(terms, key, units, &out)
+            joined = (<Entry>self._entry(key, rule, cost)).canonical
+            data = PyBytes_AS_STRING(joined) + 1
+            length = PyBytes_GET_SIZE(joined) - 1
+        now_us = self.table.now_us()
+        # From here on no Python code runs, so that no other thread can come to the spare decision before it is handed out.
+        out = self.blank_outcome()
+        self.table.decide_key(terms, joined is not None, data, length, now_us, units, out)
+        pending = self.completed(terms, key, units)
         self.complete += 1
         if self.complete >= YIELD_EVERY:
             self.complete = 0
@@ -1563,19 +1108,27 @@ cdef class Limiter:
             pending.lets_others_run = running_loop() is not None
         return pending
 
-    cdef inline PendingDecision complete_pending(self, CompiledRule terms, object key, int64_t units, const Outcome* out):
-        cdef PendingDecision pending
+    cdef inline Outcome* blank_outcome(self):
+        """Where the next outcome goes: into the last decision made, if nobody has kept it, else into a new one."""
         rt_drop_stop_value()
+        if Py_REFCNT(<PyObject*>self.spare_decision) != 1:
+            self.spare_decision = Decision.__new__(Decision)
+        return &self.spare_decision.out
+
+    cdef inline PendingDecision completed(self, CompiledRule terms, object key, int64_t units):
+        """The spare decision, its outcome filled in, as an awaitable that is complete."""
+        cdef PendingDecision pending
+        cdef Decision decision = self.spare_decision
+        if decision.terms is not terms:
+            decision.terms = terms
+        decision.key = key
+        decision.cost = units
+        decision.source_index = MEMORY
         if Py_REFCNT(<PyObject*>self.spare_pending) != 1:
             self.spare_pending = PendingDecision.__new__(PendingDecision)
         pending = self.spare_pending
-        if pending.decision != NULL:
-            Py_DECREF(pending.decision)          # it was never awaited
-            pending.decision = NULL
-        if Py_REFCNT(<PyObject*>self.spare_decision) != 1:
-            self.spare_decision = Decision.__new__(Decision)
-        decision_fill(self.spare_decision, terms, key, units, MEMORY, out)
-        Py_INCREF(self.spare_decision)
-        pending.decision = <PyObject*>self.spare_decision
+        Py_INCREF(decision)
+        Py_XDECREF(pending.decision)             # of a check that was never awaited
+        pending.decision = <PyObject*>decision
         pending.lets_others_run = False
         return pending
