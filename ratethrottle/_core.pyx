@@ -296,7 +296,8 @@ cdef int64_t shard_find(const Shard* shard, Hash128 hashed) noexcept nogil:
         return -1
     i = home_of(hashed.lo, shard.room)
     tag = tag_of(hashed.lo)
-    RT_PREFETCH(&shard.slots[i])
+    RT_PREFETCH(&shard.slots[i])                # while the tags are on their way too
+    RT_PREFETCH(<char*>&shard.slots[i] + 63)
     while shard.tags[i]:
         if shard.tags[i] == tag and shard.slots[i].hash_lo == hashed.lo and shard.slots[i].hash_hi == hashed.hi:
             return i
@@ -474,20 +475,25 @@ cdef class KeyTable:
         rule.home = self.secret[2]
         return 0
 
-    cdef inline int decide_key(self, CompiledRule rule, bint joined, const char* data, Py_ssize_t length, int64_t now_us,
-                               int64_t cost, Outcome* out) except -1:
-        """Decide on the key with this UTF-8, or on a tuple's joined form, and consume if allowed. Runs no Python code."""
-        cdef int64_t found
-        cdef Hash128 hashed
+    cdef inline Shard* locate(self, CompiledRule rule, bint joined, const char* data, Py_ssize_t length,
+                              Hash128* hashed) except NULL:
+        """Hash a key, its UTF-8 or a tuple's joined form, and begin to fetch the shard it belongs to."""
         cdef Shard* shard
+        if rule.home != self.secret[2]:
+            self.meet(rule)
+        hashed[0] = siphash(rule.home_seed, self.secret[1] ^ joined, data, length)
+        shard = &self.shards[<uint32_t>(((hashed.hi >> 32) * self.shard_count) >> 32)]
+        RT_PREFETCH(shard)
+        return shard
+
+    cdef inline int decide_located(self, CompiledRule rule, Shard* shard, Hash128 hashed, int64_t now_us, int64_t cost,
+                                   Outcome* out) except -1:
+        """Decide on a located key, and consume if allowed. Runs no Python code."""
+        cdef int64_t found
         cdef Slot* slot
         cdef View* view
         cdef uint32_t expired
         cdef int64_t total
-        if rule.home != self.secret[2]:
-            self.meet(rule)
-        hashed = siphash(rule.home_seed, self.secret[1] ^ joined, data, length)
-        shard = &self.shards[<uint32_t>(((hashed.hi >> 32) * self.shard_count) >> 32)]
         found = shard_find(shard, hashed)
         if found < 0:
             return self.decide_new(rule.home_terms, shard, hashed, now_us, cost, out)
@@ -612,23 +618,22 @@ cdef class KeyTable:
         self.used -= 1
         return now_us
 
+    cdef Shard* locate_entry(self, Entry entry, Hash128* hashed) except NULL:
+        return self.locate(entry.rule, entry.joined(), PyBytes_AS_STRING(entry.canonical) + 1,
+                           PyBytes_GET_SIZE(entry.canonical) - 1, hashed)
+
     cdef Slot* find(self, Entry entry):
         cdef Hash128 hashed
-        cdef Shard* shard
-        cdef int64_t found
-        if entry.rule.home != self.secret[2]:
-            self.meet(entry.rule)
-        hashed = siphash(entry.rule.home_seed, self.secret[1] ^ entry.joined(), PyBytes_AS_STRING(entry.canonical) + 1,
-                         PyBytes_GET_SIZE(entry.canonical) - 1)
-        shard = &self.shards[<uint32_t>(((hashed.hi >> 32) * self.shard_count) >> 32)]
-        found = shard_find(shard, hashed)
+        cdef Shard* shard = self.locate_entry(entry, &hashed)
+        cdef int64_t found = shard_find(shard, hashed)
         return &shard.slots[found] if found >= 0 else NULL
 
     def decide(self, Entry entry not None):
         """Decide and consume. Returns a `Decision`."""
         cdef Outcome out
-        self.decide_key(entry.rule, entry.joined(), PyBytes_AS_STRING(entry.canonical) + 1,
-                        PyBytes_GET_SIZE(entry.canonical) - 1, self.now_us(), entry.cost, &out)
+        cdef Hash128 hashed
+        cdef Shard* shard = self.locate_entry(entry, &hashed)
+        self.decide_located(entry.rule, shard, hashed, self.now_us(), entry.cost, &out)
         return decision_new(entry.rule, entry.key, entry.cost, MEMORY, &out)
 
     def peek(self, Entry entry not None):
@@ -669,15 +674,12 @@ cdef class KeyTable:
 
     def reset(self, Entry entry not None):
         """Forget what the key has used under the rule."""
-        cdef Slot* slot = self.find(entry)
-        cdef uint32_t i
-        if slot == NULL:
-            return
-        for i in range(self.shard_count):
-            if self.shards[i].room and &self.shards[i].slots[0] <= slot < &self.shards[i].slots[0] + self.shards[i].room:
-                shard_remove(&self.shards[i], <uint32_t>(slot - self.shards[i].slots))
-                self.used -= 1
-                return
+        cdef Hash128 hashed
+        cdef Shard* shard = self.locate_entry(entry, &hashed)
+        cdef int64_t found = shard_find(shard, hashed)
+        if found >= 0:
+            shard_remove(shard, <uint32_t>found)
+            self.used -= 1
 
     def dump(self, Entry entry not None):
         """The key's state in the ASCII form of docs/arithmetic.md, or None."""
@@ -1072,6 +1074,8 @@ cdef class Limiter:
         cdef Outcome* out
         cdef PendingDecision pending
         cdef bytes joined = None
+        cdef Hash128 hashed
+        cdef Shard* shard
         cdef int64_t units, now_us
         cdef Py_ssize_t length
         cdef const char* data
@@ -1096,10 +1100,11 @@ cdef class Limiter:
             joined = (<Entry>self._entry(key, rule, cost)).canonical
             data = PyBytes_AS_STRING(joined) + 1
             length = PyBytes_GET_SIZE(joined) - 1
+        shard = self.table.locate(terms, joined is not None, data, length, &hashed)
         now_us = self.table.now_us()
         # From here on no Python code runs, so that no other thread can come to the spare decision before it is handed out.
         out = self.blank_outcome()
-        self.table.decide_key(terms, joined is not None, data, length, now_us, units, out)
+        self.table.decide_located(terms, shard, hashed, now_us, units, out)
         pending = self.completed(terms, key, units)
         self.complete += 1
         if self.complete >= YIELD_EVERY:

@@ -15,9 +15,10 @@ PACKAGE = Path(ratethrottle.__file__).parent
 # Cython's imports look like Python's, but ast can't read the rest of a .pyx.
 CYTHON_IMPORT = re.compile(r"^\s*(?:from\s+(\S+)\s+c?import\s|c?import\s+(\S+))", re.MULTILINE)
 
-# A layer may import itself and what stands above it in this list. The package's own __init__ only gathers the public names.
+# A layer may import itself and what stands above it in this list. The core raises the errors and an error carries a decision, so
+# those are one layer. The package's own __init__ only gathers the public names.
 LAYERS = [
-    ["ratethrottle.errors", "ratethrottle._core"],
+    ["ratethrottle.errors", "ratethrottle._core", "ratethrottle._arithmetic"],
     ["ratethrottle.rule"],
     ["ratethrottle.storage"],
     ["ratethrottle.limiter"],
@@ -51,7 +52,6 @@ def name_of(path: Path) -> str:
 
 
 def problems(module: str, imported: str) -> Iterator[str]:
-    # One exception, as in typing.TYPE_CHECKING blocks of the errors, which carry a decision: _core and errors are one layer.
     if inside(imported, "redis") and not inside(module, "ratethrottle.storage.redis"):
         yield f"{module} imports {imported}: only ratethrottle.storage.redis knows redis-py"
     here, there = layer(module), layer(imported)
@@ -79,11 +79,12 @@ def test_imports_point_down(path: Path) -> None:
 
 
 def test_the_core_imports_only_the_errors() -> None:
-    source = Path(__file__).parent.parent / "ratethrottle" / "_core.pyx"
-    if not source.exists():
+    directory = Path(__file__).parent.parent / "ratethrottle"
+    sources = [path for pattern in ("*.pyx", "*.pxd") for path in directory.glob(pattern)]
+    if not sources:
         pytest.skip("testing an installed wheel, which holds no .pyx")
-    imported = [a or b for a, b in CYTHON_IMPORT.findall(source.read_text())]
-    assert imported
+    imported = [a or b for source in sources for a, b in CYTHON_IMPORT.findall(source.read_text())]
+    assert "ratethrottle.errors" in imported
     assert not [p for name in imported for p in problems("ratethrottle._core", name)]
 
 
