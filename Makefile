@@ -66,18 +66,18 @@ floor: redis ## The same on the oldest Python and the oldest dependencies
 	PYTEST_ARGS="$(PYTEST_ARGS)" tools/matrix $(firstword $(PYTHONS)) floor
 
 debug: $(TOOLS) redis ## The suite on a build with invariants and strict warnings
-	tools/mode debug $(PY) -m pytest $(PYTEST_ARGS)
+	tools/mode debug $(abspath $(PY)) -m pytest $(PYTEST_ARGS)
 
 sanitize: $(TOOLS) redis ## The suite under the address and undefined behaviour sanitizers
-	tools/mode sanitize $(PY) -m pytest $(PYTEST_ARGS)
+	tools/mode sanitize $(abspath $(PY)) -m pytest $(PYTEST_ARGS)
 
 trace: $(TOOLS) redis ## Coverage, that of the .pyx included
-	tools/mode trace $(PY) -m coverage run -m pytest $(PYTEST_ARGS)
-	cd build/trace && ../../$(PY) -m coverage combine -q && ../../$(PY) -m coverage report
+	tools/mode trace $(abspath $(PY)) -m coverage run -m pytest $(PYTEST_ARGS)
+	cd build/trace && $(abspath $(PY)) -m coverage combine -q && $(abspath $(PY)) -m coverage report
 
 wheel: $(TOOLS) ## A checked wheel in dist/
 	tools/stage wheel
-	cd build/wheel && ../../$(PY) -m build -q --wheel --no-isolation --outdir ../../dist
+	cd build/wheel && $(abspath $(PY)) -m build -q --wheel --no-isolation --outdir ../../dist
 	$(PY) tools/check_wheel.py $$(ls -t dist/*.whl | head -n 1)
 
 format: $(TOOLS) ## Let ruff format and mend what it can

@@ -1,0 +1,55 @@
+"""Fixtures that every test may ask for: real servers, and a fake one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import fakeredis
+import pytest
+import redis
+
+from tests.servers import RedisServer
+
+
+@pytest.fixture(scope="session")
+def shared_redis_server() -> Iterator[RedisServer]:
+    """One server for all tests that leave it as they found it; ask for `redis_server`, which flushes it."""
+    with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture
+def redis_server(shared_redis_server: RedisServer) -> Iterator[RedisServer]:
+    """A real server with no data and no scripts. Don't stop or reconfigure it: start a `RedisServer` of your own for that."""
+    with shared_redis_server.client() as client:
+        client.flushall()
+        client.script_flush()
+    yield shared_redis_server
+
+
+@pytest.fixture
+def redis_url(redis_server: RedisServer) -> str:
+    """The URL of `redis_server`."""
+    return redis_server.url
+
+
+@pytest.fixture
+def redis_client(redis_server: RedisServer) -> Iterator[redis.Redis]:
+    """A synchronous client of `redis_server` for the test's own look at what is stored."""
+    with redis_server.client() as client:
+        yield client
+
+
+@pytest.fixture
+def fake_server() -> fakeredis.FakeServer:
+    """A fake server of this test's own; give it to `fakeredis.FakeRedis(server=...)` or `FakeAsyncRedis`."""
+    return fakeredis.FakeServer()
+
+
+@pytest.fixture(params=["redis", pytest.param("fakeredis", id="fakeredis")])
+def script_client(request: pytest.FixtureRequest) -> redis.Redis:
+    """A synchronous client of a real Redis, and then of a fake one."""
+    if request.param == "redis":
+        client: redis.Redis = request.getfixturevalue("redis_client")
+        return client
+    return fakeredis.FakeRedis(server=request.getfixturevalue("fake_server"))

@@ -1,0 +1,166 @@
+"""The specification: what each strategy promises, read from a log of admissions in rational time.
+
+`Account.held` says what one definition of a rule counts at an instant, and all that a decision reports follows from it: a
+check is allowed if held + cost ≤ capacity, retry is the first instant at which it would be, reset the first at which nothing
+is held. The instants are searched for, not calculated: the core and the script have formulas, this file has the promise.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from math import ceil, floor
+
+from ratethrottle._core import CompiledRule
+
+Answer = tuple[bool, int, int, int]  # allowed, remaining, retry_us (-1: never), reset_us
+EXACT = 64  # units that a window without slots remembers: its limit is no larger
+DRAIN_US_MAX = 2**48  # no bucket takes longer
+
+
+def definition(rule: CompiledRule) -> tuple[str, int, int]:
+    """What an account depends on: a rule whose limit or burst alone has changed reads the very same one."""
+    return (rule.kind, *((rule.unit_ticks, rule.drain_ticks) if rule.kind == "b" else (rule.window_us, rule.slot_us)))
+
+
+class Account:
+    """A log of (the instant it counts from, units), oldest first, as one definition of a rule reads it."""
+
+    def __init__(self, rule: CompiledRule, log: list[tuple[int, int | Fraction]], seen: int) -> None:
+        self.rule, self.log, self.seen = rule, log, seen  # seen: the newest instant that the log knows of
+
+    def held(self, capacity: int) -> Callable[[int], Fraction | int]:
+        """What counts at an instant from `seen` on, in units."""
+        rule, window = self.rule, self.rule.window_us
+        if rule.kind == "b":
+            # In every interval that begins with an admission at s and ends at t: units ≤ capacity + rate·(t − s). What is held
+            # is the most that one of them owes, units − rate·(t − s). (In ticks, 1/unit_ticks of a unit, to stay in integers.)
+            units, most = 0, 0
+            for at, more in reversed(self.log):
+                units += more
+                most = max(most, units * rule.unit_ticks + at * rule.drain_ticks)
+            return lambda t: Fraction(max(0, most - t * rule.drain_ticks), rule.unit_ticks)
+        if rule.kind == "s":
+            return lambda t: sum(units for at, units in self.log if at + window > t)
+        by_window = Counter[int]()
+        for at, units in self.log:
+            by_window[at // window] += units
+        if rule.kind == "f":
+            return lambda t: by_window[t // window]
+        # The units of the window before are taken to have come evenly; time within the window is read in steps of coarse_us.
+        steps = ceil(Fraction(window, rule.coarse_us))
+        return lambda t: (
+            min(capacity, by_window[t // window])
+            + min(capacity, by_window[t // window - 1]) * (1 - Fraction(t % window // rule.coarse_us, steps))
+        )
+
+    def instants(self, now: int) -> Sequence[int]:
+        """Where what is held can change, from now on, in order."""
+        window = self.rule.window_us
+        if self.rule.kind == "s":
+            return [now, *(at + window for at, _ in self.log if at + window > now)]
+        if self.rule.kind == "f":
+            return [now, now - now % window + window]
+        return range(now, now + (DRAIN_US_MAX if self.rule.kind == "b" else 2 * window) + 1)
+
+    def counts_from(self, now: int) -> int:
+        """The slot rule: a unit of slot k counts from (k + 1)·q to (k + 1)·q + window. Without slots, from now."""
+        slot = self.rule.slot_us
+        return (now // slot + 1) * slot if slot > 1 else now
+
+    def rebase(self, now: int) -> bool:
+        """Bring what lies ahead back to now: the clock has stepped back, nothing has drained, and nobody is locked out."""
+        if self.rule.kind == "s":
+            head = self.counts_from(now)
+            moved = any(at > head for at, _ in self.log)
+            self.log = [(min(at, head), units) for at, units in self.log]
+            return moved
+        # A bucket's log moves as a whole, that of aligned windows by whole windows.
+        grain = 1 if self.rule.kind == "b" else self.rule.window_us
+        step = max(0, self.seen // grain - now // grain) * grain
+        self.log = [(at - step, units) for at, units in self.log]
+        self.seen -= step
+        return step > 0
+
+    def write(self, now: int) -> None:
+        """Drop what no longer counts, for good: a clock that steps back later doesn't bring it back."""
+        kind, window = self.rule.kind, self.rule.window_us
+        if kind == "s":
+            self.log = [(at, units) for at, units in self.log if at + window > now]
+        elif kind == "b":
+            self.log = self.log if self.held(0)(now) else []
+        else:
+            self.log = [(at, units) for at, units in self.log if at // window >= now // window - (kind == "c")]
+        self.seen = now
+
+    def add(self, at: int, units: int | Fraction) -> None:
+        """Put units in the log; a window without slots remembers only its newest 64."""
+        self.log += [(at, units)] if units else []
+        if self.rule.slot_us == 1:
+            newest: list[tuple[int, int | Fraction]] = []
+            left: int | Fraction = EXACT
+            for at, units in reversed(self.log):
+                newest += [(at, min(units, left))] if left else []
+                left -= min(units, left)
+            self.log = newest[::-1]
+
+
+def derive(rule: CompiledRule, source: Account | None, now: int) -> Account:
+    """The account of a definition that meets this key for the first time: it takes over what the last writer's holds."""
+    own = Account(rule, [], now)
+    if source is None:
+        return own
+    source.write(now)
+    used = ceil(source.held(0)(now)) if source.rule.kind == "b" else sum(units for _, units in source.log)
+    if rule.kind == source.rule.kind == "s":
+        for at, units in source.log:
+            own.add(min(-(-at // rule.slot_us) * rule.slot_us, own.counts_from(now)), units)
+        own.write(now)
+    else:
+        own.add(own.counts_from(now), min(used, rule.capacity) if rule.kind == "b" else used)
+    return own
+
+
+class Oracle:
+    """One key: the account of the definition that wrote last, and of one other that is still in use."""
+
+    def __init__(self) -> None:
+        self.accounts: list[Account] = []
+
+    def decide(self, rule: CompiledRule, now: int, cost: int, peek: bool = False) -> Answer:
+        """Decide at `now`, and consume if allowed."""
+        accounts = [Account(account.rule, account.log, account.seen) for account in self.accounts]
+        write = any([account.rebase(now) for account in accounts])
+        own = next((account for account in accounts if definition(account.rule) == definition(rule)), None)
+        others = [account for account in accounts if account is not own and account.held(1)(now)][:1]
+        if own is None:
+            own = derive(rule, Account(accounts[0].rule, accounts[0].log, accounts[0].seen) if accounts else None, now)
+            write |= own.held(1)(now) > 0
+        held = own.held(rule.capacity)
+        allowed = held(now) + cost <= rule.capacity
+        instants = own.instants(now)
+        retry = -1
+        if cost <= rule.capacity:
+            retry = instants[bisect_left(instants, True, key=lambda t: held(t) + cost <= rule.capacity)] - now
+        if not peek and (allowed or write):
+            self.accounts = [own, *others]
+            for account in self.accounts:
+                account.write(now)
+            if allowed:
+                own.rule = rule
+                own.add(own.counts_from(now), cost)
+                for account in others:
+                    account.add(account.counts_from(now), from_other(account, now, cost))
+                held, instants = own.held(rule.capacity), own.instants(now)
+        reset = instants[bisect_left(instants, True, key=lambda t: held(t) == 0)] - now
+        return allowed, max(0, floor(rule.capacity - held(now))), retry, reset
+
+
+def from_other(account: Account, now: int, cost: int) -> int | Fraction:
+    """What an account takes on for an admission by another definition: a bucket never owes more than its own capacity for it."""
+    if account.rule.kind != "b":
+        return cost
+    capacity = account.rule.capacity
+    return min(cost, max(0, capacity - account.held(capacity)(now)))
