@@ -12,9 +12,20 @@ from libc.string cimport memcpy, memmove
 cdef extern from *:
     """
     #define RT_UNITS_MAX 4000000000LL  /* saturates stored counts; beyond any limit, so that no decision changes */
+    #ifdef RATETHROTTLE_DEBUG
+    #include <stdio.h>
+    #include <stdlib.h>
+    #define RT_DEBUG 1
+    #define RT_INVARIANT(what) do { if (!(what)) { fprintf(stderr, "broken invariant: %s\\n", #what); abort(); } } while (0)
+    #else
+    #define RT_DEBUG 0
+    #define RT_INVARIANT(what) ((void)0)
+    #endif
     #define RT_OVERFLOWS(a, b, product) __builtin_mul_overflow((int64_t)(a), (int64_t)(b), product)
     """
     const int64_t UNITS_MAX "RT_UNITS_MAX"
+    bint RT_DEBUG
+    void RT_INVARIANT(bint what) noexcept nogil
     bint RT_OVERFLOWS(int64_t a, int64_t b, int64_t* product) noexcept nogil
 
 
@@ -403,6 +414,33 @@ cdef inline int view_derive(View* own, const Terms* rule, const View* source, in
 cdef inline void view_free(View* view) noexcept nogil:
     if view.terms.kind == c"s":
         free(view.amount.window)
+
+
+cdef inline void view_audit(const View* view, int64_t now_us) noexcept nogil:
+    """Abort on a view that can't be (debug builds only)."""
+    cdef const Window* window
+    cdef int64_t total = 0, before_us = 0
+    cdef uint32_t i
+    if not RT_DEBUG:
+        return
+    if view.terms.kind == c"b":
+        RT_INVARIANT(0 <= view.amount.level_ticks < (<int64_t>1 << 53))
+        RT_INVARIANT(view.at_us <= now_us)
+    elif view.terms.kind == c"s":
+        window = view.amount.window
+        RT_INVARIANT(window.first + window.count <= window.room)
+        RT_INVARIANT(view.terms.slot_us > 1 or window.count <= EXACT_UNITS)
+        for i in range(window.first, window.first + window.count):
+            RT_INVARIANT(window.entries[i].at_us > before_us)
+            RT_INVARIANT(0 < window.entries[i].units <= UNITS_MAX)
+            before_us = window.entries[i].at_us
+            total += window.entries[i].units
+        RT_INVARIANT(total == window.total)
+        RT_INVARIANT(before_us <= slot_end(view.terms, now_us))
+    else:
+        RT_INVARIANT(view.at_us % view.terms.window_us == 0)
+        RT_INVARIANT(view.at_us <= now_us)
+        RT_INVARIANT(view.amount.counts.cur <= UNITS_MAX and view.amount.counts.prev <= UNITS_MAX)
 
 
 cdef inline int decide_views(View* views, int* count, const Terms* rule, int64_t now_us, int64_t cost,

@@ -14,7 +14,7 @@ from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 
 from ratethrottle._arithmetic cimport (
     KEEP, NEVER, NO_MEMORY, WRITE, Outcome, Terms, Units, View, Window, ceil_div, decide_views, judge, report, same_definition, settle,
-    view_ahead, view_charge, view_derive, view_free, view_fresh_at, view_rebase, view_roll, window_clone, window_drop, window_live,
+    view_ahead, view_audit, view_charge, view_derive, view_free, view_fresh_at, view_rebase, view_roll, window_clone, window_drop, window_live,
 )
 
 from asyncio import _get_running_loop as running_loop
@@ -177,6 +177,7 @@ cdef enum:
     SHARD_KEYS = 2048                      # keys of a full shard: rebuilding one takes well under a millisecond
     SHARD_ROOM_MIN = 8
     EVICTION_SAMPLE = 8
+    SWEEP_SLOTS = 16
 
 cdef struct Pair:                          # two definitions of one rule in use, so that each has its own account
     View own
@@ -190,6 +191,7 @@ cdef struct Slot:
 cdef struct Shard:
     uint32_t room
     uint32_t used
+    uint32_t hand                          # the slot that the next sweep of a full table begins with
     Slot* slots
     uint8_t* tags                          # a byte of the hash for each slot, 0 when empty: a probe reads these first
 
@@ -347,7 +349,7 @@ cdef int shard_rebuild(Shard* shard, int64_t now_us) noexcept nogil:
     for i in range(shard.room):
         if shard.tags[i] and slot_fresh_at(&shard.slots[i]) > now_us:
             kept += 1
-    rebuilt.used = 0
+    rebuilt.used = rebuilt.hand = 0
     rebuilt.room = max(<uint32_t>SHARD_ROOM_MIN, kept + kept // 3)
     rebuilt.slots = <Slot*>malloc(rebuilt.room * (sizeof(Slot) + 1))
     if rebuilt.slots == NULL:
@@ -512,10 +514,12 @@ cdef class KeyTable:
                     raise MemoryError
                 total = view.amount.window.total
             report(view.terms, view, now_us, total, out)
-            return 0
-        return self.decide_scalar(view, now_us, cost, out)
+        else:
+            self.decide_scalar(view, now_us, cost, out)
+        view_audit(view, now_us)
+        return 0
 
-    cdef inline int decide_scalar(self, View* stored, int64_t now_us, int64_t cost, Outcome* out) noexcept:
+    cdef inline void decide_scalar(self, View* stored, int64_t now_us, int64_t cost, Outcome* out) noexcept:
         cdef View view = stored[0]
         view_roll(&view, now_us)
         judge(view.terms, &view, now_us, cost, 0, 0, out)
@@ -523,7 +527,6 @@ cdef class KeyTable:
             view_charge(&view, now_us, cost)
             stored[0] = view
         report(view.terms, &view, now_us, 0, out)
-        return 0
 
     cdef int decide_general(self, const Terms* rule, Shard* shard, uint32_t index, int64_t now_us, int64_t cost,
                             Outcome* out) except -1:
@@ -532,12 +535,15 @@ cdef class KeyTable:
         cdef Slot* slot = &shard.slots[index]
         cdef int count = slot_views(slot, views)
         cdef Pair* pair = <Pair*>slot.view.amount.pair if slot.view.terms == NULL else <Pair*>malloc(sizeof(Pair))
-        cdef int status
+        cdef int status, i
         if pair == NULL:
             raise MemoryError
         status = decide_views(views, &count, rule, now_us, cost, out)
         if status == NO_MEMORY:
             raise MemoryError
+        if status == WRITE:
+            for i in range(count):
+                view_audit(&views[i], now_us)
         if status == WRITE and count == 2:
             pair.own = views[0]
             pair.other = views[1]
@@ -597,6 +603,8 @@ cdef class KeyTable:
         cdef int sampled = 0
         while shard.used == 0:
             shard = self.shards if shard == &self.shards[self.shard_count - 1] else shard + 1
+        if self.sweep(shard, now_us):
+            return now_us
         while sampled < EVICTION_SAMPLE:
             # xorshift64 (Marsaglia, 2003): which keys are sampled need not be a secret, only not the client's choice.
             self.random ^= self.random << 13
@@ -617,6 +625,20 @@ cdef class KeyTable:
         shard_remove(shard, victim)
         self.used -= 1
         return now_us
+
+    cdef bint sweep(self, Shard* shard, int64_t now_us) noexcept:
+        """Let go of the fresh keys among the next few slots: what is fresh must not push out what isn't."""
+        cdef int64_t before = self.used
+        cdef int scanned
+        for scanned in range(SWEEP_SLOTS):
+            if shard.hand >= shard.room:
+                shard.hand = 0
+            if shard.tags[shard.hand] and slot_fresh_at(&shard.slots[shard.hand]) <= now_us:
+                shard_remove(shard, shard.hand)   # what moves into this slot is looked at next
+                self.used -= 1
+            else:
+                shard.hand += 1
+        return self.used < before
 
     cdef Shard* locate_entry(self, Entry entry, Hash128* hashed) except NULL:
         return self.locate(entry.rule, entry.joined(), PyBytes_AS_STRING(entry.canonical) + 1,

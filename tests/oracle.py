@@ -97,7 +97,7 @@ class Account:
 
     def add(self, at: int, units: int | Fraction) -> None:
         """Put units in the log; a window without slots remembers only its newest 64."""
-        self.log += [(at, units)] if units else []
+        self.log = [*self.log, (at, units)] if units else self.log
         if self.rule.slot_us == 1:
             newest: list[tuple[int, int | Fraction]] = []
             left: int | Fraction = EXACT
