@@ -12,7 +12,9 @@ from benchmarks.timing import machine
 async def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="What a decision costs, here and at the peers.")
-    parser.add_argument("suites", nargs="*", metavar="suite", help="local (by regime, with the peers) or scale (the key table); default: both")
+    parser.add_argument(
+        "suites", nargs="*", metavar="suite", help="local (by regime, with the peers) or scale (the key table); default: both"
+    )
     parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds of `local` (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="smaller tables and fewer rounds: seconds instead of minutes")
     args = parser.parse_args()

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
+
+from aiolimiter import AsyncLimiter
+from limits import RateLimitItemPerSecond
+from limits.aio.storage import MemoryStorage
+from limits.aio.strategies import FixedWindowRateLimiter, MovingWindowRateLimiter, SlidingWindowCounterRateLimiter
+from throttled.asyncio import RateLimiterType, Throttled, rate_limiter
 
 from benchmarks.timing import Subject, await_empty, interleave, table
 from ratethrottle import InMemoryStorage, RateThrottleCore, RateThrottleRule
@@ -14,14 +21,14 @@ YEAR_S = 365 * 86_400
 
 
 def limiter(strategy: str, limit: int, window: float, max_keys: int = 1_000_000) -> RateThrottleCore:
-    """A limiter with one rule, in memory."""
+    """Make a limiter with one rule, in memory."""
     return RateThrottleCore(
         InMemoryStorage(max_keys=max_keys), rules=[RateThrottleRule("bench", limit, window, strategy=strategy)]
     )
 
 
 def hit(strategy: str) -> Subject:
-    """One key that is there and always allowed."""
+    """Check one key that is there and always allowed."""
     core = limiter(strategy, 1_000_000_000, 1)
 
     async def run(n: int) -> int:
@@ -34,7 +41,7 @@ def hit(strategy: str) -> Subject:
 
 
 def denied(strategy: str) -> Subject:
-    """One key that is there and always denied."""
+    """Check one key that is there and always denied."""
     core = limiter(strategy, 1, YEAR_S)
 
     async def run(n: int) -> int:
@@ -48,7 +55,7 @@ def denied(strategy: str) -> Subject:
 
 
 def fresh(strategy: str, max_keys: int) -> Subject:
-    """A key never seen before each time; the table grows, or is full and evicts when `max_keys` is small."""
+    """Check a key never seen before each time; the table grows, or is full and evicts when `max_keys` is small."""
     core = limiter(strategy, 100, YEAR_S, max_keys)
     seen = 0
 
@@ -65,7 +72,7 @@ def fresh(strategy: str, max_keys: int) -> Subject:
 
 
 def peers() -> dict[str, tuple[Subject, int]]:
-    """The peers that are installed, each on one keyed decision in memory (aiolimiter has one bucket for all keys)."""
+    """Set up the peers, each on one keyed decision in memory (aiolimiter has one bucket for all keys)."""
     found: dict[str, tuple[Subject, int]] = {}
 
     def add(name: str, decide: Callable[[], Any]) -> None:
@@ -77,32 +84,17 @@ def peers() -> dict[str, tuple[Subject, int]]:
 
         found[name] = (run, 2_000)
 
-    try:
-        from limits import RateLimitItemPerSecond
-        from limits.aio.storage import MemoryStorage
-        from limits.aio.strategies import FixedWindowRateLimiter, MovingWindowRateLimiter, SlidingWindowCounterRateLimiter
-    except ImportError:
-        pass
-    else:
-        item = RateLimitItemPerSecond(1_000_000_000)
-        for kind in (FixedWindowRateLimiter, SlidingWindowCounterRateLimiter):
-            add(f"limits {kind.__name__.removesuffix('RateLimiter')}", lambda one=kind(MemoryStorage()): one.hit(item, "user:42"))
-        few = RateLimitItemPerSecond(100)
-        add("limits MovingWindow", lambda one=MovingWindowRateLimiter(MemoryStorage()): one.hit(few, "user:42"))
-    try:
-        from throttled.asyncio import RateLimiterType, Throttled, rate_limiter
-    except ImportError:
-        pass
-    else:
-        for using in (RateLimiterType.FIXED_WINDOW, RateLimiterType.TOKEN_BUCKET, RateLimiterType.GCRA):
-            one = Throttled(using=using.value, quota=rate_limiter.per_sec(1_000_000_000, burst=1_000_000_000))
-            add(f"throttled-py {using.value}", lambda one=one: one.limit("user:42"))
-    try:
-        from aiolimiter import AsyncLimiter
-    except ImportError:
-        pass
-    else:
-        add("aiolimiter (one key only)", AsyncLimiter(1_000_000_000, 1).acquire)
+    per_second = RateLimitItemPerSecond(1_000_000_000)
+    fixed, counter = FixedWindowRateLimiter(MemoryStorage()), SlidingWindowCounterRateLimiter(MemoryStorage())
+    add("limits FixedWindow", lambda: fixed.hit(per_second, "user:42"))
+    add("limits SlidingWindowCounter", lambda: counter.hit(per_second, "user:42"))
+    # Its log costs more the more it holds, so it gets a limit that it reaches.
+    few, log = RateLimitItemPerSecond(100), MovingWindowRateLimiter(MemoryStorage())
+    add("limits MovingWindow", lambda: log.hit(few, "user:42"))
+    for using in (RateLimiterType.FIXED_WINDOW, RateLimiterType.TOKEN_BUCKET, RateLimiterType.GCRA):
+        one = Throttled(using=using.value, quota=rate_limiter.per_sec(1_000_000_000, burst=1_000_000_000))
+        add(f"throttled-py {using.value}", partial(one.limit, "user:42"))
+    add("aiolimiter (one key only)", AsyncLimiter(1_000_000_000, 1).acquire)
     return found
 
 

@@ -19,7 +19,7 @@ async def bytes_per_key(keys: int) -> None:
         slowest = 0
         for i in range(keys):
             start = time.perf_counter_ns()
-            core.check(f"user:{i}")
+            await core.check(f"user:{i}")
             slowest = max(slowest, time.perf_counter_ns() - start)
         storage: InMemoryStorage = core._storage
         rows.append((strategy, f"{storage.size_bytes / keys:.1f}", f"{slowest / 1000:,.0f}"))
@@ -35,7 +35,7 @@ async def check_by_size(largest: int) -> None:
     while keys <= largest:
         progress(f"a check among {keys:,} keys")
         for i in range(filled, keys):
-            core.check(f"user:{i}")
+            await core.check(f"user:{i}")
         filled = keys
         best = []
         for _ in range(5):
@@ -59,11 +59,13 @@ async def floods(max_keys: int) -> None:
         survived = []
         for attempt in range(5):
             progress(f"a flood {name}, {attempt + 1} of 5")
-            core = RateThrottleCore(InMemoryStorage(max_keys=max_keys), rules=[RateThrottleRule("bench", 10, 3600, strategy="token_bucket")])
+            core = RateThrottleCore(
+                InMemoryStorage(max_keys=max_keys), rules=[RateThrottleRule("bench", 10, 3600, strategy="token_bucket")]
+            )
             await core.check("victim", cost=10)
             count = 10 * max_keys
             for i in range(count):
-                core.check(f"flood:{i}", cost=units)
+                await core.check(f"flood:{i}", cost=units)
                 if i % 128 == 0 and (await core.peek("victim")).remaining > 5:
                     count = i
                     break

@@ -7,7 +7,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,8 +16,10 @@ Subject = Callable[[int], Awaitable[int]]
 
 
 def machine() -> str:
-    """The machine, the versions and the date, for the head of a table."""
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "?")
+    """Name the machine, the versions and the date, for the head of a table."""
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "?"
+    )
     return f"{cpu}, {platform.system()} {platform.release()}, CPython {platform.python_version()}, {datetime.now(UTC):%Y-%m-%d}"
 
 
@@ -39,16 +41,20 @@ def progress(text: str) -> None:
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def table(title: str, head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def table(title: str, head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     """Print rows under a title, columns as wide as they need to be."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     print(f"\n{title}")
     for row in [head, *rows]:
-        print("  " + row[0].ljust(widths[0]) + "".join(cell.rjust(width + 2) for cell, width in zip(row[1:], widths[1:], strict=True)))
+        print(
+            "  "
+            + row[0].ljust(widths[0])
+            + "".join(cell.rjust(width + 2) for cell, width in zip(row[1:], widths[1:], strict=True))
+        )
 
 
 async def empty() -> None:
-    """The yardstick: what awaiting nothing costs."""
+    """Do nothing: awaiting this is the yardstick."""
 
 
 async def await_empty(n: int) -> int:

@@ -451,7 +451,7 @@ cdef inline int decide_views(View* views, int* count, const Terms* rule, int64_t
     """
     cdef View own, other
     cdef bint rebased = False, derived = False, has_other = False
-    cdef int i, own_index = -1, status
+    cdef int i, own_index = -1
     cdef uint32_t expired = 0
     cdef int64_t total = 0
     for i in range(count[0]):

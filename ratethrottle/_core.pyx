@@ -1,3 +1,4 @@
+# cython: auto_pickle=False, autotestdict=False
 """The compiled core: arithmetic, key table, decisions, and the limiter's `check`.
 
 `docs/arithmetic.md` specifies every number that is computed here. Nothing in this module does I/O, and the arithmetic
@@ -13,8 +14,9 @@ from libc.string cimport memcpy, memset
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 
 from ratethrottle._arithmetic cimport (
-    KEEP, NEVER, NO_MEMORY, WRITE, Outcome, Terms, Units, View, Window, ceil_div, decide_views, judge, report, same_definition, settle,
-    view_ahead, view_audit, view_charge, view_derive, view_free, view_fresh_at, view_rebase, view_roll, window_clone, window_drop, window_live,
+    ceil_div, decide_views, judge, KEEP, NO_MEMORY, Outcome, report, same_definition, settle, Terms, Units, View,
+    view_ahead, view_audit, view_charge, view_derive, view_free, view_fresh_at, view_rebase, view_roll, Window,
+    window_clone, window_drop, window_live, WRITE,
 )
 
 from asyncio import _get_running_loop as running_loop
@@ -205,12 +207,23 @@ cdef inline uint64_t rotl(uint64_t x, int by) noexcept nogil:
 
 
 cdef inline void sip_round(uint64_t* v) noexcept nogil:
-    v[0] += v[1]; v[2] += v[3]
-    v[1] = rotl(v[1], 13) ^ v[0]; v[3] = rotl(v[3], 16) ^ v[2]
+    v[0] += v[1]
+    v[2] += v[3]
+    v[1] = rotl(v[1], 13) ^ v[0]
+    v[3] = rotl(v[3], 16) ^ v[2]
     v[0] = rotl(v[0], 32)
-    v[2] += v[1]; v[0] += v[3]
-    v[1] = rotl(v[1], 17) ^ v[2]; v[3] = rotl(v[3], 21) ^ v[0]
+    v[2] += v[1]
+    v[0] += v[3]
+    v[1] = rotl(v[1], 17) ^ v[2]
+    v[3] = rotl(v[3], 21) ^ v[0]
     v[2] = rotl(v[2], 32)
+
+
+cdef inline uint64_t sip_finish(uint64_t* v) noexcept nogil:
+    cdef int _round
+    for _round in range(3):
+        sip_round(v)
+    return v[0] ^ v[1] ^ v[2] ^ v[3]
 
 
 cdef inline Hash128 siphash(uint64_t k0, uint64_t k1, const char* data, Py_ssize_t length) noexcept nogil:
@@ -247,11 +260,9 @@ cdef inline Hash128 siphash(uint64_t k0, uint64_t k1, const char* data, Py_ssize
     sip_round(v)
     v[0] ^= word
     v[2] ^= 0xee
-    sip_round(v); sip_round(v); sip_round(v)
-    result.lo = v[0] ^ v[1] ^ v[2] ^ v[3]
+    result.lo = sip_finish(v)
     v[1] ^= 0xdd
-    sip_round(v); sip_round(v); sip_round(v)
-    result.hi = v[0] ^ v[1] ^ v[2] ^ v[3]
+    result.hi = sip_finish(v)
     return result
 
 
@@ -629,8 +640,8 @@ cdef class KeyTable:
     cdef bint sweep(self, Shard* shard, int64_t now_us) noexcept:
         """Let go of the fresh keys among the next few slots: what is fresh must not push out what isn't."""
         cdef int64_t before = self.used
-        cdef int scanned
-        for scanned in range(SWEEP_SLOTS):
+        cdef int _scanned
+        for _scanned in range(SWEEP_SLOTS):
             if shard.hand >= shard.room:
                 shard.hand = 0
             if shard.tags[shard.hand] and slot_fresh_at(&shard.slots[shard.hand]) <= now_us:

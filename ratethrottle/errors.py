@@ -1,4 +1,4 @@
-"""The errors, all of them under `RateThrottleError`:
+"""The errors, all of them under `RateThrottleError`.
 
     RateThrottleError
     ├── ConfigurationError (ValueError)
@@ -61,10 +61,7 @@ class RateLimitExceeded(RateThrottleError):
         self.decision = decision
 
     def __str__(self) -> str:
-        return (
-            f"rule {self.decision.rule!r} allows {self.decision.limit}; "
-            f"retry in {self.decision.retry_after} s"
-        )
+        return f"rule {self.decision.rule!r} allows {self.decision.limit}; retry in {self.decision.retry_after} s"
 
 
 class LimiterClosed(RateThrottleError):

@@ -104,7 +104,8 @@ class RateThrottleCore(Limiter):
 
     async def peek(self, key: Key, rule: str | None = None, *, cost: int = 1) -> Decision:
         """Say what `check` would decide now, and consume nothing. `remaining` is what is left now. Raises what `check` raises."""
-        return await self._storage.peek(self._entry(key, rule, cost))
+        decision: Decision = await self._storage.peek(self._entry(key, rule, cost))
+        return decision
 
     async def reset(self, key: Key, rule: str | None = None) -> None:
         """Forget what the key has used under the rule. Raises what `check` raises."""
@@ -124,7 +125,9 @@ class RateThrottleCore(Limiter):
         await self.aclose()
 
     def __repr__(self) -> str:
-        return f"<RateThrottleCore {type(self._storage).__name__} rules={sorted(self._by_name)}{' closed' if self._closed else ''}>"
+        return (
+            f"<RateThrottleCore {type(self._storage).__name__} rules={sorted(self._by_name)}{' closed' if self._closed else ''}>"
+        )
 
     def _request(self, request: Key | Request) -> Entry:
         if isinstance(request, Request):

@@ -161,7 +161,7 @@ class RateThrottleRule:
 
 
 def largest_fraction(rate: Fraction, most: int) -> Fraction:
-    """The largest fraction ≤ `rate` (positive) with a denominator of at most `most`.
+    """Find the largest fraction ≤ `rate` (positive) with a denominator of at most `most`.
 
     Source: the Stern–Brocot tree (Graham, Knuth and Patashnik, «Concrete Mathematics», 4.5), runs taken in one step.
     """

@@ -53,7 +53,7 @@ class Account:
         steps = ceil(Fraction(window, rule.coarse_us))
         return lambda t: (
             min(capacity, by_window[t // window])
-            + min(capacity, by_window[t // window - 1]) * (1 - Fraction(t % window // rule.coarse_us, steps))
+            + Fraction(min(capacity, by_window[t // window - 1]) * (steps - t % window // rule.coarse_us), steps)
         )
 
     def instants(self, now: int) -> Sequence[int]:
@@ -129,8 +129,8 @@ class Oracle:
     def __init__(self) -> None:
         self.accounts: list[Account] = []
 
-    def decide(self, rule: CompiledRule, now: int, cost: int, peek: bool = False) -> Answer:
-        """Decide at `now`, and consume if allowed."""
+    def check(self, rule: CompiledRule, now: int, cost: int, *, consume: bool = True) -> Answer:
+        """Decide at `now`; consume if allowed."""
         accounts = [Account(account.rule, account.log, account.seen) for account in self.accounts]
         write = any([account.rebase(now) for account in accounts])
         own = next((account for account in accounts if definition(account.rule) == definition(rule)), None)
@@ -138,13 +138,11 @@ class Oracle:
         if own is None:
             own = derive(rule, Account(accounts[0].rule, accounts[0].log, accounts[0].seen) if accounts else None, now)
             write |= own.held(1)(now) > 0
-        held = own.held(rule.capacity)
-        allowed = held(now) + cost <= rule.capacity
-        instants = own.instants(now)
-        retry = -1
-        if cost <= rule.capacity:
-            retry = instants[bisect_left(instants, True, key=lambda t: held(t) + cost <= rule.capacity)] - now
-        if not peek and (allowed or write):
+        held, room, instants = own.held(rule.capacity), rule.capacity - cost, own.instants(now)
+        allowed, retry = held(now) <= room, -1
+        if room >= 0:
+            retry = instants[bisect_left(instants, True, key=lambda t: held(t) <= room)] - now
+        if consume and (allowed or write):
             self.accounts = [own, *others]
             for account in self.accounts:
                 account.write(now)

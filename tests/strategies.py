@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
 
 from hypothesis import strategies as st
 
@@ -14,6 +16,13 @@ STRATEGIES = ("sliding_window", "token_bucket", "leaky_bucket", "sliding_counter
 SHAPES = ((1, 0.001), (3, 1), (5, 0.007), (64, 1), (65, 1), (1000, 10), (7, 60), (99_991, 3600), (123_457, 86_400), (10**9, 86_400))
 
 
+def make_rule(strategy: str, limit: int, window_us: int, burst: int | None = None) -> RateThrottleRule:
+    """A rule named "rule"; `burst` counts for buckets only."""
+    burst = burst if strategy.endswith("bucket") else None
+    return RateThrottleRule("rule", limit, timedelta(microseconds=window_us), strategy=strategy, burst=burst)
+
+
+@cache
 def known_rules() -> list[RateThrottleRule]:
     """Every strategy in small, large, exact, slotted, coarse and rounded shapes."""
     rules = []

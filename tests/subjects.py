@@ -31,15 +31,15 @@ class Core:
         self.table = KeyTable(clock_us=lambda: self.now_us)
         self.limiter = Limiter(_Storage(self.table))
 
-    def entry(self, rule: CompiledRule, cost: int) -> Entry:
-        """A validated check of the one key."""
+    def entry(self, rule: CompiledRule, cost: int, key: str = "key") -> Entry:
+        """A validated check."""
         self.limiter._install(rule)
-        return self.limiter._entry("key", rule.name, cost)
+        return self.limiter._entry(key, rule.name, cost)
 
-    def check(self, rule: CompiledRule, now_us: int, cost: int, *, consume: bool = True) -> Answer:
-        """Decide."""
+    def check(self, rule: CompiledRule, now_us: int, cost: int, *, consume: bool = True, key: str = "key") -> Answer:
+        """Decide. Raises CostExceedsLimit, where the others deny for ever."""
         self.now_us = now_us
-        entry = self.entry(rule, cost)
+        entry = self.entry(rule, cost, key)
         decision = self.table.decide(entry) if consume else self.table.peek(entry)
         retry_us = decision.retry_after_us
         return decision.allowed, decision.remaining, -1 if retry_us == NEVER_US else retry_us, decision.reset_after_us

@@ -11,8 +11,9 @@ from ratethrottle._core import Decision, Entry, KeyTable
 class Storage(Protocol):
     """What a limiter asks of a storage. Every method raises `StorageError` when there is no answer within the deadline."""
 
-    table: KeyTable | None
-    """Decides at once, in compiled code; None where the network is needed."""
+    @property
+    def table(self) -> KeyTable | None:
+        """What decides at once, in compiled code; None where the network is needed."""
 
     async def decide_one(self, entry: Entry) -> Decision:
         """Decide and consume."""

@@ -30,7 +30,7 @@ class KeyLayout:
         self._tags = tags
 
     def state_key(self, entry: Entry) -> bytes:
-        """The key of the entry's state."""
+        """Name the key of the entry's state."""
         canonical = entry.canonical
         tag = crc32(canonical[1:]) % self._tags
         if len(canonical) > KEY_BYTES_MAX + 1:

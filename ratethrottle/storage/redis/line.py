@@ -64,7 +64,9 @@ class Line:
     async def call(self, script: Script, keys: list[bytes], args: list[bytes]) -> list[Any]:
         """Run a script; returns its reply without the request id. Raises a StorageError within the deadline."""
         if len(self._waiting) >= self._max_waiting:
-            raise StorageUnavailable(f"{self._max_waiting} calls are waiting for Redis already; that is this process's load, not an outage")
+            raise StorageUnavailable(
+                f"{self._max_waiting} calls are waiting for Redis already; that is this process's load, not an outage"
+            )
         deadline = self._loop.time() + self._deadline_s
         call = Call(script, keys, args, deadline, self._loop.create_future())
         self._waiting.append(call)
@@ -181,7 +183,7 @@ class Line:
 
 
 def refused(error: BaseException) -> StorageError:
-    """The error of ours for what redis-py or the system says. Names kinds, never what was sent or who asked."""
+    """Make the error of ours for what redis-py or the system says. Names kinds, never what was sent or who asked."""
     failure: StorageError
     if isinstance(error, (redis.AuthenticationError, redis.exceptions.AuthorizationError)):
         failure = StorageUnavailable("Redis refused the user or the password; check the client's credentials")
@@ -192,7 +194,9 @@ def refused(error: BaseException) -> StorageError:
     elif isinstance(error, redis.ResponseError):
         text = str(error)
         if "RATETHROTTLE" in text:
-            failure = StorageProtocolError(f"the script refused the call: {text.partition('RATETHROTTLE ')[2].partition(' script:')[0]}")
+            failure = StorageProtocolError(
+                f"the script refused the call: {text.partition('RATETHROTTLE ')[2].partition(' script:')[0]}"
+            )
         else:
             kind = text.split(" ", 1)[0]
             failure = StorageUnavailable(f"Redis refuses to serve us: {kind if kind.isupper() else type(error).__name__}")

@@ -21,11 +21,11 @@ class Script:
     header: dict[str, tuple[str, ...]]
 
     def body(self, shebang: bool) -> bytes:
-        """What to load. With `#!lua` Redis 7 refuses the script on a demoted replica before it runs."""
+        """Return what to load. With `#!lua` Redis 7 refuses the script on a demoted replica before it runs."""
         return SHEBANG + self.text if shebang else self.text
 
     def sha(self, shebang: bool) -> bytes:
-        """The name that EVALSHA calls it by."""
+        """Return the name that EVALSHA calls it by."""
         return sha1(self.body(shebang), usedforsecurity=False).hexdigest().encode()
 
 

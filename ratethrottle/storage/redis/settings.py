@@ -22,11 +22,38 @@ from ratethrottle.errors import ConfigurationError, StorageUnavailable
 # What our connections decide for themselves, or can't take from a client: its parser may be the synchronous one, its retries
 # would resend what may have run, its decoding would cost time and fail on bytes.
 OURS = frozenset(
-    "retry retry_on_error retry_on_timeout health_check_interval parser_class encoder_class decode_responses encoding encoding_errors "
-    "connection_pool event_dispatcher driver_info lib_name lib_version legacy_responses himport_registry protocol socket_timeout "
-    "socket_connect_timeout socket_read_size redis_connect_func command_packer maint_notifications_config maintenance_state "
-    "maint_notifications_pool_handler maintenance_notification_hash orig_host_address orig_socket_timeout "
-    "orig_socket_connect_timeout oss_cluster_maint_notifications_handler".split()
+    {
+        "command_packer",
+        "connection_pool",
+        "decode_responses",
+        "driver_info",
+        "encoder_class",
+        "encoding",
+        "encoding_errors",
+        "event_dispatcher",
+        "health_check_interval",
+        "himport_registry",
+        "legacy_responses",
+        "lib_name",
+        "lib_version",
+        "maint_notifications_config",
+        "maint_notifications_pool_handler",
+        "maintenance_notification_hash",
+        "maintenance_state",
+        "orig_host_address",
+        "orig_socket_connect_timeout",
+        "orig_socket_timeout",
+        "oss_cluster_maint_notifications_handler",
+        "parser_class",
+        "protocol",
+        "redis_connect_func",
+        "retry",
+        "retry_on_error",
+        "retry_on_timeout",
+        "socket_connect_timeout",
+        "socket_read_size",
+        "socket_timeout",
+    }
 )
 
 
@@ -40,7 +67,7 @@ class Settings:
                 f"RedisStorage takes a client of redis-py (redis.asyncio.Redis, redis.Redis or a Sentinel's master_for), not a "
                 f"{type(client).__name__}" + (": clusters are not supported yet" if cluster else "")
             )
-        pool = client.connection_pool
+        pool: Any = client.connection_pool  # the pools of redis-py's two halves and of its sentinels have no common type
         self._deadline_s = deadline_s
         self._sentinels: list[Settings] = []
         self._master = ""
@@ -60,7 +87,7 @@ class Settings:
             kwargs["host"], kwargs["port"] = await self._master_address()
         connection = self._class(**kwargs)
         try:
-            await connection.connect()
+            await connection.connect()  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
         except BaseException:
             await connection.disconnect(nowait=True)
             raise
@@ -85,13 +112,17 @@ class Settings:
 
 
 def asyncio_twin(connection_class: type) -> type[AbstractConnection]:
-    """The asyncio connection class that connects as `connection_class` does."""
+    """Find the asyncio connection class that connects as `connection_class` does."""
     if issubclass(connection_class, AbstractConnection):
         if issubclass(connection_class, redis.asyncio.sentinel.SentinelManagedConnection):
-            return redis.asyncio.SSLConnection if issubclass(connection_class, redis.asyncio.SSLConnection) else redis.asyncio.Connection
+            return (
+                redis.asyncio.SSLConnection
+                if issubclass(connection_class, redis.asyncio.SSLConnection)
+                else redis.asyncio.Connection
+            )
         return connection_class
     if connection_class.__module__.partition(".")[0] == "fakeredis":
-        from fakeredis.aioredis import FakeAsyncRedisConnection
+        from fakeredis.aioredis import FakeAsyncRedisConnection  # noqa: PLC0415  # a test tool, that only its users have
 
         return FakeAsyncRedisConnection
     if issubclass(connection_class, redis.SSLConnection):
@@ -102,7 +133,7 @@ def asyncio_twin(connection_class: type) -> type[AbstractConnection]:
 
 
 def own_kwargs(connection_class: type, theirs: Mapping[str, Any], deadline_s: float) -> dict[str, Any]:
-    """The arguments of a connection of ours: where and as whom from theirs, how from us."""
+    """Build the arguments of a connection of ours: where and as whom from theirs, how from us."""
     fake = "fakeredis" in connection_class.__module__
     accepted = {
         name

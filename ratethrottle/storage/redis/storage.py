@@ -57,7 +57,9 @@ class RedisStorage:
         if scheme in ("redis+sentinel", "rediss+sentinel"):
             raise ConfigurationError(f"{scheme}:// comes in a later version; pass a Sentinel's master_for(...) to RedisStorage")
         if scheme not in SCHEMES:
-            raise ConfigurationError(f"redis_url begins with {scheme + '://' if scheme else 'no scheme'!r}; use redis://, rediss:// or unix://")
+            raise ConfigurationError(
+                f"redis_url begins with {scheme + '://' if scheme else 'no scheme'!r}; use redis://, rediss:// or unix://"
+            )
         try:
             client = redis.asyncio.Redis.from_url(url)
         except ValueError as error:
@@ -111,11 +113,12 @@ class RedisStorage:
             raise StorageProtocolError("the reply has not as many decisions as there were checks")
         answers = iter(reply[1:])
         return [
-            entry.decided("redis", bool(next(answers)), int(next(answers)), int(next(answers)), int(next(answers))) for entry in entries
+            entry.decided("redis", bool(next(answers)), int(next(answers)), int(next(answers)), int(next(answers)))
+            for entry in entries
         ]
 
     def _line(self) -> Line:
-        """This loop's line. A forked child gets its own: what it inherited is the parent's, so it is kept unclosed and unused."""
+        """Return this loop's line. A forked child gets its own: what it inherited is the parent's, so it is kept unclosed and unused."""
         if self._closed:
             raise StorageUnavailable("the storage is closed")
         if self._process != os.getpid():

@@ -1,0 +1,5 @@
+"""`python -m ratethrottle.cli`: the command, where no script is installed."""
+
+from ratethrottle.cli import main
+
+raise SystemExit(main())
