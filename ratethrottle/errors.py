@@ -23,6 +23,15 @@ if TYPE_CHECKING:
     from ratethrottle._core import Decision
 
 
+def shown(value: object) -> str:
+    """Give a value as a message may show it: its repr, of at most 60 characters. Never raises; not for keys and URLs."""
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001  # somebody else's __repr__, or an int of more digits than Python prints
+        return f"a {type(value).__name__} that can't be shown"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 class RateThrottleError(Exception):
     """Any error of this library."""
 
@@ -47,7 +56,7 @@ class CostExceedsLimit(InvalidRequest):
 
     def __str__(self) -> str:
         return (
-            f"a cost of {self.cost} can never be allowed: rule {self.rule!r} has a capacity of {self.capacity}; "
+            f"a cost of {shown(self.cost)} can never be allowed: rule {self.rule!r} has a capacity of {self.capacity}; "
             "split the request or raise the limit"
         )
 
@@ -61,7 +70,9 @@ class RateLimitExceeded(RateThrottleError):
         self.decision = decision
 
     def __str__(self) -> str:
-        return f"rule {self.decision.rule!r} allows {self.decision.limit}; retry in {self.decision.retry_after} s"
+        denied = self.decision
+        when = f"retry in {denied.retry_after:.6g} s" if denied.retry_after != float("inf") else "it can never be allowed"
+        return f"rule {denied.rule!r} denied a cost of {denied.cost} with {denied.remaining} of {denied.limit} left; {when}"
 
 
 class LimiterClosed(RateThrottleError):

@@ -11,7 +11,7 @@ from fractions import Fraction
 from typing import Any, Final, cast
 
 from ratethrottle._core import CompiledRule
-from ratethrottle.errors import ConfigurationError
+from ratethrottle.errors import ConfigurationError, shown
 
 MAX_UNITS: Final = 10**9
 MIN_WINDOW_US: Final = 1_000
@@ -30,7 +30,8 @@ EXACT_LIMIT: Final = 64  # a sliding window keeps every admission up to this lim
 SLOTS: Final = 64
 
 NAME = re.compile(r"[A-Za-z0-9_.-]+\Z")
-RATE = re.compile(r"\s*(\d[\d_]*)\s*(?:/|\bper\b)\s*(\d+(?:\.\d+)?)?\s*([A-Za-zµ]+)\s*\Z")
+# No more digits than any limit or window has: what follows is computed exactly, and must stay cheap and finite.
+RATE = re.compile(r"\s*(\d[\d_]{0,14})\s*(?:/|\bper\b)\s*(\d{1,15}(?:\.\d{1,15})?)?\s*([A-Za-z]+)\s*\Z", re.ASCII)
 UNITS_S: Final = {
     "ms": Fraction(1, 1000),
     "millisecond": Fraction(1, 1000),
@@ -41,6 +42,7 @@ UNITS_S: Final = {
     "min": Fraction(60),
     "minute": Fraction(60),
     "h": Fraction(3600),
+    "hr": Fraction(3600),
     "hour": Fraction(3600),
     "d": Fraction(86400),
     "day": Fraction(86400),
@@ -68,13 +70,13 @@ class RateThrottleRule:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not NAME.match(self.name):
             raise ConfigurationError(
-                f"the name of a rule is letters, digits and any of _ . - (it becomes part of a key), not {self.name!r}"
+                f"the name of a rule is letters, digits and any of _ . - (it becomes part of a key), not {shown(self.name)}"
             )
-        if self.strategy not in STRATEGIES:
+        if not isinstance(self.strategy, str) or self.strategy not in STRATEGIES:
             near = difflib.get_close_matches(str(self.strategy), STRATEGIES, 1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ConfigurationError(
-                f"rule {self.name!r} has no strategy {self.strategy!r}: {hint}there are {', '.join(STRATEGIES)}"
+                f"rule {self.name!r} has no strategy {shown(self.strategy)}: {hint}there are {', '.join(STRATEGIES)}"
             )
         _check_units(self.name, "limit", self.limit)
         if self.burst is not None:
@@ -96,10 +98,13 @@ class RateThrottleRule:
         seconds = UNITS_S.get(unit) or UNITS_S.get(unit.removesuffix("s"))
         if found is None or seconds is None:
             raise ConfigurationError(
-                f'rule {name!r}: {rate!r} is not a rate; write it as "1000/minute", "10/s", "100 per 5 minutes" or "5/15m"'
+                f'rule {shown(name)}: {shown(rate)} is not a rate; write it as "1000/minute", "10/s", "100 per 5 minutes" or "5/15m"'
             )
         window = Fraction(found[2] or 1) * seconds
-        exact = timedelta(microseconds=int(window * 1_000_000)) if (window * 1_000_000).denominator == 1 else float(window)
+        window_us = window * 1_000_000
+        exact: float | timedelta = int(window) if window.denominator == 1 else float(window)
+        if window.denominator != 1 and window_us.denominator == 1 and window_us <= MAX_WINDOW_US:
+            exact = timedelta(microseconds=int(window_us))
         return cls(name, int(found[1].replace("_", "")), exact, **options)
 
     @property
@@ -144,20 +149,54 @@ class RateThrottleRule:
     def _ticks(self, window_us: int) -> tuple[int, int]:
         if self.capacity * window_us > MAX_DRAIN_US * self.limit:
             raise ConfigurationError(
-                f"rule {self.name!r}: a burst of {self.capacity} at {self.limit} per {window_us / 1e6:g} s takes over "
-                f"{MAX_DRAIN_US / 86400e6 / 366:.0f} years to come back; choose a smaller burst or a higher rate"
+                f"rule {self.name!r}: a burst of {self.capacity} at {self.limit} per {window_us / 1e6:.12g} s takes longer to come "
+                f"back than a rule can count (2^48 µs, almost 9 years); the largest burst at this rate is "
+                f"{MAX_DRAIN_US * self.limit // window_us}"
             )
-        rate = Fraction(self.limit, window_us)
-        most = (TICKS - 1) // self.capacity
-        if rate.denominator <= most:
-            return rate.denominator, rate.numerator
-        near = largest_fraction(rate, most)
-        if near.numerator == 0 or (rate - near) / rate >= Fraction(1, 10**9):
+        rate = fitting_rate(self.limit, window_us, self.capacity)
+        if rate is None:
+            what = "limit" if self.burst is None else "burst"
+            near = (
+                nearest_limit(self.limit, window_us) if self.burst is None else largest_burst(self.limit, window_us, self.burst)
+            )
             raise ConfigurationError(
-                f"rule {self.name!r}: {self.limit} per {window_us} µs with a burst of {self.capacity} has no exact rate in 52 bits, "
-                "nor one within a billionth; choose a rounder limit or window, or a smaller burst"
+                f"rule {self.name!r}: {self.limit} per {window_us / 1e6:.12g} s with a burst of {self.capacity} can't be counted to "
+                f"within a billionth; the nearest {what} that can is {near}"
             )
-        return near.denominator, near.numerator
+        return rate.denominator, rate.numerator
+
+
+def fitting_rate(limit: int, window_us: int, capacity: int) -> Fraction | None:
+    """Find the units per µs that a bucket drains by: `limit` / `window_us`, or the nearest below it with `capacity` ticks < 2^52.
+
+    None if that is 10^-9 of the rate away, or more.
+    """
+    rate, most = Fraction(limit, window_us), (TICKS - 1) // capacity
+    if rate.denominator <= most:
+        return rate
+    near = largest_fraction(rate, most)
+    return near if (rate - near) * 10**9 < rate else None
+
+
+def largest_burst(limit: int, window_us: int, below: int) -> int:
+    """Find the largest burst under `below` that fits: the fewer units, the finer the ticks, and one unit always fits."""
+    fits, fails = 1, below
+    while fails - fits > 1:
+        middle = (fits + fails) // 2
+        if fitting_rate(limit, window_us, middle) is None:
+            fails = middle
+        else:
+            fits = middle
+    return fits
+
+
+def nearest_limit(limit: int, window_us: int) -> int:
+    """Find the nearest limit, the lower of two, that fits as its own burst; one unit always does."""
+    for distance in range(1, limit):
+        for near in (limit - distance, limit + distance):
+            if near <= MAX_UNITS and fitting_rate(near, window_us, near) is not None:
+                return near
+    return 1
 
 
 def largest_fraction(rate: Fraction, most: int) -> Fraction:
@@ -183,26 +222,27 @@ def largest_fraction(rate: Fraction, most: int) -> Fraction:
 
 def _check_units(name: str, what: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigurationError(f"rule {name!r}: {what} is {value!r}; it is a whole number (int) of units")
+        raise ConfigurationError(f"rule {name!r}: {what} is {shown(value)}; it is a whole number (int) of units")
     if not 1 <= value <= MAX_UNITS:
-        raise ConfigurationError(f"rule {name!r}: {what} is {value}; it is from 1 to {MAX_UNITS} units")
+        raise ConfigurationError(f"rule {name!r}: {what} is {shown(value)}; it is from 1 to {MAX_UNITS:,} units")
 
 
 def _window_us(name: str, window: object) -> int:
     if isinstance(window, timedelta):
         window_us: int | float = window // timedelta(microseconds=1)
     elif isinstance(window, bool) or not isinstance(window, (int, float)):
-        raise ConfigurationError(f"rule {name!r}: window is {window!r}; it is seconds (int or float) or a timedelta")
+        raise ConfigurationError(f"rule {name!r}: window is {shown(window)}; it is seconds (int or float) or a timedelta")
     elif isinstance(window, float) and not math.isfinite(window):
         raise ConfigurationError(f"rule {name!r}: window is {window}; it is a finite number of seconds")
     else:
         window_us = window * 1_000_000
     if not MIN_WINDOW_US <= window_us <= MAX_WINDOW_US:
-        raise ConfigurationError(f"rule {name!r}: window is {window!r}; it is from 1 ms to 366 days (int or float: seconds)")
-    # 0.3 s is no exact double: what is within a thousandth of a whole µs was meant to be one.
-    if abs(window_us - round(window_us)) > 0.001:
-        raise ConfigurationError(f"rule {name!r}: window is {window!r} s; it is a whole number of µs")
-    return round(window_us)
+        raise ConfigurationError(f"rule {name!r}: window is {shown(window)}; it is from 1 ms to 366 days (int or float: seconds)")
+    # 0.3 s is no exact double: what is within a thousandth of a whole µs, or its nearest double, was meant to be one.
+    whole_us = round(window_us)
+    if abs(window_us - whole_us) > 0.001 and whole_us / 1_000_000 != window:
+        raise ConfigurationError(f"rule {name!r}: window is {shown(window)} s; it is a whole number of µs")
+    return whole_us
 
 
 def _restore(name: str, limit: int, window: float | timedelta, strategy: str, burst: int | None) -> RateThrottleRule:

@@ -8,7 +8,7 @@ from ratethrottle._core import CompiledRule
 from ratethrottle.storage.redis.scripts import script
 
 TIME = "redis.call('TIME')"
-EXPIRY = ", 'PX', text(ceil_div(reset, 1000) + 1))"
+EXPIRY = ", 'PX', format('%.0f', ceil_div(reset, 1000) + 1))"
 TEXT = script("decide").text.decode()
 assert TEXT.count(TIME) == TEXT.count(EXPIRY) == 1
 # The server would expire keys by its own clock, which stands still for the test's.

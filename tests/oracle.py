@@ -31,9 +31,9 @@ class Account:
     def __init__(self, rule: CompiledRule, log: list[tuple[int, int | Fraction]], seen: int) -> None:
         self.rule, self.log, self.seen = rule, log, seen  # seen: the newest instant that the log knows of
 
-    def held(self, capacity: int) -> Callable[[int], Fraction | int]:
-        """What counts at an instant from `seen` on, in units."""
-        rule, window = self.rule, self.rule.window_us
+    def held(self, rule: CompiledRule) -> Callable[[int], Fraction | int]:
+        """What counts at an instant from `seen` on, in units, for a rule that reads this account."""
+        window, capacity = rule.window_us, rule.capacity
         if rule.kind == "b":
             # In every interval that begins with an admission at s and ends at t: units ≤ capacity + rate·(t − s). What is held
             # is the most that one of them owes, units − rate·(t − s). (In ticks, 1/unit_ticks of a unit, to stay in integers.)
@@ -90,7 +90,7 @@ class Account:
         if kind == "s":
             self.log = [(at, units) for at, units in self.log if at + window > now]
         elif kind == "b":
-            self.log = self.log if self.held(0)(now) else []
+            self.log = self.log if self.held(self.rule)(now) else []
         else:
             self.log = [(at, units) for at, units in self.log if at // window >= now // window - (kind == "c")]
         self.seen = now
@@ -113,7 +113,7 @@ def derive(rule: CompiledRule, source: Account | None, now: int) -> Account:
     if source is None:
         return own
     source.write(now)
-    used = ceil(source.held(0)(now)) if source.rule.kind == "b" else sum(units for _, units in source.log)
+    used = ceil(source.held(source.rule)(now)) if source.rule.kind == "b" else sum(units for _, units in source.log)
     if rule.kind == source.rule.kind == "s":
         for at, units in source.log:
             own.add(min(-(-at // rule.slot_us) * rule.slot_us, own.counts_from(now)), units)
@@ -134,11 +134,11 @@ class Oracle:
         accounts = [Account(account.rule, account.log, account.seen) for account in self.accounts]
         write = any([account.rebase(now) for account in accounts])
         own = next((account for account in accounts if definition(account.rule) == definition(rule)), None)
-        others = [account for account in accounts if account is not own and account.held(1)(now)][:1]
+        others = [account for account in accounts if account is not own and account.held(account.rule)(now)][:1]
         if own is None:
             own = derive(rule, Account(accounts[0].rule, accounts[0].log, accounts[0].seen) if accounts else None, now)
-            write |= own.held(1)(now) > 0
-        held, room, instants = own.held(rule.capacity), rule.capacity - cost, own.instants(now)
+            write |= own.held(rule)(now) > 0
+        held, room, instants = own.held(rule), rule.capacity - cost, own.instants(now)
         allowed, retry = held(now) <= room, -1
         if room >= 0:
             retry = instants[bisect_left(instants, True, key=lambda t: held(t) <= room)] - now
@@ -151,7 +151,7 @@ class Oracle:
                 own.add(own.counts_from(now), cost)
                 for account in others:
                     account.add(account.counts_from(now), from_other(account, now, cost))
-                held, instants = own.held(rule.capacity), own.instants(now)
+                held, instants = own.held(rule), own.instants(now)
         reset = instants[bisect_left(instants, True, key=lambda t: held(t) == 0)] - now
         return allowed, max(0, floor(rule.capacity - held(now))), retry, reset
 
@@ -160,5 +160,4 @@ def from_other(account: Account, now: int, cost: int) -> int | Fraction:
     """What an account takes on for an admission by another definition: a bucket never owes more than its own capacity for it."""
     if account.rule.kind != "b":
         return cost
-    capacity = account.rule.capacity
-    return min(cost, max(0, capacity - account.held(capacity)(now)))
+    return min(cost, max(0, account.rule.capacity - account.held(account.rule)(now)))

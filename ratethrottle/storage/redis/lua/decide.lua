@@ -1,20 +1,22 @@
---- Decides n entries in order, each distinct key read once and written at most once.
---- KEYS: the distinct state keys, 1 to 128
---- ARGV: request mode rules entries, then 7 numbers a rule, then 3 numbers an entry
+--- Decides entries in order; each distinct key is read once and written at most once.
+--- KEYS: state_key...
+--- ARGV: request mode rule_count entry_count rule... entry...
 --- rule: kind capacity window_us unit_ticks drain_ticks slot_us coarse_us
 --- entry: key_index rule_index cost
---- reply: request server_us, then allowed remaining retry_us reset_us for each entry
+--- reply: request server_us answer...
+--- answer: allowed remaining retry_us reset_us
+--- limits: keys=128 rules=128 entries=128
 -- docs/arithmetic.md specifies every step. Numbers are integers below 2^53, exact in Lua's doubles.
 local floor, min, max = math.floor, math.min, math.max
 local sub, match, format = string.sub, string.match, string.format
 local TICKS, UNITS_MAX = 4503599627370496, 4000000000
 
-local function text(n) return format('%.0f', n) end
 local function ceil_div(a, b) return floor((a + b - 1) / b) end
 
+-- Refuses in negated form, since every comparison with NaN is false.
 local function number(value, low, high)
   local n = tonumber(value)
-  if not (n and n >= low and n <= high and n == floor(n)) then return nil end
+  if not (n and n >= low and n <= high and n % 1 == 0) then return nil end
   return n
 end
 
@@ -23,203 +25,207 @@ local function slot_end(view, now)
   return (floor(now / view.q) + 1) * view.q
 end
 
--- A sliding window keeps its entries as text and reads only those that it must: 16 digits of us, 10 of units.
+-- A sliding window keeps its entries as text, 16 digits of us and 10 of units each, and reads only those that it must. `last`
+-- is the time of the newest, if there is one.
 local function at_of(view, i) return tonumber(sub(view.text, i * 26 + 1, i * 26 + 16)) end
 local function units_of(view, i) return tonumber(sub(view.text, i * 26 + 17, i * 26 + 26)) end
 
-local function drop(view, n, units)
-  view.text = sub(view.text, n * 26 + 1)
-  view.n = view.n - n
-  view.total = view.total - units
-end
-
 local function push(view, at, units)
-  units = min(units, UNITS_MAX)
-  local last = view.n - 1
-  if last >= 0 and at_of(view, last) == at then
-    local before = units_of(view, last)
-    units = min(units, UNITS_MAX - before)
-    view.text = sub(view.text, 1, -11) .. format('%010.0f', before + units)
+  local text, before = view.text, 0
+  if view.n > 0 and view.last == at then
+    before = tonumber(sub(text, -10))
+    text = sub(text, 1, -27)
   else
-    view.text = view.text .. format('%016.0f%010.0f', at, units)
     view.n = view.n + 1
+    view.last = at
   end
-  view.total = view.total + units
+  units = min(before + units, UNITS_MAX)
+  view.text = text .. format('%016.0f%010.0f', at, units)
+  view.total = view.total + units - before
   if view.q == 1 and view.total > 64 then
-    local n, excess, gone = 0, view.total - 64, 0
-    while true do
-      local held = units_of(view, n)
-      if held > excess - gone then
-        local rest = excess - gone
-        local at_text = sub(view.text, n * 26 + 1, n * 26 + 16)
-        drop(view, n + 1, gone + rest)
-        view.text = at_text .. format('%010.0f', held - rest) .. view.text
-        view.n = view.n + 1
-        return
-      end
-      gone = gone + held
+    local n, excess = 0, view.total - 64
+    local held = units_of(view, 0)
+    while held <= excess do
+      excess = excess - held
       n = n + 1
-      if gone == excess then drop(view, n, gone) return end
+      held = units_of(view, n)
     end
+    view.text = sub(view.text, n * 26 + 1, n * 26 + 16) .. format('%010.0f', held - excess) .. sub(view.text, n * 26 + 27)
+    view.n = view.n - n
+    view.total = 64
   end
 end
 
+-- Returns the header and up to two views; no header if the state is none of ours.
 local function parse(state)
-  local head, rest = match(state, '^(1[^;]*;)(.*)$')
+  local head, at = match(state, '^(1[^;]*;)()')
   if not head then return nil end
-  local views = {}
-  while rest ~= '' do
-    local kind, a, b, c, d, e, after
-    kind = sub(rest, 1, 1)
+  local views, size, count = {}, #state, 0
+  while at <= size do
+    local kind, view = sub(state, at, at), nil
     if kind == 'b' then
-      a, b, c, d, e, after = match(rest, '^b(%d+),(%d+),(%d+),(%d+),(%d+);(.*)$')
-      if not a then return nil end
-      views[#views + 1] = {kind = kind, unit = tonumber(a), drain = tonumber(b), cap = tonumber(c), level = tonumber(d), t = tonumber(e)}
-    elseif kind == 'f' then
-      a, b, c, after = match(rest, '^f(%d+),(%d+),(%d+);(.*)$')
-      if not a then return nil end
-      views[#views + 1] = {kind = kind, window = tonumber(a), start = tonumber(b), cur = tonumber(c), prev = 0}
-    elseif kind == 'c' then
-      a, b, c, d, after = match(rest, '^c(%d+),(%d+),(%d+),(%d+);(.*)$')
-      if not a then return nil end
-      views[#views + 1] = {kind = kind, window = tonumber(a), start = tonumber(b), cur = tonumber(c), prev = tonumber(d)}
+      local unit, drain, cap, level, t, after = match(state, '^b(%d+),(%d+),(%d+),(%d+),(%d+);()', at)
+      if not after then return nil end
+      view = {kind = 'b', unit = tonumber(unit), drain = tonumber(drain), cap = tonumber(cap), level = tonumber(level), t = tonumber(t)}
+      if view.unit < 1 or view.drain < 1 then return nil end
+      at = after
     elseif kind == 's' then
-      a, b, c, d, e, after = match(rest, '^s(%d+),(%d+),(%d+),(%d+),(%d*);(.*)$')
-      if not a or #e ~= d * 26 then return nil end
-      views[#views + 1] = {kind = kind, window = tonumber(a), q = tonumber(b), total = tonumber(c), n = tonumber(d), text = e}
+      local window, q, total, n, after = match(state, '^s(%d+),(%d+),(%d+),(%d+),()', at)
+      if not after then return nil end
+      view = {kind = 's', window = tonumber(window), q = tonumber(q), total = tonumber(total), n = tonumber(n), text = '', last = 0, cap = 0}
+      at = after + view.n * 26 + 1
+      if view.window < 1 or view.q < 1 or sub(state, at - 1, at - 1) ~= ';' then return nil end
+      view.text = sub(state, after, at - 2)
+      if view.n > 0 then view.last = tonumber(sub(view.text, -26, -11)) end
+      if not view.last then return nil end
+    elseif kind == 'f' or kind == 'c' then
+      local window, start, cur, prev, after = match(state, '^.(%d+),(%d+),(%d+),?(%d*);()', at)
+      if not after or (prev == '') ~= (kind == 'f') then return nil end
+      view = {kind = kind, window = tonumber(window), start = tonumber(start), cur = tonumber(cur), prev = tonumber(prev) or 0, cap = 0}
+      if view.window < 1 then return nil end
+      at = after
     else
       return nil
     end
-    rest = after
+    count = count + 1
+    if count > 2 then return nil end
+    views[count] = view
   end
-  return head, views
+  return head, views[1], views[2]
 end
 
 local function print_view(v)
-  if v.kind == 'b' then
-    return 'b' .. text(v.unit) .. ',' .. text(v.drain) .. ',' .. text(v.cap) .. ',' .. text(v.level) .. ',' .. text(v.t) .. ';'
-  elseif v.kind == 'f' then
-    return 'f' .. text(v.window) .. ',' .. text(v.start) .. ',' .. text(v.cur) .. ';'
-  elseif v.kind == 'c' then
-    return 'c' .. text(v.window) .. ',' .. text(v.start) .. ',' .. text(v.cur) .. ',' .. text(v.prev) .. ';'
-  end
-  return 's' .. text(v.window) .. ',' .. text(v.q) .. ',' .. text(v.total) .. ',' .. text(v.n) .. ',' .. v.text .. ';'
+  local kind = v.kind
+  if kind == 'b' then return format('b%.0f,%.0f,%.0f,%.0f,%.0f;', v.unit, v.drain, v.cap, v.level, v.t) end
+  if kind == 's' then return format('s%.0f,%.0f,%.0f,%.0f,', v.window, v.q, v.total, v.n) .. v.text .. ';' end
+  if kind == 'f' then return format('f%.0f,%.0f,%.0f;', v.window, v.start, v.cur) end
+  return format('c%.0f,%.0f,%.0f,%.0f;', v.window, v.start, v.cur, v.prev)
 end
 
--- Brings a view to now, in a copy of this call's own; true if the clock had stepped backwards.
+-- Brings a view to now; true if the clock had stepped backwards. Done again at the same time it changes nothing.
 local function roll(v, now)
-  if v.kind == 'b' then
-    local t = v.t
+  local kind = v.kind
+  if kind == 'b' then
+    local past = now - v.t
     v.t = now
-    if t > now then return true end
-    if now - t >= ceil_div(v.level, v.drain) then v.level = 0 else v.level = v.level - v.drain * (now - t) end
+    if past < 0 then return true end
+    if past >= ceil_div(v.level, v.drain) then v.level = 0 else v.level = v.level - v.drain * past end
     return false
-  elseif v.kind == 's' then
-    local rebased, held, n = false, 0, v.n
-    local head = slot_end(v, now)
-    if n > 0 and at_of(v, n - 1) > head then
+  elseif kind == 's' then
+    local n = v.n
+    if n == 0 then return false end
+    local rebased, since = false, now - v.window
+    if v.last <= since then
+      v.n, v.total, v.text = 0, 0, ''
+      return false
+    end
+    local head = v.last > now and slot_end(v, now)
+    if head and v.last > head then
       rebased = true
+      local held = 0
       while n > 0 and at_of(v, n - 1) >= head do
         n = n - 1
         held = held + units_of(v, n)
       end
       v.text = sub(v.text, 1, n * 26) .. format('%016.0f%010.0f', head, min(held, UNITS_MAX))
-      v.n = n + 1
+      v.n, v.last = n + 1, head
       v.total = v.total - held + min(held, UNITS_MAX)
     end
-    local gone, since, units = 0, now - v.window, 0
-    while gone < v.n and at_of(v, gone) <= since do
-      units = units + units_of(v, gone)
+    local gone = 0
+    while at_of(v, gone) <= since do
+      v.total = v.total - units_of(v, gone)
       gone = gone + 1
     end
-    if gone > 0 then drop(v, gone, units) end
+    if gone > 0 then
+      v.text = sub(v.text, gone * 26 + 1)
+      v.n = v.n - gone
+    end
     return rebased
   end
-  local start = now - now % v.window
-  local before = v.start
+  local start, before = now - now % v.window, v.start
+  if before == start then return false end
   v.start = start
   if before > start then return true end
-  if before < start then
-    if v.kind == 'c' and before == start - v.window then v.prev = v.cur else v.prev = 0 end
-    v.cur = 0
-  end
+  if kind == 'c' and before == start - v.window then v.prev = v.cur else v.prev = 0 end
+  v.cur = 0
   return false
 end
 
-local function fresh(v)
-  if v.kind == 'b' then return v.level == 0 end
-  if v.kind == 's' then return v.n == 0 end
-  return v.cur == 0 and v.prev == 0
-end
-
+-- How long until nothing of a rolled view counts any more; 0 for a fresh one.
 local function reset_of(v, now)
-  if v.kind == 'b' then return ceil_div(v.level, v.drain) end
-  if v.kind == 's' then return v.n > 0 and at_of(v, v.n - 1) + v.window - now or 0 end
-  if v.cur > 0 then return v.start + (v.kind == 'c' and 2 or 1) * v.window - now end
-  return v.prev > 0 and v.start + v.window - now or 0
-end
-
-local function used_of(v)
-  if v.kind == 'b' then return ceil_div(v.level, v.unit) end
-  if v.kind == 's' then return v.total end
-  return v.cur + v.prev
-end
-
-local function derive(rule, source, now)
-  local used = source and used_of(source) or 0
-  local kind, window = rule.kind, rule.window
-  if kind == 'b' then
-    return {kind = kind, unit = rule.unit, drain = rule.drain, cap = rule.cap, level = min(used, rule.cap) * rule.unit, t = now}
-  elseif kind ~= 's' then
-    return {kind = kind, window = window, start = now - now % window, cur = min(used, UNITS_MAX), prev = 0}
+  local kind = v.kind
+  if kind == 'b' then return ceil_div(v.level, v.drain) end
+  if kind == 's' then
+    if v.n == 0 then return 0 end
+    return v.last + v.window - now
   end
-  local own = {kind = kind, window = window, q = rule.q, total = 0, n = 0, text = ''}
+  if v.cur > 0 then return v.start + (kind == 'c' and 2 or 1) * v.window - now end
+  if v.prev > 0 then return v.start + v.window - now end
+  return 0
+end
+
+-- Makes the view of a definition that this state meets for the first time.
+local function derive(rule, source, now)
+  local kind, window, used = rule.kind, rule.window, 0
+  if source then
+    if source.kind == 'b' then used = ceil_div(source.level, source.unit)
+    elseif source.kind == 's' then used = source.total
+    else used = source.cur + source.prev end
+  end
+  if kind == 'b' then
+    return {kind = 'b', unit = rule.unit, drain = rule.drain, cap = rule.cap, level = min(used, rule.cap) * rule.unit, t = now}
+  elseif kind ~= 's' then
+    return {kind = kind, window = window, start = now - now % window, cur = min(used, UNITS_MAX), prev = 0, cap = 0}
+  end
+  local own = {kind = 's', window = window, q = rule.q, total = 0, n = 0, text = '', last = 0, cap = 0}
+  if used == 0 then return own end
   local head = slot_end(own, now)
-  if source and source.kind == 's' then
-    for i = 0, source.n - 1 do
-      local at = min(ceil_div(at_of(source, i), rule.q) * rule.q, head)
-      if at + window > now then push(own, at, units_of(source, i)) end
-    end
-  elseif used > 0 then
+  if source.kind ~= 's' then
     push(own, head, used)
+    return own
+  end
+  for i = 0, source.n - 1 do
+    local at = min(ceil_div(at_of(source, i), rule.q) * rule.q, head)
+    if at + window > now then push(own, at, units_of(source, i)) end
   end
   return own
 end
 
 local function same(v, rule)
-  if v.kind ~= rule.kind then return false end
-  if v.kind == 'b' then return v.unit == rule.unit and v.drain == rule.drain end
-  return v.window == rule.window and v.q == rule.q
+  local kind = v.kind
+  if kind ~= rule.kind then return false end
+  if kind == 'b' then return v.unit == rule.unit and v.drain == rule.drain end
+  return v.window == rule.window and (kind ~= 's' or v.q == rule.q)
 end
 
+-- What a counter has free, in units times its span, and what that was made of.
 local function counter(rule, v, now)
-  local span = ceil_div(rule.window, rule.coarse)
-  local cur, prev = min(v.cur, rule.cap), min(v.prev, rule.cap)
-  return span, cur, prev, (rule.cap - cur) * span - prev * (span - floor((now - v.start) / rule.coarse))
+  local cap, span = rule.cap, ceil_div(rule.window, rule.coarse)
+  local cur, prev = min(v.cur, cap), min(v.prev, cap)
+  return (cap - cur) * span - prev * (span - floor((now - v.start) / rule.coarse)), span, cur, prev
 end
 
 -- Returns allowed and retry.
 local function judge(rule, v, now, cost)
-  local cap = rule.cap
+  local cap, kind = rule.cap, rule.kind
   if cost > cap then return false, -1 end
-  if v.kind == 'b' then
+  if kind == 'b' then
     local short = v.level + cost * v.unit - cap * v.unit
     if short <= 0 then return true, 0 end
     return false, ceil_div(short, v.drain)
-  elseif v.kind == 's' then
-    local excess = v.total + cost - cap
+  elseif kind == 's' then
+    local excess, i = v.total + cost - cap, 0
     if excess <= 0 then return true, 0 end
-    local i = 0
     while true do
       excess = excess - units_of(v, i)
       if excess <= 0 then return false, at_of(v, i) + v.window - now end
       i = i + 1
     end
-  elseif v.kind == 'f' then
+  elseif kind == 'f' then
     if v.cur + cost <= cap then return true, 0 end
     return false, v.start + v.window - now
   end
-  local span, cur, prev, free = counter(rule, v, now)
+  local free, span, cur, prev = counter(rule, v, now)
   if cost * span <= free then return true, 0 end
   local room = cap - cur - cost
   if room >= 0 then
@@ -231,121 +237,128 @@ local function judge(rule, v, now, cost)
 end
 
 local function remaining_of(rule, v, now)
-  if v.kind == 'b' then return floor(max(0, rule.cap * v.unit - v.level) / v.unit) end
-  if v.kind == 's' then return max(0, rule.cap - v.total) end
-  if v.kind == 'f' then return max(0, rule.cap - v.cur) end
-  local span, _, _, free = counter(rule, v, now)
+  local kind = rule.kind
+  if kind == 'b' then return floor(max(0, rule.cap * v.unit - v.level) / v.unit) end
+  if kind == 's' then return max(0, rule.cap - v.total) end
+  if kind == 'f' then return max(0, rule.cap - v.cur) end
+  local free, span = counter(rule, v, now)
   return floor(max(0, free) / span)
 end
 
 local function charge(v, now, cost)
-  if v.kind == 'b' then
+  local kind = v.kind
+  if kind == 'b' then
     v.level = v.level + cost * v.unit
-  elseif v.kind == 's' then
-    push(v, slot_end(v, now), cost)
+  elseif kind == 's' then
+    -- The newest entry, while ahead of now, is that of the slot we are in.
+    push(v, v.n > 0 and v.last > now and v.last or slot_end(v, now), cost)
   else
     v.cur = min(v.cur + cost, UNITS_MAX)
   end
 end
 
-local function charge_other(v, now, cost)
-  if v.kind ~= 'b' then return charge(v, now, cost) end
-  v.level = min(v.level + min(cost, v.cap) * v.unit, max(v.level, v.cap * v.unit))
-end
-
 -- Everything is checked before anything is written: a refused call leaves every key as it is.
 local function refuse(what) return redis.error_reply('RATETHROTTLE ' .. what) end
-local request, mode = ARGV[1], ARGV[2]
+local KEYS, ARGV = KEYS, ARGV
+local request, mode, key_count = ARGV[1], ARGV[2], #KEYS
 local rule_count, entry_count = number(ARGV[3], 1, 128), number(ARGV[4], 1, 128)
 if not request or request == '' then return refuse('no request id') end
 if mode ~= 'check' and mode ~= 'peek' then return refuse('mode is check or peek') end
-if not rule_count or not entry_count then return refuse('the counts of rules and entries are from 1 to 128') end
+if not (rule_count and entry_count) then return refuse('the counts of rules and entries are from 1 to 128') end
+if not (key_count >= 1 and key_count <= 128) then return refuse('the count of keys is from 1 to 128') end
 if #ARGV ~= 4 + 7 * rule_count + 3 * entry_count then return refuse('the number of arguments is wrong') end
-local rules, entries = {}, {}
-for r = 1, rule_count do
-  local at = 4 + 7 * (r - 1)
-  local rule = {kind = ARGV[at + 1], cap = number(ARGV[at + 2], 1, 1000000000), window = number(ARGV[at + 3], 1000, 31622400000000),
-    unit = number(ARGV[at + 4], 0, TICKS), drain = number(ARGV[at + 5], 0, 1000000000), q = number(ARGV[at + 6], 0, 494100000000),
-    coarse = number(ARGV[at + 7], 0, 31622400000000)}
-  local kind = rule.kind
-  if not (rule.cap and rule.window and rule.unit and rule.drain and rule.q and rule.coarse) then return refuse('a number of a rule is out of range') end
-  if not ((kind == 'b' and rule.unit >= 1 and rule.drain >= 1 and rule.cap * rule.unit < TICKS) or (kind == 's' and rule.q >= 1)
-      or (kind == 'c' and rule.coarse >= 1 and rule.cap * ceil_div(rule.window, rule.coarse) < TICKS) or kind == 'f') then
-    return refuse('a rule does not fit its kind')
+if key_count > 1 then
+  local seen = {}
+  for k = 1, key_count do
+    if seen[KEYS[k]] then return refuse('a key is given twice') end
+    seen[KEYS[k]] = true
   end
-  if kind ~= 's' then rule.q = nil end
-  rules[r] = rule
 end
-for e = 1, entry_count do
-  local at = 4 + 7 * rule_count + 3 * (e - 1)
-  local entry = {key = number(ARGV[at + 1], 1, #KEYS), rule = number(ARGV[at + 2], 1, rule_count), cost = number(ARGV[at + 3], 1, 1000000000)}
-  if not (entry.key and entry.rule and entry.cost) then return refuse('a number of an entry is out of range') end
-  entries[e] = entry
+local rules, entries, at = {}, {}, 4
+for r = 1, rule_count do
+  local kind = ARGV[at + 1]
+  local cap, window = number(ARGV[at + 2], 1, 1000000000), number(ARGV[at + 3], 1000, 31622400000000)
+  local unit, drain = number(ARGV[at + 4], 0, TICKS), number(ARGV[at + 5], 0, 1000000000)
+  local q, coarse = number(ARGV[at + 6], 0, 494100000000), number(ARGV[at + 7], 0, 31622400000000)
+  if not (cap and window and unit and drain and q and coarse) then return refuse('a number of a rule is out of range') end
+  local fits = kind == 'f'
+  if kind == 'b' then fits = unit >= 1 and drain >= 1 and cap * unit < TICKS
+  elseif kind == 's' then fits = (q == 1 and cap <= 64) or q == ceil_div(window, 64)
+  elseif kind == 'c' then fits = coarse >= 1 and cap * ceil_div(window, coarse) < TICKS end
+  if not fits then return refuse('a rule does not fit its kind') end
+  rules[r] = {kind = kind, cap = cap, window = window, unit = unit, drain = drain, q = q, coarse = coarse}
+  at = at + 7
+end
+for i = 1, 3 * entry_count, 3 do
+  local key, rule, cost = number(ARGV[at + i], 1, key_count), number(ARGV[at + i + 1], 1, rule_count), number(ARGV[at + i + 2], 1, 1000000000)
+  if not (key and rule and cost) then return refuse('a number of an entry is out of range') end
+  entries[i], entries[i + 1], entries[i + 2] = key, rule, cost
 end
 
 local clock = redis.call('TIME')
-local now = tonumber(clock[1]) * 1000000 + tonumber(clock[2])
+local now = clock[1] * 1000000 + clock[2]
 local stored = redis.call('MGET', unpack(KEYS))
-local states = {}
-for k = 1, #KEYS do
-  local state = {head = "1;", views = {}}
+-- By key: the header of the state, its two views, and whether it is to be written.
+local heads, firsts, seconds, written = {}, {}, {}, {}
+for k = 1, key_count do
+  local head, first, second = '1;', nil, nil
   if stored[k] then
-    state.head, state.views = parse(stored[k])
-    if not state.head then return refuse('a key holds a state that is not of this version') end
+    head, first, second = parse(stored[k])
+    if not head then return refuse('a key holds a state that is not of this version') end
   end
-  states[k] = state
+  heads[k], firsts[k], seconds[k] = head, first, second
 end
 
-local function copy(v)
-  local twin = {}
-  for name, value in pairs(v) do twin[name] = value end
-  return twin
-end
-
-local reply = {request, text(now)}
-for e = 1, entry_count do
-  local entry = entries[e]
-  local rule, state = rules[entry.rule], states[entry.key]
-  local own, other, derived, rebased, first
-  -- A view that is kept as it is must not show that it was looked at.
-  for i = 1, #state.views do
-    local v = copy(state.views[i])
-    if roll(v, now) then rebased = true end
-    first = first or v
-    if not own and same(v, rule) then own = v elseif not other and not fresh(v) then other = v end
+local reply, filled = {request, now, 0, 0, 0, 0}, 2
+for i = 1, 3 * entry_count, 3 do
+  local k, rule, cost = entries[i], rules[entries[i + 1]], entries[i + 2]
+  local first, second, own, other = firsts[k], seconds[k], nil, nil
+  local changed = false
+  if first then
+    changed = roll(first, now)
+    if same(first, rule) then own = first elseif reset_of(first, now) > 0 then other = first end
+    if second then
+      if roll(second, now) then changed = true end
+      if not own and same(second, rule) then own = second elseif not other and reset_of(second, now) > 0 then other = second end
+    end
   end
   if not own then
     own = derive(rule, first, now)
-    derived = not fresh(own)
+    if reset_of(own, now) > 0 then changed = true end
   end
-  local allowed, retry = judge(rule, own, now, entry.cost)
-  if mode == 'check' and (allowed or rebased or derived) then
+  local allowed, retry = judge(rule, own, now, cost)
+  if mode == 'check' and (allowed or changed) then
     if allowed then
-      charge(own, now, entry.cost)
+      charge(own, now, cost)
       own.cap = rule.cap
-      if other then charge_other(other, now, entry.cost) end
+      if other and other.kind == 'b' then
+        -- A definition never owes more than its capacity for what another one admitted.
+        other.level = min(other.level + min(cost, other.cap) * other.unit, max(other.level, other.cap * other.unit))
+      elseif other then
+        charge(other, now, cost)
+      end
     end
-    state.views = {own, other}
-    state.written = true
+    firsts[k], seconds[k], written[k] = own, other, true
   end
-  local at = #reply
-  reply[at + 1] = allowed and 1 or 0
-  reply[at + 2] = remaining_of(rule, own, now)
-  reply[at + 3] = retry
-  reply[at + 4] = reset_of(own, now)
+  reply[filled + 1] = allowed and 1 or 0
+  reply[filled + 2] = remaining_of(rule, own, now)
+  reply[filled + 3] = retry
+  reply[filled + 4] = reset_of(own, now)
+  filled = filled + 4
 end
-for k = 1, #KEYS do
-  local state = states[k]
-  if state.written then
-    local own, other = state.views[1], state.views[2]
-    local reset = reset_of(own, now)
-    if other then reset = max(reset, reset_of(other, now)) end
+
+for k = 1, key_count do
+  if written[k] then
+    local own, other = firsts[k], seconds[k]
+    local reset, text = reset_of(own, now), heads[k] .. print_view(own)
+    if other then
+      reset = max(reset, reset_of(other, now))
+      text = text .. print_view(other)
+    end
     if reset == 0 then
       redis.call('DEL', KEYS[k])
     else
-      local parts = state.head .. print_view(own)
-      if other then parts = parts .. print_view(other) end
-      redis.call('SET', KEYS[k], parts, 'PX', text(ceil_div(reset, 1000) + 1))
+      redis.call('SET', KEYS[k], text, 'PX', format('%.0f', ceil_div(reset, 1000) + 1))
     end
   end
 end

@@ -1,0 +1,71 @@
+"""The error tree is the one that is drawn, and every error survives a trip to another process."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+
+from ratethrottle import InMemoryStorage, RateThrottleCore, RateThrottleRule, errors
+from ratethrottle.errors import RateThrottleError
+
+
+def every_error() -> list[type[RateThrottleError]]:
+    found, queue = [], [RateThrottleError]
+    while queue:
+        kind = queue.pop()
+        found.append(kind)
+        queue += kind.__subclasses__()
+    return found
+
+
+def test_the_tree_in_the_docstring_is_the_tree() -> None:
+    lines = [line for line in (errors.__doc__ or "").splitlines() if line.startswith("    ") and line.strip()]
+    drawn: dict[str, tuple[int, str]] = {}
+    parents: list[str] = []
+    for line in lines:
+        name, _, other = line.strip(" │├└─").partition(" ")
+        depth = (len(line) - len(line.lstrip(" │├└─")) - 4) // 4
+        parents[depth:] = [name]
+        drawn[name] = (depth, other.strip("()"))
+        kind = getattr(errors, name)
+        bases = [base.__name__ for base in kind.__bases__]
+        assert bases == [parents[depth - 1] if depth else "Exception", *([other.strip("()")] if other else [])]
+    assert set(drawn) == {kind.__name__ for kind in every_error()}
+
+
+async def one_of_each() -> list[RateThrottleError]:
+    limiter = RateThrottleCore(InMemoryStorage(), rules=[RateThrottleRule("rule", 1, 60)])
+    decision = await limiter.check("secret-key")
+    return [
+        errors.RateThrottleError("what"),
+        errors.ConfigurationError("what"),
+        errors.InvalidRequest("what"),
+        errors.CostExceedsLimit(5, 1, "rule"),
+        errors.RateLimitExceeded(decision),
+        errors.LimiterClosed(),
+        errors.StorageError("what"),
+        errors.StorageUnavailable("what"),
+        errors.StorageTimeout(0.25),
+        errors.StorageProtocolError("what"),
+    ]
+
+
+async def test_every_error_pickles_and_copies_with_its_words_and_facts() -> None:
+    made = await one_of_each()
+    assert {type(error) for error in made} == set(every_error())
+    for error in made:
+        for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+            assert type(twin) is type(error)
+            assert str(twin) == str(error)
+            assert vars(twin) == vars(error)
+        assert "secret-key" not in str(error)
+        assert "secret-key" not in repr(error)
+
+
+def test_errors_are_also_what_callers_of_other_libraries_catch() -> None:
+    assert issubclass(errors.InvalidRequest, ValueError)
+    assert issubclass(errors.StorageUnavailable, ConnectionError)
+    with pytest.raises(TimeoutError):
+        raise errors.StorageTimeout(0.25)

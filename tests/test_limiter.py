@@ -1,0 +1,279 @@
+"""What a user touches: calls, their errors, and the awaitable that `check` returns."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import trio
+
+import ratethrottle
+from ratethrottle import (
+    ConfigurationError,
+    CostExceedsLimit,
+    Decision,
+    InMemoryStorage,
+    InvalidRequest,
+    LimiterClosed,
+    PendingDecision,
+    RateThrottleCore,
+    RateThrottleRule,
+    Request,
+    create_limiter,
+)
+
+RULE = RateThrottleRule("api", 3, 60)
+KINDS = ("sliding_window", "token_bucket", "leaky_bucket", "sliding_counter", "fixed_window")
+
+
+def limiter(*rules: RateThrottleRule) -> RateThrottleCore:
+    return RateThrottleCore(rules=rules or (RULE,))
+
+
+BAD_CALLS: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
+    ("key", {"cost": 0}, InvalidRequest, "below 1"),
+    ("key", {"cost": -1}, InvalidRequest, "below 1"),
+    ("key", {"cost": -(2**70)}, InvalidRequest, "below 1"),
+    ("key", {"cost": 1.5}, InvalidRequest, "float"),
+    ("key", {"cost": True}, InvalidRequest, "True"),
+    ("key", {"cost": "5"}, InvalidRequest, "str"),
+    ("key", {"cost": None}, InvalidRequest, "NoneType"),
+    ("key", {"cost": 4}, CostExceedsLimit, "capacity of 3"),
+    ("key", {"cost": 2**63}, CostExceedsLimit, "capacity of 3"),
+    ("", {}, InvalidRequest, "empty"),
+    ((), {}, InvalidRequest, "empty tuple"),
+    (5, {}, InvalidRequest, "int"),
+    (b"key", {}, InvalidRequest, "bytes"),
+    (None, {}, InvalidRequest, "NoneType"),
+    (("a", 1.5), {}, InvalidRequest, "float"),
+    (("a", True), {}, InvalidRequest, "bool"),
+    ("\ud800", {}, InvalidRequest, "surrogate"),
+    (("a", "\udfff"), {}, InvalidRequest, "surrogate"),
+    ("key", {"rule": "nope"}, InvalidRequest, "it has api"),
+    ("key", {"rule": 5}, InvalidRequest, "name"),
+]
+
+
+@pytest.mark.parametrize(("key", "options", "kind", "words"), BAD_CALLS, ids=[f"{key!r:.20}-{options}" for key, options, _, _ in BAD_CALLS])
+async def test_a_bad_call_is_refused_at_once_and_changes_nothing(key: Any, options: Any, kind: type[Exception], words: str) -> None:
+    core = limiter()
+    await core.check("key")
+    for call in (core.check, lambda *a, **k: asyncio.ensure_future(core.peek(*a, **k))):
+        with pytest.raises(kind, match=words) as caught:
+            await call(key, **options)
+        assert type(caught.value) is kind
+    with pytest.raises(kind):
+        await core.check_many([Request("key"), Request(key, **options)])
+    assert (await core.peek("key")).remaining == 2
+    assert len(core._storage) == 1
+
+
+async def test_without_a_rule_or_with_several_the_error_says_which_there_are() -> None:
+    with pytest.raises(InvalidRequest, match="add one"):
+        await RateThrottleCore().check("key")
+    core = limiter(RULE, RateThrottleRule("other", 1, 60))
+    with pytest.raises(InvalidRequest, match="api, other"):
+        await core.check("key")
+    assert (await core.check("key", "other")).rule == "other"
+    core.remove_rule("other")
+    assert (await core.check("key")).rule == "api"
+
+
+def test_rules_are_added_once_replaced_on_request_and_removed_by_name() -> None:
+    core = limiter()
+    core.add_rule(RateThrottleRule("api", 3, 60.0))
+    with pytest.raises(ConfigurationError, match="replace=True"):
+        core.add_rule(RateThrottleRule("api", 4, 60))
+    core.add_rule(RateThrottleRule("api", 4, 60), replace=True)
+    assert core.rules["api"].limit == 4
+    with pytest.raises(TypeError):
+        core.rules["x"] = RULE  # type: ignore[index]  # that it is refused is the test
+    with pytest.raises(ConfigurationError, match="there are api"):
+        core.remove_rule("nope")
+    with pytest.raises(ConfigurationError, match="takes a RateThrottleRule"):
+        core.add_rule("api")  # type: ignore[arg-type]  # that it is refused is the test
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: create_limiter(max_kyes=5), "did you mean 'max_keys'"),
+        (lambda: create_limiter(colour=5), "there are max_keys"),
+        (lambda: create_limiter(deadline=5), 'belongs to storage="redis"'),
+        (lambda: create_limiter("disk"), '"memory" or "redis"'),
+        (lambda: create_limiter("redis"), "needs redis_url"),
+        (lambda: create_limiter(redis_url="redis://localhost"), 'pass storage="redis"'),
+        (lambda: create_limiter("redis", redis_url="http://localhost"), "use redis://"),
+        (lambda: create_limiter("redis", redis_url="redis+sentinel://a:1/m/0"), "later version"),
+        (lambda: create_limiter("redis", redis_url="redis://localhost", deadline=0), "0.005 to 60"),
+        (lambda: create_limiter("redis", redis_url="redis://localhost", prefix="a{b}"), "braces"),
+        (lambda: InMemoryStorage(max_keys=0), "max_keys"),
+        (lambda: InMemoryStorage(on_full="explode"), "evict"),  # type: ignore[arg-type]  # that it is refused is the test
+        (lambda: RateThrottleCore("redis"), "pass InMemoryStorage"),  # type: ignore[arg-type]  # likewise
+    ],
+)
+def test_a_bad_configuration_is_refused_in_words_that_say_what_would_do(make: Callable[[], object], words: str) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        make()
+
+
+def test_the_table_of_options_in_the_docstring_is_the_table() -> None:
+    from ratethrottle.limiter import OPTIONS
+
+    lines = [line.strip() for line in (create_limiter.__doc__ or "").splitlines() if line.strip().startswith("| ")]
+    rows = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines[1:] if "---" not in line]
+    assert rows == [(name, *facts) for name, facts in OPTIONS.items()]
+
+
+async def test_a_decision_says_all_that_a_caller_needs() -> None:
+    core = limiter(RateThrottleRule("api", 3, 60, strategy="fixed_window"))
+    first = await core.check(("user", 42), cost=2)
+    assert first
+    assert (first.allowed, first.key, first.rule, first.cost, first.limit, first.remaining) == (True, ("user", 42), "api", 2, 3, 1)
+    assert (first.retry_after, first.retry_after_us, first.source) == (0.0, 0, "memory")
+    denied = await core.check(("user", 42), cost=2)
+    assert not denied
+    assert 0 < denied.retry_after <= 60
+    assert denied.retry_after_us == round(denied.retry_after * 1e6) == denied.reset_after_us
+    assert denied.headers()["RateLimit-Policy"] == '"api";q=3;w=60'
+    assert denied.headers()["RateLimit"] == f'"api";r=1;t={denied.headers()["Retry-After"]}'
+    assert "Retry-After" not in first.headers()
+    assert pickle.loads(pickle.dumps(denied)) == denied
+    assert hash(pickle.loads(pickle.dumps(denied))) == hash(denied)
+    assert "42" not in repr(denied).replace(str(denied.retry_after), "").replace(str(denied.reset_after), "")
+    with pytest.raises(TypeError, match="made by a limiter"):
+        Decision()
+
+
+async def test_no_two_keys_are_one() -> None:
+    core = limiter(RateThrottleRule("api", 1, 60))
+    keys: list[Any] = ["a", ("a",), ("a", "b"), ("a/b", "c"), ("a", "b/c"), ("ab",), ("a", 1), ("a", "1"), ("a1",), "s1:a", ("1",), (1,), ("", "a"), ("a", "")]
+    assert all([bool(await core.check(key)) for key in keys])
+    assert not any([bool(await core.check(key)) for key in keys])
+
+
+async def test_many_checks_are_decided_in_order_each_on_its_own() -> None:
+    core = limiter()
+    decisions = await core.check_many(["a", Request("a", cost=2), "a", "b", Request(("t", 1), "api", 3)])
+    assert list(map(bool, decisions)) == [True, True, False, True, True]
+    assert [decision.remaining for decision in decisions] == [2, 0, 0, 2, 0]
+    assert await core.check_many([]) == []
+    with pytest.raises(InvalidRequest, match="iterable of keys"):
+        await core.check_many("abc")
+
+
+async def test_peek_consumes_nothing_and_reset_forgets() -> None:
+    core = limiter()
+    await core.check("key", cost=2)
+    for _ in range(5):
+        assert (await core.peek("key")).remaining == 1
+    assert not await core.peek("key", cost=2)
+    assert len(core._storage) == 1
+    assert (await core.peek("other")).remaining == 3
+    assert len(core._storage) == 1
+    await core.reset("key")
+    await core.reset("never seen")
+    assert await core.check("key", cost=3)
+
+
+async def test_a_closed_limiter_says_so() -> None:
+    async with limiter() as core:
+        assert await core.check("key")
+    await core.aclose()
+    for call in (lambda: core.check("key"), lambda: core.peek("key"), lambda: core.check_many(["key"]), lambda: core.reset("key")):
+        with pytest.raises(LimiterClosed):
+            await call()
+
+
+async def test_a_forgotten_await_is_a_type_error_not_an_open_door() -> None:
+    core = limiter()
+    with pytest.raises(TypeError, match="await it"):
+        if core.check("key"):
+            pass
+    with pytest.raises(TypeError):
+        not core.check("key")
+    with pytest.raises(TypeError, match="await"):
+        PendingDecision()
+
+
+async def test_everything_that_takes_a_coroutine_takes_a_check() -> None:
+    core = limiter(RateThrottleRule("api", 10, 60))
+    assert isinstance(core.check("key"), PendingDecision)
+    assert asyncio.iscoroutine(core.check("key"))
+    assert await asyncio.create_task(core.check("key"))
+    assert all(await asyncio.gather(core.check("key"), core.check("key")))
+    assert await asyncio.wait_for(core.check("key"), 1)
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(core.check("key"))
+    assert task.result()
+    assert (await core.peek("key")).remaining == 3
+
+
+async def test_each_check_gives_one_decision() -> None:
+    pending = limiter().check("key")
+    assert await pending
+    with pytest.raises(RuntimeError, match="awaited already"):
+        await pending
+
+
+async def test_decisions_that_are_kept_stay_as_they_were() -> None:
+    """The core uses a decision again that nobody has kept; one that is kept must never change."""
+    core = limiter(RateThrottleRule("api", 1000, 60))
+    kept = [await core.check(f"key:{i % 7}") for i in range(500)]
+    assert [decision.key for decision in kept] == [f"key:{i % 7}" for i in range(500)]
+    assert [decision.remaining for decision in kept] == [999 - i // 7 for i in range(500)]
+    waiting = [core.check("other") for _ in range(300)]
+    assert [(await one).remaining for one in waiting] == [999 - i for i in range(300)]
+
+
+def test_the_coroutine_protocol_by_hand() -> None:
+    core = limiter(RateThrottleRule("api", 10, 60))
+    with pytest.raises(StopIteration) as stopped:
+        core.check("key").send(None)
+    assert stopped.value.value.remaining == 9
+    with pytest.raises(StopIteration) as stopped:
+        next(iter(core.check("key").__await__()))
+    assert stopped.value.value.remaining == 8
+    with pytest.raises(KeyError):
+        core.check("key").throw(KeyError("mine"))
+    core.check("key").close()
+
+    def delegate() -> Any:
+        return (yield from core.check("key"))
+
+    with pytest.raises(StopIteration) as stopped:
+        next(delegate())
+    assert stopped.value.value.remaining == 5
+
+
+async def test_a_task_that_spins_on_check_lets_others_run() -> None:
+    core = limiter(RateThrottleRule("api", 1, 3600))
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(other())
+    for _ in range(128 * 10):
+        await core.check("key")
+    task.cancel()
+    assert turns >= 9
+
+
+def test_in_memory_checks_work_under_trio() -> None:
+    async def main() -> list[bool]:
+        core = limiter()
+        return [bool(await core.check("key")) for _ in range(300)]
+
+    assert sum(trio.run(main)) == 3
+
+
+def test_all_public_names_are_there_and_documented() -> None:
+    for name in ratethrottle.__all__:
+        assert getattr(ratethrottle, name).__doc__, name
