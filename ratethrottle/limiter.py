@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType, TracebackType
 from typing import Any, Final, Self
 
 from ratethrottle._core import Decision, Entry, Limiter
-from ratethrottle.errors import ConfigurationError, InvalidRequest
+from ratethrottle.errors import ConfigurationError, InvalidRequest, LimiterClosed, shown
 from ratethrottle.rule import RateThrottleRule
 from ratethrottle.storage import Storage
 from ratethrottle.storage.memory import InMemoryStorage
@@ -31,13 +31,14 @@ OPTIONS: Final[Mapping[str, tuple[str, str, str, str]]] = MappingProxyType(
         "max_waiting": ("redis", "10,000", "calls", "1 to 1,000,000"),
     }
 )
+STORAGES: Final = ("memory", "redis")
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
     """One check of `check_many`: a key, the rule's name (None: the only rule) and a cost in units."""
 
-    key: Key
+    key: Key = field(repr=False)  # keys are addresses and accounts, and a repr ends up in logs
     rule: str | None = None
     cost: int = 1
 
@@ -54,10 +55,14 @@ class RateThrottleCore(Limiter):
     def __init__(self, storage: Storage | None = None, *, rules: Iterable[RateThrottleRule] = ()) -> None:
         if storage is None:
             storage = InMemoryStorage()
-        elif not hasattr(storage, "decide_one"):
-            raise ConfigurationError(f"storage is a {type(storage).__name__}; pass InMemoryStorage(...) or RedisStorage(client)")
+        elif isinstance(storage, type) or not hasattr(storage, "decide_one"):
+            # Never its repr: a URL or a client shows its password there.
+            what = f"the class {storage.__name__}" if isinstance(storage, type) else f"a {type(storage).__name__}"
+            raise ConfigurationError(f"storage is {what}; pass InMemoryStorage(...) or RedisStorage(client)")
         super().__init__(storage)
         self._by_name: dict[str, RateThrottleRule] = {}
+        if isinstance(rules, RateThrottleRule) or not isinstance(rules, Iterable):
+            raise ConfigurationError(f"rules is a {type(rules).__name__}; it is an iterable of rules, such as [rule]")
         for rule in rules:
             self.add_rule(rule)
 
@@ -88,7 +93,7 @@ class RateThrottleCore(Limiter):
         Raises ConfigurationError if there is no rule of this name.
         """
         if name not in self._by_name:
-            raise ConfigurationError(f"there is no rule {name!r}; there are {', '.join(sorted(self._by_name)) or 'none'}")
+            raise ConfigurationError(f"there is no rule {shown(name)}; there are {', '.join(sorted(self._by_name)) or 'none'}")
         del self._by_name[name]
         self._uninstall(name)
 
@@ -97,8 +102,12 @@ class RateThrottleCore(Limiter):
 
         All of them are validated before the first is decided. Raises what `check` raises.
         """
-        if isinstance(requests, str):
-            raise InvalidRequest("check_many takes an iterable of keys; for one key there is check(key)")
+        if self._closed:
+            raise LimiterClosed
+        if isinstance(requests, (str, Request)) or not isinstance(requests, Iterable):
+            raise InvalidRequest(
+                f"check_many takes an iterable of keys or Requests, not a {type(requests).__name__}; for one there is check(key)"
+            )
         entries = [self._request(request) for request in requests]
         return await self._storage.decide(entries) if entries else []
 
@@ -118,6 +127,8 @@ class RateThrottleCore(Limiter):
             await self._storage.aclose()
 
     async def __aenter__(self) -> Self:
+        if self._closed:
+            raise LimiterClosed
         await self._storage.open()
         return self
 
@@ -151,13 +162,13 @@ def create_limiter(
 
     Nothing connects here. Raises ConfigurationError, for an unknown option too.
     """
-    if storage not in ("memory", "redis"):
-        raise ConfigurationError(f'storage is {storage!r}; it is "memory" or "redis"')
+    if storage not in STORAGES:
+        raise ConfigurationError(_wrong_storage(storage))
     for name in options:
         if name not in OPTIONS:
             near = difflib.get_close_matches(name, [*OPTIONS, "redis_url", "rules"], 1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(OPTIONS)}"
-            raise ConfigurationError(f"there is no option {name!r}; {hint}")
+            raise ConfigurationError(f"there is no option {shown(name)}; {hint}")
         if OPTIONS[name][0] != storage:
             raise ConfigurationError(f'option {name!r} belongs to storage="{OPTIONS[name][0]}", not to "{storage}"')
     if storage == "memory":
@@ -167,3 +178,13 @@ def create_limiter(
     if redis_url is None:
         raise ConfigurationError('storage="redis" needs redis_url, such as "redis://localhost:6379/0"')
     return RateThrottleCore(RedisStorage.from_url(redis_url, **options), rules=rules)
+
+
+def _wrong_storage(storage: object) -> str:
+    choice = '"memory" or "redis"'
+    if not isinstance(storage, str):
+        return f"storage is a {type(storage).__name__}; it is {choice} (a storage of your own goes to RateThrottleCore)"
+    if "://" in storage:  # not shown: it may hold a password
+        return f'storage is a URL; it is {choice}: write storage="redis", redis_url=...'
+    near = difflib.get_close_matches(storage.lower(), STORAGES, 1)
+    return f"storage is {shown(storage)}; {f'did you mean {near[0]!r}? ' if near else ''}it is {choice}"

@@ -149,7 +149,7 @@ class RateThrottleRule:
     def _ticks(self, window_us: int) -> tuple[int, int]:
         if self.capacity * window_us > MAX_DRAIN_US * self.limit:
             raise ConfigurationError(
-                f"rule {self.name!r}: a burst of {self.capacity} at {self.limit} per {window_us / 1e6:.12g} s takes longer to come "
+                f"rule {self.name!r}: a burst of {self.capacity} at {self.limit} per {window_us / 1e6:.14g} s takes longer to come "
                 f"back than a rule can count (2^48 µs, almost 9 years); the largest burst at this rate is "
                 f"{MAX_DRAIN_US * self.limit // window_us}"
             )
@@ -160,7 +160,7 @@ class RateThrottleRule:
                 nearest_limit(self.limit, window_us) if self.burst is None else largest_burst(self.limit, window_us, self.burst)
             )
             raise ConfigurationError(
-                f"rule {self.name!r}: {self.limit} per {window_us / 1e6:.12g} s with a burst of {self.capacity} can't be counted to "
+                f"rule {self.name!r}: {self.limit} per {window_us / 1e6:.14g} s with a burst of {self.capacity} can't be counted to "
                 f"within a billionth; the nearest {what} that can is {near}"
             )
         return rate.denominator, rate.numerator

@@ -1,89 +1,196 @@
-"""Oracle, compiled core and script agree to the unit: Hypothesis, clocks that step both ways, rules that change."""
+"""Oracle, compiled core and script agree to the unit: clocks that step both ways, rules that change, strategies included.
+
+`python -m tests.agree` does the same for millions of steps; here Hypothesis looks for the shortest ones. A failure prints
+the blob that reproduces it.
+"""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
+import fakeredis
 import pytest
+import redis
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from ratethrottle import RateThrottleRule
-from tests.strategies import START_US, STRATEGIES, known_rules, random_step, rules, seeds
-from tests.subjects import Core, Lua, Oracle
+from tests.servers import RedisServer
+from tests.strategies import START_US, STRATEGIES, known_rules, make_rule, random_step, rules
+from tests.subjects import Core, Lua, Oracle, Subject
 
+# fakeredis and a fixture's server serve all examples of a test; each example has a key of its own.
 FIXED = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], print_blob=True)
 
-
-@given(rule=rules, seed=seeds)
-@settings(FIXED, max_examples=150)
-def test_the_core_keeps_the_promise_that_the_oracle_reads_off_the_log(rule: RateThrottleRule, seed: int) -> None:
-    rng, now, core, oracle = random.Random(seed), START_US + seed, Core(), Oracle()
-    for _ in range(60):
-        step = random_step(rng, rule)
-        now += step.advance_us
-        ours = core.check(rule.compiled, now, step.cost, consume=step.consume)
-        assert ours == oracle.check(rule.compiled, now, step.cost, consume=step.consume)
-
-
-@given(first=rules, second=rules, third=rules, seed=seeds)
-@settings(FIXED, max_examples=80)
-def test_core_and_script_agree_while_rules_change(any_redis: Any, first: RateThrottleRule, second: RateThrottleRule, third: RateThrottleRule, seed: int) -> None:
-    rng, now, core, script = random.Random(seed), START_US + seed, Core(), Lua(any_redis)
-    rule = first
-    for _ in range(40):
-        if rng.random() < 0.25:
-            rule = rng.choice((first, second, third))
-        step = random_step(rng, rule)
-        now += step.advance_us
-        ours = core.check(rule.compiled, now, step.cost, consume=step.consume)
-        assert ours == script.check(rule.compiled, now, step.cost, consume=step.consume)
-        stored = script.state(rule.compiled)
-        assert stored is None or stored == core.state(rule.compiled)
+# How the clock moves: by a share of the rule's window in thousandths, by a few µs, or to next to an instant that matters.
+moves = st.one_of(
+    st.tuples(st.just("share"), st.integers(-2_000, 3_000)),
+    st.tuples(st.just("us"), st.integers(-3, 3)),
+    st.tuples(st.sampled_from(("promise", "reset", "boundary", "slot")), st.integers(-1, 1)),
+)
+costs = st.one_of(st.integers(1, 3), st.sampled_from(("all", "half", "third", "tenth")))
+steps = st.lists(st.tuples(moves, costs, st.integers(0, 2), st.booleans() | st.just(True)), min_size=2, max_size=40)
+shapes = st.builds(
+    make_rule, st.sampled_from(STRATEGIES), st.sampled_from((1, 2, 5, 64, 65, 500, 10**6)), st.sampled_from((1_000, 64_001, 10**6, 60 * 10**6))
+)
 
 
-@pytest.mark.parametrize("rule", known_rules(), ids=lambda rule: f"{rule.strategy}-{rule.limit}-{rule.window}-{rule.burst}")
-def test_a_denied_call_becomes_allowed_exactly_at_the_instant_it_promised_not_one_microsecond_before(rule: RateThrottleRule) -> None:
-    rng, now, core = random.Random(rule.limit), START_US, Core()
-    denials = 0
-    for _ in range(300):
-        step = random_step(rng, rule, backwards=False)
-        now += step.advance_us // 4
-        allowed, _, retry_us, _ = core.check(rule.compiled, now, step.cost)
-        if allowed:
-            continue
-        denials += 1
-        assert not core.check(rule.compiled, now + retry_us - 1, step.cost, consume=False)[0]
-        assert core.check(rule.compiled, now + retry_us, step.cost, consume=False)[0]
-    assert denials
+@pytest.fixture
+def scripts(redis_client: redis.Redis) -> list[Callable[[], Lua]]:
+    fake = fakeredis.FakeRedis(server=fakeredis.FakeServer())
+    return [lambda: Lua(redis_client), lambda: Lua(fake)]
+
+
+def moved(move: tuple[str, int], now_us: int, rule: RateThrottleRule, last: tuple[int, int]) -> int:
+    """Where the clock goes; `last` is when the last check was promised to be allowed, and to be forgotten."""
+    kind, by = move
+    window_us = rule.window_us
+    if kind == "share":
+        return now_us + window_us * by // 1_000
+    grain = window_us if kind == "boundary" else -(-window_us // 64)
+    return {"us": now_us, "promise": last[0], "reset": last[1]}.get(kind, now_us - now_us % grain + grain) + by
+
+
+def units(cost: int | str, rule: RateThrottleRule) -> int:
+    shares = {"all": 1, "half": 2, "third": 3, "tenth": 10}
+    return min(rule.capacity, max(1, rule.capacity // shares[cost]) if isinstance(cost, str) else cost)
+
+
+@given(versions=st.lists(rules | shapes, min_size=3, max_size=3), plan=steps, start_us=st.integers(START_US, START_US + 10**12))
+@settings(FIXED, max_examples=120)
+def test_all_subjects_agree_while_the_clock_steps_and_rules_change(
+    scripts: list[Callable[[], Lua]], versions: list[RateThrottleRule], plan: list[Any], start_us: int
+) -> None:
+    oracle, core, subjects = Oracle(), Core(), [make() for make in scripts]
+    now_us, last = start_us, (start_us, start_us)
+    for move, cost, which, consume in plan:
+        rule = versions[which]
+        now_us = moved(move, now_us, rule, last)
+        check = rule.compiled, now_us, units(cost, rule)
+        expected = oracle.check(*check, consume=consume)
+        last = now_us + expected[2], now_us + expected[3]
+        assert core.check(*check, consume=consume) == expected
+        for script in subjects:
+            assert script.check(*check, consume=consume) == expected
+            assert script.state(rule.compiled) in (None, core.state(rule.compiled)), "the states differ before a decision does"
+
+
+@pytest.fixture(params=["oracle", "core", "redis", "fakeredis"])
+def subject(request: pytest.FixtureRequest) -> Callable[[], Subject]:
+    """Makes a subject with a key of its own."""
+    if request.param == "oracle":
+        return Oracle
+    if request.param == "core":
+        return Core
+    if request.param == "redis":
+        server: RedisServer = request.getfixturevalue("redis_server")
+        return lambda: Lua(server.client())
+    return lambda: Lua(fakeredis.FakeRedis(server=fakeredis.FakeServer()))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_two_versions_of_a_rule_that_alternate_neither_refill_nor_lock_out(strategy: str) -> None:
-    """Every admission is charged to both versions, so each keeps its own promise over all of them."""
-    small = RateThrottleRule("rule", 10, 10, strategy=strategy).compiled
-    large = RateThrottleRule("rule", 60, 20, strategy=strategy).compiled
-    now, core, admitted = START_US, Core(), []
-    rng = random.Random(7)
-    for step in range(4000):
-        now += rng.randrange(100_000)
+def test_a_denied_call_becomes_allowed_exactly_at_the_instant_it_promised_not_one_microsecond_before(
+    subject: Callable[[], Subject], strategy: str
+) -> None:
+    for rule in known_rules():
+        if rule.strategy != strategy:
+            continue
+        rng, now_us, decides, denials = random.Random(rule.limit), START_US, subject(), 0
+        for _ in range(60):
+            step = random_step(rng, rule, backwards=False)
+            now_us += step.advance_us // 8
+            allowed, _, retry_us, _ = decides.check(rule.compiled, now_us, step.cost)
+            if allowed:
+                continue
+            denials += 1
+            assert retry_us > 0
+            assert not decides.check(rule.compiled, now_us + retry_us - 1, step.cost, consume=False)[0], rule
+            assert decides.check(rule.compiled, now_us + retry_us, step.cost, consume=False)[0], rule
+        assert denials, f"{rule} was never full"
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_is_reset_after_is_forgotten_then_and_not_one_microsecond_before(subject: Callable[[], Subject], strategy: str) -> None:
+    rng = random.Random(strategy)
+    for rule in known_rules():
+        if rule.strategy != strategy:
+            continue
+        decides, now_us, reset_us = subject(), START_US, 0
+        for _ in range(5):
+            now_us += rng.randrange(rule.window_us // 20)
+            reset_us = decides.check(rule.compiled, now_us, max(1, rule.capacity // 7))[3]
+        assert decides.check(rule.compiled, now_us + reset_us, 1, consume=False) == (True, rule.capacity, 0, 0), rule
+        assert decides.check(rule.compiled, now_us + reset_us - 1, 1, consume=False)[3] == 1, rule
+
+
+@pytest.mark.parametrize("before", STRATEGIES)
+@pytest.mark.parametrize("after", STRATEGIES)
+def test_a_change_of_strategy_carries_over_what_was_used(before: str, after: str) -> None:
+    first, second, core = make_rule(before, 10, 60_000_000).compiled, make_rule(after, 10, 60_000_000).compiled, Core()
+    assert core.check(first, START_US, 10)[0]
+    assert not core.check(second, START_US, 1)[0]
+    assert not core.check(first, START_US, 1)[0], "changing it back gave a refill"
+
+
+def counted(rule: RateThrottleRule, log: list[tuple[int, str]], now_us: int) -> float:
+    """A lower bound of what a rule must count of a log of single admissions, by its promise alone."""
+    window_us = rule.window_us
+    if rule.strategy == "sliding_window":
+        return sum(at > now_us - window_us for at, _ in log)
+    current = sum(at // window_us == now_us // window_us for at, _ in log)
+    if rule.strategy == "fixed_window":
+        return current
+    before = sum(at // window_us == now_us // window_us - 1 for at, _ in log)
+    return current + min(rule.limit, before) * (1 - now_us % window_us / window_us)
+
+
+@pytest.mark.parametrize("old", [s for s in STRATEGIES if not s.endswith("bucket")])
+@pytest.mark.parametrize("new", [s for s in STRATEGIES if not s.endswith("bucket")])
+def test_while_two_versions_alternate_each_admission_keeps_its_versions_promise_over_all_of_them(old: str, new: str) -> None:
+    versions = {"old": make_rule(old, 10, 10_000_000), "new": make_rule(new, 90, 21_000_000)}
+    rng, now_us, core, log = random.Random(f"{old} {new}"), START_US, Core(), []
+    for _ in range(3_000):
+        now_us += rng.randrange(200_000)
+        which = rng.choice(("old", "new"))
+        rule = versions[which]
+        if core.check(rule.compiled, now_us, 1)[0]:
+            log.append((now_us, which))
+            # From the second on: before the first admission of each version there was no account of it to charge.
+            assert counted(rule, log[-200:], now_us) <= rule.limit + 1e-9
+    assert min(sum(which == version for _, which in log) for version in versions) > 20, "one version was locked out"
+
+
+@pytest.mark.parametrize("old", STRATEGIES)
+@pytest.mark.parametrize("new", STRATEGIES)
+def test_two_versions_that_alternate_refill_nothing_and_lock_nobody_out(old: str, new: str) -> None:
+    small, large, core = make_rule(old, 10, 10_000_000).compiled, make_rule(new, 60, 20_000_000).compiled, Core()
+    rng, now_us, mine = random.Random(f"{old} {new}"), START_US, {small: 0, large: 0}
+    for step in range(2_000):
+        now_us += rng.randrange(100_000)
         version = (small, large)[step % 2]
-        if core.check(version, now, 1)[0]:
-            admitted.append((now, version))
-            if strategy == "sliding_window":
-                recent = sum(at > now - version.window_us for at, _ in admitted)
-                assert recent <= version.capacity
-    assert len(admitted) > 300
-    now += 2 * large.window_us
-    assert core.check(small, now, 10)[0]
-    now += 2 * large.window_us
-    assert core.check(large, now, 60)[0]
-    assert not core.check(small, now, 10)[0], "changing the rule gave a refill"
+        mine[version] += core.check(version, now_us, 1)[0]
+    seconds = (now_us - START_US) / 1e6
+    # Whatever the other version admits, a version's own admissions are within its own promise.
+    assert 0 < mine[small] <= seconds + 20
+    assert 0 < mine[large] <= 3 * seconds + 120
+    now_us += 2 * large.window_us
+    assert core.check(small, now_us, 10)[0], "the smaller version is locked out after it was idle"
+    assert not core.check(small, now_us, 1)[0]
+    now_us += 2 * large.window_us
+    assert core.check(large, now_us, 60)[0], "the larger version is locked out after it was idle"
+    assert not core.check(small, now_us, 10)[0], "changing the rule gave a refill"
 
 
-def test_a_change_of_strategy_carries_over_what_was_used() -> None:
-    for before in STRATEGIES:
-        for after in STRATEGIES:
-            core = Core()
-            assert core.check(RateThrottleRule("rule", 10, 60, strategy=before).compiled, START_US, 10)[0]
-            assert not core.check(RateThrottleRule("rule", 10, 60, strategy=after).compiled, START_US, 1)[0]
+def test_random_walks_of_the_core_hold_against_the_oracle() -> None:
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    for rule in known_rules():
+        core, oracle, now_us = Core(), Oracle(), START_US
+        for _ in range(80):
+            step = random_step(rng, rule)
+            now_us += step.advance_us
+            check = rule.compiled, now_us, step.cost
+            assert core.check(*check, consume=step.consume) == oracle.check(*check, consume=step.consume), f"seed {seed}, {rule}"

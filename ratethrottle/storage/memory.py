@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from ratethrottle._core import Decision, Entry, KeyTable
-from ratethrottle.errors import ConfigurationError
+from ratethrottle.errors import ConfigurationError, shown
 
 MAX_KEYS = 1_000_000_000
 
@@ -29,9 +29,9 @@ class InMemoryStorage:
         clock_us: Callable[[], int] | None = None,
     ) -> None:
         if isinstance(max_keys, bool) or not isinstance(max_keys, int) or not 1 <= max_keys <= MAX_KEYS:
-            raise ConfigurationError(f"max_keys is {max_keys!r}; it is a whole number from 1 to {MAX_KEYS}")
+            raise ConfigurationError(f"max_keys is {shown(max_keys)}; it is a whole number from 1 to {MAX_KEYS:,}")
         if on_full not in ("evict", "deny"):
-            raise ConfigurationError(f'on_full is {on_full!r}; it is "evict" or "deny"')
+            raise ConfigurationError(f'on_full is {shown(on_full)}; it is "evict" or "deny"')
         self.table = KeyTable(max_keys, on_full == "evict", clock_us)
 
     def __len__(self) -> int:

@@ -1,0 +1,31 @@
+"""A type checker flags what a user must not forget."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ratethrottle
+
+FORGOTTEN = {
+    "async def f(core: RateThrottleCore) -> None:\n    core.check('key')\n": "unused-coroutine",
+    "def f(core: RateThrottleCore) -> None:\n    core.check('key').remaining\n": "attr-defined",
+    "async def f(core: RateThrottleCore) -> None:\n    await core.check(5)\n": "arg-type",
+    "def f() -> None:\n    RateThrottleRule('a', 1, 60, 'token_bucket')\n": "call-arg|misc",
+}
+
+
+@pytest.mark.slow
+def test_mypy_flags_a_forgotten_await_and_bad_arguments(tmp_path: Path) -> None:
+    for number, (code, _) in enumerate(FORGOTTEN.items()):
+        (tmp_path / f"case{number}.py").write_text(f"from ratethrottle import RateThrottleCore, RateThrottleRule\n{code}")
+    command = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", "--cache-dir", str(tmp_path / "cache"), str(tmp_path)]
+    env = os.environ | {"MYPYPATH": str(Path(ratethrottle.__file__).parents[1])}
+    said = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False, cwd=tmp_path, env=env).stdout
+    for number, kinds in enumerate(FORGOTTEN.values()):
+        lines = [line for line in said.splitlines() if f"case{number}.py" in line]
+        assert any(f"[{kind}]" in line for kind in kinds.split("|") for line in lines), said

@@ -1,0 +1,1 @@
+"""Checked by mypy, never run: the types that callers see."""
