@@ -26,7 +26,6 @@ from ratethrottle.errors import CostExceedsLimit, InvalidRequest, LimiterClosed
 
 
 cdef extern from "Python.h":
-    const char* PyUnicode_AsUTF8AndSize(object text, Py_ssize_t* size) noexcept
     void PyErr_Clear()
     bint PyUnicode_Check(object)
     bint PyBool_Check(object)
@@ -72,6 +71,15 @@ cdef extern from *:
     #endif
     }
 
+    /* The text of most keys is its own UTF-8; NULL, with an error set, for a lone surrogate. */
+    static inline const char *rt_utf8(PyObject *text, Py_ssize_t *size) {
+        if (PyUnicode_IS_COMPACT_ASCII(text)) {
+            *size = PyUnicode_GET_LENGTH(text);
+            return (const char *)PyUnicode_DATA(text);
+        }
+        return PyUnicode_AsUTF8AndSize(text, size);
+    }
+
     static void rt_set_used(void) {
         PyErr_SetString(PyExc_RuntimeError, "this check was awaited already; each `check(...)` gives one decision");
     }
@@ -95,6 +103,7 @@ cdef extern from *:
     void rt_set_stop(PyObject* value) noexcept
     void rt_drop_stop_value() noexcept
     void rt_set_used() noexcept
+    const char* rt_utf8(object text, Py_ssize_t* size) noexcept
     Py_ssize_t Py_REFCNT(PyObject*)
     void rt_set_slots(PyTypeObject* type, PySendResult (*send)(PyObject*, PyObject*, PyObject**) noexcept,
                       PyObject* (*next)(PyObject*) noexcept)
@@ -1124,7 +1133,7 @@ cdef class Limiter:
             terms = self.which(rule)
         units = 1 if cost is 1 else units_of(cost, terms)
         if PyUnicode_Check(key):
-            data = PyUnicode_AsUTF8AndSize(key, &length)
+            data = rt_utf8(key, &length)
             if data == NULL or length == 0:
                 PyErr_Clear()
                 self._entry(key, rule, cost)  # words the error

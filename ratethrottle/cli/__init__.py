@@ -4,13 +4,34 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import sys
 from importlib.metadata import version
 
 from ratethrottle.cli import demo
 
+DEMO = """\
+Start servers, each a process of its own, that share one limit through Redis as in docs/distributed.rst. Offer them more than
+three times the limit, show what they do, and count what they admitted. Ends with status 0 only if that is exactly the limit."""
+AFTER = """\
+Without --redis-url it starts a redis-server of its own on a free port of loopback, without persistence, and stops it at the
+end. Where there is none, it says so and runs in memory, in one process; under CI=true that is a failure."""
+
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line; returns the exit status: 0 well, 1 not, 2 wrong usage, 128 + n ended by signal n."""
+    args = arguments(argv)
+    try:
+        return asyncio.run(demo.run(demo.Plan(args.redis_url, args.limit, args.window, args.servers, args.seconds)))
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        return 130
+    except asyncio.CancelledError:
+        print("\nStopped.", file=sys.stderr)
+        return 143
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line. Leaves with status 2, and a word on why, when it is wrong."""
     parser = argparse.ArgumentParser(
         prog="ratethrottle", description="A rate limiter for asyncio services on more than one server."
     )
@@ -19,16 +40,21 @@ def main(argv: list[str] | None = None) -> int:
     shown = commands.add_parser(
         "demo",
         help="three servers, one Redis, one limit: watch it hold",
-        description="Start servers that share one limit through Redis, offer them three times the limit, and count what they admit.",
+        description=DEMO,
+        epilog=AFTER,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    shown.add_argument("--redis-url", help="use this Redis instead of starting a redis-server (redis://host:port/db)")
-    shown.add_argument("--limit", type=int, default=1000, help="units per minute that the servers share (default: %(default)s)")
+    shown.add_argument("--redis-url", metavar="URL", help="use this Redis (redis://, rediss:// or unix://); it is left clean")
+    shown.add_argument(
+        "--limit", type=int, default=1000, help="units that the servers share, 1 to 100,000 (default: %(default)s)"
+    )
+    shown.add_argument("--window", type=float, default=60, help="seconds the limit is for, 1 to 3600 (default: %(default)s)")
     shown.add_argument("--servers", type=int, default=3, help="server processes, 1 to 16 (default: %(default)s)")
-    shown.add_argument("--seconds", type=float, default=4.0, help="how long to offer, 0.5 to 30 (default: %(default)s)")
+    shown.add_argument("--seconds", type=float, default=3, help="how long to offer, 0.5 to 30 (default: %(default)s)")
     args = parser.parse_args(argv)
-    if not (1 <= args.servers <= 16 and 0.5 <= args.seconds <= 30 and 1 <= args.limit <= 100_000):
-        shown.error("--servers is from 1 to 16, --seconds from 0.5 to 30, --limit from 1 to 100000")
-    try:
-        return asyncio.run(demo.run(demo.Plan(args.redis_url, args.limit, args.servers, args.seconds)))
-    except KeyboardInterrupt:
-        return 130
+    for name, low, high in (("limit", 1, 100_000), ("window", 1, 3600), ("servers", 1, 16), ("seconds", 0.5, 30)):
+        if not low <= getattr(args, name) <= high:
+            shown.error(f"--{name} is from {low:,} to {high:,}")
+    if args.seconds > args.window / 2:
+        shown.error("--seconds is at most half of --window, so that every check falls into one window")
+    return args

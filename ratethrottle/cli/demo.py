@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import secrets
-import shutil
-import socket
+import signal
 import sys
-import tempfile
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
-from ratethrottle import RateThrottleRule, RedisStorage, StorageError, create_limiter
-from ratethrottle.limiter import RateThrottleCore
+from ratethrottle import ConfigurationError, RateThrottleRule, StorageError, create_limiter
+from ratethrottle.cli.processes import NoRedis, probe, redis_server, server
+from ratethrottle.cli.screen import Screen, say, table
+from ratethrottle.cli.server import KEY
 
-START_S = 10.0
-WINDOW_S = 60
+REDRAW_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,197 +24,119 @@ class Plan:
 
     redis_url: str | None
     limit: int
+    window: float
     servers: int
     seconds: float
 
-
-@dataclass(slots=True)
-class Server:
-    """A server process and what it has told so far."""
-
-    process: asyncio.subprocess.Process
-    offered: int = 0
-    admitted: int = 0
-
-    def tell(self, what: object) -> None:
-        """Send it a line."""
-        if self.process.stdin is not None:
-            self.process.stdin.write(json.dumps(what).encode() + b"\n")
-
-    async def hear(self) -> bool:
-        """Take up its next line; False at its end."""
-        line = await self.process.stdout.readline() if self.process.stdout is not None else b""
-        if line:
-            facts = json.loads(line)
-            self.offered, self.admitted = facts["offered"], facts["admitted"]
-        return bool(line)
+    @property
+    def offers(self) -> int:
+        """What each server is offered: all together three times the limit, and each alone more than the limit."""
+        return max(-(-3 * self.limit // self.servers), self.limit + self.limit // 5 + 1)
 
 
 async def run(plan: Plan) -> int:
     """Show the demo; returns the exit status: 0 only when exactly the limit was admitted by all servers together."""
-    async with AsyncExitStack() as stack:
-        url = plan.redis_url
-        if url is None:
-            if shutil.which("redis-server") is None:
-                return await without_redis(plan)
-            url = await stack.enter_async_context(redis_server())
-        try:
+    task = asyncio.current_task()
+    if task is not None:  # SIGINT does this by itself
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    try:
+        async with AsyncExitStack() as stack:
+            url = plan.redis_url
+            if url is None:
+                say("Starting a redis-server of our own ...")
+                url = await stack.enter_async_context(redis_server())
             await probe(url)
-        except StorageError as error:
-            print(f"{error}", file=sys.stderr)
-            return await without_redis(plan) if plan.redis_url is None else 1
-        return await with_redis(plan, url, stack)
+            return await with_redis(plan, url, stack)
+    except NoRedis as reason:
+        return await without_redis(plan, str(reason))
+    except (ConfigurationError, StorageError) as error:
+        # No fallback here: whoever names a Redis wants to see that one.
+        print(f"ratethrottle demo: {error}", file=sys.stderr)
+        return 1
 
 
 async def with_redis(plan: Plan, url: str, stack: AsyncExitStack) -> int:
     """Run the servers against a Redis, draw what they do, and print the table."""
-    prefix = f"ratethrottle-demo-{secrets.token_hex(4)}"  # so that a demo never meets the counts of an earlier one
-    print(
-        f"{plan.servers} servers share {plan.limit} per {WINDOW_S} s through one Redis; each is offered {plan.limit * 6 // 5 + 1}.\n"
+    loop = asyncio.get_running_loop()
+    order = {
+        "redis_url": url,
+        "prefix": f"ratethrottle-demo-{secrets.token_hex(4)}",  # a demo never meets the counts of an earlier one
+        "limit": plan.limit,
+        "window": plan.window,
+        "offers": plan.offers,
+        "seconds": plan.seconds,
+    }
+    say(
+        f"{plan.servers} server{'s' * (plan.servers > 1)} behind one Redis share {plan.limit:,} per {plan.window:g} s; "
+        f"each is offered {plan.offers:,} in {plan.seconds:g} s.\n"
     )
-    servers = [await stack.enter_async_context(server(url, prefix, plan)) for _ in range(plan.servers)]
-    for one in servers:
-        if not await one.hear():
-            print("a server ended before it began; its error is above", file=sys.stderr)
-            return 1
+    servers = [await stack.enter_async_context(server(f"server {i + 1}", order)) for i in range(plan.servers)]
+    await asyncio.gather(*(one.hear() for one in servers))  # each is connected
+    start_s = loop.time()
     for one in servers:
         one.tell("go")
-    hearing = [asyncio.create_task(follow(one)) for one in servers]
-    screen = Screen(plan)
+    hearing = [loop.create_task(one.follow()) for one in servers]
+    screen = Screen(plan.limit)
     while not all(task.done() for task in hearing):
         screen.draw(servers)
-        await asyncio.wait(hearing, timeout=0.15)
+        await asyncio.wait(hearing, timeout=REDRAW_S)
     await asyncio.gather(*hearing)
     screen.draw(servers, last=True)
-    return verdict(plan, servers)
-
-
-async def follow(one: Server) -> None:
-    """Hear a server to its end."""
-    while await one.hear():
-        pass
-
-
-class Screen:
-    """Draws the servers' counts: over and over in place on a terminal, else a line every second."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        self._live = sys.stdout.isatty()
-        self._lines = 0
-        self._told = 0.0
-
-    def draw(self, servers: list[Server], *, last: bool = False) -> None:
-        """Show how things stand."""
-        total = sum(one.admitted for one in servers)
-        now = asyncio.get_running_loop().time()
-        if not self._live:
-            if last or now - self._told >= 1:
-                self._told = now
-                counts = "  ".join(f"server {i + 1}: {one.admitted} of {one.offered}" for i, one in enumerate(servers))
-                print(f"{counts}  together: {total}", flush=True)
-            return
-        if self._lines:
-            print(f"\x1b[{self._lines}A", end="")
-        lines = self.picture(servers, total)
-        self._lines = len(lines)
-        print("\n".join(f"\x1b[K{line}" for line in lines), flush=True)
-
-    def picture(self, servers: list[Server], total: int) -> list[str]:
-        """Draw the architecture with its counts, as lines."""
-        width, gap = 15, "   "
-        middle = (len(servers) * (width + len(gap)) - len(gap)) // 2
-        bar = round(40 * total / self._plan.limit)
-        return [
-            gap.join("┌" + "─" * (width - 2) + "┐" for _ in servers),
-            gap.join("│" + f"Server {i + 1}".center(width - 2) + "│" for i in range(len(servers))),
-            gap.join("│" + f"{one.admitted} of {one.offered}".center(width - 2) + "│" for one in servers),
-            gap.join("└" + "─" * (width // 2 - 1) + "┬" + "─" * (width // 2 - 1) + "┘" for _ in servers),
-            " " * (width // 2) + "─" * (2 * middle - width + 1),
-            " " * middle + "▼",
-            f"Redis: {total} of {self._plan.limit} used  [{'█' * bar}{'░' * (40 - bar)}]",
-        ]
-
-
-def verdict(plan: Plan, servers: list[Server]) -> int:
-    """Print the table and say whether the limit held; returns the exit status."""
-    offered, admitted = sum(one.offered for one in servers), sum(one.admitted for one in servers)
-    rows = [(f"server {i + 1}", one.offered, one.admitted) for i, one in enumerate(servers)]
-    print(f"\n{'':10}{'offered':>10}{'admitted':>10}")
-    for name, offers, granted in [*rows, ("together", offered, admitted)]:
-        print(f"{name:10}{offers:>10,}{granted:>10,}")
-    if admitted != plan.limit:
-        print(f"\nThe limit did not hold: {admitted} were admitted, not {plan.limit}.", file=sys.stderr)
+    took_s = loop.time() - start_s
+    if plan.redis_url is not None:
+        await clean(order)
+    for one in servers:
+        if one.error:
+            print(f"ratethrottle demo: {one.name}: {one.error}", file=sys.stderr)
+    if took_s >= plan.window:
+        print(
+            f"\nIt took {took_s:.0f} s, longer than the window of {plan.window:g} s, so the total says nothing; "
+            "choose a lower --limit or a longer --window.",
+            file=sys.stderr,
+        )
         return 1
-    print(f"\nExactly {admitted} of {offered} were admitted.")
-    idle = [name for name, _, granted in rows if not granted]
-    if idle:
-        print(f"But {', '.join(idle)} admitted none; run it again with more --seconds.", file=sys.stderr)
-    return 1 if idle else 0
+    held = verdict(plan, [(one.name, one.offered, one.admitted) for one in servers])
+    return 0 if held and not any(one.error for one in servers) else 1
 
 
-async def without_redis(plan: Plan) -> int:
-    """Show the same limit in one process; a failure under CI=true, where there has to be a Redis."""
-    print("There is no redis-server here (Debian: apt-get install redis-server), and no --redis-url was given.")
-    print("This is the embedded in-memory default, in one process:\n")
-    limiter = create_limiter(rules=[RateThrottleRule("api_limit", plan.limit, WINDOW_S)])
-    offered = 3 * plan.limit
-    admitted = sum([bool(await limiter.check("client")) for _ in range(offered)])
-    print(f"offered {offered:,}, admitted {admitted:,}")
-    return 1 if os.environ.get("CI") == "true" or admitted != plan.limit else 0
-
-
-async def probe(url: str) -> None:
-    """Ask a Redis for anything. Raises StorageError."""
-    limiter = RateThrottleCore(RedisStorage.from_url(url, prefix="ratethrottle-demo", deadline=5.0))
-    limiter.add_rule(RateThrottleRule("probe", 1, 1))
+async def clean(order: dict[str, object]) -> None:
+    """Leave nothing behind in a Redis that isn't ours."""
+    limiter = create_limiter("redis", redis_url=str(order["redis_url"]), prefix=order["prefix"], deadline=5.0)
+    limiter.add_rule(RateThrottleRule("api_limit", 1, 1))
     try:
-        await limiter.peek("probe")
+        await limiter.reset(KEY)
+    except StorageError:
+        pass  # the counts expire with the window
     finally:
         await limiter.aclose()
 
 
-@asynccontextmanager
-async def server(url: str, prefix: str, plan: Plan) -> AsyncIterator[Server]:
-    """Start a server process, and end it whatever happens."""
-    pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "ratethrottle.cli.server", stdin=pipe, stdout=pipe)
-    try:
-        one = Server(process)
-        one.tell({"redis_url": url, "prefix": prefix, "limit": plan.limit, "window": WINDOW_S, "seconds": plan.seconds})
-        yield one
-    finally:
-        await end(process)
+async def without_redis(plan: Plan, reason: str) -> int:
+    """Show the same limit in one process; a failure under CI=true, where there has to be a Redis."""
+    say(
+        f"No Redis: {reason}. Install one (Debian: apt-get install redis-server; macOS: brew install redis) or name one with\n"
+        "--redis-url. Until then this is the embedded in-memory default, in one process: nothing is shared here.\n"
+    )
+    limiter = create_limiter(rules=[RateThrottleRule("api_limit", plan.limit, plan.window)])
+    offers = 3 * plan.limit
+    admitted = sum([bool(await limiter.check(KEY)) for _ in range(offers)])
+    held = verdict(plan, [("this process", offers, admitted)])
+    if os.environ.get("CI") == "true":
+        print("\nUnder CI=true a missing Redis is a failure.", file=sys.stderr)
+        return 1
+    return 0 if held else 1
 
 
-@asynccontextmanager
-async def redis_server() -> AsyncIterator[str]:
-    """Start a redis-server on a free port of loopback, without persistence; yields its URL."""
-    with tempfile.TemporaryDirectory(prefix="ratethrottle-demo-") as directory, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        process = await asyncio.create_subprocess_exec(
-            "redis-server", "--port", str(port), "--bind", "127.0.0.1", "--dir", directory, "--save", "", "--appendonly", "no",
-            stdout=asyncio.subprocess.DEVNULL,
-        )  # fmt: skip
-        try:
-            async with asyncio.timeout(START_S):
-                while True:
-                    try:
-                        _, writer = await asyncio.open_connection("127.0.0.1", port)
-                    except OSError:
-                        await asyncio.sleep(0.02)
-                    else:
-                        writer.close()
-                        break
-            yield f"redis://127.0.0.1:{port}/0"
-        finally:
-            await end(process)
-
-
-async def end(process: asyncio.subprocess.Process) -> None:
-    """End a process that we started."""
-    if process.returncode is None:
-        process.terminate()
-    await process.wait()
+def verdict(plan: Plan, rows: list[tuple[str, int, int]]) -> bool:
+    """Print the table, and whether exactly the limit was admitted."""
+    offered, admitted = sum(row[1] for row in rows), sum(row[2] for row in rows)
+    say(f"\n{table(rows)}\n")
+    if admitted != plan.limit:
+        print(f"The limit did not hold: {admitted:,} were admitted, not {plan.limit:,}.", file=sys.stderr)
+        return False
+    say(f"Exactly {admitted:,} of {offered:,} were admitted.")
+    idle = [name for name, _, granted in rows if not granted]
+    if idle:
+        say(f"({', '.join(idle)} came too late to admit any: the others had used up the limit. More --seconds spread it better.)")
+    return True

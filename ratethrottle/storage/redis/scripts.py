@@ -8,17 +8,22 @@ from functools import cache
 from hashlib import sha1
 from importlib.resources import files
 
-HEADER = re.compile(r"^--- (KEYS|ARGV|rule|entry|reply): (.*)$", re.MULTILINE)
+HEADER = re.compile(r"^--- (\w+): (.*)$", re.MULTILINE)
 SHEBANG = b"#!lua\n"
 
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """One script as text, and its header's words by line."""
+    """One script as text, and its header's words by line: what Python sends and reads is named there and nowhere else."""
 
     name: str
     text: bytes
     header: dict[str, tuple[str, ...]]
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """How many keys, rules and entries a call may have."""
+        return {name: int(most) for name, _, most in (word.partition("=") for word in self.header["limits"])}
 
     def body(self, shebang: bool) -> bytes:
         """Return what to load. With `#!lua` Redis 7 refuses the script on a demoted replica before it runs."""
@@ -31,7 +36,6 @@ class Script:
 
 @cache
 def script(name: str) -> Script:
-    """Read `lua/<name>.lua`."""
+    """Read `lua/<name>.lua`. Raises FileNotFoundError if the package was installed without it."""
     text = files(__package__).joinpath("lua", f"{name}.lua").read_text("ascii")
-    header = {line: tuple(words.replace(",", " ").split()) for line, words in HEADER.findall(text)}
-    return Script(name, text.encode(), header)
+    return Script(name, text.encode(), {line: tuple(words.split()) for line, words in HEADER.findall(text)})

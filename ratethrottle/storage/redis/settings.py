@@ -46,7 +46,6 @@ OURS = frozenset(
         "oss_cluster_maint_notifications_handler",
         "parser_class",
         "protocol",
-        "redis_connect_func",
         "retry",
         "retry_on_error",
         "retry_on_timeout",
@@ -71,19 +70,23 @@ class Settings:
         self._deadline_s = deadline_s
         self._sentinels: list[Settings] = []
         self._master = ""
+        self._forced_host: str | None = None
         manager = getattr(pool, "sentinel_manager", None)
         if manager is not None:
             if not pool.is_master:
                 raise ConfigurationError("RedisStorage writes, so it takes a Sentinel's master_for(...), not its replica")
             self._master = pool.service_name
-            self._sentinels = [Settings(sentinel, deadline_s) for sentinel in manager.sentinels]
+            self._forced_host = getattr(manager, "_force_master_ip", None)
+            # Those that don't answer must leave time for one that does, and for the master.
+            share_s = deadline_s / (len(manager.sentinels) + 1)
+            self._sentinels = [Settings(sentinel, share_s) for sentinel in manager.sentinels]
         self._class = asyncio_twin(pool.connection_class)
         self._kwargs = own_kwargs(self._class, pool.connection_kwargs, deadline_s)
 
     async def connect(self) -> AbstractConnection:
         """Open a connection. Raises redis-py's errors and OSError; the caller bounds the time."""
         kwargs = dict(self._kwargs)
-        if self._sentinels:
+        if self._master:
             kwargs["host"], kwargs["port"] = await self._master_address()
         connection = self._class(**kwargs)
         try:
@@ -107,7 +110,7 @@ class Settings:
                 failure = error
                 continue
             if address:
-                return address[0].decode(), int(address[1])
+                return self._forced_host or address[0].decode(), int(address[1])
         raise StorageUnavailable(f"none of {len(self._sentinels)} sentinels names a master {self._master!r}") from failure
 
 
@@ -140,7 +143,15 @@ def own_kwargs(connection_class: type, theirs: Mapping[str, Any], deadline_s: fl
         for ancestor in connection_class.__mro__
         for name in inspect.signature(ancestor.__init__).parameters  # type: ignore[misc]  # read, not called
     }
-    kwargs = {name: value for name, value in theirs.items() if name not in OURS and (fake or name in accepted)}
+    asked = {name: value for name, value in theirs.items() if name not in OURS and value is not None}
+    kwargs = {name: value for name, value in asked.items() if fake or name in accepted}
+    # To leave one of these out would connect with less security than was asked for.
+    lost = [name for name, value in asked.items() if name not in kwargs and name.startswith("ssl_") and value]
+    connect = kwargs.get("redis_connect_func")
+    if connect is not None and not inspect.iscoroutinefunction(connect):
+        lost.append("redis_connect_func")
+    if lost:
+        raise ConfigurationError(f"redis-py's asyncio connections can't take {', '.join(lost)} from this client; pass an asyncio client")
     kwargs.update(
         protocol=2,
         retry=Retry(NoBackoff(), 0),

@@ -1,0 +1,85 @@
+"""What redis-py, the system and Redis itself say when something is wrong, in our own errors.
+
+A message names kinds and what to do, never what was sent, to which key, or with which password.
+"""
+
+from __future__ import annotations
+
+import re
+
+import redis
+from redis import exceptions as theirs
+
+from ratethrottle.errors import StorageError, StorageProtocolError, StorageTimeout, StorageUnavailable
+
+CREDENTIALS = (
+    theirs.AuthenticationError,
+    theirs.AuthorizationError,
+    theirs.AuthenticationWrongNumberOfArgsError,
+    # Younger than the oldest redis-py that we run on.
+    *(getattr(theirs, name) for name in ("ExternalAuthProviderError", "IncorrectPolicyType") if hasattr(theirs, name)),
+)
+CLUSTER = (theirs.ClusterError, theirs.AskError, theirs.ClusterCrossSlotError, theirs.RedisClusterException, theirs.TryAgainError)
+# The first word of an error reply. redis-py takes it away where it has a class for it.
+CODE = re.compile(r"[A-Z]{2,20}\b")
+OURS = re.compile(r"RATETHROTTLE ([a-z0-9 ,]+)")
+
+
+def failure(error: BaseException, deadline_s: float, *, sent: bool) -> StorageError:
+    """Make a new error of ours, with `error` as its cause, for one call that had (or had not) been sent."""
+    found = _failure(error, deadline_s, sent)
+    found.__cause__ = error
+    return found
+
+
+def _failure(error: BaseException, deadline_s: float, sent: bool) -> StorageError:
+    if isinstance(error, StorageError):
+        return type(error)(*error.args)
+    if isinstance(error, (TimeoutError, redis.TimeoutError)):
+        return StorageTimeout(deadline_s) if sent else no_connection(deadline_s)
+    if isinstance(error, CREDENTIALS):
+        return StorageUnavailable("Redis refused the user or the password; check the client's credentials")
+    if isinstance(error, theirs.NoPermissionError):
+        return StorageUnavailable("the Redis user may not run our scripts; allow it EVAL, EVALSHA, SCRIPT LOAD and our prefix")
+    if isinstance(error, theirs.MasterDownError):
+        return StorageUnavailable("Redis is a replica without its master; connect to the master")
+    if isinstance(error, CLUSTER):
+        return StorageUnavailable("Redis is part of a cluster, and clusters are not supported yet; connect to a single server")
+    if isinstance(error, theirs.ReadOnlyError):
+        return StorageUnavailable("Redis is a read-only replica; connect to the master, or through its sentinels")
+    if isinstance(error, theirs.BusyLoadingError):
+        return StorageUnavailable("Redis is still loading its data")
+    if isinstance(error, redis.ResponseError):
+        return _refused(error)
+    if isinstance(error, (theirs.InvalidResponse, theirs.DataError)):
+        return StorageProtocolError("Redis and this process don't understand each other; is it Redis that listens there?")
+    if sent:
+        return StorageUnavailable(f"the connection to Redis was lost ({_kind(error)}); the check may have been counted")
+    return StorageUnavailable(f"Redis can't be reached ({_kind(error)}); is it up, and is the address right?")
+
+
+def no_connection(deadline_s: float) -> StorageUnavailable:
+    """Make the error of a call whose deadline passed before there was a connection."""
+    return StorageUnavailable(f"no connection to Redis within {deadline_s} s; is it up, and is the address right?")
+
+
+def _refused(error: redis.ResponseError) -> StorageError:
+    text = str(error)
+    own = OURS.search(text)
+    if own:
+        return StorageProtocolError(f"the script refused the call: {own[1].strip()}")
+    if "user_script" in text or "running script" in text:
+        return StorageProtocolError("the script failed on the server; is a key of ours written by somebody else?")
+    code = CODE.match(text)
+    return StorageUnavailable(f"Redis refuses to serve us ({code[0] if code else type(error).__name__})")
+
+
+def _kind(error: BaseException) -> str:
+    """Name the first cause that the system knows: redis-py calls a bad certificate and a closed port by the same name."""
+    kind = type(error).__name__
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, OSError):
+            kind = type(inner).__name__
+        inner = inner.__cause__ or inner.__context__
+    return kind
