@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from math import log
 from typing import Any
 
 import fakeredis
@@ -96,7 +95,8 @@ class World:
         base = random_rule(rng)
         versions = [base, *(changed(rng, base) for _ in range(rng.choice((0, 1, 1, 2, 3))))]
         self.keys = [
-            Key(f"{name}:{i}", rng.sample(versions, rng.randint(1, min(len(versions), rng.choice((1, 2, 3)))))) for i in range(KEYS)
+            Key(f"{name}:{i}", rng.sample(versions, rng.randint(1, min(len(versions), rng.choice((1, 2, 3))))))
+            for i in range(KEYS)
         ]
 
     def advance(self) -> None:

@@ -101,9 +101,9 @@ class Account:
         if self.rule.slot_us == 1:
             newest: list[tuple[int, int | Fraction]] = []
             left: int | Fraction = EXACT
-            for at, units in reversed(self.log):
-                newest += [(at, min(units, left))] if left else []
-                left -= min(units, left)
+            for instant, held in reversed(self.log):
+                newest += [(instant, min(held, left))] if left else []
+                left -= min(held, left)
             self.log = newest[::-1]
 
 
@@ -132,17 +132,17 @@ class Oracle:
     def check(self, rule: CompiledRule, now: int, cost: int, *, consume: bool = True) -> Answer:
         """Decide at `now`; consume if allowed."""
         accounts = [Account(account.rule, account.log, account.seen) for account in self.accounts]
-        write = any([account.rebase(now) for account in accounts])
+        changed = [account.rebase(now) for account in accounts]
         own = next((account for account in accounts if definition(account.rule) == definition(rule)), None)
         others = [account for account in accounts if account is not own and account.held(account.rule)(now)][:1]
         if own is None:
             own = derive(rule, Account(accounts[0].rule, accounts[0].log, accounts[0].seen) if accounts else None, now)
-            write |= own.held(rule)(now) > 0
+            changed.append(own.held(rule)(now) > 0)
         held, room, instants = own.held(rule), rule.capacity - cost, own.instants(now)
         allowed, retry = held(now) <= room, -1
         if room >= 0:
             retry = instants[bisect_left(instants, True, key=lambda t: held(t) <= room)] - now
-        if consume and (allowed or write):
+        if consume and (allowed or any(changed)):
             self.accounts = [own, *others]
             for account in self.accounts:
                 account.write(now)

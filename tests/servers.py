@@ -72,7 +72,16 @@ class RedisServer:
             line += ["--requirepass", self.password]
         if self.tls:
             certificate, key, authority = map(str, self.tls)
-            line += ["--tls-cert-file", certificate, "--tls-key-file", key, "--tls-ca-cert-file", authority, "--tls-auth-clients", "no"]
+            line += [
+                "--tls-cert-file",
+                certificate,
+                "--tls-key-file",
+                key,
+                "--tls-ca-cert-file",
+                authority,
+                "--tls-auth-clients",
+                "no",
+            ]
         return line + list(self._arguments)
 
     def start(self) -> Self:

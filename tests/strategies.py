@@ -13,7 +13,18 @@ from ratethrottle import ConfigurationError, RateThrottleRule
 
 START_US = 1_800_000_000_000_000
 STRATEGIES = ("sliding_window", "token_bucket", "leaky_bucket", "sliding_counter", "fixed_window")
-SHAPES = ((1, 0.001), (3, 1), (5, 0.007), (64, 1), (65, 1), (1000, 10), (7, 60), (99_991, 3600), (123_457, 86_400), (10**9, 86_400))
+SHAPES = (
+    (1, 0.001),
+    (3, 1),
+    (5, 0.007),
+    (64, 1),
+    (65, 1),
+    (1000, 10),
+    (7, 60),
+    (99_991, 3600),
+    (123_457, 86_400),
+    (10**9, 86_400),
+)
 
 
 def make_rule(strategy: str, limit: int, window_us: int, burst: int | None = None) -> RateThrottleRule:
@@ -63,7 +74,9 @@ def random_step(rng: random.Random, rule: RateThrottleRule, *, backwards: bool =
     else:
         advance = -rng.randrange(2 * window)
     capacity = rule.capacity
-    cost = min(capacity, rng.choice((1, 1, 1, 2, capacity, rng.randint(1, capacity), max(1, capacity // 10), max(1, capacity // 3))))
+    cost = min(
+        capacity, rng.choice((1, 1, 1, 2, capacity, rng.randint(1, capacity), max(1, capacity // 10), max(1, capacity // 3)))
+    )
     return Step(advance, cost, rng.random() > 0.1)
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from ratethrottle import ConfigurationError, RateThrottleRule, StorageError, create_limiter
 from ratethrottle.cli.processes import NoRedis, probe, redis_server, server
 from ratethrottle.cli.screen import Screen, say, table
-from ratethrottle.cli.server import KEY
 
 REDRAW_S = 0.1
+KEY = "client"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,6 @@ async def run(plan: Plan) -> int:
         async with AsyncExitStack() as stack:
             url = plan.redis_url
             if url is None:
-                say("Starting a redis-server of our own ...")
                 url = await stack.enter_async_context(redis_server())
             await probe(url)
             return await with_redis(plan, url, stack)
@@ -62,6 +61,7 @@ async def with_redis(plan: Plan, url: str, stack: AsyncExitStack) -> int:
     order = {
         "redis_url": url,
         "prefix": f"ratethrottle-demo-{secrets.token_hex(4)}",  # a demo never meets the counts of an earlier one
+        "key": KEY,
         "limit": plan.limit,
         "window": plan.window,
         "offers": plan.offers,

@@ -24,15 +24,16 @@ class Screen:
         self._limit = limit
         self._terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         self._drawn = 0
-        self._told_s: float | None = None
+        self._told = ""
+        self._told_s = 0.0
 
     def draw(self, servers: Sequence[Server], *, last: bool = False) -> None:
         """Show how things stand."""
         if not self._terminal:
-            now_s = asyncio.get_running_loop().time()
-            if last or self._told_s is None or now_s - self._told_s >= PLAIN_EVERY_S:
-                self._told_s = now_s
-                say(summary(servers))
+            now_s, text = asyncio.get_running_loop().time(), summary(servers)
+            if text != self._told and (last or now_s - self._told_s >= PLAIN_EVERY_S):
+                self._told, self._told_s = text, now_s
+                say(text)
             return
         lines = picture(servers, self._limit)
         columns = shutil.get_terminal_size().columns

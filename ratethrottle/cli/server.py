@@ -12,17 +12,16 @@ from ratethrottle import Decision, RateThrottleError, RateThrottleRule, create_l
 
 TELL_EVERY_S = 0.1
 TOGETHER_MAX = 32  # checks offered at once when this process has fallen behind
-KEY = "client"
 
 
-async def serve(*, redis_url: str, prefix: str, limit: int, window: float, offers: int, seconds: float) -> None:
+async def serve(*, redis_url: str, prefix: str, key: str, limit: int, window: float, offers: int, seconds: float) -> None:
     """Set up as on the reference page, wait for a line on stdin, then offer `offers` checks evenly over `seconds`."""
     # A machine too busy to answer in a quarter of a second is no outage here: it would lose admissions from the count.
     limiter = create_limiter(storage="redis", redis_url=redis_url, prefix=prefix, deadline=10.0)
     limiter.add_rule(RateThrottleRule(name="api_limit", limit=limit, window=window))
     loop = asyncio.get_running_loop()
     async with limiter:
-        await limiter.peek(KEY)
+        await limiter.peek(key)
         tell(offered=0, admitted=0)
         if not await asyncio.to_thread(sys.stdin.readline):
             return
@@ -31,7 +30,7 @@ async def serve(*, redis_url: str, prefix: str, limit: int, window: float, offer
         start = told = loop.time()
         while offered < offers:
             due = min(offers, int((loop.time() - start) / seconds * offers) + 1)
-            checks = [limiter.check(KEY) for _ in range(min(TOGETHER_MAX, due - offered))]
+            checks = [limiter.check(key) for _ in range(min(TOGETHER_MAX, due - offered))]
             decisions: list[Decision] = await asyncio.gather(*checks)
             offered += len(decisions)
             admitted += sum(map(bool, decisions))

@@ -18,7 +18,7 @@ from redis.asyncio.connection import AbstractConnection
 from ratethrottle.errors import StorageError, StorageProtocolError, StorageTimeout, StorageUnavailable
 from ratethrottle.storage.redis.failures import failure, no_connection
 from ratethrottle.storage.redis.scripts import SHEBANG, Script, script
-from ratethrottle.storage.redis.settings import Settings
+from ratethrottle.storage.redis.settings import Settings, close
 
 CALLS_TOGETHER_MAX = 64  # calls written at once before their replies are read
 SCRIPTS = ("decide", "reset")
@@ -222,11 +222,3 @@ class Line:
 def wanted(calls: list[Call]) -> list[Call]:
     """Leave out the calls whose callers have gone: what was not sent costs nothing."""
     return [call for call in calls if not call.future.done()]
-
-
-async def close(connection: AbstractConnection) -> None:
-    """Drop a connection at once. A polite end of TLS would wait for a server that may never answer."""
-    writer = getattr(connection, "_writer", None)
-    if isinstance(writer, asyncio.StreamWriter):
-        writer.transport.abort()
-    await connection.disconnect(nowait=True)

@@ -5,6 +5,7 @@ The client itself, its pool and its connections are left alone.
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -92,7 +93,7 @@ class Settings:
         try:
             await connection.connect()  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
         except BaseException:
-            await connection.disconnect(nowait=True)
+            await close(connection)
             raise
         return connection
 
@@ -105,13 +106,21 @@ class Settings:
                     await connection.send_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._master)
                     address = await connection.read_response()
                 finally:
-                    await connection.disconnect(nowait=True)
+                    await close(connection)
             except (redis.RedisError, OSError) as error:
                 failure = error
                 continue
             if address:
                 return self._forced_host or address[0].decode(), int(address[1])
         raise StorageUnavailable(f"none of {len(self._sentinels)} sentinels names a master {self._master!r}") from failure
+
+
+async def close(connection: AbstractConnection) -> None:
+    """Drop a connection at once. A polite end of TLS would wait for a server that may never answer."""
+    writer = getattr(connection, "_writer", None)
+    if isinstance(writer, asyncio.StreamWriter):
+        writer.transport.abort()
+    await connection.disconnect(nowait=True)
 
 
 def asyncio_twin(connection_class: type) -> type[AbstractConnection]:
@@ -143,7 +152,7 @@ def own_kwargs(connection_class: type, theirs: Mapping[str, Any], deadline_s: fl
         for ancestor in connection_class.__mro__
         for name in inspect.signature(ancestor.__init__).parameters  # type: ignore[misc]  # read, not called
     }
-    asked = {name: value for name, value in theirs.items() if name not in OURS and value is not None}
+    asked = {name: value for name, value in theirs.items() if name not in OURS}
     kwargs = {name: value for name, value in asked.items() if fake or name in accepted}
     # To leave one of these out would connect with less security than was asked for.
     lost = [name for name, value in asked.items() if name not in kwargs and name.startswith("ssl_") and value]
@@ -151,7 +160,9 @@ def own_kwargs(connection_class: type, theirs: Mapping[str, Any], deadline_s: fl
     if connect is not None and not inspect.iscoroutinefunction(connect):
         lost.append("redis_connect_func")
     if lost:
-        raise ConfigurationError(f"redis-py's asyncio connections can't take {', '.join(lost)} from this client; pass an asyncio client")
+        raise ConfigurationError(
+            f"redis-py's asyncio connections can't take {', '.join(lost)} from this client; make an asyncio client and pass that"
+        )
     kwargs.update(
         protocol=2,
         retry=Retry(NoBackoff(), 0),

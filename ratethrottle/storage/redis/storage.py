@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import weakref
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, Self
 from urllib.parse import urlsplit
 
@@ -17,8 +19,11 @@ from ratethrottle.storage.redis.line import Line
 from ratethrottle.storage.redis.scripts import script
 from ratethrottle.storage.redis.settings import Settings
 
-ENTRIES_MAX = 128  # a call holds Redis for about a millisecond at most
 SCHEMES = ("redis", "rediss", "unix")
+SENTINEL_SCHEMES = ("redis+sentinel", "rediss+sentinel")
+# What a forked child holds of its parent's lines, kept for ever: to collect a transport is to close it, and that takes the
+# descriptor out of the selector, which the two processes share, so that the parent would never hear from Redis again.
+_INHERITED: list[Line] = []
 
 
 class RedisStorage:
@@ -45,90 +50,120 @@ class RedisStorage:
         self._settings = Settings(client, deadline)
         self._deadline_s = deadline
         self._max_waiting = max_waiting
+        self._decide_script = script("decide")
+        self._reset_script = script("reset")
+        # The script's header says what it takes of a rule, in its order, and how many entries.
+        self._shape_of = attrgetter(*self._decide_script.header["rule"])
+        self._entries_max = self._decide_script.limits["entries"]
+        self._answer_length = len(self._decide_script.header["answer"])
         self._lines: dict[asyncio.AbstractEventLoop, Line] = {}
-        self._process = os.getpid()
-        self._inherited: list[Any] = []
         self._closed = False
+        # Also what keeps a line's task alive as long as the storage: a loop holds its tasks weakly.
+        weakref.finalize(self, abandon, self._lines).atexit = False
 
     @classmethod
     def from_url(cls, url: str, **options: Any) -> Self:
         """Make a storage from redis://, rediss:// (TLS) or unix://. Raises ConfigurationError, without the URL's password."""
-        scheme = urlsplit(url).scheme if isinstance(url, str) else ""
-        if scheme in ("redis+sentinel", "rediss+sentinel"):
-            raise ConfigurationError(f"{scheme}:// comes in a later version; pass a Sentinel's master_for(...) to RedisStorage")
-        if scheme not in SCHEMES:
-            raise ConfigurationError(
-                f"redis_url begins with {scheme + '://' if scheme else 'no scheme'!r}; use redis://, rediss:// or unix://"
-            )
+        # No message repeats a part of the URL: in a malformed one the password may stand anywhere.
         try:
+            scheme = urlsplit(url).scheme if isinstance(url, str) else ""
+            if scheme in SENTINEL_SCHEMES:
+                raise ConfigurationError(
+                    f"{scheme}:// comes in a later version; pass a Sentinel's master_for(...) to RedisStorage"
+                )
+            if scheme not in SCHEMES:
+                raise ConfigurationError("redis_url must begin with redis://, rediss:// or unix://")
             client = redis.asyncio.Redis.from_url(url)
-        except ValueError as error:
-            raise ConfigurationError(f"redis_url is no valid URL: {error}") from None
+        except ConfigurationError:
+            raise
+        except (ValueError, TypeError):
+            raise ConfigurationError(
+                "redis_url is no valid URL; write redis://user:password@host:port/db, with anything odd in a password as %xx"
+            ) from None
         return cls(client, **options)
 
     async def decide_one(self, entry: Entry) -> Decision:
         """Decide and consume."""
-        return (await self._decide("check", [entry]))[0]
+        return (await self._decide(b"check", [entry], self._deadline()))[0]
 
     async def decide(self, entries: Sequence[Entry]) -> list[Decision]:
-        """Decide in order: one script call for up to 128 entries."""
-        decisions: list[Decision] = []
-        for start in range(0, len(entries), ENTRIES_MAX):
-            decisions += await self._decide("check", entries[start : start + ENTRIES_MAX])
-        return decisions
+        """Decide in order, in one script call for each 128 entries, all within one deadline.
+
+        When one of several calls fails, what the others granted stays granted.
+        """
+        deadline, most = self._deadline(), self._entries_max
+        if len(entries) <= most:
+            return await self._decide(b"check", entries, deadline)
+        calls = (self._decide(b"check", entries[start : start + most], deadline) for start in range(0, len(entries), most))
+        return [decision for decisions in await asyncio.gather(*calls) for decision in decisions]
 
     async def peek(self, entry: Entry) -> Decision:
         """Decide without consuming."""
-        return (await self._decide("peek", [entry]))[0]
+        return (await self._decide(b"peek", [entry], self._deadline()))[0]
 
     async def reset(self, entry: Entry) -> None:
         """Forget what the key has used under the rule, for every server."""
-        await self._line().call(script("reset"), [self._keys.state_key(entry)], [])
+        await self._line().call(self._reset_script, [self._keys.state_key(entry)], [], self._deadline())
 
     async def open(self) -> None:
         """Start this loop's line; it connects with the first call."""
         self._line()
 
     async def aclose(self) -> None:
-        """Close this loop's connection for good. The client that was passed in stays as it is."""
+        """Close our connections for good, those of other loops too. The client that was passed in stays as it is."""
         self._closed = True
         line = self._lines.pop(asyncio.get_running_loop(), None)
-        if line is not None and self._process == os.getpid():
+        abandon(self._lines)
+        if line is not None and line.process == os.getpid():
             await line.aclose()
 
-    async def _decide(self, mode: str, entries: Sequence[Entry]) -> list[Decision]:
+    def _deadline(self) -> float:
+        return asyncio.get_running_loop().time() + self._deadline_s
+
+    async def _decide(self, mode: bytes, entries: Sequence[Entry], deadline: float) -> list[Decision]:
         keys: dict[bytes, int] = {}
         rules: dict[CompiledRule, int] = {}
         numbers: list[int] = []
         for entry in entries:
             key = keys.setdefault(self._keys.state_key(entry), len(keys) + 1)
             numbers += (key, rules.setdefault(entry.rule, len(rules) + 1), entry.cost)
-        args = [mode.encode(), b"%d" % len(rules), b"%d" % len(entries)]
+        args = [mode, b"%d" % len(rules), b"%d" % len(entries)]
         for rule in rules:
-            shape = (rule.capacity, rule.window_us, rule.unit_ticks, rule.drain_ticks, rule.slot_us, rule.coarse_us)
-            args += (rule.kind.encode(), *(b"%d" % number for number in shape))
+            kind, *shape = self._shape_of(rule)
+            args += (kind.encode(), *(b"%d" % number for number in shape))
         args += (b"%d" % number for number in numbers)
-        reply = await self._line().call(script("decide"), list(keys), args)
-        if len(reply) != 1 + 4 * len(entries):
+        _, *answers = await self._line().call(self._decide_script, list(keys), args, deadline) or [0]
+        length = self._answer_length
+        if len(answers) != length * len(entries) or not all(type(number) is int for number in answers):
             raise StorageProtocolError("the reply has not as many decisions as there were checks")
-        answers = iter(reply[1:])
-        return [
-            entry.decided("redis", bool(next(answers)), int(next(answers)), int(next(answers)), int(next(answers)))
-            for entry in entries
-        ]
+        decisions = []
+        for start, entry in enumerate(entries):
+            allowed, *rest = answers[start * length : (start + 1) * length]
+            decisions.append(entry.decided("redis", bool(allowed), *rest))
+        return decisions
 
     def _line(self) -> Line:
-        """Return this loop's line. A forked child gets its own: what it inherited is the parent's, so it is kept unclosed and unused."""
+        """Find or make the line of this process and this loop."""
         if self._closed:
             raise StorageUnavailable("the storage is closed")
-        if self._process != os.getpid():
-            self._inherited += self._lines.values()
-            self._lines = {}
-            self._process = os.getpid()
         loop = asyncio.get_running_loop()
         line = self._lines.get(loop)
-        if line is None or line.closed:
+        if line is None or line.closed or line.process != os.getpid():
             # Loops that are gone left their lines behind: this is where they are swept.
-            self._lines = {known: line for known, line in self._lines.items() if not known.is_closed()}
+            for known, old in list(self._lines.items()):
+                if old.process != os.getpid():
+                    _INHERITED.append(old)
+                if known is loop or known.is_closed() or old.process != os.getpid():
+                    self._lines.pop(known, None)
             line = self._lines[loop] = Line(self._settings, self._deadline_s, self._max_waiting)
         return line
+
+
+def abandon(lines: dict[asyncio.AbstractEventLoop, Line]) -> None:
+    """Let go of every line: its own loop closes it, unless it belongs to the process that forked this one."""
+    while lines:
+        _, line = lines.popitem()
+        if line.process == os.getpid():
+            line.abandon()
+        else:
+            _INHERITED.append(line)
