@@ -21,6 +21,7 @@ from ratethrottle._arithmetic cimport (
 
 from asyncio import _get_running_loop as running_loop
 from os import urandom
+from sys import _getframe as current_frame
 
 from ratethrottle.errors import CostExceedsLimit, InvalidRequest, LimiterClosed
 
@@ -938,6 +939,9 @@ cdef class PendingDecision:
             self.inner.close()
 
     def __bool__(self):
+        # From 3.12 on the repr of a Task asks whether its coroutine is true; that is no decision taken for one.
+        if current_frame(0).f_globals.get("__name__") == "asyncio.base_tasks":
+            return True
         raise TypeError("this is not a decision yet: await it (`if await limiter.check(key):`)")
 
     def __repr__(self):

@@ -28,7 +28,7 @@ def shown(value: object) -> str:
     try:
         text = repr(value)
     except Exception:  # noqa: BLE001  # somebody else's __repr__, or an int of more digits than Python prints
-        return f"a {type(value).__name__} that can't be shown"
+        return f"some {type(value).__name__} that can't be shown"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -19,12 +19,12 @@ def shared_redis_server() -> Iterator[RedisServer]:
 
 
 @pytest.fixture
-def redis_server(shared_redis_server: RedisServer) -> Iterator[RedisServer]:
+def redis_server(shared_redis_server: RedisServer) -> RedisServer:
     """A real server with no data and no scripts. Don't stop or reconfigure it: start a `RedisServer` of your own for that."""
     with shared_redis_server.client() as client:
         client.flushall()
         client.script_flush()
-    yield shared_redis_server
+    return shared_redis_server
 
 
 @pytest.fixture

@@ -69,3 +69,34 @@ def test_errors_are_also_what_callers_of_other_libraries_catch() -> None:
     assert issubclass(errors.StorageUnavailable, ConnectionError)
     with pytest.raises(TimeoutError):
         raise errors.StorageTimeout(0.25)
+
+
+async def test_a_denial_that_is_raised_says_by_what_and_for_how_long() -> None:
+    limiter = RateThrottleCore(InMemoryStorage(clock_us=lambda: 0), rules=[RateThrottleRule("rule", 3, 60)])
+    await limiter.check("key", cost=2)
+    denied = errors.RateLimitExceeded(await limiter.check("key", cost=2))
+    assert str(denied) == "rule 'rule' denied a cost of 2 with 1 of 3 left; retry in 60 s"
+    assert denied.decision.retry_after == 60
+    never = errors.RateLimitExceeded(limiter._entry("key").decided("redis", False, 0, -1, 5))
+    assert str(never).endswith("; it can never be allowed")
+
+
+def test_errors_of_facts_word_themselves() -> None:
+    too_much = errors.CostExceedsLimit(5, 3, "rule")
+    assert str(too_much).startswith("a cost of 5 can never be allowed: rule 'rule' has a capacity of 3;")
+    assert (too_much.cost, too_much.capacity, too_much.rule) == (5, 3, "rule")
+    assert "some int that can't be shown" in str(errors.CostExceedsLimit(10**5000, 3, "rule"))
+    assert str(errors.StorageTimeout(0.25)) == "no answer from the storage within 0.25 s"
+    assert errors.StorageTimeout(0.25).deadline_s == 0.25
+    assert "closed" in str(errors.LimiterClosed())
+
+
+def test_what_a_message_shows_of_a_value_is_short_and_never_fails() -> None:
+    class Strange:
+        def __repr__(self) -> str:
+            raise RuntimeError
+
+    assert errors.shown("5") == "'5'"
+    assert len(errors.shown("x" * 10**6)) == 60
+    assert errors.shown(Strange()) == "some Strange that can't be shown"
+    assert errors.shown(10**5000) == "some int that can't be shown"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import redis
+import redis.asyncio
 import trio
 
 import ratethrottle
@@ -21,9 +24,12 @@ from ratethrottle import (
     PendingDecision,
     RateThrottleCore,
     RateThrottleRule,
+    RedisStorage,
     Request,
+    StorageError,
     create_limiter,
 )
+from ratethrottle.limiter import OPTIONS
 
 RULE = RateThrottleRule("api", 3, 60)
 KINDS = ("sliding_window", "token_bucket", "leaky_bucket", "sliding_counter", "fixed_window")
@@ -57,8 +63,12 @@ BAD_CALLS: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("key", "options", "kind", "words"), BAD_CALLS, ids=[f"{key!r:.20}-{options}" for key, options, _, _ in BAD_CALLS])
-async def test_a_bad_call_is_refused_at_once_and_changes_nothing(key: Any, options: Any, kind: type[Exception], words: str) -> None:
+@pytest.mark.parametrize(
+    ("key", "options", "kind", "words"), BAD_CALLS, ids=[f"{key!r:.20}-{options}" for key, options, _, _ in BAD_CALLS]
+)
+async def test_a_bad_call_is_refused_at_once_and_changes_nothing(
+    key: Any, options: Any, kind: type[Exception], words: str
+) -> None:
     core = limiter()
     await core.check("key")
     for call in (core.check, lambda *a, **k: asyncio.ensure_future(core.peek(*a, **k))):
@@ -106,7 +116,7 @@ def test_rules_are_added_once_replaced_on_request_and_removed_by_name() -> None:
         (lambda: create_limiter("disk"), '"memory" or "redis"'),
         (lambda: create_limiter("redis"), "needs redis_url"),
         (lambda: create_limiter(redis_url="redis://localhost"), 'pass storage="redis"'),
-        (lambda: create_limiter("redis", redis_url="http://localhost"), "use redis://"),
+        (lambda: create_limiter("redis", redis_url="http://localhost"), "redis://, rediss:// or unix://"),
         (lambda: create_limiter("redis", redis_url="redis+sentinel://a:1/m/0"), "later version"),
         (lambda: create_limiter("redis", redis_url="redis://localhost", deadline=0), "0.005 to 60"),
         (lambda: create_limiter("redis", redis_url="redis://localhost", prefix="a{b}"), "braces"),
@@ -121,8 +131,6 @@ def test_a_bad_configuration_is_refused_in_words_that_say_what_would_do(make: Ca
 
 
 def test_the_table_of_options_in_the_docstring_is_the_table() -> None:
-    from ratethrottle.limiter import OPTIONS
-
     lines = [line.strip() for line in (create_limiter.__doc__ or "").splitlines() if line.strip().startswith("| ")]
     rows = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines[1:] if "---" not in line]
     assert rows == [(name, *facts) for name, facts in OPTIONS.items()]
@@ -132,7 +140,14 @@ async def test_a_decision_says_all_that_a_caller_needs() -> None:
     core = limiter(RateThrottleRule("api", 3, 60, strategy="fixed_window"))
     first = await core.check(("user", 42), cost=2)
     assert first
-    assert (first.allowed, first.key, first.rule, first.cost, first.limit, first.remaining) == (True, ("user", 42), "api", 2, 3, 1)
+    assert (first.allowed, first.key, first.rule, first.cost, first.limit, first.remaining) == (
+        True,
+        ("user", 42),
+        "api",
+        2,
+        3,
+        1,
+    )
     assert (first.retry_after, first.retry_after_us, first.source) == (0.0, 0, "memory")
     denied = await core.check(("user", 42), cost=2)
     assert not denied
@@ -150,7 +165,22 @@ async def test_a_decision_says_all_that_a_caller_needs() -> None:
 
 async def test_no_two_keys_are_one() -> None:
     core = limiter(RateThrottleRule("api", 1, 60))
-    keys: list[Any] = ["a", ("a",), ("a", "b"), ("a/b", "c"), ("a", "b/c"), ("ab",), ("a", 1), ("a", "1"), ("a1",), "s1:a", ("1",), (1,), ("", "a"), ("a", "")]
+    keys: list[Any] = [
+        "a",
+        ("a",),
+        ("a", "b"),
+        ("a/b", "c"),
+        ("a", "b/c"),
+        ("ab",),
+        ("a", 1),
+        ("a", "1"),
+        ("a1",),
+        "s1:a",
+        ("1",),
+        (1,),
+        ("", "a"),
+        ("a", ""),
+    ]
     assert all([bool(await core.check(key)) for key in keys])
     assert not any([bool(await core.check(key)) for key in keys])
 
@@ -183,7 +213,12 @@ async def test_a_closed_limiter_says_so() -> None:
     async with limiter() as core:
         assert await core.check("key")
     await core.aclose()
-    for call in (lambda: core.check("key"), lambda: core.peek("key"), lambda: core.check_many(["key"]), lambda: core.reset("key")):
+    for call in (
+        lambda: core.check("key"),
+        lambda: core.peek("key"),
+        lambda: core.check_many(["key"]),
+        lambda: core.reset("key"),
+    ):
         with pytest.raises(LimiterClosed):
             await call()
 
@@ -191,8 +226,7 @@ async def test_a_closed_limiter_says_so() -> None:
 async def test_a_forgotten_await_is_a_type_error_not_an_open_door() -> None:
     core = limiter()
     with pytest.raises(TypeError, match="await it"):
-        if core.check("key"):
-            pass
+        bool(core.check("key"))  # what `if` does
     with pytest.raises(TypeError):
         not core.check("key")
     with pytest.raises(TypeError, match="await"):
@@ -277,3 +311,178 @@ def test_in_memory_checks_work_under_trio() -> None:
 def test_all_public_names_are_there_and_documented() -> None:
     for name in ratethrottle.__all__:
         assert getattr(ratethrottle, name).__doc__, name
+
+
+def nowhere() -> RateThrottleCore:
+    """A limiter whose Redis isn't there: what raises anything but a StorageError has done no I/O."""
+    return create_limiter("redis", redis_url="redis://127.0.0.1:1/0", rules=[RULE])
+
+
+@pytest.mark.parametrize(("key", "options", "kind", "words"), BAD_CALLS, ids=[f"{key!r:.20}-{o}" for key, o, _, _ in BAD_CALLS])
+async def test_a_bad_call_is_refused_before_any_io_and_before_it_is_awaited(
+    key: Any, options: Any, kind: type[Exception], words: str
+) -> None:
+    for core in (limiter(), nowhere()):
+        with pytest.raises(kind, match=words):
+            core.check(key, **options)
+        with pytest.raises(kind, match=words):
+            await core.peek(key, **options)
+        with pytest.raises(kind, match=words):
+            await core.check_many([Request("key"), Request(key, **options)])
+        await core.aclose()
+        with pytest.raises(LimiterClosed):
+            core.check("key")
+
+
+async def test_a_storage_that_is_not_there_is_an_error_of_the_storage() -> None:
+    async with nowhere() as core:
+        with pytest.raises(StorageError):
+            await core.check("key")
+
+
+async def test_a_cost_is_whatever_python_takes_for_an_index() -> None:
+    class Three:
+        def __index__(self) -> int:
+            return 3
+
+    assert (await limiter().check("key", cost=Three())).cost == 3  # type: ignore[arg-type]  # an int to Python, not to mypy
+
+
+SECRET = "redis://:hunter2@127.0.0.1:1/0"
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: create_limiter("Redis", redis_url=SECRET), "did you mean 'redis'"),
+        (lambda: create_limiter(SECRET), 'write storage="redis", redis_url='),
+        (lambda: create_limiter(redis_url=SECRET), 'pass storage="redis"'),
+        (lambda: create_limiter("redis", redis_url=SECRET, on_full="deny"), 'belongs to storage="memory"'),
+        (lambda: create_limiter("redis", redis_url=SECRET, passwort="hunter2"), "no option 'passwort'"),
+        (lambda: create_limiter(InMemoryStorage()), "goes to RateThrottleCore"),  # type: ignore[arg-type]  # the test
+        (lambda: create_limiter(None), "is a NoneType"),  # type: ignore[arg-type]  # likewise
+        (lambda: create_limiter(redis_ulr=SECRET), "did you mean 'redis_url'"),
+        (lambda: create_limiter(rules=RULE), r"such as \[rule\]"),  # type: ignore[arg-type]  # likewise
+        (lambda: create_limiter(rules=5), "rules is a int"),  # type: ignore[arg-type]  # likewise
+        (lambda: create_limiter(rules=["api"]), "takes a RateThrottleRule, not a str"),  # type: ignore[list-item]  # likewise
+        (lambda: create_limiter(rules=[RULE, RateThrottleRule("api", 4, 60)]), "replace=True"),
+        (lambda: create_limiter(max_keys="5"), "max_keys is '5'; it is a whole number from 1 to 1,000,000,000"),
+        (lambda: create_limiter(max_keys=True), "max_keys is True"),
+        (lambda: RateThrottleCore(InMemoryStorage), "storage is the class InMemoryStorage"),  # type: ignore[arg-type]  # likewise
+        (lambda: RateThrottleCore(redis.Redis.from_url(SECRET)), r"a Redis; pass .* RedisStorage\(client\)"),  # type: ignore[arg-type]  # likewise
+    ],
+)
+def test_a_mistake_is_named_and_a_password_is_not(make: Callable[[], object], words: str) -> None:
+    with pytest.raises(ConfigurationError, match=words) as caught:
+        make()
+    assert "hunter2" not in str(caught.value) + repr(caught.value)
+
+
+def test_the_defaults_of_the_table_of_options_are_those_of_the_storages() -> None:
+    def default(storage: type, name: str) -> str:
+        value = inspect.signature(storage).parameters[name].default
+        return f'"{value}"' if isinstance(value, str) else f"{value:,}"
+
+    storages = {"memory": InMemoryStorage, "redis": RedisStorage}
+    for name, (storage, told, _, _) in OPTIONS.items():
+        assert told == default(storages[storage], name), name
+    taken = {name for storage in storages.values() for name in inspect.signature(storage).parameters}
+    assert taken - set(OPTIONS) == {"client", "clock_us"}  # an argument of its own, and a clock for tests
+
+
+async def test_nothing_that_is_shown_shows_a_key() -> None:
+    core = limiter()
+    key = "user:hunter2"
+    request, pending = Request(key, cost=2), core.check(key)
+    shown = [request, [request], core, core._storage, pending, await pending, core._entry(key), core.rules]
+    assert not [one for one in shown if "hunter2" in f"{one!r} {one}"]
+    for call in (lambda: core.check(key, cost=9), lambda: core.check(key, "nope"), lambda: core.check((key, 1.5))):  # type: ignore[arg-type]  # the test
+        with pytest.raises(InvalidRequest) as caught:
+            call()
+        assert "hunter2" not in f"{caught.value!r} {caught.value}"
+
+
+async def test_rules_can_be_read_live_but_not_written() -> None:
+    core = limiter()
+    rules = core.rules
+    core.add_rule(RateThrottleRule("other", 1, 1))
+    assert list(rules) == ["api", "other"]
+    assert rules["api"] is RULE
+
+
+async def test_a_rule_that_is_replaced_keeps_what_was_used() -> None:
+    core = limiter()
+    await core.check("key", cost=3)
+    core.add_rule(RateThrottleRule("api", 5, 60), replace=True)
+    assert (await core.peek("key")).remaining == 2
+    core.add_rule(RULE, replace=True)
+    assert not await core.check("key")
+
+
+@pytest.mark.parametrize("requests", ["abc", Request("key"), 5, None])
+async def test_what_is_no_list_of_checks_is_refused(requests: Any) -> None:
+    with pytest.raises(InvalidRequest, match="takes an iterable of keys or Requests"):
+        await limiter().check_many(requests)
+
+
+async def test_checks_can_come_from_any_iterable() -> None:
+    decisions = await limiter().check_many(("user", i) for i in range(500))
+    assert [decision.key for decision in decisions] == [("user", i) for i in range(500)]
+
+
+async def test_a_limiter_is_not_opened_again_after_it_was_closed() -> None:
+    core = limiter()
+    await core.aclose()
+    await core.aclose()
+    with pytest.raises(LimiterClosed):
+        async with core:
+            pass
+    with pytest.raises(LimiterClosed):
+        await core.check_many([])
+    assert repr(core) == "<RateThrottleCore InMemoryStorage rules=['api'] closed>"
+
+
+async def test_closing_a_limiter_leaves_the_callers_client_alone(redis_url: str) -> None:
+    client = redis.asyncio.Redis.from_url(redis_url)
+    async with RateThrottleCore(RedisStorage(client), rules=[RULE]) as core:
+        assert await core.check("key")
+        assert await client.ping()
+    assert await client.ping()
+    with pytest.raises(LimiterClosed):
+        await core.check("key")
+    await client.aclose()
+
+
+def test_everything_in_memory_works_under_trio() -> None:
+    async def main() -> None:
+        async with limiter() as core:
+            assert list(map(bool, await core.check_many(["a", Request("a", cost=2), "a"]))) == [True, True, False]
+            assert not await core.peek("a")
+            await core.reset("a")
+            async with trio.open_nursery() as nursery:
+                for _ in range(3):
+                    nursery.start_soon(core.check, "a")
+            assert not await core.check("a")
+
+    trio.run(main)
+
+
+def test_a_check_can_be_run_by_itself() -> None:
+    assert asyncio.run(limiter().check("key"))
+
+
+async def test_an_exception_group_of_tasks_gets_each_ones_error() -> None:
+    core = nowhere()
+    with pytest.raises(ExceptionGroup) as caught:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(core.check("key"))
+    assert [isinstance(error, StorageError) for error in caught.value.exceptions] == [True]
+    await core.aclose()
+
+
+async def test_a_task_that_runs_a_check_can_be_shown() -> None:
+    """From Python 3.12 on the repr of a task asks for the truth of its coroutine."""
+    task = asyncio.create_task(limiter().check("key"))
+    assert "Task" in repr(task)
+    assert await task
+    assert "PendingDecision" in repr(task)

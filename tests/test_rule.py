@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
+import re
 from datetime import timedelta
 from fractions import Fraction
 from typing import Any
@@ -12,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ratethrottle import ConfigurationError, RateThrottleRule
-from ratethrottle.rule import TICKS, largest_fraction
+from ratethrottle.errors import shown
+from ratethrottle.rule import MAX_DRAIN_US, TICKS, fitting_rate, largest_fraction
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"strategy": "sliding_windw"}, "did you mean 'sliding_window'"),
@@ -39,11 +42,19 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"burst": 5}, "burst belongs to"),
     ({"burst": 0, "strategy": "token_bucket"}, "from 1 to"),
     ({"burst": True, "strategy": "token_bucket"}, "whole number"),
-    ({"burst": 10**9, "limit": 1, "window": 86400, "strategy": "token_bucket"}, "years"),
+    ({"burst": 10**9, "limit": 1, "window": 86400, "strategy": "token_bucket"}, "the largest burst at this rate is 3257$"),
+    ({"limit": 10**5000}, "some int that can't be shown"),
+    ({"window": 10**5000}, "some int that can't be shown"),
+    ({"window": timedelta(days=367)}, "366 days"),
+    ({"window": timedelta(0)}, "1 ms"),
+    ({"window": Fraction(1, 3)}, "seconds"),
+    ({"name": "n" * 1000 + " "}, r"not 'n{56}\.\.\.$"),
+    ({"strategy": ["token_bucket"]}, "there are sliding_window"),
+    ({"strategy": None}, "there are sliding_window"),
 ]
 
 
-@pytest.mark.parametrize(("bad", "words"), BAD, ids=[str(bad) for bad, _ in BAD])
+@pytest.mark.parametrize(("bad", "words"), BAD, ids=[shown(bad) for bad, _ in BAD])
 def test_a_bad_rule_is_refused_in_words_that_say_what_would_do(bad: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigurationError, match=words):
         RateThrottleRule(**{"name": "rule", "limit": 10, "window": 60, **bad})
@@ -59,6 +70,11 @@ def test_a_bad_rule_is_refused_in_words_that_say_what_would_do(bad: dict[str, An
         ("10 / 500ms", 10, 500_000),
         ("1_000 per hour", 1000, 3_600_000_000),
         ("3/day", 3, 86_400_000_000),
+        ("7 per 1.5 hours", 7, 5_400_000_000),
+        ("1/0.001s", 1, 1_000),
+        ("5 per hr", 5, 3_600_000_000),
+        ("2/366days", 2, 366 * 86_400 * 10**6),
+        (" 9/SEC ", 9, 1_000_000),
     ],
 )
 def test_rates_are_read_as_people_write_them(rate: str, limit: int, window_us: int) -> None:
@@ -66,7 +82,26 @@ def test_rates_are_read_as_people_write_them(rate: str, limit: int, window_us: i
     assert (rule.limit, rule.window_us) == (limit, window_us)
 
 
-@pytest.mark.parametrize("rate", ["", "10", "ten/s", "10/fortnight", "-1/s", "10//s", "10/0s", None])
+@pytest.mark.parametrize(
+    "rate",
+    [
+        "",
+        "10",
+        "ten/s",
+        "10/fortnight",
+        "-1/s",
+        "10//s",
+        "10/0s",
+        None,
+        10,
+        "9" * 5000 + "/s",
+        "1/999999999999999d",
+        "1/" + "9" * 5000 + "s",
+        "1/0.0001ms",
+        "1/1.0000005s",
+        "0/s",
+    ],
+)
 def test_what_is_no_rate_is_refused(rate: Any) -> None:
     with pytest.raises(ConfigurationError):
         RateThrottleRule.parse("rule", rate)
@@ -105,3 +140,99 @@ def test_the_rounded_rate_is_the_largest_fraction_that_fits(numerator: int, deno
     rate = Fraction(numerator, denominator)
     best = max(Fraction(int(rate * d), d) for d in range(1, most + 1))
     assert largest_fraction(rate, most) == best
+
+
+def test_a_rate_read_from_text_is_the_rule_written_out_and_takes_its_options() -> None:
+    assert RateThrottleRule.parse("rule", "1000/minute") == RateThrottleRule("rule", 1000, 60)
+    rule = RateThrottleRule.parse("rule", "5/15m", strategy="token_bucket", burst=9)
+    assert rule == RateThrottleRule("rule", 5, 900, strategy="token_bucket", burst=9)
+    assert repr(RateThrottleRule.parse("rule", "5/15m")) == repr(RateThrottleRule("rule", 5, 900))
+    with pytest.raises(ConfigurationError, match="did you mean 'token_bucket'"):
+        RateThrottleRule.parse("rule", "5/s", strategy="tokenbucket")
+
+
+@given(window_us=st.integers(1_000, 366 * 86_400 * 10**6))
+def test_a_window_in_float_seconds_is_the_microseconds_it_was_written_in(window_us: int) -> None:
+    assert RateThrottleRule("rule", 1, window_us / 1_000_000).window_us == window_us
+    assert RateThrottleRule("rule", 1, float(f"{window_us // 10**6}.{window_us % 10**6:06}")).window_us == window_us
+
+
+def test_a_window_that_is_a_sum_of_floats_is_what_was_meant() -> None:
+    assert RateThrottleRule("rule", 1, 0.1 + 0.2).window_us == 300_000
+
+
+def test_what_a_rule_compiles_to_is_no_part_of_what_it_shows_and_survives_copies() -> None:
+    rule = RateThrottleRule("rule", 100, 1, strategy="sliding_counter")
+    assert repr(rule) == "RateThrottleRule(name='rule', limit=100, window=1, strategy='sliding_counter', burst=None)"
+    for twin in (copy.copy(rule), copy.deepcopy(rule), pickle.loads(pickle.dumps(rule))):
+        assert twin == rule
+        assert hash(twin) == hash(rule)
+        assert twin.compiled == rule.compiled
+        assert twin.window == rule.window
+    assert rule != RateThrottleRule("rule", 100, 1)
+    assert rule != RateThrottleRule("other", 100, 1, strategy="sliding_counter")
+    assert rule != "rule"
+
+
+def test_capacity_is_the_burst_of_a_bucket_and_the_limit_otherwise() -> None:
+    assert RateThrottleRule("rule", 10, 1).capacity == 10
+    assert RateThrottleRule("rule", 10, 1, strategy="leaky_bucket").capacity == 10
+    assert RateThrottleRule("rule", 10, 1, strategy="leaky_bucket", burst=3).capacity == 3
+
+
+@pytest.mark.parametrize(
+    ("limit", "window_us", "unit_ticks", "drain_ticks"),
+    [(3, 1_000_000, 1_000_000, 3), (1000, 60_000_000, 60_000, 1), (1, 1_000, 1_000, 1), (10**9, 1_000, 1, 10**6)],
+)
+def test_a_rate_that_fits_is_exact_and_in_lowest_terms(limit: int, window_us: int, unit_ticks: int, drain_ticks: int) -> None:
+    rule = RateThrottleRule("rule", limit, timedelta(microseconds=window_us), strategy="token_bucket").compiled
+    assert (rule.unit_ticks, rule.drain_ticks) == (unit_ticks, drain_ticks)
+
+
+@given(limit=st.integers(1, 10**9), window_us=st.integers(1_000, 366 * 86_400 * 10**6))
+def test_a_sliding_window_keeps_every_admission_up_to_64_and_64_slots_above(limit: int, window_us: int) -> None:
+    slot_us = RateThrottleRule("rule", limit, timedelta(microseconds=window_us)).compiled.slot_us
+    assert slot_us == (1 if limit <= 64 else -(-window_us // 64))
+
+
+@given(limit=st.integers(1, 10**9), window_us=st.integers(1_000, 366 * 86_400 * 10**6), burst=st.integers(1, 10**9))
+def test_no_bucket_takes_longer_to_drain_than_can_be_counted(limit: int, window_us: int, burst: int) -> None:
+    def rule(burst: int) -> RateThrottleRule:
+        return RateThrottleRule("rule", limit, timedelta(microseconds=window_us), strategy="token_bucket", burst=burst)
+
+    try:
+        compiled = rule(burst).compiled
+    except ConfigurationError as error:
+        if named := re.search(r"the largest burst at this rate is (\d+)$", str(error)):
+            assert int(named[1]) < burst
+            assert int(named[1]) * window_us <= MAX_DRAIN_US * limit < (int(named[1]) + 1) * window_us
+        return
+    assert burst * window_us <= MAX_DRAIN_US * limit
+    assert burst * compiled.unit_ticks // compiled.drain_ticks <= MAX_DRAIN_US * (1 + Fraction(1, 10**9))
+
+
+REFUSED = [(44, 62_976_558, 168_686_685), (704, 844_411_096, 153_800_874), (23_475_572, 2_781_040_042_657, 333_018_838)]
+
+
+@pytest.mark.parametrize(("limit", "window_us", "burst"), REFUSED)
+def test_a_burst_that_leaves_no_room_for_the_rate_is_told_the_largest_that_does(limit: int, window_us: int, burst: int) -> None:
+    window = timedelta(microseconds=window_us)
+    with pytest.raises(ConfigurationError, match="within a billionth") as caught:
+        RateThrottleRule("rule", limit, window, strategy="token_bucket", burst=burst)
+    nearest = int(str(caught.value).rpartition("the nearest burst that can is ")[2])
+    assert RateThrottleRule("rule", limit, window, strategy="token_bucket", burst=nearest).capacity == nearest < burst
+    with pytest.raises(ConfigurationError, match="within a billionth"):
+        RateThrottleRule("rule", limit, window, strategy="token_bucket", burst=nearest + 1)
+
+
+@pytest.mark.parametrize("limit", [791_908_973, 906_624_972, 549_763_688])
+def test_a_limit_that_leaves_no_room_for_its_rate_is_told_the_nearest_that_does(limit: int) -> None:
+    windows = {791_908_973: 25_222_301_714_275, 906_624_972: 20_581_007_188_621, 549_763_688: 14_905_318_962_203}
+    window_us = next(w for w in range(windows[limit], windows[limit] + 10_000) if fitting_rate(limit, w, limit) is None)
+    window = timedelta(microseconds=window_us)
+    with pytest.raises(ConfigurationError, match="within a billionth") as caught:
+        RateThrottleRule("rule", limit, window, strategy="leaky_bucket")
+    nearest = int(str(caught.value).rpartition("the nearest limit that can is ")[2])
+    assert RateThrottleRule("rule", nearest, window, strategy="leaky_bucket").limit == nearest
+    between = range(min(nearest, 2 * limit - nearest) + 1, max(nearest, 2 * limit - nearest))
+    assert all(fitting_rate(near, window_us, near) is None for near in between)

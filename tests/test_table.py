@@ -22,7 +22,9 @@ class Clock:
         return self.us
 
 
-def limiter(max_keys: int, rule: RateThrottleRule = BUCKET, on_full: str = "evict") -> tuple[RateThrottleCore, InMemoryStorage, Clock]:
+def limiter(
+    max_keys: int, rule: RateThrottleRule = BUCKET, on_full: str = "evict"
+) -> tuple[RateThrottleCore, InMemoryStorage, Clock]:
     clock = Clock()
     storage = InMemoryStorage(max_keys=max_keys, on_full=on_full, clock_us=clock)
     return RateThrottleCore(storage, rules=[rule]), storage, clock
@@ -79,7 +81,11 @@ async def test_keys_come_and_go_and_the_table_stays_right() -> None:
     print(f"seed {seed}")
     rng = random.Random(seed)
     core, storage, _ = limiter(100_000)
-    rules = [BUCKET, RateThrottleRule("rule", 10, 3600, strategy="sliding_window"), RateThrottleRule("rule", 10, 1800, strategy="fixed_window")]
+    rules = [
+        BUCKET,
+        RateThrottleRule("rule", 10, 3600, strategy="sliding_window"),
+        RateThrottleRule("rule", 10, 1800, strategy="fixed_window"),
+    ]
     used: dict[str, int] = {}
     for _ in range(30_000):
         key = f"key:{rng.randrange(3_000)}"

@@ -23,7 +23,16 @@ FORGOTTEN = {
 def test_mypy_flags_a_forgotten_await_and_bad_arguments(tmp_path: Path) -> None:
     for number, (code, _) in enumerate(FORGOTTEN.items()):
         (tmp_path / f"case{number}.py").write_text(f"from ratethrottle import RateThrottleCore, RateThrottleRule\n{code}")
-    command = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", "--cache-dir", str(tmp_path / "cache"), str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--strict",
+        "--no-error-summary",
+        "--cache-dir",
+        str(tmp_path / "cache"),
+        str(tmp_path),
+    ]
     env = os.environ | {"MYPYPATH": str(Path(ratethrottle.__file__).parents[1])}
     said = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False, cwd=tmp_path, env=env).stdout
     for number, kinds in enumerate(FORGOTTEN.values()):

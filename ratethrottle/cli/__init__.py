@@ -18,7 +18,7 @@ end. Where there is none, it says so and runs in memory, in one process; under C
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0 well, 1 not, 2 wrong usage, 128 + n ended by signal n."""
+    """Run the command line; returns the exit status: 0 well, 1 not, 2 wrong usage, 130 Ctrl-C, 143 told to end."""
     args = arguments(argv)
     try:
         return asyncio.run(demo.run(demo.Plan(args.redis_url, args.limit, args.window, args.servers, args.seconds)))

@@ -10,9 +10,11 @@ import sys
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
-from ratethrottle import ConfigurationError, RateThrottleRule, StorageError, create_limiter
 from ratethrottle.cli.processes import NoRedis, probe, redis_server, server
 from ratethrottle.cli.screen import Screen, say, table
+from ratethrottle.errors import ConfigurationError, StorageError
+from ratethrottle.limiter import create_limiter
+from ratethrottle.rule import RateThrottleRule
 
 REDRAW_S = 0.1
 KEY = "client"

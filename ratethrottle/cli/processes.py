@@ -16,8 +16,10 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import ratethrottle
-from ratethrottle import RateThrottleCore, RateThrottleRule, RedisStorage, StorageUnavailable
+from ratethrottle.errors import StorageUnavailable
+from ratethrottle.limiter import RateThrottleCore
+from ratethrottle.rule import RateThrottleRule
+from ratethrottle.storage.redis import RedisStorage
 
 START_S = 10.0  # for a redis-server to answer
 END_S = 3.0  # for a process to go when told to, before it is killed
@@ -111,6 +113,7 @@ class Server:
     offered: int = 0
     admitted: int = 0
     done: bool = False
+    ended: bool = False
     error: str = ""
 
     def tell(self, what: object) -> None:
@@ -122,6 +125,7 @@ class Server:
         """Take up its next line; False at its end."""
         line = await self.process.stdout.readline() if self.process.stdout is not None else b""
         if not line:
+            self.ended = True
             self.error = self.error or ("" if self.done else "it ended before it was done")
             return False
         facts = json.loads(line)
@@ -139,7 +143,7 @@ class Server:
 async def server(name: str, order: Mapping[str, object]) -> AsyncIterator[Server]:
     """Run a server process by `order`, the arguments of `ratethrottle.cli.server.serve`, and end it whatever happens."""
     # The very package that runs here, whatever lies in the working directory.
-    path = os.pathsep.join(filter(None, [str(Path(ratethrottle.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-P",
@@ -150,17 +154,18 @@ async def server(name: str, order: Mapping[str, object]) -> AsyncIterator[Server
         env={**os.environ, "PYTHONPATH": path},
         start_new_session=True,  # Ctrl-C is for the demo, which then ends its servers
     )
+    one = Server(process, name)
     try:
-        one = Server(process, name)
         one.tell(order)
         yield one
     finally:
-        await end(process)
+        await end(process, leaving=one.ended)
 
 
-async def end(process: Process) -> None:
-    """End a process that we started, and wait for it."""
-    if process.returncode is None:
+async def end(process: Process, *, leaving: bool = False) -> None:
+    """End a process that we started, and wait for it. One that is leaving by itself is only waited for."""
+    # A signal to a process that has just ended would take its exit status away from asyncio, which complains on stderr.
+    if process.returncode is None and not leaving:
         with suppress(ProcessLookupError):
             process.terminate()
     try:

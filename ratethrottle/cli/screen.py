@@ -54,9 +54,9 @@ def say(text: str) -> None:
 
 
 def summary(servers: Sequence[Server]) -> str:
-    """Say in one line what each server admitted of what it was offered, and the total."""
+    """Say in one line what was admitted, in total (first: a narrow terminal cuts the rest) and by each server of what it was offered."""
     counts = "  ".join(f"{one.name}: {one.admitted} of {one.offered}" for one in servers)
-    return f"{counts}  together: {sum(one.admitted for one in servers)}"
+    return f"together: {sum(one.admitted for one in servers)}  {counts}"
 
 
 def picture(servers: Sequence[Server], limit: int) -> list[str]:

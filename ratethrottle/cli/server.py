@@ -8,7 +8,10 @@ import os
 import sys
 import threading
 
-from ratethrottle import Decision, RateThrottleError, RateThrottleRule, create_limiter
+from ratethrottle._core import Decision
+from ratethrottle.errors import RateThrottleError
+from ratethrottle.limiter import create_limiter
+from ratethrottle.rule import RateThrottleRule
 
 TELL_EVERY_S = 0.1
 TOGETHER_MAX = 32  # checks offered at once when this process has fallen behind

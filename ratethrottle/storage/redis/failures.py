@@ -12,14 +12,39 @@ from redis import exceptions as theirs
 
 from ratethrottle.errors import StorageError, StorageProtocolError, StorageTimeout, StorageUnavailable
 
-CREDENTIALS = (
-    theirs.AuthenticationError,
-    theirs.AuthorizationError,
-    theirs.AuthenticationWrongNumberOfArgsError,
-    # Younger than the oldest redis-py that we run on.
-    *(getattr(theirs, name) for name in ("ExternalAuthProviderError", "IncorrectPolicyType") if hasattr(theirs, name)),
+# The first that matches decides, so what redis-py derives from something else stands before it.
+WORDS: tuple[tuple[tuple[str, ...], type[StorageUnavailable | StorageProtocolError], str], ...] = (
+    (
+        (
+            "AuthenticationError",
+            "AuthenticationWrongNumberOfArgsError",
+            "AuthorizationError",
+            "ExternalAuthProviderError",
+            "IncorrectPolicyType",
+        ),
+        StorageUnavailable,
+        "Redis refused the user or the password; check the client's credentials",
+    ),
+    (
+        ("NoPermissionError",),
+        StorageUnavailable,
+        "the Redis user may not run our scripts; allow it EVAL, EVALSHA, SCRIPT LOAD and our prefix",
+    ),
+    (("MasterDownError",), StorageUnavailable, "Redis is a replica without its master; connect to the master"),
+    (
+        ("ClusterError", "AskError", "TryAgainError", "ClusterCrossSlotError", "RedisClusterException"),
+        StorageUnavailable,
+        "Redis is part of a cluster, and clusters are not supported yet; connect to a single server",
+    ),
+    (("ReadOnlyError",), StorageUnavailable, "Redis is a read-only replica; connect to the master, or through its sentinels"),
+    (("BusyLoadingError",), StorageUnavailable, "Redis is still loading its data"),
+    (("OutOfMemoryError",), StorageUnavailable, "Redis is out of memory, by its maxmemory"),
+    (
+        ("InvalidResponse", "DataError"),
+        StorageProtocolError,
+        "Redis and this process don't understand each other; is it Redis that listens there?",
+    ),
 )
-CLUSTER = (theirs.ClusterError, theirs.AskError, theirs.ClusterCrossSlotError, theirs.RedisClusterException, theirs.TryAgainError)
 # The first word of an error reply. redis-py takes it away where it has a class for it.
 CODE = re.compile(r"[A-Z]{2,20}\b")
 OURS = re.compile(r"RATETHROTTLE ([a-z0-9 ,]+)")
@@ -37,22 +62,12 @@ def _failure(error: BaseException, deadline_s: float, sent: bool) -> StorageErro
         return type(error)(*error.args)
     if isinstance(error, (TimeoutError, redis.TimeoutError)):
         return StorageTimeout(deadline_s) if sent else no_connection(deadline_s)
-    if isinstance(error, CREDENTIALS):
-        return StorageUnavailable("Redis refused the user or the password; check the client's credentials")
-    if isinstance(error, theirs.NoPermissionError):
-        return StorageUnavailable("the Redis user may not run our scripts; allow it EVAL, EVALSHA, SCRIPT LOAD and our prefix")
-    if isinstance(error, theirs.MasterDownError):
-        return StorageUnavailable("Redis is a replica without its master; connect to the master")
-    if isinstance(error, CLUSTER):
-        return StorageUnavailable("Redis is part of a cluster, and clusters are not supported yet; connect to a single server")
-    if isinstance(error, theirs.ReadOnlyError):
-        return StorageUnavailable("Redis is a read-only replica; connect to the master, or through its sentinels")
-    if isinstance(error, theirs.BusyLoadingError):
-        return StorageUnavailable("Redis is still loading its data")
+    for names, ours, words in WORDS:
+        # By name, since some are younger than the oldest redis-py that we run on.
+        if any(kind.__name__ in names and kind.__module__ == theirs.__name__ for kind in type(error).__mro__):
+            return ours(words)
     if isinstance(error, redis.ResponseError):
         return _refused(error)
-    if isinstance(error, (theirs.InvalidResponse, theirs.DataError)):
-        return StorageProtocolError("Redis and this process don't understand each other; is it Redis that listens there?")
     if sent:
         return StorageUnavailable(f"the connection to Redis was lost ({_kind(error)}); the check may have been counted")
     return StorageUnavailable(f"Redis can't be reached ({_kind(error)}); is it up, and is the address right?")

@@ -15,7 +15,7 @@ from ratethrottle.errors import ConfigurationError
 
 KEY_BYTES_MAX = 128
 TAGS_MAX = 16_384  # the slots of a cluster
-PREFIX = re.compile(r"[^{}\s]{1,64}\Z")
+PREFIX = re.compile(r"[^{}\s\ud800-\udfff]{1,64}\Z")
 
 
 class KeyLayout:

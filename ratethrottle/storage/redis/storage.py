@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import weakref
 from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any, Self
-from urllib.parse import urlsplit
 
 import redis.asyncio
 
@@ -65,21 +65,18 @@ class RedisStorage:
     def from_url(cls, url: str, **options: Any) -> Self:
         """Make a storage from redis://, rediss:// (TLS) or unix://. Raises ConfigurationError, without the URL's password."""
         # No message repeats a part of the URL: in a malformed one the password may stand anywhere.
-        try:
-            scheme = urlsplit(url).scheme if isinstance(url, str) else ""
-            if scheme in SENTINEL_SCHEMES:
-                raise ConfigurationError(
-                    f"{scheme}:// comes in a later version; pass a Sentinel's master_for(...) to RedisStorage"
-                )
-            if scheme not in SCHEMES:
-                raise ConfigurationError("redis_url must begin with redis://, rediss:// or unix://")
+        client = None
+        scheme = url.partition("://")[0] if isinstance(url, str) else ""
+        if scheme in SENTINEL_SCHEMES:
+            raise ConfigurationError(f"{scheme}:// comes in a later version; pass a Sentinel's master_for(...) to RedisStorage")
+        if scheme not in SCHEMES:
+            raise ConfigurationError("redis_url must begin with redis://, rediss:// or unix://")
+        with contextlib.suppress(ValueError, TypeError):
             client = redis.asyncio.Redis.from_url(url)
-        except ConfigurationError:
-            raise
-        except (ValueError, TypeError):
+        if client is None:
             raise ConfigurationError(
                 "redis_url is no valid URL; write redis://user:password@host:port/db, with anything odd in a password as %xx"
-            ) from None
+            )
         return cls(client, **options)
 
     async def decide_one(self, entry: Entry) -> Decision:

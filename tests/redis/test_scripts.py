@@ -1,0 +1,271 @@
+"""The Lua scripts themselves: what they take, what they refuse, and what they leave behind."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import redis
+
+from ratethrottle import RateThrottleRule
+from ratethrottle._core import CompiledRule
+from ratethrottle.storage.redis.scripts import SHEBANG, script
+from tests.clocked import ClockedScript, arguments
+
+NOW_US = 1_800_000_000_000_000
+STRATEGIES = ("sliding_window", "token_bucket", "leaky_bucket", "sliding_counter", "fixed_window")
+
+
+def rule(strategy: str, limit: int = 5, window: float = 60) -> CompiledRule:
+    return RateThrottleRule("r", limit, window, strategy=strategy).compiled
+
+
+def decide(client: redis.Redis, keys: list[Any], args: list[Any]) -> Any:
+    return client.eval(script("decide").text.decode(), len(keys), *keys, *args)
+
+
+def test_the_header_names_what_python_sends_and_reads() -> None:
+    header = script("decide").header
+    assert header["rule"] == ("kind", "capacity", "window_us", "unit_ticks", "drain_ticks", "slot_us", "coarse_us")
+    assert header["entry"] == ("key_index", "rule_index", "cost")
+    assert header["answer"] == ("allowed", "remaining", "retry_us", "reset_us")
+    assert script("decide").limits == {"keys": 128, "rules": 128, "entries": 128}
+    assert script("reset").header["reply"] == ("request",)
+
+
+@pytest.mark.parametrize("name", ["decide", "reset"])
+def test_scripts_are_ascii_and_use_only_what_every_redis_has(name: str) -> None:
+    text = script(name).text.decode("ascii")
+    code = "\n".join(line.partition("--")[0] for line in text.splitlines())
+    for word in ("struct", "cmsgpack", "cjson", "bit.", "tostring", "math.random", "%d", "%s"):
+        assert word not in code.replace("(%d", "("), word
+
+
+def test_the_shebang_makes_another_script() -> None:
+    decide_script = script("decide")
+    assert decide_script.body(True) == SHEBANG + decide_script.text
+    assert decide_script.sha(True) != decide_script.sha(False)
+
+
+@pytest.mark.parametrize("shebang", [True, False])
+def test_the_server_calls_a_script_by_the_name_that_we_do(redis_client: redis.Redis, shebang: bool) -> None:
+    loaded = script("decide")
+    assert redis_client.script_load(loaded.body(shebang)).encode() == loaded.sha(shebang)
+
+
+BAD_NUMBERS = ["nan", "-nan", "inf", "-inf", "0", "-1", "1.5", "", "x", "1e30", str(2**63), "9007199254740993"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_bad_arguments_are_refused_and_state_stays_byte_for_byte(script_client: redis.Redis, strategy: str) -> None:
+    compiled = rule(strategy)
+    keys, args = arguments([(compiled, "k", 1)], "check")
+    decide(script_client, keys, ["id", *args])
+    before = script_client.get("k")
+    assert before is not None
+    # id, mode, counts of rules and entries, then the rule from 4 and the entry from 11.
+    bad: list[tuple[int, Any]] = [(1, "consume"), (1, ""), (0, ""), (4, "x"), (4, "")]
+    bad += [(place, number) for place in (2, 3, 5, 6, 11, 12, 13) for number in BAD_NUMBERS]
+    bad += [(place, number) for place in (7, 8, 9, 10) for number in ("nan", "inf", "-1", "1.5", "", "x", "1e30")]
+    bad += [(13, 10**9 + 1), (11, 2), (12, 2), (2, 129), (3, 129), (2, 2), (3, 2)]
+    for place, value in bad:
+        wrong = ["id", *args]
+        wrong[place] = value
+        with pytest.raises(redis.ResponseError, match="RATETHROTTLE"):
+            decide(script_client, keys, wrong)
+        assert script_client.get("k") == before, (place, value)
+    for shorter in (args[:-1], [*args, 1], [], args[:3]):
+        with pytest.raises(redis.ResponseError, match="RATETHROTTLE"):
+            decide(script_client, keys, ["id", *shorter])
+    for wrong_keys in ([], ["k", "k"], [f"k{i}" for i in range(129)]):
+        with pytest.raises(redis.ResponseError, match="RATETHROTTLE"):
+            decide(script_client, wrong_keys, ["id", *args])
+    assert script_client.get("k") == before
+
+
+def test_a_bad_last_entry_leaves_the_first_key_unwritten(script_client: redis.Redis) -> None:
+    keys, args = arguments([(rule("fixed_window"), f"k{i}", 1) for i in range(3)], "check")
+    args[-1] = "nan"
+    with pytest.raises(redis.ResponseError, match="RATETHROTTLE"):
+        decide(script_client, keys, ["id", *args])
+    assert not script_client.exists(*keys)
+
+
+def test_rules_that_would_leave_exact_integers_are_refused(script_client: redis.Redis) -> None:
+    for shape in (
+        ("b", 10**9, 10**6, 2**51, 1, 0, 0),  # capacity x ticks reaches 2^52
+        ("b", 1, 10**6, 0, 1, 0, 0),
+        ("b", 1, 10**6, 1, 0, 0, 0),
+        ("s", 65, 10**6, 0, 0, 1, 0),  # above 64 units, µs would need an entry for each
+        ("s", 5, 10**6, 0, 0, 2, 0),
+        ("c", 10**9, 31_622_400_000_000, 0, 0, 0, 1),
+        ("c", 5, 10**6, 0, 0, 0, 0),
+        ("f", 5, 999, 0, 0, 0, 0),
+    ):
+        with pytest.raises(redis.ResponseError, match="RATETHROTTLE"):
+            decide(script_client, ["k"], ["id", "check", 1, 1, *shape, 1, 1, 1])
+    assert not script_client.exists("k")
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        b"",
+        b"2;f60000000,1800000000000000,1;",
+        b"junk",
+        b"1",
+        b"1;x;",
+        b"1;f60000000,1800000000000000,1",
+        b"1;f0,1800000000000000,1;",
+        b"1;f60000000,1800000000000000,1,1;",
+        b"1;c60000000,1800000000000000,1;",
+        b"1;b0,1,1,1,1;",
+        b"1;b1,1,-1,1,1;",
+        b"1;s60000000,1,1,2,00018000000000000000000001;",
+        b"1;s60000000,1,1,1,0001800000000000000000x001;;",
+        b"1;s60000000,1,1,1,000180000000000x0000000001;",
+        b"1;f60000000,1,1;f60000001,1,1;f60000002,1,1;",
+    ],
+)
+def test_a_state_of_another_format_is_refused_and_kept(script_client: redis.Redis, state: bytes) -> None:
+    script_client.set("k", state)
+    keys, args = arguments([(rule("sliding_window"), "k", 1)], "check")
+    with pytest.raises(redis.ResponseError):
+        decide(script_client, keys, ["id", *args])
+    assert script_client.get("k") == state
+
+
+def test_header_fields_of_later_versions_are_written_back(script_client: redis.Redis) -> None:
+    clocked = ClockedScript(script_client)
+    script_client.set("k", b"1,e=7f3a,g=12;f60000000,1800000000000000,1;")
+    assert clocked.call(NOW_US, [(rule("fixed_window"), "k", 2)]) == [(True, 2, 0, 60_000_000)]
+    assert script_client.get("k") == b"1,e=7f3a,g=12;f60000000,1800000000000000,3;"
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_refusal_consumes_nothing(script_client: redis.Redis, strategy: str) -> None:
+    """Limits' fixed window and several others count a denied request."""
+    clocked = ClockedScript(script_client)
+    compiled = rule(strategy)
+    assert clocked.call(NOW_US, [(compiled, "k", 3)])[0][0]
+    before = script_client.get("k")
+    for later_us in range(0, 5_000_000, 1_000_000):
+        assert not clocked.call(NOW_US + later_us, [(compiled, "k", 5)])[0][0]
+        assert not clocked.call(NOW_US + later_us, [(compiled, "k", 6)])[0][0]
+        assert script_client.get("k") == before
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_peek_writes_nothing(script_client: redis.Redis, strategy: str) -> None:
+    clocked = ClockedScript(script_client)
+    assert clocked.call(NOW_US, [(rule(strategy), "k", 1)], "peek")[0][:2] == (True, 5)
+    assert not script_client.exists("k")
+    clocked.call(NOW_US, [(rule(strategy), "k", 1)])
+    before = script_client.get("k")
+    clocked.call(NOW_US - 10**9, [(rule(strategy), "k", 1)], "peek")
+    assert script_client.get("k") == before
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_entries_of_one_call_are_decided_in_order(script_client: redis.Redis, strategy: str) -> None:
+    clocked = ClockedScript(script_client)
+    compiled = rule(strategy)
+    together = clocked.call(NOW_US, [(compiled, "k", cost) for cost in (2, 4, 2, 2, 1, 1)])
+    assert [answer[0] for answer in together] == [True, False, True, False, True, False]
+    alone = [clocked.call(NOW_US, [(compiled, "l", cost)])[0] for cost in (2, 4, 2, 2, 1, 1)]
+    assert together == alone
+    assert script_client.get("k") == script_client.get("l")
+
+
+@pytest.mark.parametrize("count", [1, 2, 128])
+def test_a_call_decides_up_to_128_keys(script_client: redis.Redis, count: int) -> None:
+    clocked = ClockedScript(script_client)
+    compiled = rule("fixed_window", 2)
+    checks = [(compiled, f"k{i}", 1) for i in range(count)]
+    assert [
+        clocked.call(NOW_US, checks) == [(left >= 0, max(0, left), 0 if left >= 0 else 60_000_000, 60_000_000)] * count
+        for left in (1, 0, -1)
+    ] == [True, True, True]
+
+
+def test_integers_come_back_exactly(script_client: redis.Redis) -> None:
+    clocked = ClockedScript(script_client)
+    compiled = RateThrottleRule("r", 1, 366 * 86_400, strategy="token_bucket").compiled
+    year_us = 366 * 86_400 * 10**6
+    assert clocked.call(NOW_US, [(compiled, "k", 1)]) == [(True, 0, 0, year_us)]
+    assert clocked.call(NOW_US + 1, [(compiled, "k", 1)]) == [(False, 0, year_us - 1, year_us - 1)]
+    shape = RateThrottleRule("r", 999_999_937, 86_399.999999, strategy="sliding_counter").compiled
+    assert clocked.call(NOW_US, [(shape, "c", 999_999_937)])[0][:2] == (True, 0)
+
+
+def test_the_reply_tells_the_server_time(redis_client: redis.Redis) -> None:
+    keys, args = arguments([(rule("fixed_window"), "k", 1)], "check")
+    before_s, before_us = redis_client.time()
+    reply = decide(redis_client, keys, ["id", *args])
+    after_s, after_us = redis_client.time()
+    assert before_s * 10**6 + before_us <= reply[1] <= after_s * 10**6 + after_us
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_ttl_is_never_rounded_down_to_nothing(redis_client: redis.Redis, strategy: str) -> None:
+    """A TTL of 0 deletes the state and lets everything through (throttled-py: 1000/s with burst 400, 5,000 of 5,000)."""
+    compiled = RateThrottleRule("r", 1000, 0.001, strategy=strategy).compiled
+    keys, args = arguments([(compiled, "k", 1)], "check")
+    for _ in range(200):
+        decide(redis_client, keys, ["id", *args])
+        ttl_ms = redis_client.pttl("k")
+        assert ttl_ms == -2 or 0 <= ttl_ms <= 4  # expired already, or about to
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_counting_key_expires_when_it_is_fresh_and_not_before(redis_client: redis.Redis, strategy: str) -> None:
+    """A lost EXPIRE, as a second command, blocks a key for ever (limits on coredis)."""
+    keys, args = arguments([(rule(strategy), "k", 2)], "check")
+    for _ in range(4):
+        reply = decide(redis_client, keys, ["id", *args])
+        reset_ms = math.ceil(reply[5] / 1000)
+        assert reset_ms - 50 <= redis_client.pttl("k") <= reset_ms + 1
+
+
+def test_fresh_state_is_deleted(script_client: redis.Redis) -> None:
+    """What is written back fresh is dropped: a clock that steps back over a fresh view leaves no key without an end."""
+    clocked = ClockedScript(script_client)
+    script_client.set("k", b"1;b60000000,5,5,0,1800000001000000;")
+    clocked.call(NOW_US, [(rule("token_bucket"), "k", 6)])
+    assert not script_client.exists("k")
+
+
+@pytest.mark.parametrize("strategy", ["token_bucket", "leaky_bucket"])
+@pytest.mark.parametrize(("limit", "window"), [(3, 1), (7, 60), (10, 0.003), (49, 1), (9973, 86_400)])
+def test_a_burst_is_admitted_to_the_last_unit(script_client: redis.Redis, strategy: str, limit: int, window: float) -> None:
+    """Floating-point GCRA admits one fewer than the burst in a third of simple cases (redis_rate)."""
+    clocked = ClockedScript(script_client)
+    compiled = rule(strategy, limit, window)
+    answers = clocked.call(NOW_US, [(compiled, "k", 1)] * 100)
+    more = [clocked.call(NOW_US, [(compiled, "k", max(1, limit - 100))])] if limit > 100 else []
+    assert sum(answer[0] for answer in answers) == min(limit, 100)
+    assert all(answer[0][0] for answer in more)
+    assert not clocked.call(NOW_US, [(compiled, "k", 1)])[0][0]
+
+
+def test_reset_forgets_and_repeats_the_request(script_client: redis.Redis) -> None:
+    script_client.mset({"a": "1;", "b": "1;", "c": "1;"})
+    text = script("reset").text.decode()
+    assert script_client.eval(text, 2, "a", "b", "id") == [b"id"]
+    assert script_client.keys() == [b"c"]
+    for keys, request in (([], "id"), (["c"], "")):
+        with pytest.raises(redis.ResponseError, match="RATETHROTTLE"):
+            script_client.eval(text, len(keys), *keys, request)
+    assert script_client.exists("c")
+
+
+def test_a_replica_refuses_the_script_before_it_runs(redis_server: Any, redis_client: redis.Redis) -> None:
+    loaded = redis_client.script_load(script("decide").body(True))
+    keys, args = arguments([(rule("fixed_window"), "k", 9)], "check")  # denied, so it would write nothing
+    redis_client.replicaof("127.0.0.1", "1")
+    try:
+        with pytest.raises(redis.exceptions.ReadOnlyError):
+            redis_client.evalsha(loaded, 1, *keys, "id", *args)
+    finally:
+        redis_client.replicaof("NO", "ONE")
