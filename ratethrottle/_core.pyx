@@ -1086,7 +1086,8 @@ cdef class Limiter:
             raise InvalidRequest(f"rule is a {type(name).__name__}; it is the name (str) of a rule")
         found = self._rules.get(name)
         if found is None:
-            raise InvalidRequest(f"the limiter has no rule {name!r}; it has {', '.join(sorted(self._rules)) or 'none yet'}")
+            # Without the name: when the arguments were swapped, it is a key.
+            raise InvalidRequest(f"the limiter has no such rule; it has {', '.join(sorted(self._rules)) or 'none yet'}")
         return <CompiledRule>found
 
     def _entry(self, key, rule=None, cost=1):

@@ -268,7 +268,7 @@ async def test_a_timed_block_that_never_ends(strategy: str, clock: Clock, limite
 async def test_clock_skew_doubles_admission(
     strategy: str, step_us: int, clock: Clock, limiter: Callable[..., RateThrottleCore]
 ) -> None:
-    """A clock that jumps to and fro: two seconds ahead forgive at most two seconds' refill, back forgives nothing."""
+    """A clock that jumps back and forth: two seconds ahead forgive at most two seconds' refill, back forgives nothing."""
     shared = limiter(make_rule(strategy, 100, 60 * SECOND_US))
     clock.now_us += 30 * SECOND_US  # off the boundary of an aligned window, beyond which a step would be a new window
     count = await admitted(shared, "key", 200)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import re
 from datetime import timedelta
@@ -236,3 +237,11 @@ def test_a_limit_that_leaves_no_room_for_its_rate_is_told_the_nearest_that_does(
     assert RateThrottleRule("rule", nearest, window, strategy="leaky_bucket").limit == nearest
     between = range(min(nearest, 2 * limit - nearest) + 1, max(nearest, 2 * limit - nearest))
     assert all(fitting_rate(near, window_us, near) is None for near in between)
+
+
+def test_a_changed_copy_is_a_rule_of_its_own() -> None:
+    rule = RateThrottleRule("rule", 10, 60, strategy="token_bucket", burst=20)
+    changed = dataclasses.replace(rule, limit=30)
+    assert (changed.limit, changed.burst, changed.compiled.limit) == (30, 20, 30)
+    with pytest.raises(ConfigurationError, match="from 1 to"):
+        dataclasses.replace(rule, limit=0)
