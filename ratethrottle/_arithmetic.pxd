@@ -377,6 +377,16 @@ cdef inline int64_t view_used(const View* view, int64_t now_us) noexcept nogil:
     return <int64_t>rolled.amount.counts.cur + rolled.amount.counts.prev
 
 
+cdef inline const View* view_fullest(const View* views, int count, int64_t now_us) noexcept nogil:
+    """The view that holds most now, the first of equal ones, or NULL: what a new definition takes over.
+
+    The last writer's may have let go, or never have known, what the other one counts.
+    """
+    if count == 2 and view_used(&views[1], now_us) > view_used(views, now_us):
+        return &views[1]
+    return views if count else NULL
+
+
 cdef inline int view_derive(View* own, const Terms* rule, const View* source, int64_t now_us) noexcept nogil:
     """Make the view of a definition that this state meets for the first time. Returns NO_MEMORY or KEEP."""
     cdef int64_t used = view_used(source, now_us) if source != NULL else 0
@@ -451,7 +461,7 @@ cdef inline int decide_views(View* views, int* count, const Terms* rule, int64_t
     """
     cdef View own, other
     cdef bint rebased = False, derived = False, has_other = False
-    cdef int i, own_index = -1
+    cdef int i, other_index, own_index = -1
     cdef uint32_t expired = 0
     cdef int64_t total = 0
     for i in range(count[0]):
@@ -460,14 +470,16 @@ cdef inline int decide_views(View* views, int* count, const Terms* rule, int64_t
             rebased = True
         if own_index < 0 and same_definition(views[i].terms, rule):
             own_index = i
-    for i in range(count[0]):
-        if not has_other and i != own_index and view_fresh_at(&views[i]) > now_us:
-            other = views[i]
-            has_other = True
+    # Kept even when it is fresh: that it is, is known only as long as there is an account of it. Derived anew from the own
+    # view, it would lock out a shorter window and refill one that began earlier.
+    other_index = 1 if own_index == 0 else 0
+    if other_index < count[0]:
+        other = views[other_index]
+        has_other = True
     if own_index >= 0:
         own = views[own_index]
     else:
-        if view_derive(&own, rule, &views[0] if count[0] else NULL, now_us) == NO_MEMORY:
+        if view_derive(&own, rule, view_fullest(views, count[0], now_us), now_us) == NO_MEMORY:
             return NO_MEMORY
         derived = view_fresh_at(&own) > now_us
     if rule.kind == c"s":
@@ -498,10 +510,12 @@ cdef inline int decide_views(View* views, int* count, const Terms* rule, int64_t
             view_charge_other(&other, now_us, cost)  # without memory for one more entry, the other definition goes uncharged
     for i in range(count[0]):
         # Any view that isn't kept gives back its window; a kept one was moved, not copied.
-        if i != own_index and not (has_other and same_definition(views[i].terms, other.terms)):
+        if i != own_index and i != other_index:
             view_free(&views[i])
-    if not has_other and view_fresh_at(&own) <= now_us:
+    if view_fresh_at(&own) <= now_us and not (has_other and view_fresh_at(&other) > now_us):
         view_free(&own)
+        if has_other:
+            view_free(&other)
         count[0] = 0
         return WRITE
     views[0] = own

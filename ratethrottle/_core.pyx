@@ -15,8 +15,8 @@ from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 
 from ratethrottle._arithmetic cimport (
     ceil_div, decide_views, judge, KEEP, NO_MEMORY, Outcome, report, same_definition, settle, Terms, Units, View,
-    view_ahead, view_audit, view_charge, view_derive, view_free, view_fresh_at, view_rebase, view_roll, Window,
-    window_clone, window_drop, window_live, WRITE,
+    view_ahead, view_audit, view_charge, view_derive, view_free, view_fresh_at, view_fullest, view_rebase, view_roll,
+    view_used, Window, window_clone, window_drop, window_live, WRITE,
 )
 
 from asyncio import _get_running_loop as running_loop
@@ -299,6 +299,16 @@ cdef int64_t slot_fresh_at(const Slot* slot) noexcept nogil:
     if slot_views(slot, views) == 1:
         return view_fresh_at(views)
     return max(view_fresh_at(views), view_fresh_at(&views[1]))
+
+
+cdef int64_t slot_used_share(const Slot* slot, int64_t now_us) noexcept nogil:
+    """How much of its capacity a key has used, in 2^20ths; of two definitions the larger share."""
+    cdef View[2] views
+    cdef int64_t share = 0
+    cdef int i, count = slot_views(slot, views)
+    for i in range(count):
+        share = max(share, (min(view_used(&views[i], now_us), views[i].terms.capacity) << 20) // views[i].terms.capacity)
+    return share
 
 
 cdef void slot_free(Slot* slot) noexcept nogil:
@@ -615,11 +625,12 @@ cdef class KeyTable:
         return 0
 
     cdef int64_t make_place(self, Shard* shard, int64_t now_us) noexcept:
-        """Forget the key closest to fresh among a few; without `evict` only if it is fresh, else say when it will be.
+        """Forget the key closest to fresh among a few; without `evict` only if it is fresh, else say when one will be.
 
-        The adversary is a flood of new keys: it can wash out only what is as close to fresh as the flood itself.
+        Closest is the one that has used the least share of its capacity, and of those the one that is fresh first. The adversary
+        is a flood of new keys: it can wash out only what has used as little as the flood itself.
         """
-        cdef int64_t fresh_at_us, earliest_us = 0
+        cdef int64_t fresh_at_us, earliest_us = 0, used, least = 0, least_at_us = 0
         cdef uint32_t i, victim = 0
         cdef int sampled = 0
         while shard.used == 0:
@@ -635,11 +646,14 @@ cdef class KeyTable:
             while not shard.tags[i]:
                 i = i + 1 if i + 1 < shard.room else 0
             fresh_at_us = slot_fresh_at(&shard.slots[i])
-            if sampled == 0 or fresh_at_us < earliest_us:
-                earliest_us = fresh_at_us
+            used = slot_used_share(&shard.slots[i], now_us) if fresh_at_us > now_us else -1
+            if sampled == 0 or used < least or (used == least and fresh_at_us < least_at_us):
+                least = used
+                least_at_us = fresh_at_us
                 victim = i
+            earliest_us = fresh_at_us if sampled == 0 else min(earliest_us, fresh_at_us)
             sampled += 1
-        if earliest_us > now_us:
+        if least >= 0:
             if not self.evict:
                 return earliest_us
             self.evictions += 1
@@ -701,7 +715,7 @@ cdef class KeyTable:
                 own_index = i
         if own_index >= 0:
             own = views[own_index]
-        elif view_derive(&own, rule, views if count else NULL, now_us) == NO_MEMORY:
+        elif view_derive(&own, rule, view_fullest(views, count, now_us), now_us) == NO_MEMORY:
             raise MemoryError
         if rule.kind == c"s":
             window_live(own.amount.window, now_us - rule.window_us, &expired, &total)

@@ -146,6 +146,8 @@ class World:
                 raise DifferenceError(difference("core", key, len(key.history), answer, core))
             if answer[2] > 0:
                 self.promised.append(self.now_us + answer[2])
+            elif self.rng.random() < 0.2:  # when it is forgotten, by this version and by another
+                self.promised += (self.now_us + answer[3], self.now_us + self.rng.choice(key.rules).window_us)
             checks.append((key, rule, cost))
             expected.append(answer)
         return consume, checks, expected

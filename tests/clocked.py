@@ -33,7 +33,7 @@ def arguments(checks: list[Check], mode: str) -> tuple[list[str], list[Any]]:
         numbers += (keys.index(key) + 1, rules.index(rule) + 1, cost)
     args: list[Any] = [mode, len(rules), len(checks)]
     for rule in rules:
-        args += (rule.kind, rule.capacity, rule.window_us, rule.unit_ticks, rule.drain_ticks, rule.slot_us, rule.coarse_us)
+        args += (getattr(rule, word) for word in script("decide").header["rule"])
     return keys, args + numbers
 
 

@@ -84,16 +84,22 @@ class Account:
         self.seen -= step
         return step > 0
 
-    def write(self, now: int) -> None:
-        """Drop what no longer counts, for good: a clock that steps back later doesn't bring it back."""
+    def living(self, now: int) -> list[tuple[int, int | Fraction]]:
+        """What of the log still counts."""
         kind, window = self.rule.kind, self.rule.window_us
         if kind == "s":
-            self.log = [(at, units) for at, units in self.log if at + window > now]
-        elif kind == "b":
-            self.log = self.log if self.held(self.rule)(now) else []
-        else:
-            self.log = [(at, units) for at, units in self.log if at // window >= now // window - (kind == "c")]
-        self.seen = now
+            return [(at, units) for at, units in self.log if at + window > now]
+        if kind == "b":
+            return self.log if self.held(self.rule)(now) else []
+        return [(at, units) for at, units in self.log if at // window >= now // window - (kind == "c")]
+
+    def used(self, now: int) -> int:
+        """Units that another definition takes over."""
+        return ceil(self.held(self.rule)(now)) if self.rule.kind == "b" else int(sum(units for _, units in self.living(now)))
+
+    def write(self, now: int) -> None:
+        """Drop what no longer counts, for good: a clock that steps back later doesn't bring it back."""
+        self.log, self.seen = self.living(now), now
 
     def add(self, at: int, units: int | Fraction) -> None:
         """Put units in the log; a window without slots remembers only its newest 64."""
@@ -108,17 +114,16 @@ class Account:
 
 
 def derive(rule: CompiledRule, source: Account | None, now: int) -> Account:
-    """The account of a definition that meets this key for the first time: it takes over what the last writer's holds."""
+    """The account of a definition that meets this key for the first time: it takes over what the fullest one holds."""
     own = Account(rule, [], now)
     if source is None:
         return own
-    source.write(now)
-    used = ceil(source.held(source.rule)(now)) if source.rule.kind == "b" else sum(units for _, units in source.log)
     if rule.kind == source.rule.kind == "s":
-        for at, units in source.log:
+        for at, units in source.living(now):
             own.add(min(-(-at // rule.slot_us) * rule.slot_us, own.counts_from(now)), units)
         own.write(now)
     else:
+        used = source.used(now)
         own.add(own.counts_from(now), min(used, rule.capacity) if rule.kind == "b" else used)
     return own
 
@@ -134,9 +139,9 @@ class Oracle:
         accounts = [Account(account.rule, account.log, account.seen) for account in self.accounts]
         changed = [account.rebase(now) for account in accounts]
         own = next((account for account in accounts if definition(account.rule) == definition(rule)), None)
-        others = [account for account in accounts if account is not own and account.held(account.rule)(now)][:1]
+        others = [account for account in accounts if account is not own][:1]
         if own is None:
-            own = derive(rule, Account(accounts[0].rule, accounts[0].log, accounts[0].seen) if accounts else None, now)
+            own = derive(rule, max(accounts, key=lambda account: account.used(now), default=None), now)
             changed.append(own.held(rule)(now) > 0)
         held, room, instants = own.held(rule), rule.capacity - cost, own.instants(now)
         allowed, retry = held(now) <= room, -1

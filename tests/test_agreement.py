@@ -139,6 +139,56 @@ def test_a_change_of_strategy_carries_over_what_was_used(before: str, after: str
     assert not core.check(first, START_US, 1)[0], "changing it back gave a refill"
 
 
+def counted(rule: RateThrottleRule, log: list[tuple[int, str]], now_us: int) -> float:
+    """A lower bound of what a rule must count of a log of single admissions, by its promise alone."""
+    window_us = rule.window_us
+    if rule.strategy == "sliding_window":
+        return sum(at > now_us - window_us for at, _ in log)
+    current = sum(at // window_us == now_us // window_us for at, _ in log)
+    if rule.strategy == "fixed_window":
+        return current
+    before = sum(at // window_us == now_us // window_us - 1 for at, _ in log)
+    return current + min(rule.limit, before) * (1 - now_us % window_us / window_us)
+
+
+@pytest.mark.parametrize("old", [s for s in STRATEGIES if not s.endswith("bucket")])
+@pytest.mark.parametrize("new", [s for s in STRATEGIES if not s.endswith("bucket")])
+def test_while_two_versions_alternate_each_admission_keeps_its_versions_promise_over_all_of_them(old: str, new: str) -> None:
+    versions = {"old": make_rule(old, 10, 10_000_000), "new": make_rule(new, 90, 21_000_000)}
+    rng, now_us, core, log = random.Random(f"{old} {new}"), START_US, Core(), []
+    for _ in range(2_000):
+        now_us += rng.randrange(1_600_000)
+        which = rng.choice(("old", "new"))
+        rule = versions[which]
+        if core.check(rule.compiled, now_us, 1)[0]:
+            log.append((now_us, which))
+            assert counted(rule, log, now_us) <= rule.limit + 1e-9
+    assert len({which for _, which in log[20:]}) == 2, "one version was locked out"
+
+
+def test_a_version_with_a_short_window_is_not_locked_out_by_one_with_a_long_window_that_alternates() -> None:
+    """A day's use says nothing about this second's: what the short window has let go stays gone."""
+    core, now_us, admitted = Core(), START_US, {10: 0, 1_000: 0}
+    old, new = make_rule("fixed_window", 1_000, 86_400 * 10**6), make_rule("token_bucket", 10, 10**6)
+    assert core.check(old.compiled, now_us, 500)[0]
+    for _ in range(40):
+        now_us += 10**6
+        for rule in (new, old):
+            admitted[rule.limit] += core.check(rule.compiled, now_us, 1)[0]
+    assert admitted == {10: 39, 1_000: 40}, "the new version's first check meets the day's use, and no later one does"
+
+
+@pytest.mark.parametrize("last", STRATEGIES)
+def test_a_third_version_takes_over_what_the_second_has_let_go(last: str) -> None:
+    core, day_us = Core(), 86_400 * 10**6
+    now_us = START_US - START_US % day_us + day_us // 3
+    assert core.check(make_rule("fixed_window", 1_000, day_us).compiled, now_us, 1_000)[0]
+    mistaken = make_rule("token_bucket", 10, 10**6).compiled
+    assert not core.check(mistaken, now_us, 1)[0]
+    assert core.check(mistaken, now_us + 2 * 10**6, 1)[0]
+    assert not core.check(make_rule(last, 1_000, day_us // 4).compiled, now_us + 4 * 10**6, 10)[0]
+
+
 @pytest.mark.parametrize("old", STRATEGIES)
 @pytest.mark.parametrize("new", STRATEGIES)
 def test_two_versions_that_alternate_refill_nothing_and_lock_nobody_out(old: str, new: str) -> None:

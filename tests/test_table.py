@@ -41,10 +41,12 @@ async def test_a_table_that_grows_keeps_every_account(strategy: str) -> None:
         assert (await core.peek(key)).remaining == 10 - cost
 
 
-async def test_a_flood_of_ten_times_the_keys_does_not_wash_out_a_blocked_victim() -> None:
-    core, storage, _ = limiter(3_000)
+@pytest.mark.parametrize("strategy", ["sliding_window", "token_bucket", "sliding_counter", "fixed_window"])
+async def test_a_flood_of_ten_times_the_keys_does_not_wash_out_a_blocked_victim(strategy: str) -> None:
+    core, storage, clock = limiter(3_000, RateThrottleRule("rule", 10, 3600, strategy=strategy))
     assert await core.check("victim", cost=10)
     for i in range(30_000):
+        clock.us += 10
         assert await core.check(f"flood:{i}")
     assert len(storage) == 3_000
     assert storage.evictions == 27_001

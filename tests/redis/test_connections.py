@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import re
+import ssl
 import subprocess
 import sys
 import threading
@@ -136,6 +137,19 @@ async def test_a_certificate_that_nobody_vouches_for_is_refused(secure: RedisSer
     async with create_limiter("redis", redis_url=secure.url, rules=[RULE], deadline=2) as limiter:
         with pytest.raises(StorageUnavailable, match="SSLCertVerificationError"):
             await limiter.check("user")
+
+
+async def test_an_outage_reads_the_certificates_once(secure: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading them takes tens of milliseconds, in which a loop does nothing else."""
+    made: list[Any] = []
+    create = ssl.create_default_context
+    monkeypatch.setattr(ssl, "create_default_context", lambda *args, **kwargs: made.append(1) or create(*args, **kwargs))
+    url = f"rediss://127.0.0.1:{free_port()}?ssl_ca_certs={secure.tls[2]}"
+    async with create_limiter("redis", redis_url=url, rules=[RULE], deadline=2) as limiter:
+        for _ in range(5):
+            with pytest.raises(StorageUnavailable):
+                await limiter.check("user")
+    assert len(made) == 1
 
 
 class Sentinels:

@@ -112,7 +112,8 @@ class Line:
             for call in self._waiting:
                 call.fail(StorageUnavailable("the storage was closed"))
             self._waiting.clear()
-            await self._drop()
+            if not self.loop.is_closed():  # by somebody who leaves tasks behind: nothing can be closed any more
+                await self._drop()
 
     async def _serve(self, calls: list[Call]) -> None:
         """Send calls together and settle each by its own reply, or all that are left by what went wrong."""

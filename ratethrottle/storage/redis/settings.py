@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,6 +58,10 @@ OURS = frozenset(
 )
 
 
+# How long a certificate that was replaced on disk may stay in use for new connections.
+TLS_SHARED_S = 60
+
+
 class Settings:
     """Makes connections to one server, or to the master that sentinels name. Raises ConfigurationError for a strange client."""
 
@@ -69,6 +74,8 @@ class Settings:
             )
         pool: Any = client.connection_pool  # the pools of redis-py's two halves and of its sentinels have no common type
         self._deadline_s = deadline_s
+        self._tls: Any = None
+        self._tls_since_s = 0.0
         self._sentinels: list[Settings] = []
         self._master = ""
         self._forced_host: str | None = None
@@ -90,12 +97,24 @@ class Settings:
         if self._master:
             kwargs["host"], kwargs["port"] = await self._master_address()
         connection = self._class(**kwargs)
+        self._share_tls(connection)
         try:
             await connection.connect()  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
         except BaseException:
             await close(connection)
             raise
         return connection
+
+    def _share_tls(self, connection: AbstractConnection) -> None:
+        """Let connections share what was read from certificate files, which stops the loop for tens of milliseconds."""
+        made = getattr(connection, "ssl_context", None)
+        if made is None:
+            return
+        now_s = time.monotonic()
+        if self._tls is None or now_s - self._tls_since_s > TLS_SHARED_S:
+            self._tls, self._tls_since_s = made, now_s
+        else:
+            connection.ssl_context = self._tls  # type: ignore[attr-defined]  # only connections over TLS have one
 
     async def _master_address(self) -> tuple[str, int]:
         failure: Exception | None = None

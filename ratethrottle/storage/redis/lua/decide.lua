@@ -25,34 +25,50 @@ local function slot_end(view, now)
   return (floor(now / view.q) + 1) * view.q
 end
 
--- A sliding window keeps its entries as text, 16 digits of us and 10 of units each, and reads only those that it must. `last`
--- is the time of the newest, if there is one.
-local function at_of(view, i) return tonumber(sub(view.text, i * 26 + 1, i * 26 + 16)) end
-local function units_of(view, i) return tonumber(sub(view.text, i * 26 + 17, i * 26 + 26)) end
+-- A sliding window has n entries, in ascending order. The newest is kept as `last` (us) and `units`. The others stay where they
+-- were read, in `text` from `from` on, 16 digits of us and 10 of units each: only those that leave are ever looked at.
+local function at_of(view, i)
+  if i == view.n - 1 then return view.last end
+  local from = view.from + i * 26
+  return tonumber(sub(view.text, from, from + 15))
+end
+
+local function units_of(view, i)
+  if i == view.n - 1 then return view.units end
+  local from = view.from + i * 26
+  return tonumber(sub(view.text, from + 16, from + 25))
+end
 
 local function push(view, at, units)
-  local text, before = view.text, 0
-  if view.n > 0 and view.last == at then
-    before = tonumber(sub(text, -10))
-    text = sub(text, 1, -27)
+  local n = view.n
+  if n > 0 and view.last == at then
+    local both = min(view.units + units, UNITS_MAX)
+    view.total = view.total + both - view.units
+    view.units = both
   else
-    view.n = view.n + 1
-    view.last = at
+    units = min(units, UNITS_MAX)
+    if n > 0 then
+      view.text = sub(view.text, view.from, view.from + (n - 1) * 26 - 1) .. format('%016.0f%010.0f', view.last, view.units)
+      view.from = 1
+    end
+    view.n, view.last, view.units, view.total = n + 1, at, units, view.total + units
   end
-  units = min(before + units, UNITS_MAX)
-  view.text = text .. format('%016.0f%010.0f', at, units)
-  view.total = view.total + units - before
   if view.q == 1 and view.total > 64 then
-    local n, excess = 0, view.total - 64
+    local gone, excess = 0, view.total - 64
     local held = units_of(view, 0)
     while held <= excess do
       excess = excess - held
-      n = n + 1
-      held = units_of(view, n)
+      gone = gone + 1
+      held = units_of(view, gone)
     end
-    view.text = sub(view.text, n * 26 + 1, n * 26 + 16) .. format('%010.0f', held - excess) .. sub(view.text, n * 26 + 27)
-    view.n = view.n - n
-    view.total = 64
+    view.n, view.total, view.from = view.n - gone, 64, view.from + gone * 26
+    if excess > 0 and view.n == 1 then
+      view.units = 64
+    elseif excess > 0 then
+      local from = view.from
+      view.text = sub(view.text, from, from + 15) .. format('%010.0f', held - excess) .. sub(view.text, from + 26)
+      view.from = 1
+    end
   end
 end
 
@@ -72,12 +88,12 @@ local function parse(state)
     elseif kind == 's' then
       local window, q, total, n, after = match(state, '^s(%d+),(%d+),(%d+),(%d+),()', at)
       if not after then return nil end
-      view = {kind = 's', window = tonumber(window), q = tonumber(q), total = tonumber(total), n = tonumber(n), text = '', last = 0, cap = 0}
-      at = after + view.n * 26 + 1
-      if view.window < 1 or view.q < 1 or sub(state, at - 1, at - 1) ~= ';' then return nil end
-      view.text = sub(state, after, at - 2)
-      if view.n > 0 then view.last = tonumber(sub(view.text, -26, -11)) end
-      if not view.last then return nil end
+      n = tonumber(n)
+      at = after + n * 26 + 1
+      view = {kind = 's', window = tonumber(window), q = tonumber(q), total = tonumber(total), n = n, text = state, from = after, last = 0,
+        units = 0, cap = 0}
+      if n > 0 then view.last, view.units = tonumber(sub(state, at - 27, at - 12)), tonumber(sub(state, at - 11, at - 2)) end
+      if view.window < 1 or view.q < 1 or not view.last or not view.units or sub(state, at - 1, at - 1) ~= ';' then return nil end
     elseif kind == 'f' or kind == 'c' then
       local window, start, cur, prev, after = match(state, '^.(%d+),(%d+),(%d+),?(%d*);()', at)
       if not after or (prev == '') ~= (kind == 'f') then return nil end
@@ -94,12 +110,18 @@ local function parse(state)
   return head, views[1], views[2]
 end
 
+-- In up to three pieces, so that entries are copied once, into the whole.
 local function print_view(v)
   local kind = v.kind
-  if kind == 'b' then return format('b%.0f,%.0f,%.0f,%.0f,%.0f;', v.unit, v.drain, v.cap, v.level, v.t) end
-  if kind == 's' then return format('s%.0f,%.0f,%.0f,%.0f,', v.window, v.q, v.total, v.n) .. v.text .. ';' end
-  if kind == 'f' then return format('f%.0f,%.0f,%.0f;', v.window, v.start, v.cur) end
-  return format('c%.0f,%.0f,%.0f,%.0f;', v.window, v.start, v.cur, v.prev)
+  if kind == 'b' then return format('b%.0f,%.0f,%.0f,%.0f,%.0f;', v.unit, v.drain, v.cap, v.level, v.t), '', '' end
+  if kind == 's' then
+    local n = v.n
+    if n == 0 then return format('s%.0f,%.0f,0,0,;', v.window, v.q), '', '' end
+    return format('s%.0f,%.0f,%.0f,%.0f,', v.window, v.q, v.total, n), sub(v.text, v.from, v.from + (n - 1) * 26 - 1),
+      format('%016.0f%010.0f;', v.last, v.units)
+  end
+  if kind == 'f' then return format('f%.0f,%.0f,%.0f;', v.window, v.start, v.cur), '', '' end
+  return format('c%.0f,%.0f,%.0f,%.0f;', v.window, v.start, v.cur, v.prev), '', ''
 end
 
 -- Brings a view to now; true if the clock had stepped backwards. Done again at the same time it changes nothing.
@@ -116,7 +138,7 @@ local function roll(v, now)
     if n == 0 then return false end
     local rebased, since = false, now - v.window
     if v.last <= since then
-      v.n, v.total, v.text = 0, 0, ''
+      v.n, v.total = 0, 0
       return false
     end
     local head = v.last > now and slot_end(v, now)
@@ -127,19 +149,15 @@ local function roll(v, now)
         n = n - 1
         held = held + units_of(v, n)
       end
-      v.text = sub(v.text, 1, n * 26) .. format('%016.0f%010.0f', head, min(held, UNITS_MAX))
-      v.n, v.last = n + 1, head
-      v.total = v.total - held + min(held, UNITS_MAX)
+      v.n, v.last, v.units = n + 1, head, min(held, UNITS_MAX)
+      v.total = v.total - held + v.units
     end
     local gone = 0
     while at_of(v, gone) <= since do
       v.total = v.total - units_of(v, gone)
       gone = gone + 1
     end
-    if gone > 0 then
-      v.text = sub(v.text, gone * 26 + 1)
-      v.n = v.n - gone
-    end
+    v.n, v.from = v.n - gone, v.from + gone * 26
     return rebased
   end
   local start, before = now - now % v.window, v.start
@@ -165,19 +183,22 @@ local function reset_of(v, now)
 end
 
 -- Makes the view of a definition that this state meets for the first time.
-local function derive(rule, source, now)
-  local kind, window, used = rule.kind, rule.window, 0
-  if source then
-    if source.kind == 'b' then used = ceil_div(source.level, source.unit)
-    elseif source.kind == 's' then used = source.total
-    else used = source.cur + source.prev end
-  end
+local function used_of(v)
+  if v.kind == 'b' then return ceil_div(v.level, v.unit) end
+  if v.kind == 's' then return v.total end
+  return v.cur + v.prev
+end
+
+-- From the view that holds most: a definition between the two may have let go, or never have known, what the other one counts.
+local function derive(rule, first, second, now)
+  local kind, window, source, used = rule.kind, rule.window, first, first and used_of(first) or 0
+  if second and used_of(second) > used then source, used = second, used_of(second) end
   if kind == 'b' then
     return {kind = 'b', unit = rule.unit, drain = rule.drain, cap = rule.cap, level = min(used, rule.cap) * rule.unit, t = now}
   elseif kind ~= 's' then
     return {kind = kind, window = window, start = now - now % window, cur = min(used, UNITS_MAX), prev = 0, cap = 0}
   end
-  local own = {kind = 's', window = window, q = rule.q, total = 0, n = 0, text = '', last = 0, cap = 0}
+  local own = {kind = 's', window = window, q = rule.q, total = 0, n = 0, text = '', from = 1, last = 0, units = 0, cap = 0}
   if used == 0 then return own end
   local head = slot_end(own, now)
   if source.kind ~= 's' then
@@ -278,13 +299,22 @@ local rules, entries, at = {}, {}, 4
 for r = 1, rule_count do
   local kind = ARGV[at + 1]
   local cap, window = number(ARGV[at + 2], 1, 1000000000), number(ARGV[at + 3], 1000, 31622400000000)
-  local unit, drain = number(ARGV[at + 4], 0, TICKS), number(ARGV[at + 5], 0, 1000000000)
-  local q, coarse = number(ARGV[at + 6], 0, 494100000000), number(ARGV[at + 7], 0, 31622400000000)
-  if not (cap and window and unit and drain and q and coarse) then return refuse('a number of a rule is out of range') end
-  local fits = kind == 'f'
-  if kind == 'b' then fits = unit >= 1 and drain >= 1 and cap * unit < TICKS
-  elseif kind == 's' then fits = (q == 1 and cap <= 64) or q == ceil_div(window, 64)
-  elseif kind == 'c' then fits = coarse >= 1 and cap * ceil_div(window, coarse) < TICKS end
+  if not (cap and window) then return refuse('a number of a rule is out of range') end
+  -- What a kind doesn't have is '0', to the letter.
+  local unit, drain, q, coarse = ARGV[at + 4], ARGV[at + 5], ARGV[at + 6], ARGV[at + 7]
+  local fits = false
+  if kind == 'b' then
+    unit, drain = number(unit, 1, TICKS), number(drain, 1, 1000000000)
+    fits = unit and drain and cap * unit < TICKS and q == '0' and coarse == '0'
+  elseif kind == 's' then
+    q = number(q, 1, window)
+    fits = q and ((q == 1 and cap <= 64) or q == ceil_div(window, 64)) and unit == '0' and drain == '0' and coarse == '0'
+  elseif kind == 'c' then
+    coarse = number(coarse, 1, window)
+    fits = coarse and cap * ceil_div(window, coarse) < TICKS and unit == '0' and drain == '0' and q == '0'
+  elseif kind == 'f' then
+    fits = unit == '0' and drain == '0' and q == '0' and coarse == '0'
+  end
   if not fits then return refuse('a rule does not fit its kind') end
   rules[r] = {kind = kind, cap = cap, window = window, unit = unit, drain = drain, q = q, coarse = coarse}
   at = at + 7
@@ -316,14 +346,13 @@ for i = 1, 3 * entry_count, 3 do
   local changed = false
   if first then
     changed = roll(first, now)
-    if same(first, rule) then own = first elseif reset_of(first, now) > 0 then other = first end
-    if second then
-      if roll(second, now) then changed = true end
-      if not own and same(second, rule) then own = second elseif not other and reset_of(second, now) > 0 then other = second end
-    end
+    if second and roll(second, now) then changed = true end
+    if same(first, rule) then own, other = first, second
+    elseif second and same(second, rule) then own, other = second, first
+    else other = first end
   end
   if not own then
-    own = derive(rule, first, now)
+    own = derive(rule, first, second, now)
     if reset_of(own, now) > 0 then changed = true end
   end
   local allowed, retry = judge(rule, own, now, cost)
@@ -350,14 +379,19 @@ end
 for k = 1, key_count do
   if written[k] then
     local own, other = firsts[k], seconds[k]
-    local reset, text = reset_of(own, now), heads[k] .. print_view(own)
-    if other then
-      reset = max(reset, reset_of(other, now))
-      text = text .. print_view(other)
-    end
+    local reset = reset_of(own, now)
+    if other then reset = max(reset, reset_of(other, now)) end
     if reset == 0 then
       redis.call('DEL', KEYS[k])
     else
+      local fields, entries_text, ending = print_view(own)
+      local text
+      if other then
+        local other_fields, other_entries, other_ending = print_view(other)
+        text = heads[k] .. fields .. entries_text .. ending .. other_fields .. other_entries .. other_ending
+      else
+        text = heads[k] .. fields .. entries_text .. ending
+      end
       redis.call('SET', KEYS[k], text, 'PX', format('%.0f', ceil_div(reset, 1000) + 1))
     end
   end
