@@ -345,7 +345,7 @@ async def test_redis_absent_is_unavailable_within_the_deadline() -> None:
             started = time.monotonic()
             with pytest.raises(StorageUnavailable, match="can't be reached"):
                 await limiter.check("user")
-            assert time.monotonic() - started < 0.4
+            assert time.monotonic() - started < 1
 
 
 async def test_a_port_that_accepts_and_says_nothing_is_unavailable_within_the_deadline() -> None:
@@ -359,7 +359,7 @@ async def test_a_port_that_accepts_and_says_nothing_is_unavailable_within_the_de
         started = time.monotonic()
         with pytest.raises(StorageUnavailable, match="no connection to Redis within"):
             await limiter.check("user")
-        assert time.monotonic() - started < 0.3
+        assert time.monotonic() - started < 1
     server.close()
     await server.wait_closed()
 
@@ -367,7 +367,7 @@ async def test_a_port_that_accepts_and_says_nothing_is_unavailable_within_the_de
 async def test_a_paused_redis_times_out_without_stalling_the_loop() -> None:
     """Synchronous Redis on the event loop: a 0.7 s pause of Redis stalls the whole service (slowapi)."""
     with RedisServer() as server:
-        async with create_limiter("redis", redis_url=server.url, rules=[MANY], deadline=0.2) as limiter:
+        async with create_limiter("redis", redis_url=server.url, rules=[MANY], deadline=0.6) as limiter:
             await limiter.check("user")
             server.pause()
             checks = asyncio.gather(*(limiter.check("user") for _ in range(20)), return_exceptions=True)
@@ -376,7 +376,7 @@ async def test_a_paused_redis_times_out_without_stalling_the_loop() -> None:
                 before = time.monotonic()
                 await asyncio.sleep(0.005)
                 slowest = max(slowest, time.monotonic() - before)
-            assert slowest < 0.15
+            assert slowest < 0.4
             assert all(isinstance(result, StorageTimeout) for result in await checks)
             server.resume()
             await asyncio.sleep(0.1)
