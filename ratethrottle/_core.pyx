@@ -7,6 +7,7 @@ reads no clock: `now_us` always comes from the caller.
 
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from cpython.unicode cimport PyUnicode_AsUTF8String
 from cpython.object cimport PyObject, PyTypeObject
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
@@ -20,6 +21,7 @@ from ratethrottle._arithmetic cimport (
 )
 
 from asyncio import _get_running_loop as running_loop
+from math import inf, nextafter
 from os import urandom
 from sys import _getframe as current_frame
 
@@ -62,6 +64,8 @@ cdef extern from *:
         }
         PyObject *fresh = PyObject_CallOneArg(PyExc_StopIteration, value);
         if (fresh == NULL) return;
+        /* Its args would go on naming this value when `value` has become another one. */
+        Py_XSETREF(((PyBaseExceptionObject *)fresh)->args, PyTuple_New(0));
         Py_XSETREF(rt_kept_stop, Py_NewRef(fresh));
         PyErr_SetRaisedException(fresh);
     #else
@@ -210,6 +214,12 @@ cdef struct Shard:
 cdef struct Hash128:
     uint64_t lo
     uint64_t hi
+
+
+cdef struct Place:                         # where a key of a rule belongs in one table
+    Shard* shard
+    Hash128 hashed
+    const Terms* terms
 
 
 cdef inline uint64_t rotl(uint64_t x, int by) noexcept nogil:
@@ -508,32 +518,30 @@ cdef class KeyTable:
         rule.home = self.secret[2]
         return 0
 
-    cdef inline Shard* locate(self, CompiledRule rule, bint joined, const char* data, Py_ssize_t length,
-                              Hash128* hashed) except NULL:
+    cdef inline int locate(self, CompiledRule rule, bint joined, const char* data, Py_ssize_t length, Place* place) except -1:
         """Hash a key, its UTF-8 or a tuple's joined form, and begin to fetch the shard it belongs to."""
-        cdef Shard* shard
-        if rule.home != self.secret[2]:
+        while rule.home != self.secret[2]:
             self.meet(rule)
-        hashed[0] = siphash(rule.home_seed, self.secret[1] ^ joined, data, length)
-        shard = &self.shards[<uint32_t>(((hashed.hi >> 32) * self.shard_count) >> 32)]
-        RT_PREFETCH(shard)
-        return shard
+        # Taken now: another table may meet the same rule before this one has decided.
+        place.terms = rule.home_terms
+        place.hashed = siphash(rule.home_seed, self.secret[1] ^ joined, data, length)
+        place.shard = &self.shards[<uint32_t>(((place.hashed.hi >> 32) * self.shard_count) >> 32)]
+        RT_PREFETCH(place.shard)
+        return 0
 
-    cdef inline int decide_located(self, CompiledRule rule, Shard* shard, Hash128 hashed, int64_t now_us, int64_t cost,
-                                   Outcome* out) except -1:
+    cdef inline int decide_located(self, const Place* place, int64_t now_us, int64_t cost, Outcome* out) except -1:
         """Decide on a located key, and consume if allowed. Runs no Python code."""
-        cdef int64_t found
+        cdef Shard* shard = place.shard
+        cdef int64_t found = shard_find(shard, place.hashed), total
         cdef Slot* slot
         cdef View* view
         cdef uint32_t expired
-        cdef int64_t total
-        found = shard_find(shard, hashed)
         if found < 0:
-            return self.decide_new(rule.home_terms, shard, hashed, now_us, cost, out)
+            return self.decide_new(place.terms, shard, place.hashed, now_us, cost, out)
         slot = &shard.slots[found]
         view = &slot.view
-        if view.terms != rule.home_terms or view_ahead(view, now_us):
-            return self.decide_general(rule.home_terms, shard, <uint32_t>found, now_us, cost, out)
+        if view.terms != place.terms or view_ahead(view, now_us):
+            return self.decide_general(place.terms, shard, <uint32_t>found, now_us, cost, out)
         # One view, of this very definition: the same steps as in decide_views, without a copy.
         if view.terms.kind == c"s":
             window_live(view.amount.window, now_us - view.terms.window_us, &expired, &total)
@@ -675,22 +683,24 @@ cdef class KeyTable:
                 shard.hand += 1
         return self.used < before
 
-    cdef Shard* locate_entry(self, Entry entry, Hash128* hashed) except NULL:
+    cdef int locate_entry(self, Entry entry, Place* place) except -1:
         return self.locate(entry.rule, entry.joined(), PyBytes_AS_STRING(entry.canonical) + 1,
-                           PyBytes_GET_SIZE(entry.canonical) - 1, hashed)
+                           PyBytes_GET_SIZE(entry.canonical) - 1, place)
 
-    cdef Slot* find(self, Entry entry):
-        cdef Hash128 hashed
-        cdef Shard* shard = self.locate_entry(entry, &hashed)
-        cdef int64_t found = shard_find(shard, hashed)
-        return &shard.slots[found] if found >= 0 else NULL
+    cdef int find(self, Entry entry, Place* place, Slot** slot) except -1:
+        """Locate the entry's key; its slot, or NULL."""
+        cdef int64_t found
+        self.locate_entry(entry, place)
+        found = shard_find(place.shard, place.hashed)
+        slot[0] = &place.shard.slots[found] if found >= 0 else NULL
+        return 0
 
     def decide(self, Entry entry not None):
         """Decide and consume. Returns a `Decision`."""
         cdef Outcome out
-        cdef Hash128 hashed
-        cdef Shard* shard = self.locate_entry(entry, &hashed)
-        self.decide_located(entry.rule, shard, hashed, self.now_us(), entry.cost, &out)
+        cdef Place place
+        self.locate_entry(entry, &place)
+        self.decide_located(&place, self.now_us(), entry.cost, &out)
         return decision_new(entry.rule, entry.key, entry.cost, MEMORY, &out)
 
     def peek(self, Entry entry not None):
@@ -700,10 +710,13 @@ cdef class KeyTable:
         cdef View own
         cdef int64_t now_us = self.now_us(), total = 0
         cdef uint32_t expired = 0
-        cdef Slot* slot = self.find(entry)
-        cdef int i, count = slot_views(slot, views) if slot != NULL else 0
-        cdef const Terms* rule = entry.rule.home_terms
-        cdef int own_index = -1
+        cdef Place place
+        cdef Slot* slot
+        cdef const Terms* rule
+        cdef int i, count, own_index = -1
+        self.find(entry, &place, &slot)
+        rule = place.terms
+        count = slot_views(slot, views) if slot != NULL else 0
         for i in range(count):
             if views[i].terms.kind == c"s":
                 views[i].amount.window = window_clone(views[i].amount.window)
@@ -731,21 +744,23 @@ cdef class KeyTable:
 
     def reset(self, Entry entry not None):
         """Forget what the key has used under the rule."""
-        cdef Hash128 hashed
-        cdef Shard* shard = self.locate_entry(entry, &hashed)
-        cdef int64_t found = shard_find(shard, hashed)
-        if found >= 0:
-            shard_remove(shard, <uint32_t>found)
+        cdef Place place
+        cdef Slot* slot
+        self.find(entry, &place, &slot)
+        if slot != NULL:
+            shard_remove(place.shard, <uint32_t>(slot - place.shard.slots))
             self.used -= 1
 
     def dump(self, Entry entry not None):
         """The key's state in the ASCII form of docs/arithmetic.md, or None."""
         cdef View[2] views
-        cdef Slot* slot = self.find(entry)
+        cdef Place place
+        cdef Slot* slot
         cdef int i, count
         cdef list parts = ["1;"]
         cdef Window* window
         cdef uint32_t j
+        self.find(entry, &place, &slot)
         if slot == NULL:
             return None
         count = slot_views(slot, views)
@@ -778,6 +793,13 @@ cdef enum Source:
     OUTAGE
 
 cdef tuple SOURCES = ("memory", "redis", "prefilter", "lease", "outage")
+
+
+cdef object seconds_up(int64_t us):
+    """The least float that is not below µs as seconds: whoever sleeps so long must not wake too early."""
+    seconds = us / 1e6
+    numerator, denominator = seconds.as_integer_ratio()
+    return seconds if numerator * 1_000_000 >= us * denominator else nextafter(seconds, inf)
 
 
 @cython.final
@@ -838,12 +860,12 @@ cdef class Decision:
     @property
     def retry_after(self):
         """Seconds until the same check would be allowed if nobody else consumed; 0.0 when allowed, inf for never."""
-        return self.settled().retry_us / 1e6 if self.out.retry_us >= 0 else float("inf")
+        return seconds_up(self.settled().retry_us) if self.out.retry_us >= 0 else inf
 
     @property
     def reset_after(self):
         """Seconds until nothing that was used counts any more."""
-        return self.settled().reset_us / 1e6
+        return seconds_up(self.settled().reset_us)
 
     def headers(self):
         """HTTP fields of this decision, by draft-ietf-httpapi-ratelimit-headers-11: a new dict of str to str.
@@ -1023,7 +1045,7 @@ cdef class Entry:
         return decision_new(self.rule, self.key, self.cost, <Source>SOURCES.index(source), &out)
 
 
-cdef bytes joined_key(tuple key):
+cdef bytes joined_key(object key):
     """A tuple as netstrings, so that no two tuples differ only by where their parts join."""
     cdef list parts = []
     if not key:
@@ -1033,15 +1055,18 @@ cdef bytes joined_key(tuple key):
             encoded = utf8(part)
             parts.append(b"s%d:%b" % (len(encoded), encoded))
         elif isinstance(part, int) and not PyBool_Check(part):
-            parts.append(b"i%d " % part)
+            try:
+                parts.append(b"i%d " % part)
+            except ValueError:
+                raise InvalidRequest("a part of the key is an int with more digits than Python prints; use a str") from None
         else:
             raise InvalidRequest(f"a part of the key is a {type(part).__name__}; a tuple key holds only str and int")
     return b"".join(parts)
 
 
-cdef bytes utf8(str text):
+cdef bytes utf8(object text):
     try:
-        return text.encode()
+        return PyUnicode_AsUTF8String(text)  # of a subclass too, whatever its encode() does
     except UnicodeEncodeError:
         raise InvalidRequest("the key holds a lone surrogate and has no UTF-8; decode the bytes it came from strictly") from None
 
@@ -1085,7 +1110,7 @@ cdef class Limiter:
         self._rules[rule.name] = rule
         self.only = rule if len(self._rules) == 1 else None
 
-    def _uninstall(self, str name not None):
+    def _uninstall(self, name):
         del self._rules[name]
         self.only = next(iter(self._rules.values())) if len(self._rules) == 1 else None
 
@@ -1135,8 +1160,7 @@ cdef class Limiter:
         cdef Outcome* out
         cdef PendingDecision pending
         cdef bytes joined = None
-        cdef Hash128 hashed
-        cdef Shard* shard
+        cdef Place place
         cdef int64_t units, now_us
         cdef Py_ssize_t length
         cdef const char* data
@@ -1161,11 +1185,11 @@ cdef class Limiter:
             joined = (<Entry>self._entry(key, rule, cost)).canonical
             data = PyBytes_AS_STRING(joined) + 1
             length = PyBytes_GET_SIZE(joined) - 1
-        shard = self.table.locate(terms, joined is not None, data, length, &hashed)
+        self.table.locate(terms, joined is not None, data, length, &place)
         now_us = self.table.now_us()
         # From here on no Python code runs, so that no other thread can come to the spare decision before it is handed out.
         out = self.blank_outcome()
-        self.table.decide_located(terms, shard, hashed, now_us, units, out)
+        self.table.decide_located(&place, now_us, units, out)
         pending = self.completed(terms, key, units)
         self.complete += 1
         if self.complete >= YIELD_EVERY:

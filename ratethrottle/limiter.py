@@ -46,7 +46,7 @@ class Request:
 class RateThrottleCore(Limiter):
     """Decides who may do what now. Keeps its state in `storage` (default: `InMemoryStorage`).
 
-    Use it from any number of tasks. `async with` is optional: it takes the storage up at once, and closes it at the end.
+    Use it from any number of tasks. `async with` is optional: it closes the limiter at its end. Nothing connects before the first check.
     A storage that was passed in is closed too, but never the Redis client that the storage was made from.
 
     Raises ConfigurationError.

@@ -143,7 +143,16 @@ class RateThrottleRule:
         elif kind == "c":
             coarse_us = -(-window_us // ((TICKS - 1) // self.limit))
         return CompiledRule(
-            self.name, self.strategy, kind, self.limit, self.capacity, window_us, unit_ticks, drain_ticks, slot_us, coarse_us
+            str.__str__(self.name),
+            str.__str__(self.strategy),
+            kind,
+            self.limit,
+            self.capacity,
+            window_us,
+            unit_ticks,
+            drain_ticks,
+            slot_us,
+            coarse_us,
         )
 
     def _ticks(self, window_us: int) -> tuple[int, int]:

@@ -6,7 +6,10 @@ import asyncio
 import inspect
 import pickle
 from collections.abc import Callable
-from typing import Any
+from datetime import timedelta
+from enum import StrEnum
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 import pytest
 import redis
@@ -486,3 +489,70 @@ async def test_a_task_that_runs_a_check_can_be_shown() -> None:
     assert "Task" in repr(task)
     assert await task
     assert "PendingDecision" in repr(task)
+
+
+class Tenant(StrEnum):
+    """A key that is a str of its own kind."""
+
+    FREE = "free"
+
+
+class Client(NamedTuple):
+    """A key that is a tuple of its own kind."""
+
+    host: str
+    port: int
+
+
+async def test_keys_of_a_subclass_are_what_they_say_on_every_path() -> None:
+    core = limiter(RateThrottleRule(Tenant.FREE, 10, 60))
+    for key, plain in ((Tenant.FREE, "free"), (Client("a", 1), ("a", 1)), ((Tenant.FREE,), ("free",))):
+        assert await core.check(key)
+        assert await core.check_many([key, Request(plain)])
+        assert (await core.peek(plain)).remaining == 7
+        await core.reset(key)
+        assert (await core.peek(key, Tenant.FREE)).remaining == 10
+    with pytest.raises(InvalidRequest, match="digits"):
+        await core.check(("a", 10**5000))
+
+
+async def test_two_tables_that_meet_one_rule_in_the_middle_of_a_check_stay_apart() -> None:
+    """The clock of one limiter asks another one with the same rule, which is then gone: nothing of it may be left behind."""
+    other: list[RateThrottleCore] = []
+
+    def clock_us() -> int:
+        if other:
+            other[0].check("key").close()
+            other.clear()
+        return 1_800_000_000_000_000
+
+    core = RateThrottleCore(InMemoryStorage(clock_us=clock_us), rules=[RULE])
+    for number in range(50):
+        other.append(limiter(RULE))
+        assert await core.check(f"key:{number}")
+    assert [(await core.peek(f"key:{number}")).remaining for number in range(50)] == [2] * 50
+
+
+async def test_peeking_in_a_loop_lets_others_run() -> None:
+    core, turns = limiter(), 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(other())
+    for _ in range(128 * 10):
+        await core.peek("key")
+    task.cancel()
+    assert turns >= 9
+
+
+async def test_nobody_who_sleeps_for_retry_after_wakes_too_early() -> None:
+    for window_us in range(1_000_001, 1_000_301):
+        core = RateThrottleCore(InMemoryStorage(clock_us=lambda: 1_800_000_000_000_000))
+        core.add_rule(RateThrottleRule("api", 1, timedelta(microseconds=window_us)))
+        await core.check("key")
+        denied = await core.check("key")
+        assert Fraction(denied.retry_after) * 1_000_000 >= denied.retry_after_us == window_us

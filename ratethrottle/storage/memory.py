@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+from anyio.lowlevel import checkpoint
+
 from ratethrottle._core import Decision, Entry, KeyTable
 from ratethrottle.errors import ConfigurationError, shown
 
 MAX_KEYS = 1_000_000_000
+YIELD_EVERY = 128
 
 
 class InMemoryStorage:
@@ -32,6 +35,7 @@ class InMemoryStorage:
             raise ConfigurationError(f"max_keys is {shown(max_keys)}; it is a whole number from 1 to {MAX_KEYS:,}")
         if on_full not in ("evict", "deny"):
             raise ConfigurationError(f'on_full is {shown(on_full)}; it is "evict" or "deny"')
+        self._since_turn = 0
         self.table = KeyTable(max_keys, on_full == "evict", clock_us)
 
     def __len__(self) -> int:
@@ -54,15 +58,24 @@ class InMemoryStorage:
 
     async def decide(self, entries: Sequence[Entry]) -> list[Decision]:
         """Decide in order."""
+        await self._let_others_run(len(entries))
         return [self.table.decide(entry) for entry in entries]
 
     async def peek(self, entry: Entry) -> Decision:
         """Decide without consuming."""
+        await self._let_others_run(1)
         return self.table.peek(entry)
 
     async def reset(self, entry: Entry) -> None:
         """Forget what the key has used under the rule."""
         self.table.reset(entry)
+
+    async def _let_others_run(self, decisions: int) -> None:
+        """Give the loop a turn at least every 128 decisions, before anything is decided: a loop of calls must not freeze it."""
+        self._since_turn += decisions
+        if self._since_turn >= YIELD_EVERY:
+            self._since_turn = 0
+            await checkpoint()
 
     async def open(self) -> None:
         """Nothing to take up."""

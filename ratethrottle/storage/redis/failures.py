@@ -53,8 +53,19 @@ OURS = re.compile(r"RATETHROTTLE ([a-z0-9 ,]+)")
 def failure(error: BaseException, deadline_s: float, *, sent: bool) -> StorageError:
     """Make a new error of ours, with `error` as its cause, for one call that had (or had not) been sent."""
     found = _failure(error, deadline_s, sent)
-    found.__cause__ = error
+    found.__cause__ = scrubbed(error)
     return found
+
+
+def scrubbed(error: BaseException) -> BaseException:
+    """Give back the error, or for what a server said a stand-in of its class's name and code: Redis quotes our arguments."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, redis.ResponseError):
+            code = CODE.match(str(inner))
+            return redis.ResponseError(f"{type(inner).__name__}{f' {code[0]}' if code else ''}")
+        inner = inner.__cause__ or inner.__context__
+    return error
 
 
 def _failure(error: BaseException, deadline_s: float, sent: bool) -> StorageError:
@@ -85,6 +96,10 @@ def _refused(error: redis.ResponseError) -> StorageError:
         return StorageProtocolError(f"the script refused the call: {own[1].strip()}")
     if "user_script" in text or "running script" in text:
         return StorageProtocolError("the script failed on the server; is a key of ours written by somebody else?")
+    if "unknown command" in text:
+        return StorageUnavailable(
+            "Redis doesn't know a command that we need; were AUTH, EVAL, EVALSHA or SCRIPT renamed or disabled?"
+        )
     code = CODE.match(text)
     return StorageUnavailable(f"Redis refuses to serve us ({code[0] if code else type(error).__name__})")
 

@@ -96,7 +96,12 @@ class Line:
             return  # the loop is closed, and has cancelled the task before that
 
     def _expire(self, call: Call) -> None:
-        call.fail(no_connection(self._deadline_s) if self._connection is None else StorageTimeout(self._deadline_s))
+        if call.sent:
+            call.fail(StorageTimeout(self._deadline_s))
+        elif self._connection is None:
+            call.fail(no_connection(self._deadline_s))
+        else:
+            call.fail(StorageUnavailable(f"Redis is slow: the check was not sent within {self._deadline_s} s, nor counted"))
 
     async def _own(self) -> None:
         try:
