@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
 from importlib.metadata import version
 
@@ -28,6 +29,10 @@ def main(argv: list[str] | None = None) -> int:
     except asyncio.CancelledError:
         print("\nStopped.", file=sys.stderr)
         return 143
+    except BrokenPipeError:
+        # Whoever read has gone. The interpreter writes out what is left when it ends, so that goes nowhere instead.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:

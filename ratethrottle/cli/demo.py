@@ -17,6 +17,7 @@ from ratethrottle.limiter import create_limiter
 from ratethrottle.rule import RateThrottleRule
 
 REDRAW_S = 0.1
+LATE_S = 30.0  # a server that takes so much longer than it was given is stuck
 KEY = "client"
 
 
@@ -83,6 +84,9 @@ async def with_redis(plan: Plan, url: str, stack: AsyncExitStack) -> int:
     while not all(task.done() for task in hearing):
         screen.draw(servers)
         await asyncio.wait(hearing, timeout=REDRAW_S)
+        if loop.time() > start_s + plan.seconds + LATE_S:
+            print(f"\nratethrottle demo: a server has not finished {LATE_S:g} s after its time", file=sys.stderr)
+            return 1
     await asyncio.gather(*hearing)
     screen.draw(servers, last=True)
     took_s = loop.time() - start_s
