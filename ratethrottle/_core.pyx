@@ -21,7 +21,8 @@ from ratethrottle._arithmetic cimport (
 )
 
 from asyncio import _get_running_loop as running_loop
-from math import inf, nextafter
+from math import inf as _inf
+from math import nextafter
 from os import urandom
 from sys import _getframe as current_frame
 
@@ -799,7 +800,7 @@ cdef object seconds_up(int64_t us):
     """The least float that is not below µs as seconds: whoever sleeps so long must not wake too early."""
     seconds = us / 1e6
     numerator, denominator = seconds.as_integer_ratio()
-    return seconds if numerator * 1_000_000 >= us * denominator else nextafter(seconds, inf)
+    return seconds if numerator * 1_000_000 >= us * denominator else nextafter(seconds, _inf)
 
 
 @cython.final
@@ -860,7 +861,7 @@ cdef class Decision:
     @property
     def retry_after(self):
         """Seconds until the same check would be allowed if nobody else consumed; 0.0 when allowed, inf for never."""
-        return seconds_up(self.settled().retry_us) if self.out.retry_us >= 0 else inf
+        return seconds_up(self.settled().retry_us) if self.out.retry_us >= 0 else _inf
 
     @property
     def reset_after(self):
