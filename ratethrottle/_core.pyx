@@ -1151,8 +1151,8 @@ cdef class Limiter:
     def check(self, key, rule=None, *, cost=1):
         """Decide whether `key` may use `cost` units under `rule` now, and consume them if so. Await the result.
 
-        Never waits for capacity: a denial is a `Decision` that is false. Cancelled before it was sent, it consumes nothing;
-        after that it may have.
+        Never waits for capacity: a denial is a `Decision` that is false. In memory it is decided, and consumed, by the call; in
+        Redis once it is awaited: cancelled before it was sent it consumes nothing, after that it may have.
 
         Raises `InvalidRequest` at once for a bad key, rule or cost (`CostExceedsLimit` above the rule's capacity),
         `LimiterClosed` after `aclose`; when awaited, a `StorageError` if the storage can't answer within its deadline.

@@ -52,7 +52,7 @@ class RateThrottleCore(Limiter):
     Raises ConfigurationError.
     """
 
-    # Without an instance dict the interpreter finds `check` without looking there first: 8 ns of 135.
+    # Without an instance dict the interpreter finds `check` without looking there first.
     __slots__ = ("__weakref__", "_by_name")
 
     def __init__(self, storage: Storage | None = None, *, rules: Iterable[RateThrottleRule] = ()) -> None:

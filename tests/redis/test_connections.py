@@ -403,7 +403,7 @@ async def test_a_restarted_redis_is_found_again() -> None:
 async def test_a_connection_lost_in_flight_fails_its_calls_and_resends_nothing(relay: Relay, relayed: RateThrottleCore) -> None:
     await relayed.check("user")
     relay.heard = b""
-    relay.tamper = lambda reply: relay.cut() or b""  # type: ignore[func-returns-value]
+    relay.tamper = lambda reply: relay.cut() or b""  # type: ignore[func-returns-value]  # cut, then answer nothing
     with pytest.raises(StorageUnavailable, match="may have been counted"):
         await relayed.check("user")
     relay.tamper = lambda reply: reply
@@ -594,10 +594,10 @@ def test_no_timer_or_task_is_left(redis_url: str) -> None:
         await asyncio.sleep(0)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        scheduled = [timer for timer in asyncio.get_running_loop()._scheduled if not timer.cancelled()]  # type: ignore[attr-defined]
+        scheduled = [timer for timer in asyncio.get_running_loop()._scheduled if not timer.cancelled()]  # type: ignore[attr-defined]  # asyncio's own heap of timers
         assert len(asyncio.all_tasks()) == 2  # this one and the line's
         await asyncio.sleep(0.05)
-        scheduled = [timer for timer in asyncio.get_running_loop()._scheduled if not timer.cancelled()]  # type: ignore[attr-defined]
+        scheduled = [timer for timer in asyncio.get_running_loop()._scheduled if not timer.cancelled()]  # type: ignore[attr-defined]  # asyncio's own heap of timers
         assert scheduled == []
         await limiter.aclose()
         assert len(asyncio.all_tasks()) == 1
