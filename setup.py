@@ -22,7 +22,7 @@ TRACED = UNCHECKED | {"linetrace": True, "profile": True}
 
 # Strict flags stay out of ship: a compiler we have never met must be free to warn without failing somebody's install.
 MODES = {
-    "ship": ({"extra_compile_args": ["-O3", "-g0"]}, UNCHECKED),
+    "ship": ({"extra_compile_args": ["-O3", "-g0", "-fno-plt"]}, UNCHECKED),
     "debug": ({"extra_compile_args": ["-O1", "-g", *STRICT], **INVARIANTS}, CHECKED),
     "trace": (
         {

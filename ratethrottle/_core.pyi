@@ -1,10 +1,11 @@
 from collections.abc import Callable, Coroutine, Generator
 from types import TracebackType
-from typing import Any, Never, Protocol, Self, TypeAlias, final, overload
+from typing import Any, Never, Protocol, Self, TypeAlias, TypeVar, final, overload
 
 from typing_extensions import disjoint_base, override
 
 _Key: TypeAlias = str | tuple[str | int, ...]
+_L = TypeVar("_L", bound=Limiter)
 
 class _Decides(Protocol):
     @property
@@ -144,3 +145,5 @@ class Limiter:
     def _entry(self, key: _Key, rule: str | None = None, cost: int = 1) -> Entry: ...
     # A PendingDecision. Typed as what it stands for, because type checkers flag only a Coroutine itself when nobody awaits it.
     def check(self, key: _Key, rule: str | None = None, *, cost: int = 1) -> Coroutine[Any, Any, Decision]: ...
+
+def own_check(cls: type[_L]) -> type[_L]: ...

@@ -40,6 +40,16 @@ cdef extern from "Python.h":
         PYGEN_ERROR
         PYGEN_NEXT
     PySendResult PyIter_Send(PyObject* iterator, PyObject* value, PyObject** result) noexcept
+    ctypedef struct PyMethodDef:
+        const char* ml_name
+        void* ml_meth
+        int ml_flags
+        const char* ml_doc
+    int METH_FASTCALL
+    int METH_KEYWORDS
+    object PyDescr_NewMethod(PyTypeObject*, PyMethodDef*)
+    object PyObject_Vectorcall(PyObject*, PyObject**, size_t, PyObject*)
+    Py_ssize_t PyTuple_GET_SIZE(object)
     void Py_INCREF(object)
     void Py_DECREF(PyObject*)
     void Py_XDECREF(PyObject*)
@@ -1157,6 +1167,9 @@ cdef class Limiter:
         Raises `InvalidRequest` at once for a bad key, rule or cost (`CostExceedsLimit` above the rule's capacity),
         `LimiterClosed` after `aclose`; when awaited, a `StorageError` if the storage can't answer within its deadline.
         """
+        return self.checked(key, rule, cost)
+
+    cdef PendingDecision checked(self, object key, object rule, object cost):
         cdef CompiledRule terms
         cdef Outcome* out
         cdef PendingDecision pending
@@ -1223,3 +1236,27 @@ cdef class Limiter:
         pending.decision = <PyObject*>decision
         pending.lets_others_run = False
         return pending
+
+
+cdef object check_called(PyObject* limiter, PyObject** args, Py_ssize_t count, PyObject* names):
+    """`check` as the interpreter calls it: with just a key there is nothing to parse."""
+    cdef PyObject* whole[8]
+    cdef Py_ssize_t i, total = count + (PyTuple_GET_SIZE(<object>names) if names != NULL else 0)
+    if total == 1 and names == NULL:
+        return (<Limiter>limiter).checked(<object>args[0], None, 1)
+    if total > 7:
+        raise TypeError("check() takes a key, a rule and a cost")
+    whole[0] = limiter
+    for i in range(total):
+        whole[i + 1] = args[i]
+    return PyObject_Vectorcall(<PyObject*>Limiter.check, whole, count + 1, names)
+
+
+cdef bytes CHECK_DOC = b"check($self, key, rule=None, *, cost=1)\n--\n\n" + Limiter.check.__doc__.encode()
+cdef PyMethodDef CHECK = PyMethodDef("check", <void*>check_called, METH_FASTCALL | METH_KEYWORDS, CHECK_DOC)
+
+
+def own_check(cls):
+    """Give a subclass of `Limiter` a `check` of its own: the interpreter calls one straight only on the very class it is of."""
+    cls.check = PyDescr_NewMethod(<PyTypeObject*>cls, &CHECK)
+    return cls

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType, TracebackType
 from typing import Any, Final, Self
 
-from ratethrottle._core import Decision, Entry, Limiter
+from ratethrottle._core import Decision, Entry, Limiter, own_check
 from ratethrottle.errors import ConfigurationError, InvalidRequest, LimiterClosed, shown
 from ratethrottle.rule import RateThrottleRule
 from ratethrottle.storage import Storage
@@ -43,6 +43,8 @@ class Request:
     cost: int = 1
 
 
+@own_check
+@own_check
 class RateThrottleCore(Limiter):
     """Decides who may do what now. Keeps its state in `storage` (default: `InMemoryStorage`).
 
