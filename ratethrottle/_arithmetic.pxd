@@ -522,3 +522,50 @@ cdef inline int decide_views(View* views, int* count, const Terms* rule, int64_t
     views[1] = other
     count[0] = 2 if has_other else 1
     return WRITE
+
+
+# What the script answers to an entry of n equal checks; see «Answers» in docs/arithmetic.md.
+
+cdef inline int answer_length(const Terms* rule) noexcept nogil:
+    """How many numbers, without the units taken ahead."""
+    if rule.kind == c"b":
+        return 2
+    if rule.kind == c"s":
+        return 5
+    return 4 if rule.kind == c"c" else 3
+
+
+cdef inline void take_answer(const Terms* rule, const int64_t* numbers, int64_t ahead, int64_t cost, int64_t position,
+                             Outcome* out) noexcept nogil:
+    """What it says to the check at `position` of those n: just what it would have heard had they come one by one."""
+    cdef View view
+    cdef int64_t now_us = 0, total = 0
+    cdef bint allowed = position < numbers[0]
+    # What was granted after this check wasn't there yet.
+    cdef int64_t later = (numbers[0] - 1 - position) * cost + ahead if allowed else 0
+    view.terms = rule
+    view.at_us = 0
+    if rule.kind == c"s":
+        total = numbers[1] - later
+        out.allowed = allowed
+        out.in_ticks = False
+        out.remaining = max(<int64_t>0, rule.capacity - total)
+        out.retry_us = 0 if allowed else numbers[3]
+        out.reset_us = numbers[4]
+    else:
+        if rule.kind == c"b":
+            view.amount.level_ticks = numbers[1] - later * rule.unit_ticks
+        elif rule.kind == c"f":
+            view.amount.counts = Counts(<uint32_t>(numbers[1] - later), 0)
+            now_us = numbers[2]
+        else:
+            view.amount.counts = Counts(<uint32_t>(numbers[1] - later), <uint32_t>numbers[2])
+            now_us = numbers[3]
+        if not allowed:
+            judge(rule, &view, now_us, cost, 0, 0, out)
+        out.allowed = allowed
+        if allowed:
+            out.retry_us = 0
+        report(rule, &view, now_us, 0, out)
+    if cost > rule.capacity:
+        out.retry_us = NEVER

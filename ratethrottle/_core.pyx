@@ -15,7 +15,7 @@ from libc.string cimport memcpy, memset
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 
 from ratethrottle._arithmetic cimport (
-    ceil_div, decide_views, judge, KEEP, NO_MEMORY, Outcome, report, same_definition, settle, Terms, Units, View,
+    answer_length, ceil_div, decide_views, judge, KEEP, NO_MEMORY, Outcome, report, same_definition, settle, take_answer, Terms, Units, View,
     view_ahead, view_audit, view_charge, view_derive, view_free, view_fresh_at, view_fullest, view_rebase, view_roll,
     view_used, Window, window_clone, window_drop, window_live, WRITE,
 )
@@ -135,6 +135,8 @@ cdef class CompiledRule:
     cdef readonly str name
     cdef readonly str strategy
     cdef readonly int64_t limit
+    cdef readonly int64_t lease_us           # for how long units taken ahead may be spent
+    cdef readonly int64_t lease_units        # the most that are taken ahead at once; 0: none ever
     cdef Terms terms
     # Where the table that saw this rule last keeps its terms: spares the hot path a look-up.
     cdef uint64_t home
@@ -142,7 +144,8 @@ cdef class CompiledRule:
     cdef uint64_t home_seed
 
     def __init__(self, str name not None, str strategy not None, str kind not None, int64_t limit, int64_t capacity,
-                 int64_t window_us, int64_t unit_ticks, int64_t drain_ticks, int64_t slot_us, int64_t coarse_us):
+                 int64_t window_us, int64_t unit_ticks, int64_t drain_ticks, int64_t slot_us, int64_t coarse_us,
+                 int64_t lease_us=0, int64_t lease_units=0):
         if kind not in ("b", "s", "c", "f"):
             raise ValueError(f"kind is one of b, s, c and f, not {kind!r}")
         if capacity < 1 or window_us < 1 or limit < 1 or (kind == "b" and (unit_ticks < 1 or drain_ticks < 1)):
@@ -152,6 +155,8 @@ cdef class CompiledRule:
         self.name = name
         self.strategy = strategy
         self.limit = limit
+        self.lease_us = lease_us
+        self.lease_units = lease_units
         self.terms = Terms(<char>ord(kind), capacity, window_us, unit_ticks, drain_ticks, slot_us, coarse_us,
                            ceil_div(window_us, coarse_us) if coarse_us else 0)
 
@@ -176,12 +181,17 @@ cdef class CompiledRule:
     @property
     def coarse_us(self): return self.terms.coarse_us
 
+    @property
+    def lead_us(self):
+        """How far ahead of now units of a sliding window may be counted from."""
+        return self.lease_us if self.terms.kind == c"s" else 0
+
     cdef tuple shape(self):
         return (self.kind, self.terms.capacity, self.terms.window_us, self.terms.unit_ticks, self.terms.drain_ticks,
                 self.terms.slot_us, self.terms.coarse_us)
 
     cdef tuple facts(self):
-        return (self.name, self.strategy, self.kind, self.limit, *self.shape()[1:])
+        return (self.name, self.strategy, self.kind, self.limit, *self.shape()[1:], self.lease_us, self.lease_units)
 
     def __eq__(self, other):
         if not isinstance(other, CompiledRule):
@@ -927,6 +937,24 @@ cdef inline Decision decision_new(CompiledRule rule, object key, int64_t cost, S
     decision.cost = cost
     decision.source_index = source
     return decision
+
+
+def read_answer(CompiledRule rule not None, numbers, int64_t cost, int64_t position=0):
+    """What the script's answer to an entry says to the check at `position` (0: the first) of those it stands for.
+
+    Returns allowed, remaining, retry_us (−1: never) and reset_us.
+    """
+    cdef int64_t[6] raw
+    cdef Outcome out
+    cdef int i
+    if len(numbers) != answer_length(&rule.terms) + (rule.lease_units > 0):
+        raise ValueError("the answer has another length than its rule's kind asks for")
+    for i in range(len(numbers)):
+        raw[i] = numbers[i]
+    take_answer(&rule.terms, raw, raw[len(numbers) - 1] if rule.lease_units else 0, cost, position, &out)
+    if out.in_ticks:
+        settle(&rule.terms, &out)
+    return out.allowed, out.remaining, out.retry_us, out.reset_us
 
 
 def _restore_decision(CompiledRule rule not None, key, int64_t cost, int source, bint allowed, int64_t remaining,

@@ -17,6 +17,7 @@ MAX_UNITS: Final = 10**9
 MIN_WINDOW_US: Final = 1_000
 MAX_WINDOW_US: Final = 366 * 86_400 * 1_000_000
 MAX_DRAIN_US: Final = 2**48
+LEASE_MIN_US: Final = 5_000
 TICKS: Final = 2**52  # Lua's doubles are exact below 2^53; sums of two ticks stay there
 
 STRATEGIES: Final = {
@@ -57,6 +58,10 @@ class RateThrottleRule:
     limit: units, 1 to 10^9. window: seconds (int, float) or a timedelta, 1 ms to 366 days, a whole number of µs.
     strategy: "sliding_window" (never more than `limit` in any interval), "token_bucket", "leaky_bucket",
     "sliding_counter" or "fixed_window". burst: capacity of a bucket in units, 1 to 10^9 (default: `limit`).
+    lease: let a busy process take units ahead in Redis and spend them without asking: True, or the most units at once.
+    lease_ttl: for how many seconds at most, 0.005 to 1; a quarter of the window (an eighth of a sliding one), or of the time
+    that a burst takes to come back, if that is less. Units not spent by then go back. A bucket with leases grants `burst` less
+    what drains in that time, so that it keeps its promise.
 
     Raises ConfigurationError, which says what would be accepted.
     """
@@ -66,6 +71,8 @@ class RateThrottleRule:
     window: float | timedelta
     strategy: str = field(default="sliding_window", kw_only=True)
     burst: int | None = field(default=None, kw_only=True)
+    lease: bool | int = field(default=False, kw_only=True)
+    lease_ttl: float = field(default=0.1, kw_only=True)
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not NAME.match(self.name):
@@ -114,8 +121,8 @@ class RateThrottleRule:
 
     @property
     def capacity(self) -> int:
-        """The most units that can be used at once: `burst` of a bucket, `limit` otherwise."""
-        return self.limit if self.burst is None else self.burst
+        """The most units that can be used at once: `burst` of a bucket, `limit` otherwise; with leases, a bucket's is less."""
+        return self.compiled.capacity
 
     @property
     def compiled(self) -> CompiledRule:
@@ -131,7 +138,7 @@ class RateThrottleRule:
         return hash(self.compiled)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (self.name, self.limit, self.window, self.strategy, self.burst)
+        return _restore, (self.name, self.limit, self.window, self.strategy, self.burst, self.lease, self.lease_ttl)
 
     def _compile(self, window_us: int) -> CompiledRule:
         kind = STRATEGIES[self.strategy]
@@ -142,34 +149,65 @@ class RateThrottleRule:
             slot_us = 1 if self.limit <= EXACT_LIMIT else -(-window_us // SLOTS)
         elif kind == "c":
             coarse_us = -(-window_us // ((TICKS - 1) // self.limit))
+        lease_us, lease_units = self._lease(window_us)
+        # A unit taken ahead may be spent up to lease_us after it was counted.
+        unspent = -(-lease_us * drain_ticks // unit_ticks) if kind == "b" else 0
+        if self._most() <= unspent:
+            raise ConfigurationError(
+                f"rule {self.name!r}: with leases its burst of {self._most()} would leave nothing to grant; leave lease out"
+            )
         return CompiledRule(
             str.__str__(self.name),
             str.__str__(self.strategy),
             kind,
             self.limit,
-            self.capacity,
+            self._most() - unspent,
             window_us,
             unit_ticks,
             drain_ticks,
             slot_us,
             coarse_us,
+            lease_us,
+            lease_units,
         )
 
-    def _ticks(self, window_us: int) -> tuple[int, int]:
-        if self.capacity * window_us > MAX_DRAIN_US * self.limit:
+    def _most(self) -> int:
+        return self.limit if self.burst is None else self.burst
+
+    def _lease(self, window_us: int) -> tuple[int, int]:
+        """For how many µs units may be taken ahead, and how many at most; two zeros without leases."""
+        ttl = self.lease_ttl
+        if isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not 0.005 <= ttl <= 1:
+            raise ConfigurationError(f"rule {self.name!r}: lease_ttl is {shown(ttl)}; it is seconds, from 0.005 to 1")
+        if self.lease is False:
+            return 0, 0
+        if self.lease is not True:
+            _check_units(self.name, "lease", self.lease)
+        kind = STRATEGIES[self.strategy]
+        longest_us = window_us // 8 if kind == "s" else self._most() * window_us // (4 * self.limit)
+        lease_us = min(round(ttl * 1_000_000), longest_us)
+        if lease_us < LEASE_MIN_US:
             raise ConfigurationError(
-                f"rule {self.name!r}: a burst of {self.capacity} at {self.limit} per {window_us / 1e6:.14g} s takes longer to come "
+                f"rule {self.name!r}: a lease of it could last {lease_us / 1e6:g} s at most, and below 0.005 s none is worth its "
+                "cost; leave lease out"
+            )
+        return lease_us, self._most() if self.lease is True else self.lease
+
+    def _ticks(self, window_us: int) -> tuple[int, int]:
+        if self._most() * window_us > MAX_DRAIN_US * self.limit:
+            raise ConfigurationError(
+                f"rule {self.name!r}: a burst of {self._most()} at {self.limit} per {window_us / 1e6:.14g} s takes longer to come "
                 f"back than a rule can count (2^48 µs, almost 9 years); the largest burst at this rate is "
                 f"{MAX_DRAIN_US * self.limit // window_us}"
             )
-        rate = fitting_rate(self.limit, window_us, self.capacity)
+        rate = fitting_rate(self.limit, window_us, self._most())
         if rate is None:
             what = "limit" if self.burst is None else "burst"
             near = (
                 nearest_limit(self.limit, window_us) if self.burst is None else largest_burst(self.limit, window_us, self.burst)
             )
             raise ConfigurationError(
-                f"rule {self.name!r}: {self.limit} per {window_us / 1e6:.14g} s with a burst of {self.capacity} can't be counted to "
+                f"rule {self.name!r}: {self.limit} per {window_us / 1e6:.14g} s with a burst of {self._most()} can't be counted to "
                 f"within a billionth; the nearest {what} that can is {near}"
             )
         return rate.denominator, rate.numerator
@@ -254,5 +292,7 @@ def _window_us(name: str, window: object) -> int:
     return whole_us
 
 
-def _restore(name: str, limit: int, window: float | timedelta, strategy: str, burst: int | None) -> RateThrottleRule:
-    return RateThrottleRule(name, limit, window, strategy=strategy, burst=burst)
+def _restore(
+    name: str, limit: int, window: float | timedelta, strategy: str, burst: int | None, lease: bool | int, lease_ttl: float
+) -> RateThrottleRule:
+    return RateThrottleRule(name, limit, window, strategy=strategy, burst=burst, lease=lease, lease_ttl=lease_ttl)

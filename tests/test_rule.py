@@ -164,7 +164,9 @@ def test_a_window_that_is_a_sum_of_floats_is_what_was_meant() -> None:
 
 def test_what_a_rule_compiles_to_is_no_part_of_what_it_shows_and_survives_copies() -> None:
     rule = RateThrottleRule("rule", 100, 1, strategy="sliding_counter")
-    assert repr(rule) == "RateThrottleRule(name='rule', limit=100, window=1, strategy='sliding_counter', burst=None)"
+    assert repr(rule) == (
+        "RateThrottleRule(name='rule', limit=100, window=1, strategy='sliding_counter', burst=None, lease=False, lease_ttl=0.1)"
+    )
     for twin in (copy.copy(rule), copy.deepcopy(rule), pickle.loads(pickle.dumps(rule))):
         assert twin == rule
         assert hash(twin) == hash(rule)
@@ -173,6 +175,32 @@ def test_what_a_rule_compiles_to_is_no_part_of_what_it_shows_and_survives_copies
     assert rule != RateThrottleRule("rule", 100, 1)
     assert rule != RateThrottleRule("other", 100, 1, strategy="sliding_counter")
     assert rule != "rule"
+
+
+def test_a_lease_costs_a_bucket_what_drains_meanwhile_and_lasts_a_share_of_the_window() -> None:
+    bucket = RateThrottleRule("rule", 1000, 60, strategy="token_bucket", lease=True)
+    assert (bucket.capacity, bucket.compiled.lease_us, bucket.compiled.lease_units) == (998, 100_000, 1000)
+    window = RateThrottleRule("rule", 1000, 0.4, lease=50)
+    assert (window.capacity, window.compiled.lease_us, window.compiled.lease_units) == (1000, 50_000, 50)
+    assert (window.compiled.lead_us, bucket.compiled.lead_us) == (50_000, 0)
+    assert RateThrottleRule("rule", 1000, 60).compiled.lease_us == 0
+    assert pickle.loads(pickle.dumps(window)) == window != RateThrottleRule("rule", 1000, 0.4)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"lease": 0}, "from 1 to"),
+        ({"lease": 1.5}, "whole number"),
+        ({"lease_ttl": 0.001}, "from 0.005 to 1"),
+        ({"lease_ttl": float("nan")}, "from 0.005 to 1"),
+        ({"lease": True, "window": 0.03}, "leave lease out"),
+        ({"lease": True, "strategy": "token_bucket", "limit": 1}, "nothing to grant"),
+    ],
+)
+def test_a_lease_that_can_not_be_is_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigurationError, match=says):
+        RateThrottleRule(**{"name": "rule", "limit": 10, "window": 60, **options})
 
 
 def test_capacity_is_the_burst_of_a_bucket_and_the_limit_otherwise() -> None:
