@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import redis.asyncio
 
-from ratethrottle._core import CompiledRule, Decision, Entry
+from ratethrottle._core import CompiledRule, Decision, Entry, read_answer
 from ratethrottle.errors import ConfigurationError, StorageProtocolError, StorageUnavailable
 from ratethrottle.storage.redis.keys import KeyLayout
 from ratethrottle.storage.redis.line import Line
@@ -55,7 +55,7 @@ class RedisStorage:
         # The script's header says what it takes of a rule, in its order, and how many entries.
         self._shape_of = attrgetter(*self._decide_script.header["rule"])
         self._entries_max = self._decide_script.limits["entries"]
-        self._answer_length = len(self._decide_script.header["answer"])
+        self._answer_lengths = {kind: len(self._decide_script.header[f"answer_{kind}"]) for kind in "bscf"}
         self._lines: dict[asyncio.AbstractEventLoop, Line] = {}
         self._closed = False
         # Also what keeps a line's task alive as long as the storage: a loop holds its tasks weakly.
@@ -120,23 +120,24 @@ class RedisStorage:
     async def _decide(self, mode: bytes, entries: Sequence[Entry], deadline: float) -> list[Decision]:
         keys: dict[bytes, int] = {}
         rules: dict[CompiledRule, int] = {}
-        numbers: list[int] = []
+        runs: list[int] = []
         for entry in entries:
             key = keys.setdefault(self._keys.state_key(entry), len(keys) + 1)
-            numbers += (key, rules.setdefault(entry.rule, len(rules) + 1), entry.cost)
-        args = [mode, b"%d" % len(rules), b"%d" % len(entries)]
+            runs += (key, 1, rules.setdefault(entry.rule, len(rules) + 1), entry.cost, 1)
+        args = [mode, b"%d" % len(rules), b"%d" % len(entries), b"0"]
         for rule in rules:
             kind, *shape = self._shape_of(rule)
             args += (kind.encode(), *(b"%d" % number for number in shape))
-        args += (b"%d" % number for number in numbers)
-        _, *answers = await self._line().call(self._decide_script, list(keys), args, deadline) or [0]
-        length = self._answer_length
-        if len(answers) != length * len(entries) or not all(type(number) is int for number in answers):
+        args += (b"%d" % number for number in runs)
+        _, *numbers = await self._line().call(self._decide_script, list(keys), args, deadline) or [0]
+        lengths = [self._answer_lengths[entry.rule.kind] for entry in entries]
+        if len(numbers) != sum(lengths) or not all(type(number) is int for number in numbers):
             raise StorageProtocolError("the reply has not as many decisions as there were checks")
-        decisions = []
-        for start, entry in enumerate(entries):
-            allowed, *rest = answers[start * length : (start + 1) * length]
-            decisions.append(entry.decided("redis", bool(allowed), *rest))
+        decisions, start = [], 0
+        for entry, length in zip(entries, lengths, strict=True):
+            answer = numbers[start : start + length] + [0] * (entry.rule.lease_units > 0)
+            decisions.append(entry.decided("redis", *read_answer(entry.rule, answer, entry.cost)))
+            start += length
         return decisions
 
     def _line(self) -> Line:
