@@ -55,14 +55,16 @@ class Call(NamedTuple):
 
     def answers(self, reply: list[Any]) -> list[Answer]:
         """What each check hears."""
-        heard = []
-        for i, ((rule, cost, count), numbers) in enumerate(zip(self.entries, self.raw(reply), strict=True)):
-            if i >= len(self.entries) - self.leases:
+        heard: list[Answer] = []
+        raw = self.raw(reply)
+        for place, (rule, cost, count) in enumerate(self.entries):
+            numbers = raw[place]
+            if place >= len(self.entries) - self.leases:
                 numbers = numbers if rule.lease_units else numbers[:-1]
             elif rule.lease_units:
                 numbers = [*numbers, 0]
             # A peek charges nothing, so that each of several hears what the first does.
-            heard += [read_answer(rule, numbers, cost, i if self.mode == "check" else 0) for i in range(count)]
+            heard += (read_answer(rule, numbers, cost, i if self.mode == "check" else 0) for i in range(count))
         return heard
 
 

@@ -287,7 +287,7 @@ async def test_a_reply_that_is_none_of_ours_is_a_protocol_error(relay: Relay, re
 
 async def test_a_reply_with_too_few_or_odd_decisions_is_a_protocol_error(relay: Relay, relayed: RateThrottleCore) -> None:
     await relayed.check("user")
-    relay.tamper = lambda reply: reply.replace(b"*6\r\n", b"*5\r\n", 1).rpartition(b":")[0]
+    relay.tamper = lambda reply: reply.replace(b"*5\r\n", b"*4\r\n", 1).rpartition(b":")[0]
     with pytest.raises(StorageProtocolError):
         await relayed.check("user")
     relay.tamper = lambda reply: reply.rpartition(b":")[0] + b"$1\r\nx\r\n"
