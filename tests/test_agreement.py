@@ -79,6 +79,35 @@ def test_all_subjects_agree_while_the_clock_steps_and_rules_change(
             assert script.state(rule.compiled) in (None, core.state(rule.compiled)), "the states differ before a decision does"
 
 
+# Equal checks of one key, next to others of other costs, and now and then of another version.
+groups = st.lists(st.tuples(costs, st.integers(1, 5), st.integers(0, 2)), min_size=1, max_size=4)
+mixed = st.builds(lambda which, count: [(cost, count, which) for cost in (1, 2, 1)], st.integers(0, 2), st.integers(1, 5))
+crowds = st.lists(st.tuples(moves, mixed | groups, st.booleans() | st.just(True)), min_size=2, max_size=15)
+
+
+@given(versions=st.lists(rules | shapes, min_size=3, max_size=3), plan=crowds, start_us=st.integers(START_US, START_US + 10**12))
+@settings(FIXED, max_examples=150)
+def test_an_entry_of_n_is_n_entries_of_one_to_the_unit(
+    scripts: list[Callable[[], Lua]], versions: list[RateThrottleRule], plan: list[Any], start_us: int
+) -> None:
+    oracle, core, subjects, singles = Oracle(), Core(), [make() for make in scripts], [make() for make in scripts]
+    now_us, last = start_us, (start_us, start_us)
+    for move, crowd, consume in plan:
+        now_us = moved(move, now_us, versions[crowd[0][2]], last)
+        checks = [(versions[which], units(cost, versions[which])) for cost, count, which in crowd for _ in range(count)]
+        expected = [oracle.check(rule.compiled, now_us, cost, consume=consume) for rule, cost in checks]
+        assert [core.check(rule.compiled, now_us, cost, consume=consume) for rule, cost in checks] == expected
+        last = now_us + expected[-1][2], now_us + expected[-1][3]
+        mode, state = "check" if consume else "peek", core.state(checks[-1][0].compiled)
+        for script, single in zip(subjects, singles, strict=True):
+            told = [(rule.compiled, script.key, cost) for rule, cost in checks]
+            assert script.script.call(now_us, told, mode, merge=True) == expected
+            for rule, cost in checks:
+                single.check(rule.compiled, now_us, cost, consume=consume)
+            assert script.state(versions[0].compiled) == single.state(versions[0].compiled)
+            assert script.state(versions[0].compiled) in (None, state), "the states differ before a decision does"
+
+
 @pytest.fixture(params=["oracle", "core", "redis", "fakeredis"])
 def subject(request: pytest.FixtureRequest) -> Callable[[], Subject]:
     """Makes a subject with a key of its own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ import redis
 from ratethrottle import RateThrottleRule
 from ratethrottle._core import CompiledRule
 from ratethrottle.storage.redis.scripts import SHEBANG, script
-from tests.clocked import ClockedScript, make_call
+from tests.clocked import CLOCKED, ClockedScript, Lease, make_call
+from tests.oracle import Oracle
+from tests.strategies import known_rules, random_step
 
 NOW_US = 1_800_000_000_000_000
 STRATEGIES = ("sliding_window", "token_bucket", "leaky_bucket", "sliding_counter", "fixed_window")
@@ -88,6 +91,68 @@ def test_bad_arguments_are_refused_and_state_stays_byte_for_byte(script_client: 
         with pytest.raises(redis.ResponseError, match="RATETHROTTLE"):
             decide(script_client, wrong_keys, ["id", *args])
     assert script_client.get("k") == before
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_bad_leases_are_refused_and_state_stays_byte_for_byte(script_client: redis.Redis, strategy: str) -> None:
+    keys, args, *_ = make_call([], leases=[Lease(rule(strategy), "k", ahead=1, back=1, back_us=NOW_US)])
+    decide(script_client, keys, ["id", *args])
+    before = script_client.get("k")
+    assert before is not None
+    # The lease is from 13: key_index rule_index cost count ahead back back_us.
+    bad: list[tuple[int, Any]] = [(place, number) for place in (13, 14, 15) for number in BAD_NUMBERS]
+    bad += [(place, number) for place in range(16, 20) for number in NEVER_NUMBERS]
+    bad += [
+        (13, 2),
+        (14, 2),
+        (15, 10**9 + 1),
+        (16, 10**6 + 1),
+        (17, 10**9 + 1),
+        (18, 10**9 + 1),
+        (19, 2**53),
+        (4, 0),
+        (4, 2),
+        (3, 1),
+    ]
+    for place, value in bad:
+        wrong = ["id", *args]
+        wrong[place] = value
+        with pytest.raises(redis.ResponseError, match="RATETHROTTLE"):
+            decide(script_client, keys, wrong)
+        assert script_client.get("k") == before, (place, value)
+
+
+def test_a_lead_is_of_sliding_windows_and_an_eighth_of_the_window_at_most(script_client: redis.Redis) -> None:
+    for strategy in STRATEGIES:
+        keys, args, *_ = make_call([(rule(strategy), "k", 1)])
+        for lead_us in (1, 7_500_000, 7_500_001):
+            wrong = ["id", *args]
+            wrong[12] = lead_us
+            if strategy == "sliding_window" and lead_us <= 7_500_000:
+                assert decide(script_client, keys, wrong)[2] == 1
+                continue
+            with pytest.raises(redis.ResponseError, match="RATETHROTTLE"):
+                decide(script_client, keys, wrong)
+
+
+def test_128_entries_are_the_most_of_all_runs_and_leases(script_client: redis.Redis) -> None:
+    keys, shape = [f"k{i}" for i in range(100)], make_call([(rule("fixed_window"), "k", 1)]).args[4:12]
+    for runs, leases, fits in (
+        ([(1, 100, 1, 1, 1), (1, 28, 1, 1, 1)], [], True),
+        ([(1, 100, 1, 1, 1), (1, 27, 1, 1, 1)], [(1, 1, 1, 1, 0, 0, 0)], True),
+        ([(1, 100, 1, 1, 1), (1, 29, 1, 1, 1)], [], False),
+        ([(1, 100, 1, 1, 1), (1, 28, 1, 1, 1)], [(1, 1, 1, 1, 0, 0, 0)], False),
+        ([(1, 101, 1, 1, 1)], [], False),
+        ([(51, 51, 1, 1, 1)], [], False),
+    ):
+        script_client.flushall()
+        args = ["id", "check", 1, len(runs), len(leases), *shape, *(number for what in runs + leases for number in what)]
+        if fits:
+            decide(script_client, keys, args)
+            continue
+        with pytest.raises(redis.ResponseError, match="RATETHROTTLE"):
+            decide(script_client, keys, args)
+        assert not script_client.exists(*keys)
 
 
 def test_a_bad_last_entry_leaves_the_first_key_unwritten(script_client: redis.Redis) -> None:
@@ -193,6 +258,53 @@ def test_a_call_decides_up_to_128_keys(script_client: redis.Redis, count: int) -
         clocked.call(NOW_US, checks) == [(left >= 0, max(0, left), 0 if left >= 0 else 60_000_000, 60_000_000)] * count
         for left in (1, 0, -1)
     ] == [True, True, True]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_run_decides_each_of_its_keys_like_a_call_of_its_own(script_client: redis.Redis, strategy: str) -> None:
+    clocked, compiled = ClockedScript(script_client), rule(strategy, 20)
+    for i in (i for i in range(30) if i % 3):  # each key has a past of its own, some none
+        for past_us in range(0, 40_000_000, 7_000_000 * (1 + i % 4)):
+            for name in ("run", "alone"):
+                clocked.call(NOW_US - past_us * (i % 2), [(compiled, f"{name}{i}", i % 5 + 1)] * (i % 3))
+    checks = [(compiled, f"run{i}", cost) for cost in (1, 2, 1) for i in range(30) for _ in range(4)]
+    call = make_call(checks, merge=True)
+    assert call.args[2] == 3
+    alone = [clocked.call(NOW_US, [(compiled, key.replace("run", "alone"), cost)])[0] for _, key, cost in checks]
+    assert call.answers(clocked.send(script_client, NOW_US, call)) == alone
+    for i in range(30):
+        assert script_client.get(f"run{i}") == script_client.get(f"alone{i}")
+
+
+def test_a_key_is_read_once_and_written_at_most_once(redis_client: redis.Redis) -> None:
+    checks = [(rule(strategy, 6), key, cost) for strategy in STRATEGIES for cost in (1, 2, 1) for key in ("k", "l", "m")]
+    call = make_call([*checks, (rule("fixed_window", 1), "n", 2)], merge=True)
+    sha = redis_client.script_load(script("decide").text)
+    redis_client.config_resetstat()
+    redis_client.evalsha(sha, len(call.keys), *call.keys, "id", *call.args)
+    stats = {name.removeprefix("cmdstat_"): what["calls"] for name, what in redis_client.info("commandstats").items()}
+    assert stats.pop("config|resetstat", 1) == 1
+    assert stats == {"evalsha": 1, "time": 1, "mget": 1, "psetex": 3}
+
+
+def test_a_million_checks_are_granted_by_one_division(script_client: redis.Redis) -> None:
+    for strategy in STRATEGIES:
+        keys, args, *_ = make_call([(rule(strategy, 10**9), strategy, 1_001)])
+        assert decide(script_client, keys, ["id", *args[:-1], 10**6])[2] == 999_000
+
+
+def test_without_64_bits_in_a_long_the_script_prints_the_same(script_client: redis.Redis) -> None:
+    assert CLOCKED.count("~= '4503599627370496'") == 1
+    here, there = ClockedScript(script_client), ClockedScript(script_client, CLOCKED.replace("~= '4503599627370496'", "~= ''"))
+    rng, now_us, oracle = random.Random(1), NOW_US, Oracle()
+    for _ in range(300):
+        shape = rng.choice(known_rules())
+        step = random_step(rng, shape)
+        now_us += step.advance_us % 10**12
+        expected = oracle.check(shape.compiled, now_us, step.cost)
+        assert here.call(now_us, [(shape.compiled, "here", step.cost)]) == [expected]
+        assert there.call(now_us, [(shape.compiled, "there", step.cost)]) == [expected]
+        assert here.state("here") == there.state("there")
 
 
 def test_integers_come_back_exactly(script_client: redis.Redis) -> None:

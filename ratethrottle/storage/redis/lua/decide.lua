@@ -302,7 +302,7 @@ local rule_count, run_count, lease_count = number(ARGV[3], 1, 128), number(ARGV[
 if not request or request == '' then return refuse('RATETHROTTLE no request id') end
 if mode ~= 'check' and mode ~= 'peek' then return refuse('RATETHROTTLE mode is check or peek') end
 if not (rule_count and run_count and lease_count and run_count + lease_count >= 1) then
-  return refuse('RATETHROTTLE the counts of rules, runs and leases are at most 128')
+  return refuse('RATETHROTTLE the counts of rules and of entries are from 1 to 128')
 end
 if not (key_count >= 1 and key_count <= 128) then return refuse('RATETHROTTLE the count of keys is from 1 to 128') end
 local right = 5 + 8 * rule_count + 5 * run_count + 7 * lease_count
