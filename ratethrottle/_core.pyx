@@ -20,6 +20,11 @@ from ratethrottle._arithmetic cimport (
     view_used, Window, window_clone, window_drop, window_live, WRITE,
 )
 
+from ratethrottle._table cimport (
+    Hash128, Pair, Place, RT_PREFETCH, Shard, shard_find, shard_full, SHARD_KEYS, shard_place, shard_rebuild, shard_remove, siphash, Slot,
+    slot_at, slot_free, slot_fresh_at, slot_used_share, slot_views,
+)
+
 from asyncio import _get_running_loop as running_loop
 from math import inf as _inf
 from math import nextafter
@@ -114,7 +119,6 @@ cdef extern from *:
         type->tp_iternext = next;
     }
 
-    #define RT_PREFETCH(address) __builtin_prefetch(address)
     """
     void rt_set_stop(PyObject* value) noexcept
     void rt_drop_stop_value() noexcept
@@ -123,7 +127,6 @@ cdef extern from *:
     Py_ssize_t Py_REFCNT(PyObject*)
     void rt_set_slots(PyTypeObject* type, PySendResult (*send)(PyObject*, PyObject*, PyObject**) noexcept,
                       PyObject* (*next)(PyObject*) noexcept)
-    void RT_PREFETCH(const void* address) noexcept nogil
 
 
 # ---------------------------------------------------------------------------------------------------------------- rules
@@ -211,227 +214,8 @@ cdef class CompiledRule:
 # ------------------------------------------------------------------------------------------------------------ key table
 
 cdef enum:
-    SHARD_KEYS = 2048                      # keys of a full shard: rebuilding one takes well under a millisecond
-    SHARD_ROOM_MIN = 8
     EVICTION_SAMPLE = 8
     SWEEP_SLOTS = 16
-
-cdef struct Pair:                          # two definitions of one rule in use, so that each has its own account
-    View own
-    View other
-
-cdef struct Slot:
-    uint64_t hash_lo
-    uint64_t hash_hi
-    View view                              # terms == NULL: amount.pair holds two views
-
-cdef struct Shard:
-    uint32_t room
-    uint32_t used
-    uint32_t hand                          # the slot that the next sweep of a full table begins with
-    Slot* slots
-    uint8_t* tags                          # a byte of the hash for each slot, 0 when empty: a probe reads these first
-
-cdef struct Hash128:
-    uint64_t lo
-    uint64_t hi
-
-
-cdef struct Place:                         # where a key of a rule belongs in one table
-    Shard* shard
-    Hash128 hashed
-    const Terms* terms
-
-
-cdef inline uint64_t rotl(uint64_t x, int by) noexcept nogil:
-    return (x << by) | (x >> (64 - by))
-
-
-cdef inline void sip_round(uint64_t* v) noexcept nogil:
-    v[0] += v[1]
-    v[2] += v[3]
-    v[1] = rotl(v[1], 13) ^ v[0]
-    v[3] = rotl(v[3], 16) ^ v[2]
-    v[0] = rotl(v[0], 32)
-    v[2] += v[1]
-    v[0] += v[3]
-    v[1] = rotl(v[1], 17) ^ v[2]
-    v[3] = rotl(v[3], 21) ^ v[0]
-    v[2] = rotl(v[2], 32)
-
-
-cdef inline uint64_t sip_finish(uint64_t* v) noexcept nogil:
-    cdef int _round
-    for _round in range(3):
-        sip_round(v)
-    return v[0] ^ v[1] ^ v[2] ^ v[3]
-
-
-cdef inline Hash128 siphash(uint64_t k0, uint64_t k1, const char* data, Py_ssize_t length) noexcept nogil:
-    """SipHash-1-3 with a 128-bit result (Aumasson and Bernstein, «SipHash: a fast short-input PRF», 2012).
-
-    Keyed per process, so that nobody outside can choose keys that collide or share a shard.
-    """
-    cdef uint64_t[4] v
-    cdef uint64_t word
-    cdef uint32_t low, high
-    cdef Hash128 result
-    cdef Py_ssize_t left = length
-    v[0] = k0 ^ 0x736f6d6570736575ULL
-    v[1] = k1 ^ 0x646f72616e646f6dULL ^ 0xee
-    v[2] = k0 ^ 0x6c7967656e657261ULL
-    v[3] = k1 ^ 0x7465646279746573ULL
-    while left >= 8:
-        memcpy(&word, data, 8)
-        v[3] ^= word
-        sip_round(v)
-        v[0] ^= word
-        data += 8
-        left -= 8
-    # The last 0 to 7 bytes by at most three loads: a memcpy of a length known only now would be a call.
-    word = <uint64_t>length << 56
-    if left >= 4:
-        memcpy(&low, data, 4)
-        memcpy(&high, data + left - 4, 4)
-        word |= low | <uint64_t>high << (left - 4) * 8
-    elif left > 0:
-        word |= (<uint8_t>data[0] | <uint64_t><uint8_t>data[left >> 1] << (left >> 1) * 8
-                 | <uint64_t><uint8_t>data[left - 1] << (left - 1) * 8)
-    v[3] ^= word
-    sip_round(v)
-    v[0] ^= word
-    v[2] ^= 0xee
-    result.lo = sip_finish(v)
-    v[1] ^= 0xdd
-    result.hi = sip_finish(v)
-    return result
-
-
-cdef inline uint8_t tag_of(uint64_t hash_lo) noexcept nogil:
-    cdef uint8_t tag = <uint8_t>hash_lo
-    return tag if tag else 1
-
-
-cdef inline uint32_t home_of(uint64_t hash_lo, uint32_t room) noexcept nogil:
-    return <uint32_t>(((hash_lo >> 32) * room) >> 32)
-
-
-cdef inline int slot_views(const Slot* slot, View* views) noexcept nogil:
-    if slot.view.terms != NULL:
-        views[0] = slot.view
-        return 1
-    views[0] = (<Pair*>slot.view.amount.pair).own
-    views[1] = (<Pair*>slot.view.amount.pair).other
-    return 2
-
-
-cdef int64_t slot_fresh_at(const Slot* slot) noexcept nogil:
-    cdef View[2] views
-    if slot_views(slot, views) == 1:
-        return view_fresh_at(views)
-    return max(view_fresh_at(views), view_fresh_at(&views[1]))
-
-
-cdef int64_t slot_used_share(const Slot* slot, int64_t now_us) noexcept nogil:
-    """How much of its capacity a key has used, in 2^20ths; of two definitions the larger share."""
-    cdef View[2] views
-    cdef int64_t share = 0
-    cdef int i, count = slot_views(slot, views)
-    for i in range(count):
-        share = max(share, (min(view_used(&views[i], now_us), views[i].terms.capacity) << 20) // views[i].terms.capacity)
-    return share
-
-
-cdef void slot_free(Slot* slot) noexcept nogil:
-    """Give back what hangs from a slot; the slot itself stays as it is."""
-    cdef View[2] views
-    cdef int i, count = slot_views(slot, views)
-    for i in range(count):
-        view_free(&views[i])
-    if slot.view.terms == NULL:
-        free(slot.view.amount.pair)
-
-
-cdef int64_t shard_find(const Shard* shard, Hash128 hashed) noexcept nogil:
-    """The index of the key's slot; −1 − (index of the empty one it would take) when it is absent."""
-    cdef uint32_t i
-    cdef uint8_t tag
-    if shard.room == 0:
-        return -1
-    i = home_of(hashed.lo, shard.room)
-    tag = tag_of(hashed.lo)
-    RT_PREFETCH(&shard.slots[i])                # while the tags are on their way too
-    RT_PREFETCH(<char*>&shard.slots[i] + 63)
-    while shard.tags[i]:
-        if shard.tags[i] == tag and shard.slots[i].hash_lo == hashed.lo and shard.slots[i].hash_hi == hashed.hi:
-            return i
-        i += 1
-        if i == shard.room:
-            i = 0
-    return -1 - <int64_t>i
-
-
-cdef void shard_place(Shard* shard, const Slot* slot) noexcept nogil:
-    """Put a key that is absent into a shard with room."""
-    cdef uint32_t i = home_of(slot.hash_lo, shard.room)
-    while shard.tags[i]:
-        i += 1
-        if i == shard.room:
-            i = 0
-    shard.tags[i] = tag_of(slot.hash_lo)
-    shard.slots[i] = slot[0]
-    shard.used += 1
-
-
-cdef void shard_remove(Shard* shard, uint32_t hole) noexcept nogil:
-    """Take a slot out and close the gap, so that no probe needs tombstones."""
-    cdef uint32_t i = hole, home
-    slot_free(&shard.slots[hole])
-    while True:
-        i += 1
-        if i == shard.room:
-            i = 0
-        if not shard.tags[i]:
-            break
-        home = home_of(shard.slots[i].hash_lo, shard.room)
-        # A slot may move back into the hole unless its home lies behind the hole, up to where it stands (cyclically).
-        if (hole < home <= i) if hole < i else (home > hole or home <= i):
-            continue
-        shard.slots[hole] = shard.slots[i]
-        shard.tags[hole] = shard.tags[i]
-        hole = i
-    shard.tags[hole] = 0
-    shard.used -= 1
-
-
-cdef int shard_rebuild(Shard* shard, int64_t now_us) noexcept nogil:
-    """Leave out the keys that are fresh again and make room for a third more than the rest. Returns NO_MEMORY or KEEP."""
-    cdef Shard rebuilt
-    cdef uint32_t i, kept = 0
-    for i in range(shard.room):
-        if shard.tags[i] and slot_fresh_at(&shard.slots[i]) > now_us:
-            kept += 1
-    rebuilt.used = rebuilt.hand = 0
-    rebuilt.room = max(<uint32_t>SHARD_ROOM_MIN, kept + kept // 3)
-    rebuilt.slots = <Slot*>malloc(rebuilt.room * (sizeof(Slot) + 1))
-    if rebuilt.slots == NULL:
-        return NO_MEMORY
-    rebuilt.tags = <uint8_t*>&rebuilt.slots[rebuilt.room]
-    memset(rebuilt.tags, 0, rebuilt.room)
-    for i in range(shard.room):
-        if not shard.tags[i]:
-            continue
-        if slot_fresh_at(&shard.slots[i]) > now_us:
-            shard_place(&rebuilt, &shard.slots[i])
-        else:
-            slot_free(&shard.slots[i])
-    free(shard.slots)
-    shard[0] = rebuilt
-    return KEEP
-
-
-cdef inline bint shard_full(const Shard* shard) noexcept nogil:
-    return shard.used >= shard.room - shard.room // 8
 
 
 @cython.final
@@ -457,6 +241,7 @@ cdef class KeyTable:
 
     def __cinit__(self, max_keys=1_000_000, bint evict=True, clock_us=None):
         cdef timespec wall, monotonic
+        cdef uint32_t i
         cdef bytes noise = urandom(32)
         self.max_keys = max_keys
         self.evict = evict
@@ -469,6 +254,8 @@ cdef class KeyTable:
         self.shards = <Shard*>calloc(self.shard_count, sizeof(Shard))
         if self.shards == NULL:
             raise MemoryError
+        for i in range(self.shard_count):
+            self.shards[i].slot_bytes = sizeof(Slot)
         # Monotonic, but counted from the epoch, so that fixed windows start where a wall clock would have them.
         clock_gettime(CLOCK_REALTIME, &wall)
         clock_gettime(CLOCK_MONOTONIC, &monotonic)
@@ -480,7 +267,7 @@ cdef class KeyTable:
             for i in range(self.shard_count):
                 for j in range(self.shards[i].room):
                     if self.shards[i].tags[j]:
-                        slot_free(&self.shards[i].slots[j])
+                        slot_free(slot_at(&self.shards[i], j))
                 free(self.shards[i].slots)
             free(self.shards)
         if self.known is not None:
@@ -501,13 +288,13 @@ cdef class KeyTable:
         cdef uint32_t i, j
         cdef int k
         for i in range(self.shard_count):
-            size += self.shards[i].room * (sizeof(Slot) + 1)
+            size += self.shards[i].room * (self.shards[i].slot_bytes + 1)
             for j in range(self.shards[i].room):
                 if not self.shards[i].tags[j]:
                     continue
-                if self.shards[i].slots[j].view.terms == NULL:
+                if slot_at(&self.shards[i], j).view.terms == NULL:
                     size += sizeof(Pair)
-                for k in range(slot_views(&self.shards[i].slots[j], views)):
+                for k in range(slot_views(slot_at(&self.shards[i], j), views)):
                     if views[k].terms.kind == c"s":
                         size += sizeof(Window) + (views[k].amount.window.room - 1) * sizeof(Units)
         return size
@@ -559,7 +346,7 @@ cdef class KeyTable:
         cdef uint32_t expired
         if found < 0:
             return self.decide_new(place.terms, shard, place.hashed, now_us, cost, out)
-        slot = &shard.slots[found]
+        slot = slot_at(shard, <uint32_t>found)
         view = &slot.view
         if view.terms != place.terms or view_ahead(view, now_us):
             return self.decide_general(place.terms, shard, <uint32_t>found, now_us, cost, out)
@@ -592,7 +379,7 @@ cdef class KeyTable:
                             Outcome* out) except -1:
         """Decide where a clock has stepped back or a definition has changed."""
         cdef View[2] views
-        cdef Slot* slot = &shard.slots[index]
+        cdef Slot* slot = slot_at(shard, index)
         cdef int count = slot_views(slot, views)
         cdef Pair* pair = <Pair*>slot.view.amount.pair if slot.view.terms == NULL else <Pair*>malloc(sizeof(Pair))
         cdef int status, i
@@ -674,8 +461,8 @@ cdef class KeyTable:
             i = <uint32_t>(((self.random >> 32) * shard.room) >> 32)
             while not shard.tags[i]:
                 i = i + 1 if i + 1 < shard.room else 0
-            fresh_at_us = slot_fresh_at(&shard.slots[i])
-            used = slot_used_share(&shard.slots[i], now_us) if fresh_at_us > now_us else -1
+            fresh_at_us = slot_fresh_at(slot_at(shard, i))
+            used = slot_used_share(slot_at(shard, i), now_us) if fresh_at_us > now_us else -1
             if sampled == 0 or used < least or (used == least and fresh_at_us < least_at_us):
                 least = used
                 least_at_us = fresh_at_us
@@ -697,7 +484,7 @@ cdef class KeyTable:
         for _scanned in range(SWEEP_SLOTS):
             if shard.hand >= shard.room:
                 shard.hand = 0
-            if shard.tags[shard.hand] and slot_fresh_at(&shard.slots[shard.hand]) <= now_us:
+            if shard.tags[shard.hand] and slot_fresh_at(slot_at(shard, shard.hand)) <= now_us:
                 shard_remove(shard, shard.hand)   # what moves into this slot is looked at next
                 self.used -= 1
             else:
@@ -713,7 +500,7 @@ cdef class KeyTable:
         cdef int64_t found
         self.locate_entry(entry, place)
         found = shard_find(place.shard, place.hashed)
-        slot[0] = &place.shard.slots[found] if found >= 0 else NULL
+        slot[0] = slot_at(place.shard, <uint32_t>found) if found >= 0 else NULL
         return 0
 
     def decide(self, Entry entry not None):
@@ -769,7 +556,7 @@ cdef class KeyTable:
         cdef Slot* slot
         self.find(entry, &place, &slot)
         if slot != NULL:
-            shard_remove(place.shard, <uint32_t>(slot - place.shard.slots))
+            shard_remove(place.shard, <uint32_t>((<char*>slot - place.shard.slots) // place.shard.slot_bytes))
             self.used -= 1
 
     def dump(self, Entry entry not None):
