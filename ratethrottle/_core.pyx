@@ -20,6 +20,7 @@ from ratethrottle._arithmetic cimport (
     view_used, Window, window_clone, window_drop, window_live, WRITE,
 )
 
+from ratethrottle._bound cimport Bound, bound_verdict, DENIED, LEASED, OPEN, STALE
 from ratethrottle._table cimport (
     Hash128, Pair, Place, RT_PREFETCH, Shard, shard_find, shard_full, SHARD_KEYS, shard_place, shard_rebuild, shard_remove, siphash, Slot,
     slot_at, slot_free, slot_fresh_at, slot_used_share, slot_views,
@@ -44,7 +45,6 @@ cdef extern from "Python.h":
         PYGEN_RETURN
         PYGEN_ERROR
         PYGEN_NEXT
-    PySendResult PyIter_Send(PyObject* iterator, PyObject* value, PyObject** result) noexcept
     ctypedef struct PyMethodDef:
         const char* ml_name
         void* ml_meth
@@ -101,10 +101,6 @@ cdef extern from *:
         return PyUnicode_AsUTF8AndSize(text, size);
     }
 
-    static void rt_set_used(void) {
-        PyErr_SetString(PyExc_RuntimeError, "this check was awaited already; each `check(...)` gives one decision");
-    }
-
     /* The kept exception holds on to the last value until it carries the next one. */
     static inline void rt_drop_stop_value(void) {
     #if PY_VERSION_HEX >= 0x030C0000
@@ -122,7 +118,6 @@ cdef extern from *:
     """
     void rt_set_stop(PyObject* value) noexcept
     void rt_drop_stop_value() noexcept
-    void rt_set_used() noexcept
     const char* rt_utf8(object text, Py_ssize_t* size) noexcept
     Py_ssize_t Py_REFCNT(PyObject*)
     void rt_set_slots(PyTypeObject* type, PySendResult (*send)(PyObject*, PyObject*, PyObject**) noexcept,
@@ -134,17 +129,6 @@ cdef extern from *:
 @cython.final
 cdef class CompiledRule:
     """A rule as the arithmetic uses it: exact integers only. Made by `RateThrottleRule`, compared by value."""
-
-    cdef readonly str name
-    cdef readonly str strategy
-    cdef readonly int64_t limit
-    cdef readonly int64_t lease_us           # for how long units taken ahead may be spent
-    cdef readonly int64_t lease_units        # the most that are taken ahead at once; 0: none ever
-    cdef Terms terms
-    # Where the table that saw this rule last keeps its terms: spares the hot path a look-up.
-    cdef uint64_t home
-    cdef Terms* home_terms
-    cdef uint64_t home_seed
 
     def __init__(self, str name not None, str strategy not None, str kind not None, int64_t limit, int64_t capacity,
                  int64_t window_us, int64_t unit_ticks, int64_t drain_ticks, int64_t slot_us, int64_t coarse_us,
@@ -227,19 +211,7 @@ cdef class KeyTable:
     keys closer to it.
     """
 
-    cdef Shard* shards
-    cdef uint32_t shard_count
-    cdef readonly int64_t max_keys
-    cdef readonly bint evict
-    cdef readonly int64_t evictions          # that forgot something
-    cdef int64_t used
-    cdef uint64_t[3] secret                  # two words key the hash, the third names this table to the rules it has met
-    cdef uint64_t random
-    cdef int64_t clock_offset_us
-    cdef object clock
-    cdef dict known                          # shape of a rule -> address of its terms; freed with the table
-
-    def __cinit__(self, max_keys=1_000_000, bint evict=True, clock_us=None):
+    def __cinit__(self, max_keys=1_000_000, bint evict=True, clock_us=None, *, bint bounds=False):
         cdef timespec wall, monotonic
         cdef uint32_t i
         cdef bytes noise = urandom(32)
@@ -255,7 +227,7 @@ cdef class KeyTable:
         if self.shards == NULL:
             raise MemoryError
         for i in range(self.shard_count):
-            self.shards[i].slot_bytes = sizeof(Slot)
+            self.shards[i].slot_bytes = sizeof(Bound) if bounds else sizeof(Slot)
         # Monotonic, but counted from the epoch, so that fixed windows start where a wall clock would have them.
         clock_gettime(CLOCK_REALTIME, &wall)
         clock_gettime(CLOCK_MONOTONIC, &monotonic)
@@ -309,6 +281,33 @@ cdef class KeyTable:
             return self.clock()
         clock_gettime(CLOCK_MONOTONIC, &monotonic)
         return monotonic.tv_sec * 1_000_000 + monotonic.tv_nsec // 1000 + self.clock_offset_us
+
+    cdef Terms* terms_of(self, CompiledRule rule) except NULL:
+        while rule.home != self.secret[2]:
+            self.meet(rule)
+        return rule.home_terms
+
+    cdef Hash128 hash_entry(self, Entry entry) except *:
+        cdef Place place
+        self.locate_entry(entry, &place)
+        return place.hashed
+
+    cdef void remove(self, Shard* shard, uint32_t index) noexcept:
+        shard_remove(shard, index)
+        self.used -= 1
+
+    cdef Slot* insert(self, Shard* shard, const Slot* slot, int64_t now_us) except NULL:
+        """Put a key that is absent where it belongs, in the place of another one if the table is full."""
+        if self.used >= self.max_keys:
+            self.make_place(shard, now_us)
+        if shard_full(shard):
+            self.used -= shard.used
+            if shard_rebuild(shard, now_us) == NO_MEMORY:
+                self.used += shard.used
+                raise MemoryError
+            self.used += shard.used
+        self.used += 1
+        return slot_at(shard, shard_place(shard, slot))
 
     cdef int meet(self, CompiledRule rule) except -1:
         """Find or keep the rule's terms, which outlive it in the states that were written under it."""
@@ -404,8 +403,7 @@ cdef class KeyTable:
             else:
                 slot.view.terms = rule        # what hung from the slot has been given back
                 slot.view.amount.window = NULL
-                shard_remove(shard, index)
-                self.used -= 1
+                self.remove(shard, index)
         elif slot.view.terms != NULL:
             free(pair)
         return 0
@@ -424,20 +422,17 @@ cdef class KeyTable:
                 out.remaining = 0
                 out.retry_us = out.reset_us = free_at_us - now_us
                 return 0
-        if cost <= rule.capacity and shard_full(shard):
-            self.used -= shard.used
-            if shard_rebuild(shard, now_us) == NO_MEMORY:
-                self.used += shard.used
-                raise MemoryError
-            self.used += shard.used
         if decide_views(views, &count, rule, now_us, cost, out) == NO_MEMORY:
             raise MemoryError
         if count:
             slot.hash_lo = hashed.lo
             slot.hash_hi = hashed.hi
             slot.view = views[0]
-            shard_place(shard, &slot)
-            self.used += 1
+            try:
+                self.insert(shard, &slot, now_us)
+            except MemoryError:
+                view_free(views)
+                raise
         return 0
 
     cdef int64_t make_place(self, Shard* shard, int64_t now_us) noexcept:
@@ -473,8 +468,7 @@ cdef class KeyTable:
             if not self.evict:
                 return earliest_us
             self.evictions += 1
-        shard_remove(shard, victim)
-        self.used -= 1
+        self.remove(shard, victim)
         return now_us
 
     cdef bint sweep(self, Shard* shard, int64_t now_us) noexcept:
@@ -485,8 +479,7 @@ cdef class KeyTable:
             if shard.hand >= shard.room:
                 shard.hand = 0
             if shard.tags[shard.hand] and slot_fresh_at(slot_at(shard, shard.hand)) <= now_us:
-                shard_remove(shard, shard.hand)   # what moves into this slot is looked at next
-                self.used -= 1
+                self.remove(shard, shard.hand)    # what moves into this slot is looked at next
             else:
                 shard.hand += 1
         return self.used < before
@@ -556,8 +549,7 @@ cdef class KeyTable:
         cdef Slot* slot
         self.find(entry, &place, &slot)
         if slot != NULL:
-            shard_remove(place.shard, <uint32_t>((<char*>slot - place.shard.slots) // place.shard.slot_bytes))
-            self.used -= 1
+            self.remove(place.shard, <uint32_t>((<char*>slot - place.shard.slots) // place.shard.slot_bytes))
 
     def dump(self, Entry entry not None):
         """The key's state in the ASCII form of docs/arithmetic.md, or None."""
@@ -593,13 +585,6 @@ cdef class KeyTable:
 
 # ------------------------------------------------------------------------------------------------------------ decisions
 
-cdef enum Source:
-    MEMORY
-    REDIS
-    PREFILTER
-    LEASE
-    OUTAGE
-
 cdef tuple SOURCES = ("memory", "redis", "prefilter", "lease", "outage")
 
 
@@ -615,12 +600,6 @@ cdef object seconds_up(int64_t us):
 @cython.no_gc
 cdef class Decision:
     """The outcome of a check: true when allowed. Durations are seconds from the decision, rounded up to the µs."""
-
-    cdef CompiledRule terms
-    cdef readonly object key
-    cdef readonly int64_t cost
-    cdef Source source_index
-    cdef Outcome out
 
     def __init__(self):
         raise TypeError("decisions are made by a limiter: `await limiter.check(key)`")
@@ -716,7 +695,7 @@ cdef class Decision:
                 f"reset_after={self.reset_after} source={self.source!r}>")
 
 
-cdef inline Decision decision_new(CompiledRule rule, object key, int64_t cost, Source source, const Outcome* out):
+cdef Decision decision_new(CompiledRule rule, object key, int64_t cost, Source source, const Outcome* out):
     cdef Decision decision = Decision.__new__(Decision)
     decision.out = out[0]
     decision.terms = rule
@@ -756,10 +735,6 @@ def _restore_decision(CompiledRule rule not None, key, int64_t cost, int source,
 cdef class PendingDecision:
     """What `check` returns: await it once for the `Decision`. It is complete already when no network is needed."""
 
-    cdef PyObject* decision                  # owned until it is handed over; NULL before and after
-    cdef object inner                        # the coroutine that decides, where the network is needed
-    cdef bint lets_others_run                # yield to the loop once, although the decision is here
-
     def __init__(self):
         raise TypeError("await limiter.check(key)")
 
@@ -786,19 +761,18 @@ cdef class PendingDecision:
 
     def throw(self, kind, value=None, traceback=None):
         """Raise an exception where this waits (coroutine protocol)."""
-        if self.inner is not None:
-            if value is None and traceback is None:
-                return self.inner.throw(kind)
-            return self.inner.throw(kind, value, traceback)
-        self.lets_others_run = False
+        self.close()
         error = kind if value is None else value
         raise error
 
     def close(self):
-        """Stop waiting (coroutine protocol)."""
+        """Stop waiting (coroutine protocol). What was not sent yet is not sent any more."""
         self.lets_others_run = False
-        if self.inner is not None:
-            self.inner.close()
+        if self.stage != COMPLETE:
+            if self.remote is not None:
+                self.remote.leave(self)
+            self.stage = COMPLETE
+            self.future = None
 
     def __bool__(self):
         # From 3.12 on the repr of a Task asks whether its coroutine is true; that is no decision taken for one.
@@ -807,20 +781,47 @@ cdef class PendingDecision:
         raise TypeError("this is not a decision yet: await it (`if await limiter.check(key):`)")
 
     def __repr__(self):
-        return f"<PendingDecision {'waiting' if self.decision == NULL else 'complete'}>"
+        return f"<PendingDecision {'waiting' if self.stage != COMPLETE else 'complete'}>"
 
     def __dealloc__(self):
         Py_XDECREF(self.decision)
 
 
+ctypedef PyObject* (*Waits)(PyObject*) noexcept
+
+
+cdef object pending_wait(PendingDecision pending):
+    """What the decision has to be waited for on; None once it, or what went wrong instead, is there."""
+    if pending.stage == NEW:
+        try:
+            pending.remote.ask(pending)
+        except BaseException:
+            pending.stage = COMPLETE
+            raise
+        if pending.stage != COMPLETE:
+            # What `await future` says to its task.
+            pending.future._asyncio_future_blocking = True
+            return pending.future
+    if pending.stage != COMPLETE:
+        raise RuntimeError("the coroutine of a check was resumed before its decision was there")
+    if pending.error is not None:
+        error, pending.error = pending.error, None
+        raise error
+    if pending.decision == NULL:
+        raise RuntimeError("this check was awaited already; each `check(...)` gives one decision")
+    return None
+
+
 cdef PySendResult pending_send(PyObject* this, PyObject* value, PyObject** result) noexcept:
     cdef PendingDecision pending = <PendingDecision>this
     if pending.decision == NULL:
-        if pending.inner is None:
-            rt_set_used()
+        result[0] = (<Waits><void*>pending_wait)(this)
+        if result[0] == NULL:
             return PYGEN_ERROR
-        return PyIter_Send(<PyObject*>pending.inner, value, result)
-    if pending.lets_others_run:
+        if result[0] != <PyObject*>None:
+            return PYGEN_NEXT
+        Py_DECREF(result[0])
+    elif pending.lets_others_run:
         pending.lets_others_run = False
         Py_INCREF(None)
         result[0] = <PyObject*>None
@@ -844,6 +845,41 @@ cdef PyObject* pending_next(PyObject* this) noexcept:
 rt_set_slots(<PyTypeObject*>PendingDecision, pending_send, pending_next)
 
 
+@cython.final
+cdef class Group:
+    """Checks that are waited for together: `future` is done when all of them are."""
+
+    def __init__(self):
+        raise TypeError("groups are made by a storage")
+
+    def decisions(self):
+        """Their decisions in order. Raises the first error that one of them ended with."""
+        cdef PendingDecision pending
+        if self.error is not None:
+            raise self.error
+        found = []
+        for pending in self.members:
+            found.append(None if pending.decision == NULL else <object>pending.decision)
+        return found
+
+    def leave(self):
+        """Stop waiting: what was not sent yet is not sent any more."""
+        cdef PendingDecision pending
+        for pending in self.members:
+            if pending.stage != COMPLETE:
+                pending.close()
+
+
+cdef class Remote:
+    cdef int ask(self, PendingDecision pending) except -1:
+        """Give `pending` its decision or a future on which to wait for it."""
+        raise NotImplementedError
+
+    cdef int leave(self, PendingDecision pending) except -1:
+        """Forget a check that nobody waits for any more, if it hasn't been sent."""
+        raise NotImplementedError
+
+
 # -------------------------------------------------------------------------------------------------------------- limiter
 
 cdef enum:
@@ -853,11 +889,6 @@ cdef enum:
 @cython.final
 cdef class Entry:
     """One validated check, on its way to a storage."""
-
-    cdef readonly CompiledRule rule
-    cdef readonly object key
-    cdef readonly bytes canonical            # "=" and the key's UTF-8, or "(" and a tuple's joined form
-    cdef readonly int64_t cost
 
     def __init__(self):
         raise TypeError("entries are made by a limiter")
@@ -920,7 +951,8 @@ cdef class Limiter:
 
     cdef readonly dict _rules                # name -> CompiledRule
     cdef CompiledRule only                   # the rule that `rule=None` means, while there is just one
-    cdef KeyTable table
+    cdef KeyTable table                      # what decides here
+    cdef Remote remote                       # or what asks elsewhere
     cdef readonly object _storage
     cdef public bint _closed
     cdef Decision spare_decision             # the last ones made: used again when nobody has kept them
@@ -929,7 +961,8 @@ cdef class Limiter:
 
     def __init__(self, storage):
         self._storage = storage
-        self.table = storage.table
+        self.remote = storage if isinstance(storage, Remote) else None
+        self.table = storage.table if self.remote is None else self.remote.bounds
         self._rules = {}
 
     def _install(self, CompiledRule rule not None):
@@ -987,17 +1020,11 @@ cdef class Limiter:
     cdef PendingDecision checked(self, object key, object rule, object cost):
         cdef CompiledRule terms
         cdef Outcome* out
-        cdef PendingDecision pending
         cdef bytes joined = None
         cdef Place place
         cdef int64_t units, now_us
         cdef Py_ssize_t length
         cdef const char* data
-        if self.table is None:
-            pending = PendingDecision.__new__(PendingDecision)
-            pending.inner = self._storage.decide_one(self._entry(key, rule, cost))
-            self.complete = 0
-            return pending
         if self._closed:
             raise LimiterClosed()
         terms = self.only
@@ -1018,13 +1045,36 @@ cdef class Limiter:
         now_us = self.table.now_us()
         # From here on no Python code runs, so that no other thread can come to the spare decision before it is handed out.
         out = self.blank_outcome()
+        if self.remote is not None:
+            return self.bounded(&place, now_us, units, out, terms, key, joined, data, length)
         self.table.decide_located(&place, now_us, units, out)
-        pending = self.completed(terms, key, units)
-        self.complete += 1
-        if self.complete >= YIELD_EVERY:
-            self.complete = 0
-            # Only asyncio takes a bare yield as "next, please"; another loop gives turns by its own rules.
-            pending.lets_others_run = running_loop() is not None
+        return self.completed(terms, key, units, MEMORY)
+
+    cdef PendingDecision bounded(self, const Place* place, int64_t now_us, int64_t units, Outcome* out, CompiledRule terms,
+                                 object key, bytes joined, const char* data, Py_ssize_t length):
+        """The decision of a bound or a lease, or an awaitable that asks the store."""
+        cdef PendingDecision pending
+        cdef int64_t found = shard_find(place.shard, place.hashed)
+        cdef int verdict = OPEN
+        if found >= 0:
+            verdict = bound_verdict(<Bound*>slot_at(place.shard, <uint32_t>found), place.terms, now_us, units, self.remote.ttl_us,
+                                    out)
+            if verdict == DENIED or verdict == LEASED:
+                return self.completed(terms, key, units, LEASE if verdict == LEASED else PREFILTER)
+        self.complete = 0
+        pending = PendingDecision.__new__(PendingDecision)
+        pending.stage = NEW
+        pending.remote = self.remote
+        pending.stale = verdict == STALE
+        pending.rule = terms
+        pending.key = key
+        pending.text = key if joined is None else joined
+        pending.data = data
+        pending.size = length
+        pending.mark = c"=" if joined is None else c"("
+        pending.mode = CHECK
+        pending.units = units
+        pending.hashed = place.hashed
         return pending
 
     cdef inline Outcome* blank_outcome(self):
@@ -1034,7 +1084,7 @@ cdef class Limiter:
             self.spare_decision = Decision.__new__(Decision)
         return &self.spare_decision.out
 
-    cdef inline PendingDecision completed(self, CompiledRule terms, object key, int64_t units):
+    cdef inline PendingDecision completed(self, CompiledRule terms, object key, int64_t units, Source source):
         """The spare decision, its outcome filled in, as an awaitable that is complete."""
         cdef PendingDecision pending
         cdef Decision decision = self.spare_decision
@@ -1042,7 +1092,7 @@ cdef class Limiter:
             decision.terms = terms
         decision.key = key
         decision.cost = units
-        decision.source_index = MEMORY
+        decision.source_index = source
         if Py_REFCNT(<PyObject*>self.spare_pending) != 1:
             self.spare_pending = PendingDecision.__new__(PendingDecision)
         pending = self.spare_pending
@@ -1050,6 +1100,11 @@ cdef class Limiter:
         Py_XDECREF(pending.decision)             # of a check that was never awaited
         pending.decision = <PyObject*>decision
         pending.lets_others_run = False
+        self.complete += 1
+        if self.complete >= YIELD_EVERY:
+            self.complete = 0
+            # Only asyncio takes a bare yield as "next, please"; another loop gives turns by its own rules.
+            pending.lets_others_run = running_loop() is not None
         return pending
 
 
@@ -1068,10 +1123,10 @@ cdef object check_called(PyObject* limiter, PyObject** args, Py_ssize_t count, P
 
 
 cdef bytes CHECK_DOC = b"check($self, key, rule=None, *, cost=1)\n--\n\n" + Limiter.check.__doc__.encode()
-cdef PyMethodDef CHECK = PyMethodDef("check", <void*>check_called, METH_FASTCALL | METH_KEYWORDS, CHECK_DOC)
+cdef PyMethodDef CHECK_METHOD = PyMethodDef("check", <void*>check_called, METH_FASTCALL | METH_KEYWORDS, CHECK_DOC)
 
 
 def own_check(cls):
     """Give a subclass of `Limiter` a `check` of its own: the interpreter calls one straight only on the very class it is of."""
-    cls.check = PyDescr_NewMethod(<PyTypeObject*>cls, &CHECK)
+    cls.check = PyDescr_NewMethod(<PyTypeObject*>cls, &CHECK_METHOD)
     return cls

@@ -182,8 +182,8 @@ cdef inline int64_t shard_find(const Shard* shard, Hash128 hashed) noexcept nogi
     return -1 - <int64_t>i
 
 
-cdef inline void shard_place(Shard* shard, const Slot* slot) noexcept nogil:
-    """Put a key that is absent into a shard with room."""
+cdef inline uint32_t shard_place(Shard* shard, const Slot* slot) noexcept nogil:
+    """Put a key that is absent into a shard with room; returns where."""
     cdef uint32_t i = home_of(slot.hash_lo, shard.room)
     while shard.tags[i]:
         i += 1
@@ -192,6 +192,7 @@ cdef inline void shard_place(Shard* shard, const Slot* slot) noexcept nogil:
     shard.tags[i] = tag_of(slot.hash_lo)
     memcpy(slot_at(shard, i), slot, shard.slot_bytes)
     shard.used += 1
+    return i
 
 
 cdef inline void shard_remove(Shard* shard, uint32_t hole) noexcept nogil:

@@ -1,148 +1,122 @@
 --- Decides entries in order; each distinct key is read once and written at most once.
 --- KEYS: state_key...
---- ARGV: request mode rule_count entry_count rule... entry...
---- rule: kind capacity window_us unit_ticks drain_ticks slot_us coarse_us
---- entry: key_index rule_index cost
+--- ARGV: request mode rule_count run_count lease_count rule... run... lease...
+--- rule: kind capacity window_us unit_ticks drain_ticks slot_us coarse_us lead_us
+--- run: key_index key_count rule_index cost count
+--- lease: key_index rule_index cost count ahead back back_us
 --- reply: request server_us answer...
---- answer: allowed remaining retry_us reset_us
+--- answer_b: granted level
+--- answer_s: granted total first_us retry_us reset_us
+--- answer_c: granted cur prev since_us
+--- answer_f: granted cur since_us
 --- limits: keys=128 rules=128 entries=128
--- docs/arithmetic.md specifies every step. Numbers are integers below 2^53, exact in Lua's doubles.
+-- A run is one entry of `count` equal checks for each of `key_count` consecutive keys; the answer to a lease has one number more, the
+-- units taken ahead. docs/arithmetic.md specifies every step. Numbers are integers below 2^53, exact in Lua's doubles.
+--
+-- What a call costs is mostly strings and tables made, and C functions called: hence the arithmetic on digits as they stand (`x + 0` takes
+-- half of tonumber's time), [0-9] instead of %d in patterns, and no table for the one view that most states hold.
 local floor, min, max = math.floor, math.min, math.max
-local sub, match, format = string.sub, string.match, string.format
+local sub, match, format, call = string.sub, string.match, string.format, redis.call
 local TICKS, UNITS_MAX = 4503599627370496, 4000000000
 
-local function ceil_div(a, b) return floor((a + b - 1) / b) end
+-- '%d' is exact and takes half the time of '%.0f', but only where C's long has 64 bits.
+if format('%d', TICKS) ~= '4503599627370496' then
+  format = function(shape, ...)
+    shape = string.gsub(shape, '%%(%d*)d', '%%%1.0f')
+    return string.format(shape, ...)
+  end
+end
 
--- Refuses in negated form, since every comparison with NaN is false.
+local function refuse(what) return redis.error_reply('RATETHROTTLE ' .. what) end
+
+-- Nil for what isn't an integer in the range; every comparison with NaN is false.
 local function number(value, low, high)
   local n = tonumber(value)
-  if not (n and n >= low and n <= high and n % 1 == 0) then return nil end
-  return n
+  if n and n >= low and n <= high and n % 1 == 0 then return n end
+  return nil
 end
 
-local function slot_end(view, now)
-  if view.q == 1 then return now end
-  return (floor(now / view.q) + 1) * view.q
-end
+local clock = call('TIME')
+local now = clock[1] * 1000000 + clock[2]
 
+-- A view is a table: `kind`, `name` (the text of its definition) and
+--   b: unit, drain, cap, level, t         f, c: window, start, cur, prev
+--   s: window, q, slot (where units count from that come now), head (likewise those taken ahead), total, n, last, units, entries, from
 -- A sliding window has n entries, in ascending order. The newest is kept as `last` (us) and `units`. The others stay where they
--- were read, in `text` from `from` on, 16 digits of us and 10 of units each: only those that leave are ever looked at.
-local function at_of(view, i)
-  if i == view.n - 1 then return view.last end
-  local from = view.from + i * 26
-  return tonumber(sub(view.text, from, from + 15))
+-- were read, in `entries` from `from` on, 16 digits of us and 10 of units each: only those that leave are ever looked at.
+local function at_of(v, i)
+  if i == v.n - 1 then return v.last end
+  local from = v.from + i * 26
+  return sub(v.entries, from, from + 15) + 0
 end
 
-local function units_of(view, i)
-  if i == view.n - 1 then return view.units end
-  local from = view.from + i * 26
-  return tonumber(sub(view.text, from + 16, from + 25))
+local function units_of(v, i)
+  if i == v.n - 1 then return v.units end
+  local from = v.from + i * 26
+  return sub(v.entries, from + 16, from + 25) + 0
 end
 
-local function push(view, at, units)
-  local n = view.n
-  if n > 0 and view.last == at then
-    local both = min(view.units + units, UNITS_MAX)
-    view.total = view.total + both - view.units
-    view.units = both
+local function slot_end(q, at)
+  if q == 1 then return at end
+  return at - at % q + q
+end
+
+local function push(v, at, units)
+  local n = v.n
+  if n > 0 and v.last == at then
+    local both = min(v.units + units, UNITS_MAX)
+    v.total = v.total + both - v.units
+    v.units = both
   else
     units = min(units, UNITS_MAX)
     if n > 0 then
-      view.text = sub(view.text, view.from, view.from + (n - 1) * 26 - 1) .. format('%016.0f%010.0f', view.last, view.units)
-      view.from = 1
+      v.entries = sub(v.entries, v.from, v.from + (n - 1) * 26 - 1) .. format('%016d%010d', v.last, v.units)
+      v.from = 1
     end
-    view.n, view.last, view.units, view.total = n + 1, at, units, view.total + units
+    v.n, v.last, v.units, v.total = n + 1, at, units, v.total + units
   end
-  if view.q == 1 and view.total > 64 then
-    local gone, excess = 0, view.total - 64
-    local held = units_of(view, 0)
+  if v.q == 1 and v.total > 64 then
+    local gone, excess = 0, v.total - 64
+    local held = units_of(v, 0)
     while held <= excess do
       excess = excess - held
       gone = gone + 1
-      held = units_of(view, gone)
+      held = units_of(v, gone)
     end
-    view.n, view.total, view.from = view.n - gone, 64, view.from + gone * 26
-    if excess > 0 and view.n == 1 then
-      view.units = 64
+    v.n, v.total, v.from = v.n - gone, 64, v.from + gone * 26
+    if excess > 0 and v.n == 1 then
+      v.units = 64
     elseif excess > 0 then
-      local from = view.from
-      view.text = sub(view.text, from, from + 15) .. format('%010.0f', held - excess) .. sub(view.text, from + 26)
-      view.from = 1
+      local from = v.from
+      v.entries = sub(v.entries, from, from + 15) .. format('%010d', held - excess) .. sub(v.entries, from + 26)
+      v.from = 1
     end
   end
-end
-
--- Returns the header and up to two views; no header if the state is none of ours.
-local function parse(state)
-  local head, at = match(state, '^(1[^;]*;)()')
-  if not head then return nil end
-  local views, size, count = {}, #state, 0
-  while at <= size do
-    local kind, view = sub(state, at, at), nil
-    if kind == 'b' then
-      local unit, drain, cap, level, t, after = match(state, '^b(%d+),(%d+),(%d+),(%d+),(%d+);()', at)
-      if not after then return nil end
-      view = {kind = 'b', unit = tonumber(unit), drain = tonumber(drain), cap = tonumber(cap), level = tonumber(level), t = tonumber(t)}
-      if view.unit < 1 or view.drain < 1 then return nil end
-      at = after
-    elseif kind == 's' then
-      local window, q, total, n, after = match(state, '^s(%d+),(%d+),(%d+),(%d+),()', at)
-      if not after then return nil end
-      n = tonumber(n)
-      at = after + n * 26 + 1
-      view = {kind = 's', window = tonumber(window), q = tonumber(q), total = tonumber(total), n = n, text = state, from = after, last = 0,
-        units = 0, cap = 0}
-      if n > 0 then view.last, view.units = tonumber(sub(state, at - 27, at - 12)), tonumber(sub(state, at - 11, at - 2)) end
-      if view.window < 1 or view.q < 1 or not view.last or not view.units or sub(state, at - 1, at - 1) ~= ';' then return nil end
-    elseif kind == 'f' or kind == 'c' then
-      local window, start, cur, prev, after = match(state, '^.(%d+),(%d+),(%d+),?(%d*);()', at)
-      if not after or (prev == '') ~= (kind == 'f') then return nil end
-      view = {kind = kind, window = tonumber(window), start = tonumber(start), cur = tonumber(cur), prev = tonumber(prev) or 0, cap = 0}
-      if view.window < 1 then return nil end
-      at = after
-    else
-      return nil
-    end
-    count = count + 1
-    if count > 2 then return nil end
-    views[count] = view
-  end
-  return head, views[1], views[2]
-end
-
--- In up to three pieces, so that entries are copied once, into the whole.
-local function print_view(v)
-  local kind = v.kind
-  if kind == 'b' then return format('b%.0f,%.0f,%.0f,%.0f,%.0f;', v.unit, v.drain, v.cap, v.level, v.t), '', '' end
-  if kind == 's' then
-    local n = v.n
-    if n == 0 then return format('s%.0f,%.0f,0,0,;', v.window, v.q), '', '' end
-    return format('s%.0f,%.0f,%.0f,%.0f,', v.window, v.q, v.total, n), sub(v.text, v.from, v.from + (n - 1) * 26 - 1),
-      format('%016.0f%010.0f;', v.last, v.units)
-  end
-  if kind == 'f' then return format('f%.0f,%.0f,%.0f;', v.window, v.start, v.cur), '', '' end
-  return format('c%.0f,%.0f,%.0f,%.0f;', v.window, v.start, v.cur, v.prev), '', ''
 end
 
 -- Brings a view to now; true if the clock had stepped backwards. Done again at the same time it changes nothing.
-local function roll(v, now)
+local function roll(v)
   local kind = v.kind
   if kind == 'b' then
     local past = now - v.t
-    v.t = now
-    if past < 0 then return true end
-    if past >= ceil_div(v.level, v.drain) then v.level = 0 else v.level = v.level - v.drain * past end
+    if past < 0 then
+      v.t = now
+      return true
+    end
+    -- From 2^53 on the product is rounded, but stays above every level.
+    local left = v.level - v.drain * past
+    v.level, v.t = left > 0 and left or 0, now
     return false
   elseif kind == 's' then
     local n = v.n
     if n == 0 then return false end
-    local rebased, since = false, now - v.window
+    local since, rebased = now - v.window, false
     if v.last <= since then
       v.n, v.total = 0, 0
       return false
     end
-    local head = v.last > now and slot_end(v, now)
-    if head and v.last > head then
+    local head = v.head
+    if v.last > head then
       rebased = true
       local held = 0
       while n > 0 and at_of(v, n - 1) >= head do
@@ -169,231 +143,361 @@ local function roll(v, now)
   return false
 end
 
--- How long until nothing of a rolled view counts any more; 0 for a fresh one.
-local function reset_of(v, now)
-  local kind = v.kind
-  if kind == 'b' then return ceil_div(v.level, v.drain) end
-  if kind == 's' then
-    if v.n == 0 then return 0 end
-    return v.last + v.window - now
-  end
-  if v.cur > 0 then return v.start + (kind == 'c' and 2 or 1) * v.window - now end
-  if v.prev > 0 then return v.start + v.window - now end
-  return 0
-end
-
--- Makes the view of a definition that this state meets for the first time.
-local function used_of(v)
-  if v.kind == 'b' then return ceil_div(v.level, v.unit) end
-  if v.kind == 's' then return v.total end
-  return v.cur + v.prev
-end
-
--- From the view that holds most: a definition between the two may have let go, or never have known, what the other one counts.
-local function derive(rule, first, second, now)
-  local kind, window, source, used = rule.kind, rule.window, first, first and used_of(first) or 0
-  if second and used_of(second) > used then source, used = second, used_of(second) end
-  if kind == 'b' then
-    return {kind = 'b', unit = rule.unit, drain = rule.drain, cap = rule.cap, level = min(used, rule.cap) * rule.unit, t = now}
-  elseif kind ~= 's' then
-    return {kind = kind, window = window, start = now - now % window, cur = min(used, UNITS_MAX), prev = 0, cap = 0}
-  end
-  local own = {kind = 's', window = window, q = rule.q, total = 0, n = 0, text = '', from = 1, last = 0, units = 0, cap = 0}
-  if used == 0 then return own end
-  local head = slot_end(own, now)
-  if source.kind ~= 's' then
-    push(own, head, used)
-    return own
-  end
-  for i = 0, source.n - 1 do
-    local at = min(ceil_div(at_of(source, i), rule.q) * rule.q, head)
-    if at + window > now then push(own, at, units_of(source, i)) end
-  end
-  return own
-end
-
-local function same(v, rule)
-  local kind = v.kind
-  if kind ~= rule.kind then return false end
-  if kind == 'b' then return v.unit == rule.unit and v.drain == rule.drain end
-  return v.window == rule.window and (kind ~= 's' or v.q == rule.q)
-end
-
--- What a counter has free, in units times its span, and what that was made of.
-local function counter(rule, v, now)
-  local cap, span = rule.cap, ceil_div(rule.window, rule.coarse)
-  local cur, prev = min(v.cur, cap), min(v.prev, cap)
-  return (cap - cur) * span - prev * (span - floor((now - v.start) / rule.coarse)), span, cur, prev
-end
-
--- Returns allowed and retry.
-local function judge(rule, v, now, cost)
-  local cap, kind = rule.cap, rule.kind
-  if cost > cap then return false, -1 end
-  if kind == 'b' then
-    local short = v.level + cost * v.unit - cap * v.unit
-    if short <= 0 then return true, 0 end
-    return false, ceil_div(short, v.drain)
-  elseif kind == 's' then
-    local excess, i = v.total + cost - cap, 0
-    if excess <= 0 then return true, 0 end
-    while true do
-      excess = excess - units_of(v, i)
-      if excess <= 0 then return false, at_of(v, i) + v.window - now end
-      i = i + 1
-    end
-  elseif kind == 'f' then
-    if v.cur + cost <= cap then return true, 0 end
-    return false, v.start + v.window - now
-  end
-  local free, span, cur, prev = counter(rule, v, now)
-  if cost * span <= free then return true, 0 end
-  local room = cap - cur - cost
-  if room >= 0 then
-    local steps = span - floor(room * span / prev)
-    return false, v.start + (steps < span and steps * rule.coarse or v.window) - now
-  end
-  local steps = max(0, span - floor((cap - cost) * span / cur))
-  return false, v.start + v.window + min(steps * rule.coarse, v.window) - now
-end
-
-local function remaining_of(rule, v, now)
-  local kind = rule.kind
-  if kind == 'b' then return floor(max(0, rule.cap * v.unit - v.level) / v.unit) end
-  if kind == 's' then return max(0, rule.cap - v.total) end
-  if kind == 'f' then return max(0, rule.cap - v.cur) end
-  local free, span = counter(rule, v, now)
-  return floor(max(0, free) / span)
-end
-
-local function charge(v, now, cost)
+-- Counts units that were granted now, and others that were taken ahead.
+local function charge(v, units, ahead)
   local kind = v.kind
   if kind == 'b' then
-    v.level = v.level + cost * v.unit
+    v.level = v.level + (units + ahead) * v.unit
   elseif kind == 's' then
     -- The newest entry, while ahead of now, is that of the slot we are in.
-    push(v, v.n > 0 and v.last > now and v.last or slot_end(v, now), cost)
+    if units > 0 then push(v, v.n > 0 and v.last > now and v.last or v.slot, units) end
+    if ahead > 0 then push(v, v.head, ahead) end
   else
-    v.cur = min(v.cur + cost, UNITS_MAX)
+    v.cur = min(v.cur + units + ahead, UNITS_MAX)
   end
 end
 
--- Everything is checked before anything is written: a refused call leaves every key as it is.
-local function refuse(what) return redis.error_reply('RATETHROTTLE ' .. what) end
+-- Returns the text behind the name of a rolled view, and how long until nothing of it counts any more: 0 if it is fresh.
+local function print_view(v)
+  local kind = v.kind
+  if kind == 'b' then
+    local ticks = v.level + v.drain - 1
+    return format('%d,%d;', v.level, v.t), (ticks - ticks % v.drain) / v.drain
+  elseif kind == 's' then
+    local n = v.n
+    if n == 0 then return '0,0,;', 0 end
+    return format('%d,%d,', v.total, n) .. sub(v.entries, v.from, v.from + (n - 1) * 26 - 1) .. format('%016d%010d;', v.last, v.units),
+      v.last + v.window - now
+  end
+  local ends = v.start + v.window - now
+  if kind == 'f' then return format('%d,%d;', v.start, v.cur), v.cur > 0 and ends or 0 end
+  return format('%d,%d,%d;', v.start, v.cur, v.prev), v.cur > 0 and ends + v.window or v.prev > 0 and ends or 0
+end
+
+-- Reads a state that is more than the rule's own view alone. Returns its header, the own view, the other one if there is one, whether
+-- that was rebased or the own one was derived and isn't fresh, and whether it was derived; nothing if the state is none of ours.
+local function read(state, rule)
+  local head, at = match(state, '^(1[^;]*;)()')
+  if not head then return nil end
+  local views, size, count = {}, #state, 0
+  while at <= size do
+    local kind, view, name_end, after = sub(state, at, at), nil, nil, nil
+    if kind == 'b' then
+      local unit, drain, cap, level, t
+      unit, drain, cap, name_end, level, t, after = match(state, '^b(%d+),(%d+),(%d+),()(%d+),(%d+);()', at)
+      if not after then return nil end
+      view = {kind = 'b', unit = unit + 0, drain = drain + 0, cap = cap + 0, level = level + 0, t = t + 0}
+      if view.unit < 1 or view.drain < 1 then return nil end
+    elseif kind == 's' then
+      local window, q, total, n, from
+      window, q, name_end, total, n, from = match(state, '^s(%d+),(%d+),()(%d+),(%d+),()', at)
+      if not from then return nil end
+      window, q, n = window + 0, q + 0, n + 0
+      after = from + n * 26 + 1
+      if window < 1 or q < 1 or sub(state, after - 1, after - 1) ~= ';' then return nil end
+      view = {kind = 's', window = window, q = q, slot = slot_end(q, now), head = slot_end(q, now + min(rule.lead or 0, floor(window / 8))),
+        total = total + 0, n = n, last = 0, units = 0, entries = state, from = from}
+      if n > 0 then
+        view.last, view.units = tonumber(sub(state, after - 27, after - 12)), tonumber(sub(state, after - 11, after - 2))
+        if not (view.last and view.units) then return nil end
+      end
+    elseif kind == 'f' or kind == 'c' then
+      local window, start, cur, prev
+      window, name_end, start, cur, prev, after = match(state, '^.(%d+),()(%d+),(%d+),?(%d*);()', at)
+      if not after or (prev == '') ~= (kind == 'f') or window + 0 < 1 then return nil end
+      view = {kind = kind, window = window + 0, start = start + 0, cur = cur + 0, prev = kind == 'c' and prev + 0 or 0}
+    else
+      return nil
+    end
+    count = count + 1
+    if count > 2 then return nil end
+    view.name = sub(state, at, name_end - 1)
+    views[count] = view
+    at = after
+  end
+
+  local first, second = views[1], views[2]
+  for i = 1, count do
+    local v = views[i]
+    -- The name of a bucket holds its capacity too, and that doesn't make it another one.
+    if v.name == rule.name or v.kind == 'b' and rule.kind == 'b' and v.unit == rule.unit and v.drain == rule.drain then
+      local other = views[3 - i]
+      return head, v, other, other and roll(other), false
+    end
+  end
+
+  -- The own view is derived, from the one that holds most: a definition between the two may have let go, or never have known, what
+  -- the other one counts.
+  local changed, source, used, kind = false, nil, 0, rule.kind
+  for i = 1, count do
+    local v = views[i]
+    if roll(v) then changed = true end
+    local held
+    if v.kind == 'b' then held = floor((v.level + v.unit - 1) / v.unit) elseif v.kind == 's' then held = v.total else held = v.cur + v.prev end
+    if held > used then source, used = v, held end
+  end
+  if kind == 'b' then
+    rule.level, rule.t = min(used, rule.cap) * rule.unit, now
+  elseif kind ~= 's' then
+    rule.start, rule.cur, rule.prev = now - now % rule.window, min(used, UNITS_MAX), 0
+  else
+    rule.total, rule.n, rule.entries, rule.from = 0, 0, '', 1
+    if source and source.kind == 's' then
+      for i = 0, source.n - 1 do
+        local from, q = at_of(source, i), rule.q
+        local counted = min(from + (-from) % q, rule.head)
+        if counted + rule.window > now then push(rule, counted, units_of(source, i)) end
+      end
+    elseif used > 0 then
+      push(rule, rule.slot, used)
+    end
+    used = rule.n
+  end
+  return head, rule, first, changed or used > 0, true
+end
+
+-- Takes back units of an earlier lease from the own view; true if there were any.
+local function give_back(v, lead, back, back_us)
+  local kind, given = v.kind, 0
+  if kind == 'b' then
+    given = min(v.level, max(0, min(back, floor(TICKS / v.unit)) * v.unit - v.drain * max(0, now - back_us)))
+    v.level = v.level - given
+  elseif kind ~= 's' then
+    if back_us - back_us % v.window == v.start then
+      given = min(v.cur, back)
+      v.cur = v.cur - given
+    end
+  else
+    local at, n, i = slot_end(v.q, back_us + lead), v.n, v.n - 1
+    while i >= 0 and at_of(v, i) > at do i = i - 1 end
+    if i < 0 or at_of(v, i) ~= at then return false end
+    local units = units_of(v, i)
+    given = min(units, back)
+    units, v.total = units - given, v.total - given
+    if units > 0 and i == n - 1 then
+      v.units = units
+    elseif units > 0 then
+      local from = v.from + i * 26
+      v.entries = sub(v.entries, 1, from + 15) .. format('%010d', units) .. sub(v.entries, from + 26)
+    elseif i < n - 1 then
+      local from = v.from + i * 26
+      v.entries, v.n = sub(v.entries, 1, from - 1) .. sub(v.entries, from + 26), n - 1
+    elseif n > 1 then
+      -- The second newest takes its place.
+      local last, left = at_of(v, n - 2), units_of(v, n - 2)
+      v.n, v.last, v.units = n - 1, last, left
+    else
+      v.n = 0
+    end
+  end
+  return given > 0
+end
+
+-- Nothing is written before everything is decided, so a refused call leaves every key as it is.
 local KEYS, ARGV = KEYS, ARGV
 local request, mode, key_count = ARGV[1], ARGV[2], #KEYS
-local rule_count, entry_count = number(ARGV[3], 1, 128), number(ARGV[4], 1, 128)
+local rule_count, run_count, lease_count = number(ARGV[3], 1, 128), number(ARGV[4], 0, 128), number(ARGV[5], 0, 128)
 if not request or request == '' then return refuse('no request id') end
 if mode ~= 'check' and mode ~= 'peek' then return refuse('mode is check or peek') end
-if not (rule_count and entry_count) then return refuse('the counts of rules and entries are from 1 to 128') end
+if not (rule_count and run_count and lease_count) then return refuse('the counts of rules, runs and leases are at most 128') end
 if not (key_count >= 1 and key_count <= 128) then return refuse('the count of keys is from 1 to 128') end
-if #ARGV ~= 4 + 7 * rule_count + 3 * entry_count then return refuse('the number of arguments is wrong') end
+if #ARGV ~= 5 + 8 * rule_count + 5 * run_count + 7 * lease_count then return refuse('the number of arguments is wrong') end
 if key_count > 1 then
   local seen = {}
   for k = 1, key_count do
-    if seen[KEYS[k]] then return refuse('a key is given twice') end
-    seen[KEYS[k]] = true
+    local key = KEYS[k]
+    if seen[key] then return refuse('a key is given twice') end
+    seen[key] = true
   end
 end
-local rules, entries, at = {}, {}, 4
+
+-- A rule is at the same time the view of its definition, for the state at hand: one table serves all keys.
+local rules, at = {}, 5
 for r = 1, rule_count do
-  local kind = ARGV[at + 1]
+  local kind, rule = ARGV[at + 1], nil
   local cap, window = number(ARGV[at + 2], 1, 1000000000), number(ARGV[at + 3], 1000, 31622400000000)
-  if not (cap and window) then return refuse('a number of a rule is out of range') end
   -- What a kind doesn't have is '0', to the letter.
-  local unit, drain, q, coarse = ARGV[at + 4], ARGV[at + 5], ARGV[at + 6], ARGV[at + 7]
-  local fits = false
+  local unit, drain, q, coarse, lead = ARGV[at + 4], ARGV[at + 5], ARGV[at + 6], ARGV[at + 7], ARGV[at + 8]
+  if not (cap and window) then return refuse('a number of a rule is out of range') end
   if kind == 'b' then
     unit, drain = number(unit, 1, TICKS), number(drain, 1, 1000000000)
-    fits = unit and drain and cap * unit < TICKS and q == '0' and coarse == '0'
+    if unit and drain and cap * unit < TICKS and q == '0' and coarse == '0' and lead == '0' then
+      rule = {kind = 'b', cap = cap, unit = unit, drain = drain, name = format('b%d,%d,%d,', unit, drain, cap), level = 0, t = 0}
+    end
+  elseif unit ~= '0' or drain ~= '0' then
+    rule = nil
   elseif kind == 's' then
-    q = number(q, 1, window)
-    fits = q and ((q == 1 and cap <= 64) or q == ceil_div(window, 64)) and unit == '0' and drain == '0' and coarse == '0'
+    q, lead = number(q, 1, window), number(lead, 0, window / 8)
+    if q and lead and ((q == 1 and cap <= 64) or q == floor((window + 63) / 64)) and coarse == '0' then
+      rule = {kind = 's', cap = cap, window = window, q = q, lead = lead, name = format('s%d,%d,', window, q), slot = slot_end(q, now),
+        head = slot_end(q, now + lead), total = 0, n = 0, last = 0, units = 0, entries = '', from = 1}
+    end
   elseif kind == 'c' then
     coarse = number(coarse, 1, window)
-    fits = coarse and cap * ceil_div(window, coarse) < TICKS and unit == '0' and drain == '0' and q == '0'
-  elseif kind == 'f' then
-    fits = unit == '0' and drain == '0' and q == '0' and coarse == '0'
-  end
-  if not fits then return refuse('a rule does not fit its kind') end
-  rules[r] = {kind = kind, cap = cap, window = window, unit = unit, drain = drain, q = q, coarse = coarse}
-  at = at + 7
-end
-for i = 1, 3 * entry_count, 3 do
-  local key, rule, cost = number(ARGV[at + i], 1, key_count), number(ARGV[at + i + 1], 1, rule_count), number(ARGV[at + i + 2], 1, 1000000000)
-  if not (key and rule and cost) then return refuse('a number of an entry is out of range') end
-  entries[i], entries[i + 1], entries[i + 2] = key, rule, cost
-end
-
-local clock = redis.call('TIME')
-local now = clock[1] * 1000000 + clock[2]
-local stored = redis.call('MGET', unpack(KEYS))
--- By key: the header of the state, its two views, and whether it is to be written.
-local heads, firsts, seconds, written = {}, {}, {}, {}
-for k = 1, key_count do
-  local head, first, second = '1;', nil, nil
-  if stored[k] then
-    head, first, second = parse(stored[k])
-    if not head then return refuse('a key holds a state that is not of this version') end
-  end
-  heads[k], firsts[k], seconds[k] = head, first, second
-end
-
-local reply, filled = {request, now, 0, 0, 0, 0}, 2
-for i = 1, 3 * entry_count, 3 do
-  local k, rule, cost = entries[i], rules[entries[i + 1]], entries[i + 2]
-  local first, second, own, other = firsts[k], seconds[k], nil, nil
-  local changed = false
-  if first then
-    changed = roll(first, now)
-    if second and roll(second, now) then changed = true end
-    if same(first, rule) then own, other = first, second
-    elseif second and same(second, rule) then own, other = second, first
-    else other = first end
-  end
-  if not own then
-    own = derive(rule, first, second, now)
-    if reset_of(own, now) > 0 then changed = true end
-  end
-  local allowed, retry = judge(rule, own, now, cost)
-  if mode == 'check' and (allowed or changed) then
-    if allowed then
-      charge(own, now, cost)
-      own.cap = rule.cap
-      if other and other.kind == 'b' then
-        -- A definition never owes more than its capacity for what another one admitted.
-        other.level = min(other.level + min(cost, other.cap) * other.unit, max(other.level, other.cap * other.unit))
-      elseif other then
-        charge(other, now, cost)
-      end
+    local span = coarse and floor((window + coarse - 1) / coarse)
+    if span and cap * span < TICKS and q == '0' and lead == '0' then
+      rule = {kind = 'c', cap = cap, window = window, coarse = coarse, span = span, name = format('c%d,', window), start = 0, cur = 0, prev = 0}
     end
-    firsts[k], seconds[k], written[k] = own, other, true
+  elseif kind == 'f' and q == '0' and coarse == '0' and lead == '0' then
+    rule = {kind = 'f', cap = cap, window = window, name = format('f%d,', window), start = 0, cur = 0, prev = 0}
   end
-  reply[filled + 1] = allowed and 1 or 0
-  reply[filled + 2] = remaining_of(rule, own, now)
-  reply[filled + 3] = retry
-  reply[filled + 4] = reset_of(own, now)
-  filled = filled + 4
+  if not rule then return refuse('a rule does not fit its kind') end
+  rule.alone = '1;' .. rule.name
+  rules[r], at = rule, at + 8
 end
 
-for k = 1, key_count do
-  if written[k] then
-    local own, other = firsts[k], seconds[k]
-    local reset = reset_of(own, now)
-    if other then reset = max(reset, reset_of(other, now)) end
-    if reset == 0 then
-      redis.call('DEL', KEYS[k])
-    else
-      local fields, entries_text, ending = print_view(own)
-      local text
-      if other then
-        local other_fields, other_entries, other_ending = print_view(other)
-        text = heads[k] .. fields .. entries_text .. ending .. other_fields .. other_entries .. other_ending
+-- By key: the state as text, false if there is none, and for what was written how long it counts.
+local states, resets = call('MGET', unpack(KEYS)), {}
+local reply, filled, entries, consumes = {request, now}, 2, 0, mode == 'check'
+for i = 1, run_count + lease_count do
+  local is_lease = i > run_count
+  local key, last_key, rule, cost, count = number(ARGV[at + 1], 1, key_count), nil, nil, nil, nil
+  local wanted, back, back_us = 0, 0, 0
+  if is_lease then
+    rule, cost, count = number(ARGV[at + 2], 1, rule_count), number(ARGV[at + 3], 1, 1000000000), number(ARGV[at + 4], 0, 1000000)
+    wanted, back, back_us = number(ARGV[at + 5], 0, 1000000000), number(ARGV[at + 6], 0, 1000000000), number(ARGV[at + 7], 0, 9007199254740991)
+    if not (wanted and back and back_us) then return refuse('a number of a lease is out of range') end
+    last_key, at = key, at + 7
+    if not consumes then wanted, back = 0, 0 end
+  else
+    rule, cost, count = number(ARGV[at + 3], 1, rule_count), number(ARGV[at + 4], 1, 1000000000), number(ARGV[at + 5], 1, 1000000)
+    last_key = key and number(ARGV[at + 2], 1, key_count - key + 1)
+    last_key, at = last_key and key + last_key - 1, at + 5
+  end
+  if not (last_key and rule and cost and count) then return refuse('a number of a run or lease is out of range') end
+  entries = entries + last_key - key + 1
+  if entries > 128 then return refuse('there are more than 128 entries') end
+  rule = rules[rule]
+  local kind, cap, alone = rule.kind, rule.cap, rule.alone
+  local skip = #alone
+
+  for k = key, last_key do
+    -- Most states are the rule's own view alone; `read` takes the others.
+    local state, head, own, other, changed, derived = states[k], '1;', nil, nil, false, false
+    if not state then
+      own = rule
+      if kind == 'b' then rule.level, rule.t
+        = 0, now
+      elseif kind == 's' then rule.n, rule.total, rule.entries, rule.from = 0, 0, '', 1
+      else rule.start, rule.cur, rule.prev = now - now % rule.window, 0, 0 end
+    elseif sub(state, 1, skip) == alone then
+      if kind == 'b' then
+        local level, t = match(state, '^([0-9]+),([0-9]+);$', skip + 1)
+        if t then own, rule.level, rule.t = rule, level + 0, t + 0 end
+      elseif kind == 's' then
+        local total, n, from = match(state, '^([0-9]+),([0-9]+),()', skip + 1)
+        local size = #state
+        if from and from + n * 26 == size and sub(state, size) == ';' then
+          own, rule.total, rule.n, rule.entries, rule.from = rule, total + 0, n + 0, state, from
+          if rule.n > 0 then rule.last, rule.units = sub(state, size - 26, size - 11) + 0, sub(state, size - 10, size - 1) + 0 end
+        end
+      elseif kind == 'f' then
+        local start, cur = match(state, '^([0-9]+),([0-9]+);$', skip + 1)
+        if cur then own, rule.start, rule.cur = rule, start + 0, cur + 0 end
       else
-        text = heads[k] .. fields .. entries_text .. ending
+        local start, cur, prev = match(state, '^([0-9]+),([0-9]+),([0-9]+);$', skip + 1)
+        if prev then own, rule.start, rule.cur, rule.prev = rule, start + 0, cur + 0, prev + 0 end
       end
-      redis.call('SET', KEYS[k], text, 'PX', format('%.0f', ceil_div(reset, 1000) + 1))
     end
+    if not own then
+      head, own, other, changed, derived = read(state, rule)
+      if not head then return refuse('a key holds a state that is not of this version') end
+    end
+    if roll(own) then changed = true end
+    -- A view that was derived just now doesn't hold the lease's units as such.
+    if back > 0 and not derived and give_back(own, rule.lead, back, back_us) then changed = true end
+
+    -- Units that are free; negative if a limit was lowered.
+    local free
+    if kind == 'b' then
+      free = cap * own.unit - own.level
+      free = (free - free % own.unit) / own.unit
+    elseif kind == 's' then
+      free = cap - own.total
+    elseif kind == 'f' then
+      free = cap - own.cur
+    else
+      local span, past, cur, prev = rule.span, now - own.start, own.cur, own.prev
+      if cur > cap then cur = cap end
+      if prev > cap then prev = cap end
+      free = (cap - cur) * span - prev * (span - floor(past / rule.coarse))
+      free = (free - free % span) / span
+    end
+    local granted, ahead, units = count, 0, count * cost
+    if units > free then
+      granted = free > 0 and floor(free / cost) or 0
+      units = granted * cost
+    end
+    if not consumes then
+      granted = min(granted, 1)
+    else
+      if wanted > 0 and granted == count then ahead = min(wanted, max(0, floor((free - units) / 8))) end
+      if units + ahead > 0 then
+        charge(own, units, ahead)
+        own.name, changed = rule.name, true
+        if other and other.kind == 'b' then
+          -- A definition never owes more than its capacity for what another one admitted.
+          other.level = min(other.level + min(units + ahead, other.cap) * other.unit, max(other.level, other.cap * other.unit))
+        elseif other then
+          charge(other, units, ahead)
+        end
+      end
+      if changed then
+        local text, reset = print_view(own)
+        if other then
+          local other_text, other_reset = print_view(other)
+          text, reset = head .. own.name .. text .. other.name .. other_text, max(reset, other_reset)
+        else
+          text = head .. own.name .. text
+        end
+        states[k], resets[k] = reset > 0 and text, reset
+      end
+    end
+
+    reply[filled + 1] = granted
+    if kind == 'b' then
+      reply[filled + 2] = own.level
+      filled = filled + 2
+    elseif kind == 's' then
+      local n, retry, reset = own.n, 0, 0
+      if granted < count then
+        retry = -1
+        if cost <= cap then
+          -- When enough has left, from the oldest on.
+          local excess, j = own.total + cost - cap, 0
+          while excess > 0 do
+            excess = excess - units_of(own, j)
+            j = j + 1
+          end
+          retry = j > 0 and at_of(own, j - 1) + own.window - now or 0
+        end
+      end
+      if n > 0 then reset = own.last + own.window - now end
+      reply[filled + 2], reply[filled + 3], reply[filled + 4], reply[filled + 5] = own.total, n > 0 and at_of(own, 0) + own.window - now or 0, retry, reset
+      filled = filled + 5
+    elseif kind == 'f' then
+      reply[filled + 2], reply[filled + 3] = own.cur, now - own.start
+      filled = filled + 3
+    else
+      reply[filled + 2], reply[filled + 3], reply[filled + 4] = own.cur, own.prev, now - own.start
+      filled = filled + 4
+    end
+    if is_lease then
+      filled = filled + 1
+      reply[filled] = ahead
+    end
+  end
+end
+
+local expiry_ms, expiry_of = nil, nil
+for k = 1, key_count do
+  local reset = resets[k]
+  if reset == 0 then
+    call('DEL', KEYS[k])
+  elseif reset then
+    -- Windows of one rule end together.
+    if reset ~= expiry_of then expiry_of, expiry_ms = reset, format('%d', floor((reset + 999) / 1000) + 1) end
+    call('PSETEX', KEYS[k], expiry_ms, states[k])
   end
 end
 return reply
