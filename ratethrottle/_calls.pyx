@@ -9,21 +9,22 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcmp, memcpy, memset
+from libc.string cimport memcmp, memset
 
 from ratethrottle._arithmetic cimport answer_length, KEEP, Outcome, take_answer, Terms, view_free, view_fresh_at
 from ratethrottle._bound cimport Bound, bound_learn, bound_verdict, DENIED, DRIFT_SHARE, LEASED, OPEN
 from ratethrottle._core cimport (
     CHECK, CompiledRule, COMPLETE, Decision, decision_new, Entry, GIVE_BACK, Group, KeyTable, LEASE, Mode, NEW, PARKED, PEEK,
-    PendingDecision, PREFILTER, REDIS, Remote, RESET, SENT, WAITING,
+    PendingDecision, PREFILTER, REDIS, Remote, RESET, SENT, Waiter, WAITING,
 )
 from ratethrottle._resp cimport (
     BROKEN, Buffer, buffer_room, digits, INCOMPLETE, put, put_bulk, put_head, put_number, read_line, read_number,
 )
-from ratethrottle._table cimport Hash128, Shard, shard_find, Slot, slot_at
+from ratethrottle._table cimport Hash128, Shard, shard_find, slot_at
 
 from asyncio import _get_running_loop as running_loop
 from collections import deque
+from contextvars import Context
 from hashlib import blake2b
 from os import urandom
 
@@ -53,6 +54,7 @@ if count_forks():
 cdef enum:
     ENTRIES_MAX = 128                        # of a call: the store is held for well under a millisecond
     IN_FLIGHT_MAX = 2
+    HALVED_MIN = 32
     KEY_BYTES_MAX = 128                      # longer keys are digested
     PLACES = 512                             # of the map from keys to entries: a power of two, at least twice ENTRIES_MAX
     NUMBERS_MAX = 6                          # of an answer
@@ -63,10 +65,11 @@ cdef uint32_t[256] CRC_TABLE
 
 cdef void fill_crc_table() noexcept:
     """CRC-32 of ISO 3309, reflected: what zlib.crc32 computes."""
-    cdef uint32_t i, j, value
+    cdef uint32_t i, value
+    cdef int _bit
     for i in range(256):
         value = i
-        for j in range(8):
+        for _bit in range(8):
             value = (value >> 1) ^ 0xEDB88320U if value & 1 else value >> 1
         CRC_TABLE[i] = value
 
@@ -129,21 +132,20 @@ cdef inline void take(Queue* queue, PendingDecision pending) noexcept:
 
 
 cdef inline int complete(PendingDecision pending, object error) except -1:
-    """Wake whoever waits: the decision is there, or `error` instead."""
+    """The decision is there, or `error` instead: whoever waits is woken, together with the others."""
     cdef Group group = pending.group
-    future = pending.future
+    cdef Waiter waiter = pending.waiter
     pending.stage = COMPLETE
     pending.error = error
-    pending.future = None
+    if waiter is not None:
+        pending.waiter = None
+        (<Gathering>pending.place).wake(waiter)
     if group is not None:
         if error is not None and group.error is None:
             group.error = error
         group.left -= 1
-        if group.left:
-            return 0
-        future = group.future
-    if future is not None and not future.done():
-        future.set_result(None)
+        if group.left == 0 and not group.future.done():
+            group.future.set_result(None)
     return 0
 
 
@@ -363,8 +365,9 @@ cdef class Gathering:
     cdef int64_t deadline_us
     cdef int64_t ttl_us
     cdef readonly object loop
-    cdef object create_future
     cdef object call_soon
+    cdef object context                      # an empty one: what is called by the loop belongs to no request
+    cdef list woken                          # decided, but not stepped yet
     cdef Queue waiting
     cdef Queue parked                        # they ask what is being asked already
     cdef object in_flight                    # Calls in the order of their replies, and None for a reply that is just "OK"
@@ -397,8 +400,9 @@ cdef class Gathering:
         self.deadline_us = calls.deadline_us
         self.ttl_us = calls.ttl_us
         self.loop = loop
-        self.create_future = loop.create_future
         self.call_soon = loop.call_soon
+        self.context = Context()
+        self.woken = []
         self.max_waiting = max_waiting
         self.in_flight = deque()
         self.leases = deque()
@@ -470,6 +474,7 @@ cdef class Gathering:
         """Queue a check whose answer has to be waited for, unless it can be given here and now after all."""
         cdef int64_t now_us = self.bounds.now_us()
         cdef bint asked = False
+        cdef Waiter waiter
         if (pending.stale or pending.group is not None) and self.decided_here(pending, now_us, &asked):
             return 0
         if self.waiting.count + self.parked.count >= self.max_waiting:
@@ -480,12 +485,38 @@ cdef class Gathering:
         pending.place = self
         pending.deadline_us = now_us + self.deadline_us
         if pending.group is None:
-            pending.future = self.create_future()
+            waiter = Waiter.__new__(Waiter)
+            waiter.pending = pending
+            waiter.loop = self.loop
+            waiter.blocking = True
+            pending.waiter = waiter
         pending.stage = PARKED if asked else WAITING
         push(&self.parked if asked else &self.waiting, pending)
         self.wind(now_us, pending.deadline_us)
         self.schedule()
         return 0
+
+    cdef inline int wake(self, Waiter waiter) except -1:
+        waiter.done = True
+        waiter.pending = None
+        self.woken.append(waiter)
+        if len(self.woken) == 1:
+            self.call_soon(self._step, context=self.context)
+        return 0
+
+    def _step(self):
+        """Step the tasks of all checks that were decided, in order."""
+        cdef list woken = self.woken
+        cdef Py_ssize_t i = 0, count = len(woken)
+        self.woken = []
+        try:
+            while i < count:
+                i += 1
+                (<Waiter>woken[i - 1]).call()
+        finally:
+            if i < count:                    # KeyboardInterrupt or SystemExit, which a task lets through
+                self.woken[:0] = woken[i:]
+                self.call_soon(self._step, context=self.context)
 
     cdef int drop(self, PendingDecision pending) except -1:
         take(&self.parked if pending.stage == PARKED else &self.waiting, pending)
@@ -501,7 +532,7 @@ cdef class Gathering:
             self._connect()
         elif len(self.in_flight) < IN_FLIGHT_MAX:
             self.scheduled = True
-            self.call_soon(self._flush)
+            self.call_soon(self._flush, context=self.context)
         return 0
 
     def _flush(self):
@@ -509,7 +540,10 @@ cdef class Gathering:
         cdef Call call
         self.scheduled = False
         while self._open and self.waiting.count and len(self.in_flight) < IN_FLIGHT_MAX:
-            call = self.gather()
+            # Two calls of half the size keep both sides busy: one is decided while the other's checks are woken and asked anew.
+            halved = (not self.in_flight and self.waiting.count >= HALVED_MIN
+                      and (<PendingDecision>self.waiting.first).group is None)
+            call = self.gather(min(<Py_ssize_t>ENTRIES_MAX, (self.waiting.count + 1) // 2) if halved else ENTRIES_MAX)
             if call is not None:
                 self.send(call)
 
@@ -521,7 +555,7 @@ cdef class Gathering:
                 return 0
             self.timer.cancel()
         self.timer_at_us = at_us
-        self.timer = self.loop.call_later(max(at_us - now_us, <int64_t>0) / 1e6, self._ring)
+        self.timer = self.loop.call_later(max(at_us - now_us, <int64_t>0) / 1e6, self._ring, context=self.context)
         return 0
 
     def _ring(self):
@@ -586,8 +620,8 @@ cdef class Gathering:
 
     # Building a call:
 
-    cdef Call gather(self):
-        """Take what waits into a call, equal checks of a key as one entry; None if all of it has gone."""
+    cdef Call gather(self, int most):
+        """Take what waits into a call, equal checks of a key as one of at most `most` entries; None if all of it has gone."""
         cdef Call call = Call.__new__(Call)
         cdef PendingDecision pending
         cdef CallEntry* entry
@@ -615,7 +649,7 @@ cdef class Gathering:
             entry = &call.entries[self.places[place] - 1] if self.places[place] else NULL
             # Of a key's entries the newest decides whether this one is equal to it: their order is kept.
             if entry == NULL or not self.joins(call, entry, pending):
-                if call.size == ENTRIES_MAX:
+                if call.size == most:
                     break
                 entry = self.add_entry(call, pending, entry.key_index if entry != NULL else keys + 1)
                 keys += 1 if entry.key_index > keys else 0
@@ -632,8 +666,7 @@ cdef class Gathering:
         return call
 
     cdef inline bint gone(self, PendingDecision pending) except -1:
-        future = pending.future if pending.group is None else pending.group.future
-        return future is not None and future.cancelled()
+        return pending.group is not None and pending.group.future.cancelled()
 
     cdef inline uint16_t place_of(self, Call call, Hash128 hashed) noexcept:
         """Where the map has the newest entry of a key, or would have it."""

@@ -110,11 +110,26 @@ cdef class PendingDecision:
     cdef int64_t deadline_us
     cdef bint stale                          # a bound that should be asked again denied it
     cdef object place                        # the gathering that it waits in
-    cdef object future                       # what the caller waits on
-    cdef Group group                         # or the group whose future that is
+    cdef Waiter waiter                       # what its task waits on
+    cdef Group group                         # or the group that waits on it
     cdef object error
     cdef PyObject* before                    # neighbours in a queue, or in an entry
     cdef PyObject* after
+
+
+cdef class Waiter:
+    """What a task waits on: a future as far as a task needs one, woken together with the others of a reply."""
+
+    cdef PendingDecision pending
+    cdef object loop
+    cdef object callback
+    cdef object context
+    cdef object message
+    cdef bint blocking
+    cdef bint done
+    cdef bint cancelled
+
+    cdef int call(self) except -1
 
 
 cdef class Group:

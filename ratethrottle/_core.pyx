@@ -9,17 +9,16 @@ cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.unicode cimport PyUnicode_AsUTF8String
 from cpython.object cimport PyObject, PyTypeObject
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 
 from ratethrottle._arithmetic cimport (
-    answer_length, ceil_div, decide_views, judge, KEEP, NO_MEMORY, Outcome, report, same_definition, settle, take_answer, Terms, Units, View,
-    view_ahead, view_audit, view_charge, view_derive, view_free, view_fresh_at, view_fullest, view_rebase, view_roll,
-    view_used, Window, window_clone, window_drop, window_live, WRITE,
+    answer_length, ceil_div, decide_views, judge, NO_MEMORY, Outcome, report, same_definition, settle, take_answer, Terms, Units,
+    View, view_ahead, view_audit, view_charge, view_derive, view_free, view_fullest, view_rebase, view_roll, Window, window_clone,
+    window_drop, window_live, WRITE,
 )
-
 from ratethrottle._bound cimport Bound, bound_verdict, DENIED, LEASED, OPEN, STALE
 from ratethrottle._table cimport (
     Hash128, Pair, Place, RT_PREFETCH, Shard, shard_find, shard_full, SHARD_KEYS, shard_place, shard_rebuild, shard_remove, siphash, Slot,
@@ -27,6 +26,7 @@ from ratethrottle._table cimport (
 )
 
 from asyncio import _get_running_loop as running_loop
+from asyncio import CancelledError, InvalidStateError
 from math import inf as _inf
 from math import nextafter
 from os import urandom
@@ -53,6 +53,8 @@ cdef extern from "Python.h":
     int METH_FASTCALL
     int METH_KEYWORDS
     object PyDescr_NewMethod(PyTypeObject*, PyMethodDef*)
+    int PyContext_Enter(object) except -1
+    int PyContext_Exit(object) except -1
     object PyObject_Vectorcall(PyObject*, PyObject**, size_t, PyObject*)
     Py_ssize_t PyTuple_GET_SIZE(object)
     void Py_INCREF(object)
@@ -772,7 +774,7 @@ cdef class PendingDecision:
             if self.remote is not None:
                 self.remote.leave(self)
             self.stage = COMPLETE
-            self.future = None
+            self.waiter = None
 
     def __bool__(self):
         # From 3.12 on the repr of a Task asks whether its coroutine is true; that is no decision taken for one.
@@ -799,9 +801,7 @@ cdef object pending_wait(PendingDecision pending):
             pending.stage = COMPLETE
             raise
         if pending.stage != COMPLETE:
-            # What `await future` says to its task.
-            pending.future._asyncio_future_blocking = True
-            return pending.future
+            return pending.waiter
     if pending.stage != COMPLETE:
         raise RuntimeError("the coroutine of a check was resumed before its decision was there")
     if pending.error is not None:
@@ -812,10 +812,14 @@ cdef object pending_wait(PendingDecision pending):
     return None
 
 
+# NULL with an exception, where pending_wait raises.
+cdef Waits wait = <Waits><void*>pending_wait
+
+
 cdef PySendResult pending_send(PyObject* this, PyObject* value, PyObject** result) noexcept:
     cdef PendingDecision pending = <PendingDecision>this
     if pending.decision == NULL:
-        result[0] = (<Waits><void*>pending_wait)(this)
+        result[0] = wait(this)
         if result[0] == NULL:
             return PYGEN_ERROR
         if result[0] != <PyObject*>None:
@@ -843,6 +847,85 @@ cdef PyObject* pending_next(PyObject* this) noexcept:
 
 
 rt_set_slots(<PyTypeObject*>PendingDecision, pending_send, pending_next)
+
+
+@cython.final
+@cython.freelist(256)
+cdef class Waiter:
+    """What a task waits on until a check is decided: what asyncio asks of a future (PEP 3156), and no more.
+
+    A reply decides up to a few hundred checks. Their tasks are stepped by one callback of the loop, in the order of the checks:
+    a future each would cost a callback each, which is more than all the rest of a decision.
+    """
+
+    def __init__(self):
+        raise TypeError("waiters are made by a storage")
+
+    @property
+    def _asyncio_future_blocking(self):
+        return self.blocking
+
+    @_asyncio_future_blocking.setter
+    def _asyncio_future_blocking(self, bint value):
+        self.blocking = value
+
+    def get_loop(self):
+        """The loop of the task that waits."""
+        return self.loop
+
+    def add_done_callback(self, callback, *, context=None):
+        """Call `callback(self)` when it is done. A task does this once."""
+        if self.callback is not None or self.done:
+            raise RuntimeError("a check is waited for by one task only")
+        self.callback = callback
+        self.context = context
+
+    def remove_done_callback(self, callback):
+        """Don't call it after all."""
+        if self.callback is None or self.callback != callback:
+            return 0
+        self.callback = None
+        return 1
+
+    def cancel(self, msg=None):
+        """Stop waiting; what was not sent yet is not sent any more. False if it was done already."""
+        if self.done:
+            return False
+        self.done = self.cancelled = True
+        self.message = msg
+        self.pending.close()
+        self.loop.call_soon(self.call_back)
+        return True
+
+    def call_back(self):
+        """Tell whoever waits."""
+        self.call()
+
+    cdef int call(self) except -1:
+        callback, self.callback = self.callback, None
+        context, self.context = self.context, None
+        if callback is None:
+            return 0
+        if context is None:
+            callback(self)
+            return 0
+        PyContext_Enter(context)
+        try:
+            callback(self)
+        finally:
+            PyContext_Exit(context)
+        return 0
+
+    def result(self):
+        """None once it is done. Raises CancelledError."""
+        if self.cancelled:
+            raise CancelledError() if self.message is None else CancelledError(self.message)
+        if not self.done:
+            raise InvalidStateError("the check isn't decided yet")
+
+    def exception(self):
+        """None once it is done. Raises CancelledError."""
+        return self.result()
 
 
 @cython.final

@@ -122,7 +122,7 @@ async def test_what_redis_refuses_with_is_unavailable_and_passes(redis_server: R
             b"-TRYAGAIN x\r\n",
             b"-ERR x\r\n",
         ):
-            relay.tamper = lambda reply, answer=answer: answer if reply.startswith(b"*6") else reply  # type: ignore[misc]  # the default binds the loop's value
+            relay.tamper = lambda reply, answer=answer: answer if reply.startswith(b"*5") else reply  # type: ignore[misc]  # the default binds the loop's value
             with pytest.raises(StorageUnavailable) as unavailable:
                 await relayed.check("user")
             assert isinstance(unavailable.value.__cause__, redis.RedisError)

@@ -146,7 +146,9 @@ class Line(Gathering):
         self._drop(StorageProtocolError(f"Redis sent {what}; the connection was dropped"))
 
     def _late(self) -> None:
-        self._drop(StorageUnavailable("Redis didn't answer in time, and the connection was dropped; the check may have been counted"))
+        self._drop(
+            StorageUnavailable("Redis didn't answer in time, and the connection was dropped; the check may have been counted")
+        )
 
     def _drop(self, error: StorageError) -> None:
         self._let_go()
