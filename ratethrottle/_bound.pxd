@@ -29,6 +29,7 @@ cdef struct Bound:                         # a slot of a table of bounds
     int64_t lease_until_us                 # before this, in this process's time
     int64_t lease_server_us                # the server's time of the grant
     int64_t lease_size                     # units of that grant
+    bint leasing                           # a call that asks for the next one is on its way
 
 cdef enum Verdict:
     OPEN                                   # only the store can say

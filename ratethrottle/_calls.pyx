@@ -307,14 +307,17 @@ cdef class Calls(Remote):
         raise NotImplementedError
 
     cdef Gathering gathering(self, Hash128 hashed):
+        cdef tuple found = self.here_gatherings
         loop = running_loop()
         if loop is None:
             raise RuntimeError("a shared storage needs a running asyncio event loop")
         if loop is not self.here or self.here_forks != forks:
-            self.here_gatherings = self._gatherings_here()
+            # Kept in `found`: before this goes on, another thread may have put its own here.
+            found = self._gatherings_here()
+            self.here_gatherings = found
             self.here = loop
             self.here_forks = forks
-        return <Gathering>self.here_gatherings[<Py_ssize_t>(hashed.lo % <uint64_t>len(self.here_gatherings))]
+        return <Gathering>found[<Py_ssize_t>(hashed.lo % <uint64_t>len(found))]
 
     def _forget_here(self):
         """Ask for the gatherings anew."""
@@ -962,6 +965,7 @@ cdef class Gathering:
             if bound_learn(bound, terms, answer, entry.cost, call.sent_us, now_us, server_us) != KEEP:
                 raise MemoryError
             bound.asked_us = 0
+            bound.leasing = bound.leasing and entry.ahead == 0
         if rule.lease_units and answer[answer_length(terms)] > 0:
             self.take_lease(bound, sample, rule, answer, call.sent_us, server_us, now_us)
         elif view_fresh_at(&bound.slot.view) <= now_us and bound.lease_units == 0:
@@ -1010,7 +1014,8 @@ cdef class Gathering:
             return 0
         if entry.count:
             bound.asked_us = call.sent_us
-        if rule.lease_units == 0:
+        # One lease at a time: units of two grants would have two ends.
+        if rule.lease_units == 0 or bound.leasing:
             return 0
         entry.back = bound.lease_units
         entry.back_us = bound.lease_server_us
@@ -1023,6 +1028,7 @@ cdef class Gathering:
         elif entry.count and bound.lease_size and call.sent_us < bound.lease_until_us + rule.lease_us:
             entry.ahead = min(rule.lease_units, spent)
         bound.lease_units = bound.lease_size = 0
+        bound.leasing = entry.ahead > 0
         return 0
 
     cdef int take_lease(self, Bound* bound, PendingDecision sample, CompiledRule rule, const int64_t* answer, int64_t sent_us,
@@ -1104,6 +1110,7 @@ cdef class Gathering:
             bound = self.bound_of(entry.hashed, &shard, &index)
             if bound != NULL:
                 bound.asked_us = 0
+                bound.leasing = bound.leasing and entry.ahead == 0
             while entry.waiters.first != NULL:
                 pending = <PendingDecision>entry.waiters.first
                 take(&entry.waiters, pending)
@@ -1128,8 +1135,15 @@ cdef class Gathering:
         cdef int i
         cdef PendingDecision pending
         cdef CallEntry* entry
+        cdef Shard* shard
+        cdef uint32_t index
+        cdef Bound* bound
         for i in range(call.size - 1, -1, -1):
             entry = &call.entries[i]
+            bound = self.bound_of(entry.hashed, &shard, &index)
+            if bound != NULL:
+                bound.leasing = bound.leasing and entry.ahead == 0
+                bound.lease_units += entry.back
             while entry.waiters.last != NULL:
                 pending = <PendingDecision>entry.waiters.last
                 if pending.stage == COMPLETE:
