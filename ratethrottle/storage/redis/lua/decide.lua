@@ -10,13 +10,13 @@
 --- answer_c: granted cur prev since_us
 --- answer_f: granted cur since_us
 --- limits: keys=128 rules=128 entries=128
--- A run is one entry of `count` equal checks for each of `key_count` consecutive keys; the answer to a lease has one number more, the
--- units taken ahead. docs/arithmetic.md specifies every step. Numbers are integers below 2^53, exact in Lua's doubles.
+-- A run is an entry of `count` equal checks for each of `key_count` consecutive keys. The answer to a lease has one number more:
+-- ahead, the units taken ahead. docs/arithmetic.md specifies every step. Numbers are integers below 2^53, exact in Lua's doubles.
 --
--- What a call costs is mostly strings and tables made, and C functions called: hence the arithmetic on digits as they stand (`x + 0` takes
--- half of tonumber's time), [0-9] instead of %d in patterns, and no table for the one view that most states hold.
+-- A call's time goes into the strings and tables that it makes, and into calls of C functions. Hence sums with digits as they were
+-- read (`x + 0` takes half the time of tonumber), [0-9] for %d where it counts, and no table for the one view of most states.
 local floor, min, max = math.floor, math.min, math.max
-local sub, match, format, call = string.sub, string.match, string.format, redis.call
+local sub, match, format, tonumber, call = string.sub, string.match, string.format, tonumber, redis.call
 local TICKS, UNITS_MAX = 4503599627370496, 4000000000
 
 -- '%d' is exact and takes half the time of '%.0f', but only where C's long has 64 bits.
@@ -27,10 +27,9 @@ if format('%d', TICKS) ~= '4503599627370496' then
   end
 end
 
-local function refuse(what) return redis.error_reply('RATETHROTTLE ' .. what) end
-
--- Nil for what isn't an integer in the range; every comparison with NaN is false.
+-- Nil for what isn't an integer in the range; every comparison with NaN is false. 1 is common, and in every range there is.
 local function number(value, low, high)
+  if value == '1' then return 1 end
   local n = tonumber(value)
   if n and n >= low and n <= high and n % 1 == 0 then return n end
   return nil
@@ -40,20 +39,25 @@ local clock = call('TIME')
 local now = clock[1] * 1000000 + clock[2]
 
 -- A view is a table: `kind`, `name` (the text of its definition) and
---   b: unit, drain, cap, level, t         f, c: window, start, cur, prev
---   s: window, q, slot (where units count from that come now), head (likewise those taken ahead), total, n, last, units, entries, from
--- A sliding window has n entries, in ascending order. The newest is kept as `last` (us) and `units`. The others stay where they
--- were read, in `entries` from `from` on, 16 digits of us and 10 of units each: only those that leave are ever looked at.
+--   b: unit, drain, cap, level, t
+--   f, c: window, start, cur, prev
+--   s: window, q, total, n, last, units, text, from, kept, more, slot (where what comes now counts from), head (what is taken ahead)
+-- A sliding window has n entries, in ascending order. The newest is `last` (us) and `units`. The others stay text, 16 digits of us
+-- and 10 of units each, as only those that leave are ever looked at: first `kept` of them where they were read, in `text` from
+-- `from` on, then `more`, what came since. A copy of a full window takes as long as all of a small view's decision, so the only
+-- one is that into the whole.
 local function at_of(v, i)
   if i == v.n - 1 then return v.last end
-  local from = v.from + i * 26
-  return sub(v.entries, from, from + 15) + 0
+  local text, from = v.text, v.from + i * 26
+  if i >= v.kept then text, from = v.more, (i - v.kept) * 26 + 1 end
+  return sub(text, from, from + 15) + 0
 end
 
 local function units_of(v, i)
   if i == v.n - 1 then return v.units end
-  local from = v.from + i * 26
-  return sub(v.entries, from + 16, from + 25) + 0
+  local text, from = v.text, v.from + i * 26
+  if i >= v.kept then text, from = v.more, (i - v.kept) * 26 + 1 end
+  return sub(text, from + 16, from + 25) + 0
 end
 
 local function slot_end(q, at)
@@ -69,10 +73,7 @@ local function push(v, at, units)
     v.units = both
   else
     units = min(units, UNITS_MAX)
-    if n > 0 then
-      v.entries = sub(v.entries, v.from, v.from + (n - 1) * 26 - 1) .. format('%016d%010d', v.last, v.units)
-      v.from = 1
-    end
+    if n > 0 then v.more = v.more .. format('%016d%010d', v.last, v.units) else v.kept, v.more = 0, '' end
     v.n, v.last, v.units, v.total = n + 1, at, units, v.total + units
   end
   if v.q == 1 and v.total > 64 then
@@ -83,13 +84,15 @@ local function push(v, at, units)
       gone = gone + 1
       held = units_of(v, gone)
     end
-    v.n, v.total, v.from = v.n - gone, 64, v.from + gone * 26
-    if excess > 0 and v.n == 1 then
-      v.units = 64
-    elseif excess > 0 then
-      local from = v.from
-      v.entries = sub(v.entries, from, from + 15) .. format('%010d', held - excess) .. sub(v.entries, from + 26)
-      v.from = 1
+    n = v.n - gone
+    v.total, v.n = 64, n
+    if n == 1 then
+      v.units, v.kept, v.more = 64, 0, ''
+    else
+      local text = sub(v.text, v.from, v.from + v.kept * 26 - 1) .. v.more
+      local from = gone * 26
+      v.text = sub(text, from + 1, from + 16) .. format('%010d', held - excess) .. sub(text, from + 27)
+      v.from, v.kept, v.more = 1, n - 1, ''
     end
   end
 end
@@ -123,7 +126,7 @@ local function roll(v)
         n = n - 1
         held = held + units_of(v, n)
       end
-      v.n, v.last, v.units = n + 1, head, min(held, UNITS_MAX)
+      v.n, v.kept, v.last, v.units = n + 1, n, head, min(held, UNITS_MAX)
       v.total = v.total - held + v.units
     end
     local gone = 0
@@ -131,7 +134,7 @@ local function roll(v)
       v.total = v.total - units_of(v, gone)
       gone = gone + 1
     end
-    v.n, v.from = v.n - gone, v.from + gone * 26
+    v.n, v.kept, v.from = v.n - gone, v.kept - gone, v.from + gone * 26
     return rebased
   end
   local start, before = now - now % v.window, v.start
@@ -157,25 +160,24 @@ local function charge(v, units, ahead)
   end
 end
 
--- Returns the text behind the name of a rolled view, and how long until nothing of it counts any more: 0 if it is fresh.
+-- Returns how long until nothing of a rolled view counts any more, 0 if it is fresh, and the text behind its name, in four pieces.
 local function print_view(v)
   local kind = v.kind
   if kind == 'b' then
     local ticks = v.level + v.drain - 1
-    return format('%d,%d;', v.level, v.t), (ticks - ticks % v.drain) / v.drain
+    return (ticks - ticks % v.drain) / v.drain, format('%d,%d;', v.level, v.t), '', '', ''
   elseif kind == 's' then
-    local n = v.n
-    if n == 0 then return '0,0,;', 0 end
-    return format('%d,%d,', v.total, n) .. sub(v.entries, v.from, v.from + (n - 1) * 26 - 1) .. format('%016d%010d;', v.last, v.units),
-      v.last + v.window - now
+    if v.n == 0 then return 0, '0,0,;', '', '', '' end
+    return v.last + v.window - now, format('%d,%d,', v.total, v.n), sub(v.text, v.from, v.from + v.kept * 26 - 1), v.more,
+      format('%016d%010d;', v.last, v.units)
   end
   local ends = v.start + v.window - now
-  if kind == 'f' then return format('%d,%d;', v.start, v.cur), v.cur > 0 and ends or 0 end
-  return format('%d,%d,%d;', v.start, v.cur, v.prev), v.cur > 0 and ends + v.window or v.prev > 0 and ends or 0
+  if kind == 'f' then return v.cur > 0 and ends or 0, format('%d,%d;', v.start, v.cur), '', '', '' end
+  return v.cur > 0 and ends + v.window or v.prev > 0 and ends or 0, format('%d,%d,%d;', v.start, v.cur, v.prev), '', '', ''
 end
 
--- Reads a state that is more than the rule's own view alone. Returns its header, the own view, the other one if there is one, whether
--- that was rebased or the own one was derived and isn't fresh, and whether it was derived; nothing if the state is none of ours.
+-- Reads a state that is more than the rule's own view alone. Returns its header, the own view, the other one (rolled) or nil,
+-- whether there is something to write already, and whether the own one was derived; nothing if the state is none of ours.
 local function read(state, rule)
   local head, at = match(state, '^(1[^;]*;)()')
   if not head then return nil end
@@ -195,8 +197,8 @@ local function read(state, rule)
       window, q, n = window + 0, q + 0, n + 0
       after = from + n * 26 + 1
       if window < 1 or q < 1 or sub(state, after - 1, after - 1) ~= ';' then return nil end
-      view = {kind = 's', window = window, q = q, slot = slot_end(q, now), head = slot_end(q, now + min(rule.lead or 0, floor(window / 8))),
-        total = total + 0, n = n, last = 0, units = 0, entries = state, from = from}
+      view = {kind = 's', window = window, q = q, total = total + 0, n = n, last = 0, units = 0, text = state, from = from, kept = n - 1,
+        more = '', slot = slot_end(q, now), head = slot_end(q, now + min(rule.lead or 0, floor(window / 8)))}
       if n > 0 then
         view.last, view.units = tonumber(sub(state, after - 27, after - 12)), tonumber(sub(state, after - 11, after - 2))
         if not (view.last and view.units) then return nil end
@@ -232,8 +234,12 @@ local function read(state, rule)
   for i = 1, count do
     local v = views[i]
     if roll(v) then changed = true end
-    local held
-    if v.kind == 'b' then held = floor((v.level + v.unit - 1) / v.unit) elseif v.kind == 's' then held = v.total else held = v.cur + v.prev end
+    local held = v.total
+    if v.kind == 'b' then
+      held = floor((v.level + v.unit - 1) / v.unit)
+    elseif v.kind ~= 's' then
+      held = v.cur + v.prev
+    end
     if held > used then source, used = v, held end
   end
   if kind == 'b' then
@@ -241,7 +247,7 @@ local function read(state, rule)
   elseif kind ~= 's' then
     rule.start, rule.cur, rule.prev = now - now % rule.window, min(used, UNITS_MAX), 0
   else
-    rule.total, rule.n, rule.entries, rule.from = 0, 0, '', 1
+    rule.total, rule.n = 0, 0
     if source and source.kind == 's' then
       for i = 0, source.n - 1 do
         local from, q = at_of(source, i), rule.q
@@ -274,51 +280,50 @@ local function give_back(v, lead, back, back_us)
     local units = units_of(v, i)
     given = min(units, back)
     units, v.total = units - given, v.total - given
-    if units > 0 and i == n - 1 then
-      v.units = units
+    local from = v.from + i * 26
+    if i < n - 1 then
+      local left = units > 0 and sub(v.text, from, from + 15) .. format('%010d', units) or ''
+      v.text = sub(v.text, 1, from - 1) .. left .. sub(v.text, from + 26)
     elseif units > 0 then
-      local from = v.from + i * 26
-      v.entries = sub(v.entries, 1, from + 15) .. format('%010d', units) .. sub(v.entries, from + 26)
-    elseif i < n - 1 then
-      local from = v.from + i * 26
-      v.entries, v.n = sub(v.entries, 1, from - 1) .. sub(v.entries, from + 26), n - 1
+      v.units = units
     elseif n > 1 then
       -- The second newest takes its place.
-      local last, left = at_of(v, n - 2), units_of(v, n - 2)
-      v.n, v.last, v.units = n - 1, last, left
-    else
-      v.n = 0
+      v.last, v.units = at_of(v, i - 1), units_of(v, i - 1)
     end
+    if units == 0 then v.n, v.kept = n - 1, v.kept - 1 end
   end
   return given > 0
 end
 
 -- Nothing is written before everything is decided, so a refused call leaves every key as it is.
-local KEYS, ARGV = KEYS, ARGV
+local KEYS, ARGV, refuse = KEYS, ARGV, redis.error_reply
 local request, mode, key_count = ARGV[1], ARGV[2], #KEYS
 local rule_count, run_count, lease_count = number(ARGV[3], 1, 128), number(ARGV[4], 0, 128), number(ARGV[5], 0, 128)
-if not request or request == '' then return refuse('no request id') end
-if mode ~= 'check' and mode ~= 'peek' then return refuse('mode is check or peek') end
-if not (rule_count and run_count and lease_count) then return refuse('the counts of rules, runs and leases are at most 128') end
-if not (key_count >= 1 and key_count <= 128) then return refuse('the count of keys is from 1 to 128') end
-if #ARGV ~= 5 + 8 * rule_count + 5 * run_count + 7 * lease_count then return refuse('the number of arguments is wrong') end
+if not request or request == '' then return refuse('RATETHROTTLE no request id') end
+if mode ~= 'check' and mode ~= 'peek' then return refuse('RATETHROTTLE mode is check or peek') end
+if not (rule_count and run_count and lease_count and run_count + lease_count >= 1) then
+  return refuse('RATETHROTTLE the counts of rules, runs and leases are at most 128')
+end
+if not (key_count >= 1 and key_count <= 128) then return refuse('RATETHROTTLE the count of keys is from 1 to 128') end
+local right = 5 + 8 * rule_count + 5 * run_count + 7 * lease_count
+if #ARGV ~= right then return refuse('RATETHROTTLE the number of arguments is wrong') end
 if key_count > 1 then
   local seen = {}
   for k = 1, key_count do
     local key = KEYS[k]
-    if seen[key] then return refuse('a key is given twice') end
+    if seen[key] then return refuse('RATETHROTTLE a key is given twice') end
     seen[key] = true
   end
 end
 
 -- A rule is at the same time the view of its definition, for the state at hand: one table serves all keys.
-local rules, at = {}, 5
+local rules, at = {nil}, 5
 for r = 1, rule_count do
   local kind, rule = ARGV[at + 1], nil
   local cap, window = number(ARGV[at + 2], 1, 1000000000), number(ARGV[at + 3], 1000, 31622400000000)
   -- What a kind doesn't have is '0', to the letter.
   local unit, drain, q, coarse, lead = ARGV[at + 4], ARGV[at + 5], ARGV[at + 6], ARGV[at + 7], ARGV[at + 8]
-  if not (cap and window) then return refuse('a number of a rule is out of range') end
+  if not (cap and window) then return refuse('RATETHROTTLE a number of a rule is out of range') end
   if kind == 'b' then
     unit, drain = number(unit, 1, TICKS), number(drain, 1, 1000000000)
     if unit and drain and cap * unit < TICKS and q == '0' and coarse == '0' and lead == '0' then
@@ -329,34 +334,37 @@ for r = 1, rule_count do
   elseif kind == 's' then
     q, lead = number(q, 1, window), number(lead, 0, window / 8)
     if q and lead and ((q == 1 and cap <= 64) or q == floor((window + 63) / 64)) and coarse == '0' then
-      rule = {kind = 's', cap = cap, window = window, q = q, lead = lead, name = format('s%d,%d,', window, q), slot = slot_end(q, now),
-        head = slot_end(q, now + lead), total = 0, n = 0, last = 0, units = 0, entries = '', from = 1}
+      rule = {kind = 's', cap = cap, window = window, q = q, lead = lead, name = format('s%d,%d,', window, q), total = 0, n = 0, last = 0,
+        units = 0, text = '', from = 1, kept = 0, more = '', slot = slot_end(q, now), head = slot_end(q, now + lead)}
     end
   elseif kind == 'c' then
     coarse = number(coarse, 1, window)
     local span = coarse and floor((window + coarse - 1) / coarse)
     if span and cap * span < TICKS and q == '0' and lead == '0' then
-      rule = {kind = 'c', cap = cap, window = window, coarse = coarse, span = span, name = format('c%d,', window), start = 0, cur = 0, prev = 0}
+      rule = {kind = 'c', cap = cap, window = window, coarse = coarse, span = span, name = format('c%d,', window), start = 0, cur = 0,
+        prev = 0}
     end
   elseif kind == 'f' and q == '0' and coarse == '0' and lead == '0' then
     rule = {kind = 'f', cap = cap, window = window, name = format('f%d,', window), start = 0, cur = 0, prev = 0}
   end
-  if not rule then return refuse('a rule does not fit its kind') end
+  if not rule then return refuse('RATETHROTTLE a rule does not fit its kind') end
   rule.alone = '1;' .. rule.name
   rules[r], at = rule, at + 8
 end
 
 -- By key: the state as text, false if there is none, and for what was written how long it counts.
-local states, resets = call('MGET', unpack(KEYS)), {}
-local reply, filled, entries, consumes = {request, now}, 2, 0, mode == 'check'
+local states, resets = call('MGET', unpack(KEYS)), {nil}
+-- The nils make room, so that the table doesn't grow twice for one answer.
+local reply, filled, entries, consumes = {request, now, nil, nil, nil, nil, nil}, 2, 0, mode == 'check'
 for i = 1, run_count + lease_count do
   local is_lease = i > run_count
   local key, last_key, rule, cost, count = number(ARGV[at + 1], 1, key_count), nil, nil, nil, nil
   local wanted, back, back_us = 0, 0, 0
   if is_lease then
     rule, cost, count = number(ARGV[at + 2], 1, rule_count), number(ARGV[at + 3], 1, 1000000000), number(ARGV[at + 4], 0, 1000000)
-    wanted, back, back_us = number(ARGV[at + 5], 0, 1000000000), number(ARGV[at + 6], 0, 1000000000), number(ARGV[at + 7], 0, 9007199254740991)
-    if not (wanted and back and back_us) then return refuse('a number of a lease is out of range') end
+    wanted, back = number(ARGV[at + 5], 0, 1000000000), number(ARGV[at + 6], 0, 1000000000)
+    back_us = number(ARGV[at + 7], 0, 9007199254740991)
+    if not (wanted and back and back_us) then return refuse('RATETHROTTLE a number of a lease is out of range') end
     last_key, at = key, at + 7
     if not consumes then wanted, back = 0, 0 end
   else
@@ -364,9 +372,9 @@ for i = 1, run_count + lease_count do
     last_key = key and number(ARGV[at + 2], 1, key_count - key + 1)
     last_key, at = last_key and key + last_key - 1, at + 5
   end
-  if not (last_key and rule and cost and count) then return refuse('a number of a run or lease is out of range') end
+  if not (last_key and rule and cost and count) then return refuse('RATETHROTTLE a number of a run or lease is out of range') end
   entries = entries + last_key - key + 1
-  if entries > 128 then return refuse('there are more than 128 entries') end
+  if entries > 128 then return refuse('RATETHROTTLE there are more than 128 entries') end
   rule = rules[rule]
   local kind, cap, alone = rule.kind, rule.cap, rule.alone
   local skip = #alone
@@ -376,9 +384,8 @@ for i = 1, run_count + lease_count do
     local state, head, own, other, changed, derived = states[k], '1;', nil, nil, false, false
     if not state then
       own = rule
-      if kind == 'b' then rule.level, rule.t
-        = 0, now
-      elseif kind == 's' then rule.n, rule.total, rule.entries, rule.from = 0, 0, '', 1
+      if kind == 'b' then rule.level, rule.t = 0, now
+      elseif kind == 's' then rule.n, rule.total = 0, 0
       else rule.start, rule.cur, rule.prev = now - now % rule.window, 0, 0 end
     elseif sub(state, 1, skip) == alone then
       if kind == 'b' then
@@ -388,7 +395,7 @@ for i = 1, run_count + lease_count do
         local total, n, from = match(state, '^([0-9]+),([0-9]+),()', skip + 1)
         local size = #state
         if from and from + n * 26 == size and sub(state, size) == ';' then
-          own, rule.total, rule.n, rule.entries, rule.from = rule, total + 0, n + 0, state, from
+          own, rule.total, rule.n, rule.text, rule.from, rule.kept, rule.more = rule, total + 0, n + 0, state, from, n - 1, ''
           if rule.n > 0 then rule.last, rule.units = sub(state, size - 26, size - 11) + 0, sub(state, size - 10, size - 1) + 0 end
         end
       elseif kind == 'f' then
@@ -401,7 +408,7 @@ for i = 1, run_count + lease_count do
     end
     if not own then
       head, own, other, changed, derived = read(state, rule)
-      if not head then return refuse('a key holds a state that is not of this version') end
+      if not head then return refuse('RATETHROTTLE a key holds a state that is not of this version') end
     end
     if roll(own) then changed = true end
     -- A view that was derived just now doesn't hold the lease's units as such.
@@ -443,12 +450,14 @@ for i = 1, run_count + lease_count do
         end
       end
       if changed then
-        local text, reset = print_view(own)
+        local reset, fields, text, more, last = print_view(own)
         if other then
-          local other_text, other_reset = print_view(other)
-          text, reset = head .. own.name .. text .. other.name .. other_text, max(reset, other_reset)
+          local other_reset, other_fields, other_text, other_more, other_last = print_view(other)
+          reset = max(reset, other_reset)
+          text = head .. own.name .. fields .. text .. more .. last
+            .. other.name .. other_fields .. other_text .. other_more .. other_last
         else
-          text = head .. own.name .. text
+          text = head .. own.name .. fields .. text .. more .. last
         end
         states[k], resets[k] = reset > 0 and text, reset
       end
@@ -459,7 +468,7 @@ for i = 1, run_count + lease_count do
       reply[filled + 2] = own.level
       filled = filled + 2
     elseif kind == 's' then
-      local n, retry, reset = own.n, 0, 0
+      local first, retry, reset = 0, 0, 0
       if granted < count then
         retry = -1
         if cost <= cap then
@@ -472,8 +481,8 @@ for i = 1, run_count + lease_count do
           retry = j > 0 and at_of(own, j - 1) + own.window - now or 0
         end
       end
-      if n > 0 then reset = own.last + own.window - now end
-      reply[filled + 2], reply[filled + 3], reply[filled + 4], reply[filled + 5] = own.total, n > 0 and at_of(own, 0) + own.window - now or 0, retry, reset
+      if own.n > 0 then first, reset = at_of(own, 0) + own.window - now, own.last + own.window - now end
+      reply[filled + 2], reply[filled + 3], reply[filled + 4], reply[filled + 5] = own.total, first, retry, reset
       filled = filled + 5
     elseif kind == 'f' then
       reply[filled + 2], reply[filled + 3] = own.cur, now - own.start
