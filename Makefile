@@ -40,7 +40,7 @@ check: $(BUILT) $(PEERS) ## Everything static: format, lint, types, stubs, spell
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy ratethrottle benchmarks tests/typing tools/check_wheel.py
-	$(PY) -m mypy.stubtest ratethrottle._core
+	$(PY) -m mypy.stubtest ratethrottle._core ratethrottle._calls
 	@# It calls pycodestyle by name.
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cython-lint ratethrottle
 	$(BIN)/codespell

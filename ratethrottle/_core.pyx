@@ -9,18 +9,24 @@ cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.unicode cimport PyUnicode_AsUTF8String
 from cpython.object cimport PyObject, PyTypeObject
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 
 from ratethrottle._arithmetic cimport (
-    answer_length, ceil_div, decide_views, judge, KEEP, NO_MEMORY, Outcome, report, same_definition, settle, take_answer, Terms, Units, View,
-    view_ahead, view_audit, view_charge, view_derive, view_free, view_fresh_at, view_fullest, view_rebase, view_roll,
-    view_used, Window, window_clone, window_drop, window_live, WRITE,
+    answer_length, ceil_div, decide_views, judge, NO_MEMORY, Outcome, report, same_definition, settle, take_answer, Terms, Units,
+    View, view_ahead, view_audit, view_charge, view_derive, view_free, view_fullest, view_rebase, view_roll, Window, window_clone,
+    window_drop, window_live, WRITE,
+)
+from ratethrottle._bound cimport Bound, bound_verdict, DENIED, LEASED, OPEN, STALE
+from ratethrottle._table cimport (
+    Hash128, Pair, Place, RT_PREFETCH, Shard, shard_find, shard_full, SHARD_KEYS, shard_place, shard_rebuild, shard_remove, siphash, Slot,
+    slot_at, slot_free, slot_fresh_at, slot_used_share, slot_views,
 )
 
 from asyncio import _get_running_loop as running_loop
+from asyncio import CancelledError, InvalidStateError
 from math import inf as _inf
 from math import nextafter
 from os import urandom
@@ -39,7 +45,6 @@ cdef extern from "Python.h":
         PYGEN_RETURN
         PYGEN_ERROR
         PYGEN_NEXT
-    PySendResult PyIter_Send(PyObject* iterator, PyObject* value, PyObject** result) noexcept
     ctypedef struct PyMethodDef:
         const char* ml_name
         void* ml_meth
@@ -48,6 +53,8 @@ cdef extern from "Python.h":
     int METH_FASTCALL
     int METH_KEYWORDS
     object PyDescr_NewMethod(PyTypeObject*, PyMethodDef*)
+    int PyContext_Enter(object) except -1
+    int PyContext_Exit(object) except -1
     object PyObject_Vectorcall(PyObject*, PyObject**, size_t, PyObject*)
     Py_ssize_t PyTuple_GET_SIZE(object)
     void Py_INCREF(object)
@@ -96,10 +103,6 @@ cdef extern from *:
         return PyUnicode_AsUTF8AndSize(text, size);
     }
 
-    static void rt_set_used(void) {
-        PyErr_SetString(PyExc_RuntimeError, "this check was awaited already; each `check(...)` gives one decision");
-    }
-
     /* The kept exception holds on to the last value until it carries the next one. */
     static inline void rt_drop_stop_value(void) {
     #if PY_VERSION_HEX >= 0x030C0000
@@ -114,16 +117,13 @@ cdef extern from *:
         type->tp_iternext = next;
     }
 
-    #define RT_PREFETCH(address) __builtin_prefetch(address)
     """
     void rt_set_stop(PyObject* value) noexcept
     void rt_drop_stop_value() noexcept
-    void rt_set_used() noexcept
     const char* rt_utf8(object text, Py_ssize_t* size) noexcept
     Py_ssize_t Py_REFCNT(PyObject*)
     void rt_set_slots(PyTypeObject* type, PySendResult (*send)(PyObject*, PyObject*, PyObject**) noexcept,
                       PyObject* (*next)(PyObject*) noexcept)
-    void RT_PREFETCH(const void* address) noexcept nogil
 
 
 # ---------------------------------------------------------------------------------------------------------------- rules
@@ -131,17 +131,6 @@ cdef extern from *:
 @cython.final
 cdef class CompiledRule:
     """A rule as the arithmetic uses it: exact integers only. Made by `RateThrottleRule`, compared by value."""
-
-    cdef readonly str name
-    cdef readonly str strategy
-    cdef readonly int64_t limit
-    cdef readonly int64_t lease_us           # for how long units taken ahead may be spent
-    cdef readonly int64_t lease_units        # the most that are taken ahead at once; 0: none ever
-    cdef Terms terms
-    # Where the table that saw this rule last keeps its terms: spares the hot path a look-up.
-    cdef uint64_t home
-    cdef Terms* home_terms
-    cdef uint64_t home_seed
 
     def __init__(self, str name not None, str strategy not None, str kind not None, int64_t limit, int64_t capacity,
                  int64_t window_us, int64_t unit_ticks, int64_t drain_ticks, int64_t slot_us, int64_t coarse_us,
@@ -211,227 +200,8 @@ cdef class CompiledRule:
 # ------------------------------------------------------------------------------------------------------------ key table
 
 cdef enum:
-    SHARD_KEYS = 2048                      # keys of a full shard: rebuilding one takes well under a millisecond
-    SHARD_ROOM_MIN = 8
     EVICTION_SAMPLE = 8
     SWEEP_SLOTS = 16
-
-cdef struct Pair:                          # two definitions of one rule in use, so that each has its own account
-    View own
-    View other
-
-cdef struct Slot:
-    uint64_t hash_lo
-    uint64_t hash_hi
-    View view                              # terms == NULL: amount.pair holds two views
-
-cdef struct Shard:
-    uint32_t room
-    uint32_t used
-    uint32_t hand                          # the slot that the next sweep of a full table begins with
-    Slot* slots
-    uint8_t* tags                          # a byte of the hash for each slot, 0 when empty: a probe reads these first
-
-cdef struct Hash128:
-    uint64_t lo
-    uint64_t hi
-
-
-cdef struct Place:                         # where a key of a rule belongs in one table
-    Shard* shard
-    Hash128 hashed
-    const Terms* terms
-
-
-cdef inline uint64_t rotl(uint64_t x, int by) noexcept nogil:
-    return (x << by) | (x >> (64 - by))
-
-
-cdef inline void sip_round(uint64_t* v) noexcept nogil:
-    v[0] += v[1]
-    v[2] += v[3]
-    v[1] = rotl(v[1], 13) ^ v[0]
-    v[3] = rotl(v[3], 16) ^ v[2]
-    v[0] = rotl(v[0], 32)
-    v[2] += v[1]
-    v[0] += v[3]
-    v[1] = rotl(v[1], 17) ^ v[2]
-    v[3] = rotl(v[3], 21) ^ v[0]
-    v[2] = rotl(v[2], 32)
-
-
-cdef inline uint64_t sip_finish(uint64_t* v) noexcept nogil:
-    cdef int _round
-    for _round in range(3):
-        sip_round(v)
-    return v[0] ^ v[1] ^ v[2] ^ v[3]
-
-
-cdef inline Hash128 siphash(uint64_t k0, uint64_t k1, const char* data, Py_ssize_t length) noexcept nogil:
-    """SipHash-1-3 with a 128-bit result (Aumasson and Bernstein, «SipHash: a fast short-input PRF», 2012).
-
-    Keyed per process, so that nobody outside can choose keys that collide or share a shard.
-    """
-    cdef uint64_t[4] v
-    cdef uint64_t word
-    cdef uint32_t low, high
-    cdef Hash128 result
-    cdef Py_ssize_t left = length
-    v[0] = k0 ^ 0x736f6d6570736575ULL
-    v[1] = k1 ^ 0x646f72616e646f6dULL ^ 0xee
-    v[2] = k0 ^ 0x6c7967656e657261ULL
-    v[3] = k1 ^ 0x7465646279746573ULL
-    while left >= 8:
-        memcpy(&word, data, 8)
-        v[3] ^= word
-        sip_round(v)
-        v[0] ^= word
-        data += 8
-        left -= 8
-    # The last 0 to 7 bytes by at most three loads: a memcpy of a length known only now would be a call.
-    word = <uint64_t>length << 56
-    if left >= 4:
-        memcpy(&low, data, 4)
-        memcpy(&high, data + left - 4, 4)
-        word |= low | <uint64_t>high << (left - 4) * 8
-    elif left > 0:
-        word |= (<uint8_t>data[0] | <uint64_t><uint8_t>data[left >> 1] << (left >> 1) * 8
-                 | <uint64_t><uint8_t>data[left - 1] << (left - 1) * 8)
-    v[3] ^= word
-    sip_round(v)
-    v[0] ^= word
-    v[2] ^= 0xee
-    result.lo = sip_finish(v)
-    v[1] ^= 0xdd
-    result.hi = sip_finish(v)
-    return result
-
-
-cdef inline uint8_t tag_of(uint64_t hash_lo) noexcept nogil:
-    cdef uint8_t tag = <uint8_t>hash_lo
-    return tag if tag else 1
-
-
-cdef inline uint32_t home_of(uint64_t hash_lo, uint32_t room) noexcept nogil:
-    return <uint32_t>(((hash_lo >> 32) * room) >> 32)
-
-
-cdef inline int slot_views(const Slot* slot, View* views) noexcept nogil:
-    if slot.view.terms != NULL:
-        views[0] = slot.view
-        return 1
-    views[0] = (<Pair*>slot.view.amount.pair).own
-    views[1] = (<Pair*>slot.view.amount.pair).other
-    return 2
-
-
-cdef int64_t slot_fresh_at(const Slot* slot) noexcept nogil:
-    cdef View[2] views
-    if slot_views(slot, views) == 1:
-        return view_fresh_at(views)
-    return max(view_fresh_at(views), view_fresh_at(&views[1]))
-
-
-cdef int64_t slot_used_share(const Slot* slot, int64_t now_us) noexcept nogil:
-    """How much of its capacity a key has used, in 2^20ths; of two definitions the larger share."""
-    cdef View[2] views
-    cdef int64_t share = 0
-    cdef int i, count = slot_views(slot, views)
-    for i in range(count):
-        share = max(share, (min(view_used(&views[i], now_us), views[i].terms.capacity) << 20) // views[i].terms.capacity)
-    return share
-
-
-cdef void slot_free(Slot* slot) noexcept nogil:
-    """Give back what hangs from a slot; the slot itself stays as it is."""
-    cdef View[2] views
-    cdef int i, count = slot_views(slot, views)
-    for i in range(count):
-        view_free(&views[i])
-    if slot.view.terms == NULL:
-        free(slot.view.amount.pair)
-
-
-cdef int64_t shard_find(const Shard* shard, Hash128 hashed) noexcept nogil:
-    """The index of the key's slot; −1 − (index of the empty one it would take) when it is absent."""
-    cdef uint32_t i
-    cdef uint8_t tag
-    if shard.room == 0:
-        return -1
-    i = home_of(hashed.lo, shard.room)
-    tag = tag_of(hashed.lo)
-    RT_PREFETCH(&shard.slots[i])                # while the tags are on their way too
-    RT_PREFETCH(<char*>&shard.slots[i] + 63)
-    while shard.tags[i]:
-        if shard.tags[i] == tag and shard.slots[i].hash_lo == hashed.lo and shard.slots[i].hash_hi == hashed.hi:
-            return i
-        i += 1
-        if i == shard.room:
-            i = 0
-    return -1 - <int64_t>i
-
-
-cdef void shard_place(Shard* shard, const Slot* slot) noexcept nogil:
-    """Put a key that is absent into a shard with room."""
-    cdef uint32_t i = home_of(slot.hash_lo, shard.room)
-    while shard.tags[i]:
-        i += 1
-        if i == shard.room:
-            i = 0
-    shard.tags[i] = tag_of(slot.hash_lo)
-    shard.slots[i] = slot[0]
-    shard.used += 1
-
-
-cdef void shard_remove(Shard* shard, uint32_t hole) noexcept nogil:
-    """Take a slot out and close the gap, so that no probe needs tombstones."""
-    cdef uint32_t i = hole, home
-    slot_free(&shard.slots[hole])
-    while True:
-        i += 1
-        if i == shard.room:
-            i = 0
-        if not shard.tags[i]:
-            break
-        home = home_of(shard.slots[i].hash_lo, shard.room)
-        # A slot may move back into the hole unless its home lies behind the hole, up to where it stands (cyclically).
-        if (hole < home <= i) if hole < i else (home > hole or home <= i):
-            continue
-        shard.slots[hole] = shard.slots[i]
-        shard.tags[hole] = shard.tags[i]
-        hole = i
-    shard.tags[hole] = 0
-    shard.used -= 1
-
-
-cdef int shard_rebuild(Shard* shard, int64_t now_us) noexcept nogil:
-    """Leave out the keys that are fresh again and make room for a third more than the rest. Returns NO_MEMORY or KEEP."""
-    cdef Shard rebuilt
-    cdef uint32_t i, kept = 0
-    for i in range(shard.room):
-        if shard.tags[i] and slot_fresh_at(&shard.slots[i]) > now_us:
-            kept += 1
-    rebuilt.used = rebuilt.hand = 0
-    rebuilt.room = max(<uint32_t>SHARD_ROOM_MIN, kept + kept // 3)
-    rebuilt.slots = <Slot*>malloc(rebuilt.room * (sizeof(Slot) + 1))
-    if rebuilt.slots == NULL:
-        return NO_MEMORY
-    rebuilt.tags = <uint8_t*>&rebuilt.slots[rebuilt.room]
-    memset(rebuilt.tags, 0, rebuilt.room)
-    for i in range(shard.room):
-        if not shard.tags[i]:
-            continue
-        if slot_fresh_at(&shard.slots[i]) > now_us:
-            shard_place(&rebuilt, &shard.slots[i])
-        else:
-            slot_free(&shard.slots[i])
-    free(shard.slots)
-    shard[0] = rebuilt
-    return KEEP
-
-
-cdef inline bint shard_full(const Shard* shard) noexcept nogil:
-    return shard.used >= shard.room - shard.room // 8
 
 
 @cython.final
@@ -443,20 +213,9 @@ cdef class KeyTable:
     keys closer to it.
     """
 
-    cdef Shard* shards
-    cdef uint32_t shard_count
-    cdef readonly int64_t max_keys
-    cdef readonly bint evict
-    cdef readonly int64_t evictions          # that forgot something
-    cdef int64_t used
-    cdef uint64_t[3] secret                  # two words key the hash, the third names this table to the rules it has met
-    cdef uint64_t random
-    cdef int64_t clock_offset_us
-    cdef object clock
-    cdef dict known                          # shape of a rule -> address of its terms; freed with the table
-
-    def __cinit__(self, max_keys=1_000_000, bint evict=True, clock_us=None):
+    def __cinit__(self, max_keys=1_000_000, bint evict=True, clock_us=None, *, bint bounds=False):
         cdef timespec wall, monotonic
+        cdef uint32_t i
         cdef bytes noise = urandom(32)
         self.max_keys = max_keys
         self.evict = evict
@@ -469,6 +228,8 @@ cdef class KeyTable:
         self.shards = <Shard*>calloc(self.shard_count, sizeof(Shard))
         if self.shards == NULL:
             raise MemoryError
+        for i in range(self.shard_count):
+            self.shards[i].slot_bytes = sizeof(Bound) if bounds else sizeof(Slot)
         # Monotonic, but counted from the epoch, so that fixed windows start where a wall clock would have them.
         clock_gettime(CLOCK_REALTIME, &wall)
         clock_gettime(CLOCK_MONOTONIC, &monotonic)
@@ -480,7 +241,7 @@ cdef class KeyTable:
             for i in range(self.shard_count):
                 for j in range(self.shards[i].room):
                     if self.shards[i].tags[j]:
-                        slot_free(&self.shards[i].slots[j])
+                        slot_free(slot_at(&self.shards[i], j))
                 free(self.shards[i].slots)
             free(self.shards)
         if self.known is not None:
@@ -501,13 +262,13 @@ cdef class KeyTable:
         cdef uint32_t i, j
         cdef int k
         for i in range(self.shard_count):
-            size += self.shards[i].room * (sizeof(Slot) + 1)
+            size += self.shards[i].room * (self.shards[i].slot_bytes + 1)
             for j in range(self.shards[i].room):
                 if not self.shards[i].tags[j]:
                     continue
-                if self.shards[i].slots[j].view.terms == NULL:
+                if slot_at(&self.shards[i], j).view.terms == NULL:
                     size += sizeof(Pair)
-                for k in range(slot_views(&self.shards[i].slots[j], views)):
+                for k in range(slot_views(slot_at(&self.shards[i], j), views)):
                     if views[k].terms.kind == c"s":
                         size += sizeof(Window) + (views[k].amount.window.room - 1) * sizeof(Units)
         return size
@@ -522,6 +283,33 @@ cdef class KeyTable:
             return self.clock()
         clock_gettime(CLOCK_MONOTONIC, &monotonic)
         return monotonic.tv_sec * 1_000_000 + monotonic.tv_nsec // 1000 + self.clock_offset_us
+
+    cdef Terms* terms_of(self, CompiledRule rule) except NULL:
+        while rule.home != self.secret[2]:
+            self.meet(rule)
+        return rule.home_terms
+
+    cdef Hash128 hash_entry(self, Entry entry) except *:
+        cdef Place place
+        self.locate_entry(entry, &place)
+        return place.hashed
+
+    cdef void remove(self, Shard* shard, uint32_t index) noexcept:
+        shard_remove(shard, index)
+        self.used -= 1
+
+    cdef Slot* insert(self, Shard* shard, const Slot* slot, int64_t now_us) except NULL:
+        """Put a key that is absent where it belongs, in the place of another one if the table is full."""
+        if self.used >= self.max_keys:
+            self.make_place(shard, now_us)
+        if shard_full(shard):
+            self.used -= shard.used
+            if shard_rebuild(shard, now_us) == NO_MEMORY:
+                self.used += shard.used
+                raise MemoryError
+            self.used += shard.used
+        self.used += 1
+        return slot_at(shard, shard_place(shard, slot))
 
     cdef int meet(self, CompiledRule rule) except -1:
         """Find or keep the rule's terms, which outlive it in the states that were written under it."""
@@ -559,7 +347,7 @@ cdef class KeyTable:
         cdef uint32_t expired
         if found < 0:
             return self.decide_new(place.terms, shard, place.hashed, now_us, cost, out)
-        slot = &shard.slots[found]
+        slot = slot_at(shard, <uint32_t>found)
         view = &slot.view
         if view.terms != place.terms or view_ahead(view, now_us):
             return self.decide_general(place.terms, shard, <uint32_t>found, now_us, cost, out)
@@ -592,7 +380,7 @@ cdef class KeyTable:
                             Outcome* out) except -1:
         """Decide where a clock has stepped back or a definition has changed."""
         cdef View[2] views
-        cdef Slot* slot = &shard.slots[index]
+        cdef Slot* slot = slot_at(shard, index)
         cdef int count = slot_views(slot, views)
         cdef Pair* pair = <Pair*>slot.view.amount.pair if slot.view.terms == NULL else <Pair*>malloc(sizeof(Pair))
         cdef int status, i
@@ -617,8 +405,7 @@ cdef class KeyTable:
             else:
                 slot.view.terms = rule        # what hung from the slot has been given back
                 slot.view.amount.window = NULL
-                shard_remove(shard, index)
-                self.used -= 1
+                self.remove(shard, index)
         elif slot.view.terms != NULL:
             free(pair)
         return 0
@@ -637,20 +424,17 @@ cdef class KeyTable:
                 out.remaining = 0
                 out.retry_us = out.reset_us = free_at_us - now_us
                 return 0
-        if cost <= rule.capacity and shard_full(shard):
-            self.used -= shard.used
-            if shard_rebuild(shard, now_us) == NO_MEMORY:
-                self.used += shard.used
-                raise MemoryError
-            self.used += shard.used
         if decide_views(views, &count, rule, now_us, cost, out) == NO_MEMORY:
             raise MemoryError
         if count:
             slot.hash_lo = hashed.lo
             slot.hash_hi = hashed.hi
             slot.view = views[0]
-            shard_place(shard, &slot)
-            self.used += 1
+            try:
+                self.insert(shard, &slot, now_us)
+            except MemoryError:
+                view_free(views)
+                raise
         return 0
 
     cdef int64_t make_place(self, Shard* shard, int64_t now_us) noexcept:
@@ -674,8 +458,8 @@ cdef class KeyTable:
             i = <uint32_t>(((self.random >> 32) * shard.room) >> 32)
             while not shard.tags[i]:
                 i = i + 1 if i + 1 < shard.room else 0
-            fresh_at_us = slot_fresh_at(&shard.slots[i])
-            used = slot_used_share(&shard.slots[i], now_us) if fresh_at_us > now_us else -1
+            fresh_at_us = slot_fresh_at(slot_at(shard, i))
+            used = slot_used_share(slot_at(shard, i), now_us) if fresh_at_us > now_us else -1
             if sampled == 0 or used < least or (used == least and fresh_at_us < least_at_us):
                 least = used
                 least_at_us = fresh_at_us
@@ -686,8 +470,7 @@ cdef class KeyTable:
             if not self.evict:
                 return earliest_us
             self.evictions += 1
-        shard_remove(shard, victim)
-        self.used -= 1
+        self.remove(shard, victim)
         return now_us
 
     cdef bint sweep(self, Shard* shard, int64_t now_us) noexcept:
@@ -697,9 +480,8 @@ cdef class KeyTable:
         for _scanned in range(SWEEP_SLOTS):
             if shard.hand >= shard.room:
                 shard.hand = 0
-            if shard.tags[shard.hand] and slot_fresh_at(&shard.slots[shard.hand]) <= now_us:
-                shard_remove(shard, shard.hand)   # what moves into this slot is looked at next
-                self.used -= 1
+            if shard.tags[shard.hand] and slot_fresh_at(slot_at(shard, shard.hand)) <= now_us:
+                self.remove(shard, shard.hand)    # what moves into this slot is looked at next
             else:
                 shard.hand += 1
         return self.used < before
@@ -713,7 +495,7 @@ cdef class KeyTable:
         cdef int64_t found
         self.locate_entry(entry, place)
         found = shard_find(place.shard, place.hashed)
-        slot[0] = &place.shard.slots[found] if found >= 0 else NULL
+        slot[0] = slot_at(place.shard, <uint32_t>found) if found >= 0 else NULL
         return 0
 
     def decide(self, Entry entry not None):
@@ -769,8 +551,7 @@ cdef class KeyTable:
         cdef Slot* slot
         self.find(entry, &place, &slot)
         if slot != NULL:
-            shard_remove(place.shard, <uint32_t>(slot - place.shard.slots))
-            self.used -= 1
+            self.remove(place.shard, <uint32_t>((<char*>slot - place.shard.slots) // place.shard.slot_bytes))
 
     def dump(self, Entry entry not None):
         """The key's state in the ASCII form of docs/arithmetic.md, or None."""
@@ -806,13 +587,6 @@ cdef class KeyTable:
 
 # ------------------------------------------------------------------------------------------------------------ decisions
 
-cdef enum Source:
-    MEMORY
-    REDIS
-    PREFILTER
-    LEASE
-    OUTAGE
-
 cdef tuple SOURCES = ("memory", "redis", "prefilter", "lease", "outage")
 
 
@@ -828,12 +602,6 @@ cdef object seconds_up(int64_t us):
 @cython.no_gc
 cdef class Decision:
     """The outcome of a check: true when allowed. Durations are seconds from the decision, rounded up to the µs."""
-
-    cdef CompiledRule terms
-    cdef readonly object key
-    cdef readonly int64_t cost
-    cdef Source source_index
-    cdef Outcome out
 
     def __init__(self):
         raise TypeError("decisions are made by a limiter: `await limiter.check(key)`")
@@ -929,7 +697,7 @@ cdef class Decision:
                 f"reset_after={self.reset_after} source={self.source!r}>")
 
 
-cdef inline Decision decision_new(CompiledRule rule, object key, int64_t cost, Source source, const Outcome* out):
+cdef Decision decision_new(CompiledRule rule, object key, int64_t cost, Source source, const Outcome* out):
     cdef Decision decision = Decision.__new__(Decision)
     decision.out = out[0]
     decision.terms = rule
@@ -969,10 +737,6 @@ def _restore_decision(CompiledRule rule not None, key, int64_t cost, int source,
 cdef class PendingDecision:
     """What `check` returns: await it once for the `Decision`. It is complete already when no network is needed."""
 
-    cdef PyObject* decision                  # owned until it is handed over; NULL before and after
-    cdef object inner                        # the coroutine that decides, where the network is needed
-    cdef bint lets_others_run                # yield to the loop once, although the decision is here
-
     def __init__(self):
         raise TypeError("await limiter.check(key)")
 
@@ -999,19 +763,18 @@ cdef class PendingDecision:
 
     def throw(self, kind, value=None, traceback=None):
         """Raise an exception where this waits (coroutine protocol)."""
-        if self.inner is not None:
-            if value is None and traceback is None:
-                return self.inner.throw(kind)
-            return self.inner.throw(kind, value, traceback)
-        self.lets_others_run = False
+        self.close()
         error = kind if value is None else value
         raise error
 
     def close(self):
-        """Stop waiting (coroutine protocol)."""
+        """Stop waiting (coroutine protocol). What was not sent yet is not sent any more."""
         self.lets_others_run = False
-        if self.inner is not None:
-            self.inner.close()
+        if self.stage != COMPLETE:
+            if self.remote is not None:
+                self.remote.leave(self)
+            self.stage = COMPLETE
+            self.waiter = None
 
     def __bool__(self):
         # From 3.12 on the repr of a Task asks whether its coroutine is true; that is no decision taken for one.
@@ -1020,20 +783,49 @@ cdef class PendingDecision:
         raise TypeError("this is not a decision yet: await it (`if await limiter.check(key):`)")
 
     def __repr__(self):
-        return f"<PendingDecision {'waiting' if self.decision == NULL else 'complete'}>"
+        return f"<PendingDecision {'waiting' if self.stage != COMPLETE else 'complete'}>"
 
     def __dealloc__(self):
         Py_XDECREF(self.decision)
 
 
+ctypedef PyObject* (*Waits)(PyObject*) noexcept
+
+
+cdef object pending_wait(PendingDecision pending):
+    """What the decision has to be waited for on; None once it, or what went wrong instead, is there."""
+    if pending.stage == NEW:
+        try:
+            pending.remote.ask(pending)
+        except BaseException:
+            pending.stage = COMPLETE
+            raise
+        if pending.stage != COMPLETE:
+            return pending.waiter
+    if pending.stage != COMPLETE:
+        raise RuntimeError("the coroutine of a check was resumed before its decision was there")
+    if pending.error is not None:
+        error, pending.error = pending.error, None
+        raise error
+    if pending.decision == NULL:
+        raise RuntimeError("this check was awaited already; each `check(...)` gives one decision")
+    return None
+
+
+# NULL with an exception, where pending_wait raises.
+cdef Waits wait = <Waits><void*>pending_wait
+
+
 cdef PySendResult pending_send(PyObject* this, PyObject* value, PyObject** result) noexcept:
     cdef PendingDecision pending = <PendingDecision>this
     if pending.decision == NULL:
-        if pending.inner is None:
-            rt_set_used()
+        result[0] = wait(this)
+        if result[0] == NULL:
             return PYGEN_ERROR
-        return PyIter_Send(<PyObject*>pending.inner, value, result)
-    if pending.lets_others_run:
+        if result[0] != <PyObject*>None:
+            return PYGEN_NEXT
+        Py_DECREF(result[0])
+    elif pending.lets_others_run:
         pending.lets_others_run = False
         Py_INCREF(None)
         result[0] = <PyObject*>None
@@ -1057,6 +849,120 @@ cdef PyObject* pending_next(PyObject* this) noexcept:
 rt_set_slots(<PyTypeObject*>PendingDecision, pending_send, pending_next)
 
 
+@cython.final
+@cython.freelist(256)
+cdef class Waiter:
+    """What a task waits on until a check is decided: what asyncio asks of a future (PEP 3156), and no more.
+
+    A reply decides up to a few hundred checks. Their tasks are stepped by one callback of the loop, in the order of the checks:
+    a future each would cost a callback each, which is more than all the rest of a decision.
+    """
+
+    def __init__(self):
+        raise TypeError("waiters are made by a storage")
+
+    @property
+    def _asyncio_future_blocking(self):
+        return self.blocking
+
+    @_asyncio_future_blocking.setter
+    def _asyncio_future_blocking(self, bint value):
+        self.blocking = value
+
+    def get_loop(self):
+        """The loop of the task that waits."""
+        return self.loop
+
+    def add_done_callback(self, callback, *, context=None):
+        """Call `callback(self)` when it is done. A task does this once."""
+        if self.callback is not None or self.done:
+            raise RuntimeError("a check is waited for by one task only")
+        self.callback = callback
+        self.context = context
+
+    def remove_done_callback(self, callback):
+        """Don't call it after all."""
+        if self.callback is None or self.callback != callback:
+            return 0
+        self.callback = None
+        return 1
+
+    def cancel(self, msg=None):
+        """Stop waiting; what was not sent yet is not sent any more. False if it was done already."""
+        if self.done:
+            return False
+        self.done = self.cancelled = True
+        self.message = msg
+        self.pending.close()
+        self.loop.call_soon(self.call_back)
+        return True
+
+    def call_back(self):
+        """Tell whoever waits."""
+        self.call()
+
+    cdef int call(self) except -1:
+        callback, self.callback = self.callback, None
+        context, self.context = self.context, None
+        if callback is None:
+            return 0
+        if context is None:
+            callback(self)
+            return 0
+        PyContext_Enter(context)
+        try:
+            callback(self)
+        finally:
+            PyContext_Exit(context)
+        return 0
+
+    def result(self):
+        """None once it is done. Raises CancelledError."""
+        if self.cancelled:
+            raise CancelledError() if self.message is None else CancelledError(self.message)
+        if not self.done:
+            raise InvalidStateError("the check isn't decided yet")
+
+    def exception(self):
+        """None once it is done. Raises CancelledError."""
+        return self.result()
+
+
+@cython.final
+cdef class Group:
+    """Checks that are waited for together: `future` is done when all of them are."""
+
+    def __init__(self):
+        raise TypeError("groups are made by a storage")
+
+    def decisions(self):
+        """Their decisions in order. Raises the first error that one of them ended with."""
+        cdef PendingDecision pending
+        if self.error is not None:
+            raise self.error
+        found = []
+        for pending in self.members:
+            found.append(None if pending.decision == NULL else <object>pending.decision)
+        return found
+
+    def leave(self):
+        """Stop waiting: what was not sent yet is not sent any more."""
+        cdef PendingDecision pending
+        for pending in self.members:
+            if pending.stage != COMPLETE:
+                pending.close()
+
+
+cdef class Remote:
+    cdef int ask(self, PendingDecision pending) except -1:
+        """Give `pending` its decision or a future on which to wait for it."""
+        raise NotImplementedError
+
+    cdef int leave(self, PendingDecision pending) except -1:
+        """Forget a check that nobody waits for any more, if it hasn't been sent."""
+        raise NotImplementedError
+
+
 # -------------------------------------------------------------------------------------------------------------- limiter
 
 cdef enum:
@@ -1066,11 +972,6 @@ cdef enum:
 @cython.final
 cdef class Entry:
     """One validated check, on its way to a storage."""
-
-    cdef readonly CompiledRule rule
-    cdef readonly object key
-    cdef readonly bytes canonical            # "=" and the key's UTF-8, or "(" and a tuple's joined form
-    cdef readonly int64_t cost
 
     def __init__(self):
         raise TypeError("entries are made by a limiter")
@@ -1133,7 +1034,8 @@ cdef class Limiter:
 
     cdef readonly dict _rules                # name -> CompiledRule
     cdef CompiledRule only                   # the rule that `rule=None` means, while there is just one
-    cdef KeyTable table
+    cdef KeyTable table                      # what decides here
+    cdef Remote remote                       # or what asks elsewhere
     cdef readonly object _storage
     cdef public bint _closed
     cdef Decision spare_decision             # the last ones made: used again when nobody has kept them
@@ -1142,7 +1044,8 @@ cdef class Limiter:
 
     def __init__(self, storage):
         self._storage = storage
-        self.table = storage.table
+        self.remote = storage if isinstance(storage, Remote) else None
+        self.table = storage.table if self.remote is None else self.remote.bounds
         self._rules = {}
 
     def _install(self, CompiledRule rule not None):
@@ -1200,17 +1103,11 @@ cdef class Limiter:
     cdef PendingDecision checked(self, object key, object rule, object cost):
         cdef CompiledRule terms
         cdef Outcome* out
-        cdef PendingDecision pending
         cdef bytes joined = None
         cdef Place place
         cdef int64_t units, now_us
         cdef Py_ssize_t length
         cdef const char* data
-        if self.table is None:
-            pending = PendingDecision.__new__(PendingDecision)
-            pending.inner = self._storage.decide_one(self._entry(key, rule, cost))
-            self.complete = 0
-            return pending
         if self._closed:
             raise LimiterClosed()
         terms = self.only
@@ -1231,13 +1128,36 @@ cdef class Limiter:
         now_us = self.table.now_us()
         # From here on no Python code runs, so that no other thread can come to the spare decision before it is handed out.
         out = self.blank_outcome()
+        if self.remote is not None:
+            return self.bounded(&place, now_us, units, out, terms, key, joined, data, length)
         self.table.decide_located(&place, now_us, units, out)
-        pending = self.completed(terms, key, units)
-        self.complete += 1
-        if self.complete >= YIELD_EVERY:
-            self.complete = 0
-            # Only asyncio takes a bare yield as "next, please"; another loop gives turns by its own rules.
-            pending.lets_others_run = running_loop() is not None
+        return self.completed(terms, key, units, MEMORY)
+
+    cdef PendingDecision bounded(self, const Place* place, int64_t now_us, int64_t units, Outcome* out, CompiledRule terms,
+                                 object key, bytes joined, const char* data, Py_ssize_t length):
+        """The decision of a bound or a lease, or an awaitable that asks the store."""
+        cdef PendingDecision pending
+        cdef int64_t found = shard_find(place.shard, place.hashed)
+        cdef int verdict = OPEN
+        if found >= 0:
+            verdict = bound_verdict(<Bound*>slot_at(place.shard, <uint32_t>found), place.terms, now_us, units, self.remote.ttl_us,
+                                    out)
+            if verdict == DENIED or verdict == LEASED:
+                return self.completed(terms, key, units, LEASE if verdict == LEASED else PREFILTER)
+        self.complete = 0
+        pending = PendingDecision.__new__(PendingDecision)
+        pending.stage = NEW
+        pending.remote = self.remote
+        pending.stale = verdict == STALE
+        pending.rule = terms
+        pending.key = key
+        pending.text = key if joined is None else joined
+        pending.data = data
+        pending.size = length
+        pending.mark = c"=" if joined is None else c"("
+        pending.mode = CHECK
+        pending.units = units
+        pending.hashed = place.hashed
         return pending
 
     cdef inline Outcome* blank_outcome(self):
@@ -1247,7 +1167,7 @@ cdef class Limiter:
             self.spare_decision = Decision.__new__(Decision)
         return &self.spare_decision.out
 
-    cdef inline PendingDecision completed(self, CompiledRule terms, object key, int64_t units):
+    cdef inline PendingDecision completed(self, CompiledRule terms, object key, int64_t units, Source source):
         """The spare decision, its outcome filled in, as an awaitable that is complete."""
         cdef PendingDecision pending
         cdef Decision decision = self.spare_decision
@@ -1255,7 +1175,7 @@ cdef class Limiter:
             decision.terms = terms
         decision.key = key
         decision.cost = units
-        decision.source_index = MEMORY
+        decision.source_index = source
         if Py_REFCNT(<PyObject*>self.spare_pending) != 1:
             self.spare_pending = PendingDecision.__new__(PendingDecision)
         pending = self.spare_pending
@@ -1263,6 +1183,11 @@ cdef class Limiter:
         Py_XDECREF(pending.decision)             # of a check that was never awaited
         pending.decision = <PyObject*>decision
         pending.lets_others_run = False
+        self.complete += 1
+        if self.complete >= YIELD_EVERY:
+            self.complete = 0
+            # Only asyncio takes a bare yield as "next, please"; another loop gives turns by its own rules.
+            pending.lets_others_run = running_loop() is not None
         return pending
 
 
@@ -1281,10 +1206,10 @@ cdef object check_called(PyObject* limiter, PyObject** args, Py_ssize_t count, P
 
 
 cdef bytes CHECK_DOC = b"check($self, key, rule=None, *, cost=1)\n--\n\n" + Limiter.check.__doc__.encode()
-cdef PyMethodDef CHECK = PyMethodDef("check", <void*>check_called, METH_FASTCALL | METH_KEYWORDS, CHECK_DOC)
+cdef PyMethodDef CHECK_METHOD = PyMethodDef("check", <void*>check_called, METH_FASTCALL | METH_KEYWORDS, CHECK_DOC)
 
 
 def own_check(cls):
     """Give a subclass of `Limiter` a `check` of its own: the interpreter calls one straight only on the very class it is of."""
-    cls.check = PyDescr_NewMethod(<PyTypeObject*>cls, &CHECK)
+    cls.check = PyDescr_NewMethod(<PyTypeObject*>cls, &CHECK_METHOD)
     return cls

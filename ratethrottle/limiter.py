@@ -28,7 +28,10 @@ OPTIONS: Final[Mapping[str, tuple[str, str, str, str]]] = MappingProxyType(
         "prefix": ("redis", '"ratethrottle"', "", "1 to 64 characters without spaces and braces"),
         "deadline": ("redis", "0.25", "seconds", "0.005 to 60"),
         "tags": ("redis", "64", "hash tags", "1 to 16,384"),
-        "max_waiting": ("redis", "10,000", "calls", "1 to 1,000,000"),
+        "connections": ("redis", "1", "connections", "1 to 8"),
+        "max_waiting": ("redis", "100,000", "checks", "1 to 1,000,000"),
+        "prefilter_ttl": ("redis", "1.0", "seconds", "0 to 60"),
+        "max_bounds": ("redis", "100,000", "keys", "1 to 10^8"),
     }
 )
 STORAGES: Final = ("memory", "redis")
@@ -60,7 +63,7 @@ class RateThrottleCore(Limiter):
     def __init__(self, storage: Storage | None = None, *, rules: Iterable[RateThrottleRule] = ()) -> None:
         if storage is None:
             storage = InMemoryStorage()
-        elif isinstance(storage, type) or not hasattr(storage, "decide_one"):
+        elif isinstance(storage, type) or not hasattr(storage, "decide"):
             # Never its repr: a URL or a client shows its password there.
             what = f"the class {storage.__name__}" if isinstance(storage, type) else f"a {type(storage).__name__}"
             raise ConfigurationError(f"storage is {what}; pass InMemoryStorage(...) or RedisStorage(client)")
@@ -163,7 +166,10 @@ def create_limiter(
     | prefix | redis | "ratethrottle" | | 1 to 64 characters without spaces and braces |
     | deadline | redis | 0.25 | seconds | 0.005 to 60 |
     | tags | redis | 64 | hash tags | 1 to 16,384 |
-    | max_waiting | redis | 10,000 | calls | 1 to 1,000,000 |
+    | connections | redis | 1 | connections | 1 to 8 |
+    | max_waiting | redis | 100,000 | checks | 1 to 1,000,000 |
+    | prefilter_ttl | redis | 1.0 | seconds | 0 to 60 |
+    | max_bounds | redis | 100,000 | keys | 1 to 10^8 |
 
     Nothing connects here. Raises ConfigurationError, for an unknown option too.
     """

@@ -138,7 +138,8 @@ class RateThrottleRule:
         return hash(self.compiled)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (self.name, self.limit, self.window, self.strategy, self.burst, self.lease, self.lease_ttl)
+        options = ("strategy", "burst", "lease", "lease_ttl")
+        return _restore, (self.name, self.limit, self.window, {name: getattr(self, name) for name in options})
 
     def _compile(self, window_us: int) -> CompiledRule:
         kind = STRATEGIES[self.strategy]
@@ -292,7 +293,5 @@ def _window_us(name: str, window: object) -> int:
     return whole_us
 
 
-def _restore(
-    name: str, limit: int, window: float | timedelta, strategy: str, burst: int | None, lease: bool | int, lease_ttl: float
-) -> RateThrottleRule:
-    return RateThrottleRule(name, limit, window, strategy=strategy, burst=burst, lease=lease, lease_ttl=lease_ttl)
+def _restore(name: str, limit: int, window: float | timedelta, options: dict[str, Any]) -> RateThrottleRule:
+    return RateThrottleRule(name, limit, window, **options)

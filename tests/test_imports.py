@@ -15,10 +15,12 @@ PACKAGE = Path(ratethrottle.__file__).parent
 # Cython's imports look like Python's, but ast can't read the rest of a .pyx.
 CYTHON_IMPORT = re.compile(r"^\s*(?:from\s+(\S+)\s+c?import\s|c?import\s+(\S+))", re.MULTILINE)
 
+# What the compiled modules are put together from.
+COMPILED = ("_arithmetic", "_bound", "_resp", "_table")
 # A layer may import itself and what stands above it in this list. The core raises the errors and an error carries a decision, so
 # those are one layer. The package's own __init__ only gathers the public names.
 LAYERS = [
-    ["ratethrottle.errors", "ratethrottle._core", "ratethrottle._arithmetic"],
+    ["ratethrottle.errors", "ratethrottle._core", "ratethrottle._calls", *(f"ratethrottle.{part}" for part in COMPILED)],
     ["ratethrottle.rule"],
     ["ratethrottle.storage"],
     ["ratethrottle.limiter"],
@@ -95,7 +97,7 @@ def test_the_core_imports_only_the_errors() -> None:
         ("ratethrottle.rule", "from ratethrottle import limiter"),
         ("ratethrottle.rule", "from . import limiter"),
         ("ratethrottle.storage.memory", "from ..limiter import RateThrottleCore"),
-        ("ratethrottle.storage.redis.keys", "from ...cli import main"),
+        ("ratethrottle.storage.redis.line", "from ...cli import main"),
         ("ratethrottle.limiter", "def lazily():\n    import redis.asyncio"),
         ("ratethrottle.limiter", "from redis import Redis"),
         ("ratethrottle.limiter", "from ratethrottle import Decision"),

@@ -119,7 +119,7 @@ async def test_clients_that_hit_different_servers_share_the_same_limit(hosts: An
     admitted = await asyncio.gather(*map(clients, servers))
     assert sum(admitted) == 1000
     assert all(admitted)
-    assert (await servers[0].check("client")).source == "redis"
+    assert (await servers[0].peek("client")).source == "redis"
     for server in servers:
         await server.aclose()
 

@@ -1,4 +1,4 @@
-"""Where the state lives. The protocol is private so far: it will grow with batching, leases and outages."""
+"""Where the state lives. The protocol is private so far: it will grow with outages."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ class Storage(Protocol):
     @property
     def table(self) -> KeyTable | None:
         """What decides at once, in compiled code; None where the network is needed."""
-
-    async def decide_one(self, entry: Entry) -> Decision:
-        """Decide and consume."""
 
     async def decide(self, entries: Sequence[Entry]) -> list[Decision]:
         """Decide in order, in one gathering."""

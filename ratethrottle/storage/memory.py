@@ -52,10 +52,6 @@ class InMemoryStorage:
         """Bytes held for all keys."""
         return self.table.size_bytes
 
-    async def decide_one(self, entry: Entry) -> Decision:
-        """Decide and consume."""
-        return self.table.decide(entry)
-
     async def decide(self, entries: Sequence[Entry]) -> list[Decision]:
         """Decide in order."""
         await self._let_others_run(len(entries))

@@ -10,16 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ratethrottle import InMemoryStorage, RateThrottleCore, RateThrottleRule
-from ratethrottle.storage.redis.keys import KeyLayout
+from ratethrottle._calls import Layout
 
 LIMITER = RateThrottleCore(InMemoryStorage(), rules=[RateThrottleRule("a", 5, 60), RateThrottleRule("b.c-d_E", 5, 60)])
-LAYOUT = KeyLayout("ratethrottle", 64)
+LAYOUT = Layout(b"ratethrottle", 64)
 
 text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=200)
 keys = text | st.lists(text | st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=4).map(tuple)
 
 
-def state_key(key: object, rule: str = "a", layout: KeyLayout = LAYOUT) -> bytes:
+def state_key(key: object, rule: str = "a", layout: Layout = LAYOUT) -> bytes:
     return layout.state_key(LIMITER._entry(key, rule))
 
 
@@ -68,6 +68,6 @@ def test_no_two_keys_collide(one: object, another: object, rule: str, other_rule
 @given(keys)
 def test_the_prefix_and_one_tag_come_first(key: object) -> None:
     for tags in (1, 64, 16_384):
-        found = re.match(rb"p:x:\{(\d+)\}:a:[=(#]", state_key(key, layout=KeyLayout("p:x", tags)))
+        found = re.match(rb"p:x:\{(\d+)\}:a:[=(#]", state_key(key, layout=Layout(b"p:x", tags)))
         assert found is not None
         assert int(found[1]) < tags

@@ -50,6 +50,29 @@ CODE = re.compile(r"[A-Z]{2,20}\b")
 OURS = re.compile(r"RATETHROTTLE ([a-z0-9 ,]+)")
 
 
+# What redis-py makes of the first word of an error reply. The rest is a plain ResponseError.
+CODES: dict[str, type[redis.RedisError]] = {
+    "ASK": redis.exceptions.ClusterError,
+    "CLUSTERDOWN": redis.exceptions.ClusterError,
+    "CROSSSLOT": redis.exceptions.ClusterError,
+    "LOADING": redis.exceptions.BusyLoadingError,
+    "MASTERDOWN": redis.exceptions.MasterDownError,
+    "MOVED": redis.exceptions.ClusterError,
+    "NOAUTH": redis.exceptions.AuthenticationError,
+    "NOPERM": redis.exceptions.NoPermissionError,
+    "OOM": redis.exceptions.OutOfMemoryError,
+    "READONLY": redis.exceptions.ReadOnlyError,
+    "TRYAGAIN": redis.exceptions.TryAgainError,
+    "WRONGPASS": redis.exceptions.AuthenticationError,
+}
+
+
+def refusal(text: str) -> redis.RedisError:
+    """Make what redis-py would make of an error reply, without its `-`."""
+    code = CODE.match(text)
+    return CODES.get(code[0] if code else "", redis.ResponseError)(text)
+
+
 def failure(error: BaseException, deadline_s: float, *, sent: bool) -> StorageError:
     """Make a new error of ours, with `error` as its cause, for one call that had (or had not) been sent."""
     found = _failure(error, deadline_s, sent)

@@ -1,4 +1,4 @@
-"""A line to Redis: one connection, owned by one task, and a queue of calls that are answered in order.
+"""A line to Redis: one connection, and the task that owns it. What travels on it is gathered by the compiled `Gathering`.
 
 A caller waits on a future of its own; its cancellation or deadline never touches the wire.
 """
@@ -8,58 +8,34 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import os
-from collections import deque
-from itertools import count
-from typing import Any
 
 import redis
 from redis.asyncio.connection import AbstractConnection
 
-from ratethrottle.errors import StorageError, StorageProtocolError, StorageTimeout, StorageUnavailable
-from ratethrottle.storage.redis.failures import failure, no_connection
-from ratethrottle.storage.redis.scripts import SHEBANG, Script, script
-from ratethrottle.storage.redis.settings import Settings, close
+from ratethrottle._calls import Call, Calls, Gathering
+from ratethrottle.errors import StorageError, StorageProtocolError, StorageUnavailable
+from ratethrottle.storage.redis.failures import failure, no_connection, refusal
+from ratethrottle.storage.redis.scripts import SHEBANG, script
+from ratethrottle.storage.redis.settings import Settings, abort, close
+from ratethrottle.storage.redis.wire import Receiver, take_over
 
-CALLS_TOGETHER_MAX = 64  # calls written at once before their replies are read
 SCRIPTS = ("decide", "reset")
 
 
-class Call:
-    """One script call: what to send, until when it matters, and the future that its caller waits on."""
+class Line(Gathering):
+    """Carries the calls of one event loop. Not for other loops or processes."""
 
-    __slots__ = ("args", "deadline", "future", "keys", "request", "script", "sent")
-
-    def __init__(self, script: Script, keys: list[bytes], args: list[bytes], deadline: float, future: asyncio.Future[list[Any]]):
-        self.script = script
-        self.keys = keys
-        self.args = args
-        self.deadline = deadline  # of the loop's clock
-        self.future = future
-        self.request = b""
-        self.sent = False
-
-    def fail(self, error: StorageError) -> None:
-        """End the call with an error of its own, unless its caller has gone."""
-        if not self.future.done():
-            self.future.set_exception(error)
-            self.future.exception()  # marks it as seen: a caller that is cancelled in this very moment never looks
-
-
-class Line:
-    """Carries script calls of one event loop. Not for other loops or processes."""
-
-    def __init__(self, settings: Settings, deadline_s: float, max_waiting: int) -> None:
+    def __init__(self, calls: Calls, settings: Settings, deadline_s: float, max_waiting: int) -> None:
+        super().__init__(calls, asyncio.get_running_loop(), max_waiting)
         self.process = os.getpid()
-        self.loop = asyncio.get_running_loop()
         self._settings = settings
         self._deadline_s = deadline_s
-        self._max_waiting = max_waiting
-        self._waiting: deque[Call] = deque()
-        self._wake = asyncio.Event()
+        self._woken = asyncio.Event()  # wakes the owner
+        self._wanted = False  # a connection, by somebody
         self._connection: AbstractConnection | None = None
+        self._receiver: Receiver | None = None
+        self._dropped: list[AbstractConnection] = []  # not heard any more, and to be closed by the owner
         self._shebang = True
-        self._session = os.urandom(6).hex()
-        self._requests = count()
         # In an empty context: the request that happens to come first must not lend its variables to all the others.
         self._owner = self.loop.create_task(self._own(), name="ratethrottle line", context=contextvars.Context())
 
@@ -68,20 +44,10 @@ class Line:
         """Whether its task has ended, with its loop's other tasks or by `aclose`."""
         return self._owner.done()
 
-    async def call(self, script: Script, keys: list[bytes], args: list[bytes], deadline: float) -> list[Any]:
-        """Run a script; returns its reply without the request id. Raises a StorageError by `deadline`, of the loop's clock."""
-        if len(self._waiting) >= self._max_waiting:
-            raise StorageUnavailable(
-                f"{self._max_waiting} calls are waiting for Redis already; that is this process's load, not an outage"
-            )
-        call = Call(script, keys, args, deadline, self.loop.create_future())
-        self._waiting.append(call)
-        self._wake.set()
-        timer = self.loop.call_at(deadline, self._expire, call)
-        try:
-            return await call.future
-        finally:
-            timer.cancel()
+    def connect(self) -> None:
+        """Have the owner connect, before a check needs it."""
+        self._wanted = True
+        self._woken.set()
 
     async def aclose(self) -> None:
         """Close the connection and fail what is waiting."""
@@ -95,120 +61,55 @@ class Line:
         except RuntimeError:
             return  # the loop is closed, and has cancelled the task before that
 
-    def _expire(self, call: Call) -> None:
-        if call.sent:
-            call.fail(StorageTimeout(self._deadline_s))
-        elif self._connection is None:
-            call.fail(no_connection(self._deadline_s))
-        else:
-            call.fail(StorageUnavailable(f"Redis is slow: the check was not sent within {self._deadline_s} s, nor counted"))
+    def _lost(self, error: Exception | None) -> None:
+        """Take note that the connection is gone."""
+        self._drop(failure(error or ConnectionResetError(), self._deadline_s, sent=True))
 
     async def _own(self) -> None:
         try:
             while True:
-                if not self._waiting:
-                    self._wake.clear()
-                    await self._wake.wait()
-                calls = [self._waiting.popleft() for _ in range(min(len(self._waiting), CALLS_TOGETHER_MAX))]
-                calls = wanted(calls)
-                if calls:
-                    await self._serve(calls)
+                await self._woken.wait()
+                self._woken.clear()
+                await self._tidy()
+                if self._wanted and not self._open:
+                    self._wanted = False
+                    await self._open_connection()
         finally:
-            for call in self._waiting:
-                call.fail(StorageUnavailable("the storage was closed"))
-            self._waiting.clear()
+            self._end(StorageUnavailable("the storage was closed"))
             if not self.loop.is_closed():  # by somebody who leaves tasks behind: nothing can be closed any more
-                await self._drop()
+                self._let_go()
+                await self._tidy()
 
-    async def _serve(self, calls: list[Call]) -> None:
-        """Send calls together and settle each by its own reply, or all that are left by what went wrong."""
+    async def _open_connection(self) -> None:
         try:
-            async with asyncio.timeout_at(max(call.deadline for call in calls)):
-                connection = await self._connected()
-                # Connecting takes time, and whoever has gone by then is not charged.
-                if calls := wanted(calls):
-                    await self._exchange(connection, calls)
+            async with asyncio.timeout(self._deadline_s):
+                connection = await self._settings.connect()
+                try:
+                    await self._load(connection)
+                except BaseException:
+                    await close(connection)
+                    raise
         except Exception as error:  # noqa: BLE001  # whatever redis-py or a credential provider raises, the callers get ours
-            await self._drop()
-            for call in calls:
-                call.fail(failure(error, self._deadline_s, sent=call.sent))
-        except BaseException:
-            for call in calls:
-                call.fail(StorageUnavailable("the storage was closed"))
-            raise
-
-    async def _exchange(self, connection: AbstractConnection, calls: list[Call]) -> None:
-        await self._send(connection, [self._command(call) for call in calls])
-        unknown, stale = await self._read(connection, calls)
-        if unknown := wanted(unknown):
-            # The server has lost its scripts (SCRIPT FLUSH, restart, failover). NOSCRIPT proves that the calls weren't run,
-            # so they are sent once more, by value: nothing can be flushed in between. What is only evaluated may be evicted
-            # from the server's cache (since Redis 7.4), so the scripts are loaded again too.
-            names = {call.script.name for call in unknown}
-            loads = [[b"SCRIPT", b"LOAD", script(name).body(self._shebang)] for name in names]
-            await self._send(connection, loads + [self._command(call, by_value=True) for call in unknown])
-            for _ in loads:
-                await connection.read_response(disable_decoding=True)
-            _, stale = await self._read(connection, unknown, resent=True)
-        if stale:
-            await self._drop()
-
-    async def _send(self, connection: AbstractConnection, commands: list[list[bytes]]) -> None:
-        await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
-
-    async def _read(self, connection: AbstractConnection, calls: list[Call], resent: bool = False) -> tuple[list[Call], bool]:
-        """Settle calls by their replies; returns those whose script was unknown, and whether the server is no master now."""
-        unknown, stale = [], False
-        for call in calls:
-            try:
-                reply = await connection.read_response(disable_decoding=True)
-            except redis.exceptions.NoScriptError as error:
-                if resent:
-                    call.fail(failure(error, self._deadline_s, sent=True))
-                else:
-                    unknown.append(call)
-            except redis.ResponseError as error:
-                stale = stale or isinstance(error, redis.exceptions.ReadOnlyError)
-                call.fail(failure(error, self._deadline_s, sent=True))
-            else:
-                self._settle(call, reply)
-        return unknown, stale
-
-    def _command(self, call: Call, by_value: bool = False) -> list[bytes]:
-        call.request = f"{self._session}-{next(self._requests)}".encode()
-        call.sent = True
-        name, body = (b"EVAL", call.script.body) if by_value else (b"EVALSHA", call.script.sha)
-        return [name, body(self._shebang), b"%d" % len(call.keys), *call.keys, call.request, *call.args]
-
-    def _settle(self, call: Call, reply: Any) -> None:
-        if not isinstance(reply, list) or not reply or reply[0] != call.request:
-            raise StorageProtocolError("Redis answered something else than was asked; the connection was dropped")
-        if not call.future.done():
-            call.future.set_result(reply[1:])
-
-    async def _connected(self) -> AbstractConnection:
-        # A server that restarted while nothing was asked has closed the connection: that is found out before a call is sent.
-        reader = getattr(self._connection, "_reader", None)
-        if isinstance(reader, asyncio.StreamReader) and (reader.at_eof() or reader.exception() is not None):
-            await self._drop()
-        if self._connection is None:
-            connection = await self._settings.connect()
-            try:
-                await self._load(connection)
-            except BaseException:
-                await close(connection)
-                raise
-            self._connection = connection
-        return self._connection
+            self._fail_waiting(failure(error, self._deadline_s, sent=False))
+            return
+        self._connection = connection
+        self._receiver = Receiver(self._received, self._lost)
+        wire = take_over(connection, self._receiver)
+        decide, reset = (script(name) for name in SCRIPTS)
+        self._opened(
+            wire.write,
+            (decide.sha(self._shebang), decide.body(self._shebang), reset.sha(self._shebang), reset.body(self._shebang)),
+        )
 
     async def _load(self, connection: AbstractConnection) -> None:
         """Load the scripts, with `#!lua` where it is known: fakeredis loads such a script, but calls it a syntax error."""
         probe: list[list[bytes]] = [[b"EVAL", SHEBANG + b"return 1", b"0"]]
         for self._shebang in (True, False):
             # All in one round trip: a deadline covers connecting, and a secure connection has taken several already.
-            await self._send(connection, probe + [[b"SCRIPT", b"LOAD", script(name).body(self._shebang)] for name in SCRIPTS])
+            commands = probe + [[b"SCRIPT", b"LOAD", script(name).body(self._shebang)] for name in SCRIPTS]
+            await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
             refusals = []
-            for _ in range(len(probe) + len(SCRIPTS)):
+            for _ in commands:
                 try:
                     await connection.read_response(disable_decoding=True)
                 except redis.ResponseError as error:
@@ -219,12 +120,50 @@ class Line:
                 raise refusals[0]
             probe = []
 
-    async def _drop(self) -> None:
+    # What the gathering asks for:
+
+    def _connect(self) -> None:
+        self.connect()
+
+    def _unsent(self) -> StorageError:
+        if not self._open:
+            return no_connection(self._deadline_s)
+        return StorageUnavailable(f"Redis is slow: the check was not sent within {self._deadline_s} s, nor counted")
+
+    def _refused(self, call: Call | None, text: bytes) -> None:
+        if call is None:  # SCRIPT LOAD: the next call brings its script along anyway
+            return
+        if text.startswith(b"NOSCRIPT"):
+            # The server has lost its scripts (SCRIPT FLUSH, restart, failover), and proves that the call wasn't run.
+            self._send_again(call)
+            return
+        error = refusal(text.decode("utf-8", "replace"))
+        self._fail(call, failure(error, self._deadline_s, sent=True))
+        if isinstance(error, redis.exceptions.ReadOnlyError):
+            self._drop(StorageUnavailable("Redis is no master any more; the check may have been counted"))
+
+    def _broken(self, what: str) -> None:
+        self._drop(StorageProtocolError(f"Redis sent {what}; the connection was dropped"))
+
+    def _late(self) -> None:
+        self._drop(
+            StorageUnavailable("Redis didn't answer in time, and the connection was dropped; the check may have been counted")
+        )
+
+    def _drop(self, error: StorageError) -> None:
+        self._let_go()
+        self._shut(error)
+
+    def _let_go(self) -> None:
+        receiver, self._receiver = self._receiver, None
         connection, self._connection = self._connection, None
+        if receiver is not None:
+            receiver.let_go()
         if connection is not None:
-            await close(connection)
+            abort(connection)
+            self._dropped.append(connection)
+            self._woken.set()
 
-
-def wanted(calls: list[Call]) -> list[Call]:
-    """Leave out the calls whose callers have gone: what was not sent costs nothing."""
-    return [call for call in calls if not call.future.done()]
+    async def _tidy(self) -> None:
+        while self._dropped:
+            await close(self._dropped.pop())

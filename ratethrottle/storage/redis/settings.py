@@ -134,11 +134,16 @@ class Settings:
         raise StorageUnavailable(f"none of {len(self._sentinels)} sentinels names a master {self._master!r}") from failure
 
 
-async def close(connection: AbstractConnection) -> None:
+def abort(connection: AbstractConnection) -> None:
     """Drop a connection at once. A polite end of TLS would wait for a server that may never answer."""
     writer = getattr(connection, "_writer", None)
     if isinstance(writer, asyncio.StreamWriter):
         writer.transport.abort()
+
+
+async def close(connection: AbstractConnection) -> None:
+    """Drop a connection, and have redis-py know it."""
+    abort(connection)
     await connection.disconnect(nowait=True)
 
 

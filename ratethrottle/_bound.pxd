@@ -1,0 +1,133 @@
+"""The bound: what a process can say about the shared state of a key without asking (DESIGN: the bound, pre-filter, leases).
+
+`known` is a view in this process's own time, of what the store has confirmed. Others can only have consumed more, so if even that
+says no, the answer is no. A lease is units that the store has counted already and that this process may still spend.
+"""
+
+from libc.stdint cimport int64_t, uint32_t
+from libc.stdlib cimport free
+
+from ratethrottle._arithmetic cimport (
+    Counts, judge, KEEP, NO_MEMORY, Outcome, report, same_definition, Terms, Units, View, view_free, view_roll, Window, window_live,
+    window_new,
+)
+from ratethrottle._table cimport Slot
+
+
+cdef enum:
+    KNOWN_ENTRIES = 3
+    # Two clocks may differ by a 64th before a bound says more than the store would.
+    DRIFT_SHARE = 64
+
+cdef struct Bound:                         # a slot of a table of bounds
+    Slot slot                              # whose view is `known`
+    int64_t sent_us                        # when the call that confirmed it was sent: it ages from then
+    int64_t received_us                    # and when its reply came
+    int64_t server_us                      # the server's time in that reply
+    int64_t asked_us                       # when a check left to ask again; 0 once it was answered
+    int64_t lease_units                    # left to spend
+    int64_t lease_until_us                 # before this, in this process's time
+    int64_t lease_server_us                # the server's time of the grant
+    int64_t lease_size                     # units of that grant
+    bint leasing                           # a call that asks for the next one is on its way
+
+cdef enum Verdict:
+    OPEN                                   # only the store can say
+    DENIED
+    STALE                                  # denied, but by what was heard too long ago
+    LEASED
+
+
+cdef inline int64_t aged(const Bound* bound, int64_t now_us) noexcept nogil:
+    """What time it may be at most in the store, in the time that `known` is kept in."""
+    cdef int64_t past_us = max(<int64_t>0, now_us - bound.sent_us)
+    return bound.sent_us + past_us + past_us // DRIFT_SHARE + 1
+
+
+cdef inline int bound_verdict(Bound* bound, const Terms* rule, int64_t now_us, int64_t units, int64_t ttl_us,
+                              Outcome* out) noexcept nogil:
+    """Decide if this process can, and spend from the lease if there is one."""
+    cdef View view = bound.slot.view
+    cdef int64_t then_us = aged(bound, now_us), total = 0, left
+    cdef uint32_t expired = 0
+    if view.terms != rule and not same_definition(view.terms, rule):
+        return OPEN
+    if rule.kind == c"s":
+        window_live(view.amount.window, then_us - rule.window_us, &expired, &total)
+    else:
+        view_roll(&view, then_us)
+    if bound.lease_units >= units and now_us < bound.lease_until_us:
+        bound.lease_units -= units
+        out.allowed = True
+        out.retry_us = 0
+        report(rule, &view, then_us, total, out)
+        # What is left of the lease has been counted, and is still this process's to grant.
+        left = bound.lease_units
+        out.remaining += left * (rule.unit_ticks if rule.kind == c"b" else rule.span if rule.kind == c"c" else 1)
+        return LEASED
+    judge(rule, &view, then_us, units, expired, total, out)
+    if out.allowed:
+        return OPEN
+    report(rule, &view, then_us, total, out)
+    return DENIED if now_us - bound.sent_us <= ttl_us else STALE
+
+
+cdef inline void known_entry(Window* window, int64_t at_us, int64_t units) noexcept nogil:
+    if units <= 0:
+        return
+    if window.count and window.entries[window.count - 1].at_us >= at_us:
+        window.entries[window.count - 1].units += units
+    else:
+        window.entries[window.count] = Units(at_us, units)
+        window.count += 1
+    window.total += units
+
+
+cdef inline int know_window(View* known, const Terms* rule, const int64_t* answer, int64_t cost, int64_t sent_us) noexcept nogil:
+    """Of a window the answer says when the first units leave, when enough have left for `cost`, and when the last one does."""
+    cdef Window* window = known.amount.window
+    cdef int64_t left_us = sent_us - rule.window_us, held = answer[1], staying = 0, last = 1 if held > 1 else 0
+    if window == NULL or window.room < KNOWN_ENTRIES:
+        window = window_new(KNOWN_ENTRIES)
+        if window == NULL:
+            return NO_MEMORY
+        free(known.amount.window)
+        known.amount.window = window
+    window.first = window.count = 0
+    window.total = 0
+    if answer[3] > 0:                      # refused: until then more than `capacity − cost` units stay
+        staying = min(held - last, rule.capacity - cost + 1 - last)
+    known_entry(window, left_us + answer[2], held - staying - last)
+    known_entry(window, left_us + answer[3], staying)
+    known_entry(window, left_us + answer[4], last)
+    return KEEP
+
+
+cdef inline int bound_learn(Bound* bound, const Terms* rule, const int64_t* answer, int64_t cost, int64_t sent_us,
+                            int64_t received_us, int64_t server_us) noexcept nogil:
+    """Take up what the store says of a key after a decision. Returns NO_MEMORY or KEEP."""
+    cdef View* known = &bound.slot.view
+    if known.terms != NULL and (server_us < bound.server_us and sent_us < bound.received_us):
+        return KEEP                        # overtaken by a newer one
+    if known.terms != NULL and known.terms.kind == c"s" and rule.kind != c"s":
+        view_free(known)
+    if known.terms == NULL or (known.terms.kind == c"s") != (rule.kind == c"s"):
+        known.amount.window = NULL
+    if rule.kind == c"s":
+        if know_window(known, rule, answer, cost, sent_us) == NO_MEMORY:
+            return NO_MEMORY
+        known.at_us = 0
+    elif rule.kind == c"b":
+        known.amount.level_ticks = answer[1]
+        known.at_us = sent_us
+    elif rule.kind == c"c":
+        known.amount.counts = Counts(<uint32_t>answer[1], <uint32_t>answer[2])
+        known.at_us = sent_us - answer[3]
+    else:
+        known.amount.counts = Counts(<uint32_t>answer[1], 0)
+        known.at_us = sent_us - answer[2]
+    known.terms = rule
+    bound.sent_us = sent_us
+    bound.received_us = received_us
+    bound.server_us = server_us
+    return KEEP

@@ -1,0 +1,1176 @@
+# cython: auto_pickle=False, autotestdict=False
+"""Checks travel together: what waits for a connection, and how it is written into calls and read from replies.
+
+No I/O: a `Gathering` is told when it may write, hands out bytes, and is given what came. It belongs to one event loop.
+"""
+
+cimport cython
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.object cimport PyObject
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcmp, memset
+
+from ratethrottle._arithmetic cimport answer_length, KEEP, Outcome, take_answer, Terms, view_free, view_fresh_at
+from ratethrottle._bound cimport Bound, bound_learn, bound_verdict, DENIED, DRIFT_SHARE, LEASED, OPEN
+from ratethrottle._core cimport (
+    CHECK, CompiledRule, COMPLETE, Decision, decision_new, Entry, GIVE_BACK, Group, KeyTable, LEASE, Mode, NEW, PARKED, PEEK,
+    PendingDecision, PREFILTER, REDIS, Remote, RESET, SENT, Waiter, WAITING,
+)
+from ratethrottle._resp cimport (
+    BROKEN, Buffer, buffer_room, digits, INCOMPLETE, put, put_bulk, put_head, put_number, read_line, read_number,
+)
+from ratethrottle._table cimport Hash128, Shard, shard_find, slot_at
+
+from asyncio import _get_running_loop as running_loop
+from collections import deque
+from contextvars import Context
+from hashlib import blake2b
+from os import urandom
+
+from ratethrottle.errors import StorageTimeout, StorageUnavailable
+
+
+cdef extern from "Python.h":
+    void Py_INCREF(PyObject*)
+    void Py_DECREF(PyObject*)
+    const char* PyUnicode_AsUTF8AndSize(object, Py_ssize_t*) except NULL
+
+cdef extern from *:
+    """
+    #include <pthread.h>
+    /* How often this process has been forked off another one: cheaper to look at than to ask for the process's id. */
+    static unsigned rt_forks = 0;
+    static void rt_forked(void) { rt_forks++; }
+    static int rt_count_forks(void) { return pthread_atfork(NULL, NULL, rt_forked); }
+    """
+    unsigned forks "rt_forks"
+    int count_forks "rt_count_forks"() noexcept
+
+if count_forks():
+    raise MemoryError
+
+
+cdef enum:
+    ENTRIES_MAX = 128                        # of a call: the store is held for well under a millisecond
+    IN_FLIGHT_MAX = 2
+    HALVED_MIN = 32
+    KEY_BYTES_MAX = 128                      # longer keys are digested
+    PLACES = 512                             # of the map from keys to entries: a power of two, at least twice ENTRIES_MAX
+    NUMBERS_MAX = 6                          # of an answer
+    REPLY_BYTES_MAX = 1 << 16                # of what is kept of a reply that hasn't come whole
+
+cdef uint32_t[256] CRC_TABLE
+
+
+cdef void fill_crc_table() noexcept:
+    """CRC-32 of ISO 3309, reflected: what zlib.crc32 computes."""
+    cdef uint32_t i, value
+    cdef int _bit
+    for i in range(256):
+        value = i
+        for _bit in range(8):
+            value = (value >> 1) ^ 0xEDB88320U if value & 1 else value >> 1
+        CRC_TABLE[i] = value
+
+fill_crc_table()
+
+
+cdef inline uint32_t crc32(const char* data, Py_ssize_t size) noexcept nogil:
+    cdef uint32_t value = 0xFFFFFFFFU
+    cdef Py_ssize_t i
+    for i in range(size):
+        value = CRC_TABLE[(value ^ <unsigned char>data[i]) & 0xFF] ^ (value >> 8)
+    return value ^ 0xFFFFFFFFU
+
+
+# ------------------------------------------------------------------------------------------------------------- queues
+
+cdef struct Queue:                           # of PendingDecisions, each owned by the one queue that it is in
+    PyObject* first
+    PyObject* last
+    Py_ssize_t count
+
+
+cdef inline void push(Queue* queue, PendingDecision pending) noexcept:
+    Py_INCREF(<PyObject*>pending)
+    pending.before = queue.last
+    pending.after = NULL
+    if queue.last == NULL:
+        queue.first = <PyObject*>pending
+    else:
+        (<PendingDecision>queue.last).after = <PyObject*>pending
+    queue.last = <PyObject*>pending
+    queue.count += 1
+
+
+cdef inline void push_front(Queue* queue, PendingDecision pending) noexcept:
+    Py_INCREF(<PyObject*>pending)
+    pending.before = NULL
+    pending.after = queue.first
+    if queue.first == NULL:
+        queue.last = <PyObject*>pending
+    else:
+        (<PendingDecision>queue.first).before = <PyObject*>pending
+    queue.first = <PyObject*>pending
+    queue.count += 1
+
+
+cdef inline void take(Queue* queue, PendingDecision pending) noexcept:
+    """Take a member out, wherever it stands. The caller holds a reference of its own."""
+    if pending.before == NULL:
+        queue.first = pending.after
+    else:
+        (<PendingDecision>pending.before).after = pending.after
+    if pending.after == NULL:
+        queue.last = pending.before
+    else:
+        (<PendingDecision>pending.after).before = pending.before
+    pending.before = pending.after = NULL
+    queue.count -= 1
+    Py_DECREF(<PyObject*>pending)
+
+
+cdef inline int complete(PendingDecision pending, object error) except -1:
+    """The decision is there, or `error` instead: whoever waits is woken, together with the others."""
+    cdef Group group = pending.group
+    cdef Waiter waiter = pending.waiter
+    pending.stage = COMPLETE
+    pending.error = error
+    if waiter is not None:
+        pending.waiter = None
+        (<Gathering>pending.place).wake(waiter)
+    if group is not None:
+        if error is not None and group.error is None:
+            group.error = error
+        group.left -= 1
+        if group.left == 0 and not group.future.done():
+            group.future.set_result(None)
+    return 0
+
+
+cdef inline int complete_with(PendingDecision pending, Decision decision) except -1:
+    Py_INCREF(<PyObject*>decision)
+    pending.decision = <PyObject*>decision
+    return complete(pending, None)
+
+
+cdef object twin_of(object error):
+    """Each caller raises an exception of its own: a shared one would collect all their tracebacks."""
+    twin = type(error)(*error.args)
+    twin.__cause__ = error.__cause__
+    return twin
+
+
+# -------------------------------------------------------------------------------------------------------------- calls
+
+cdef struct CallEntry:                       # equal checks of one key, decided as one
+    Hash128 hashed
+    PyObject* rule                           # held by the call
+    int rule_index
+    int key_index
+    int64_t cost
+    int64_t count
+    int64_t ahead
+    int64_t back
+    int64_t back_us
+    Queue waiters
+
+
+@cython.final
+cdef class Call:
+    """One script call that is on its way."""
+
+    cdef CallEntry* entries
+    cdef int size
+    cdef Mode mode
+    cdef list rules
+    cdef bytes request
+    cdef int numbers                         # how many the reply holds, after the request and the server's time
+    cdef int64_t sent_us
+    cdef int64_t deadline_us                 # of the one that waits longest
+
+    def __cinit__(self):
+        self.entries = <CallEntry*>malloc(ENTRIES_MAX * sizeof(CallEntry))
+        if self.entries == NULL:
+            raise MemoryError
+        self.rules = []
+
+    def __dealloc__(self):
+        cdef int i
+        for i in range(self.size):
+            while self.entries[i].waiters.first != NULL:
+                take(&self.entries[i].waiters, <PendingDecision>self.entries[i].waiters.first)
+        free(self.entries)
+
+    cdef int rule_index(self, CompiledRule rule) except -1:
+        cdef int i, count = len(self.rules)
+        for i in range(count - 1, -1, -1):
+            if self.rules[i] is rule:
+                return i + 1
+        self.rules.append(rule)
+        return count + 1
+
+
+@cython.final
+cdef class Layout:
+    """What keys are called in Redis: `prefix:{tag}:rule:=key` (DESIGN: key layout).
+
+    The tag is of the key alone, so that all rules of a key share a slot of a cluster. The key comes last and is marked `=` (as it
+    is), `(` (a tuple, joined) or `#` (a digest of a long one), so that no two keys collide.
+    """
+
+    cdef bytes opening                       # of every key, up to its tag
+    cdef uint32_t tags
+
+    def __init__(self, bytes prefix not None, uint32_t tags):
+        self.opening = prefix + b":{"
+        self.tags = tags
+
+    cdef int address(self, PendingDecision pending) except -1:
+        """Find the key's tag; digest a long key."""
+        pending.tag = crc32(pending.data, pending.size) % self.tags
+        if pending.size > KEY_BYTES_MAX:
+            whole = (b"=" if pending.mark == c"=" else b"(") + pending.data[:pending.size]
+            pending.text = blake2b(whole, digest_size=16).hexdigest().encode()
+            pending.data = PyBytes_AS_STRING(pending.text)
+            pending.size = PyBytes_GET_SIZE(pending.text)
+            pending.mark = c"#"
+        return 0
+
+    cdef int put_key(self, Buffer* buffer, PendingDecision pending) except -1:
+        cdef Py_ssize_t name_size
+        cdef const char* name = PyUnicode_AsUTF8AndSize(pending.rule.name, &name_size)
+        cdef char[20] tag
+        cdef int tag_size = digits(pending.tag, tag)
+        cdef size_t size = PyBytes_GET_SIZE(self.opening) + tag_size + 2 + name_size + 2 + pending.size
+        if not buffer_room(buffer, size + 32):
+            raise MemoryError
+        put_head(buffer, c"$", size)
+        put(buffer, PyBytes_AS_STRING(self.opening), PyBytes_GET_SIZE(self.opening))
+        put(buffer, tag, tag_size)
+        put(buffer, "}:", 2)
+        put(buffer, name, name_size)
+        put(buffer, ":", 1)
+        put(buffer, &pending.mark, 1)
+        put(buffer, pending.data, pending.size)
+        put(buffer, "\r\n", 2)
+        return 0
+
+    def state_key(self, Entry entry not None):
+        """What the entry's state is called."""
+        cdef PendingDecision pending = pending_of(entry, CHECK)
+        cdef Buffer buffer
+        memset(&buffer, 0, sizeof(Buffer))
+        self.address(pending)
+        try:
+            self.put_key(&buffer, pending)
+            return (<bytes>buffer.bytes[:buffer.used]).partition(b"\r\n")[2].removesuffix(b"\r\n")
+        finally:
+            free(buffer.bytes)
+
+
+cdef PendingDecision pending_of(Entry entry, Mode mode):
+    cdef PendingDecision pending = PendingDecision.__new__(PendingDecision)
+    pending.stage = NEW
+    pending.mode = mode
+    pending.rule = entry.rule
+    pending.key = entry.key
+    pending.units = entry.cost
+    pending.text = entry.canonical
+    pending.mark = PyBytes_AS_STRING(entry.canonical)[0]
+    pending.data = PyBytes_AS_STRING(entry.canonical) + 1
+    pending.size = PyBytes_GET_SIZE(entry.canonical) - 1
+    return pending
+
+
+cdef class Calls(Remote):
+    """The compiled part of a storage: which gathering a check belongs to. One for all event loops of a process.
+
+    layout: names the keys. deadline_us: how long a check may wait. ttl_us: how long a bound denies before it is asked again.
+    """
+
+    cdef readonly Layout layout
+    cdef readonly int64_t deadline_us
+    cdef object here                         # the event loop that asked last, and its gatherings
+    cdef tuple here_gatherings
+    cdef unsigned here_forks
+
+    def __init__(self, Layout layout not None, KeyTable bounds not None, int64_t deadline_us, int64_t ttl_us):
+        self.layout = layout
+        self.bounds = bounds
+        self.deadline_us = deadline_us
+        self.ttl_us = ttl_us
+
+    def _gatherings_here(self):
+        """The gatherings of the running loop and this process, as a tuple."""
+        raise NotImplementedError
+
+    cdef Gathering gathering(self, Hash128 hashed):
+        cdef tuple found = self.here_gatherings
+        loop = running_loop()
+        if loop is None:
+            raise RuntimeError("a shared storage needs a running asyncio event loop")
+        if loop is not self.here or self.here_forks != forks:
+            # Kept in `found`: before this goes on, another thread may have put its own here.
+            found = self._gatherings_here()
+            self.here_gatherings = found
+            self.here = loop
+            self.here_forks = forks
+        return <Gathering>found[<Py_ssize_t>(hashed.lo % <uint64_t>len(found))]
+
+    def _forget_here(self):
+        """Ask for the gatherings anew."""
+        self.here = None
+        self.here_gatherings = ()
+
+    cdef int ask(self, PendingDecision pending) except -1:
+        self.gathering(pending.hashed).enter(pending)
+        return 0
+
+    cdef int leave(self, PendingDecision pending) except -1:
+        if pending.stage == WAITING or pending.stage == PARKED:
+            (<Gathering>pending.place).drop(pending)
+        return 0
+
+    def _ask_together(self, entries, str mode not None):
+        """Enter checks (or peeks, or resets) one after the other; returns the Group whose future says that all are decided."""
+        cdef Group group = Group.__new__(Group)
+        cdef PendingDecision pending
+        cdef Mode kind = PEEK if mode == "peek" else RESET if mode == "reset" else CHECK
+        group.future = running_loop().create_future()
+        group.members = [pending_of(entry, kind) for entry in entries]
+        group.left = len(group.members) + 1
+        try:
+            for pending, entry in zip(group.members, entries):
+                pending.remote = self
+                pending.group = group
+                pending.hashed = self.bounds.hash_entry(entry)
+                self.gathering(pending.hashed).enter(pending)
+        except BaseException:
+            group.leave()
+            raise
+        group.left -= 1
+        if group.left == 0 and not group.future.done():
+            group.future.set_result(None)
+        return group
+
+
+cdef class Gathering:
+    """What waits for one connection of one event loop, and what is on its way there. The base of `Line`, which has the connection.
+
+    The checks that wait when the connection has room for a call leave together, and equal ones of one key as one entry: their
+    order matters only among those of the same key.
+    """
+
+    cdef Layout layout
+    cdef KeyTable bounds
+    cdef int64_t deadline_us
+    cdef int64_t ttl_us
+    cdef readonly object loop
+    cdef object call_soon
+    cdef object context                      # an empty one: what is called by the loop belongs to no request
+    cdef list woken                          # decided, but not stepped yet
+    cdef Queue waiting
+    cdef Queue parked                        # they ask what is being asked already
+    cdef object in_flight                    # Calls in the order of their replies, and None for a reply that is just "OK"
+    cdef readonly bint _open                 # there is a connection
+    cdef object write
+    cdef bint scheduled
+    cdef object timer
+    cdef int64_t timer_at_us
+    cdef Py_ssize_t max_waiting
+    cdef bytes rest                          # of a reply that hasn't come whole
+    cdef readonly bytes _session
+    cdef uint64_t requests
+    cdef bint by_value                       # the server has lost the scripts: the next call brings its own
+    cdef bytes decide_sha, decide_text, reset_sha, reset_text
+    cdef Buffer buffer
+    cdef uint16_t* places
+    cdef object leases                       # (until_us, PendingDecision): what may have to be given back
+    cdef readonly int64_t sent_calls
+    cdef readonly int64_t sent_entries
+
+    def __cinit__(self, *_args, **_kwargs):
+        self.places = <uint16_t*>calloc(PLACES, sizeof(uint16_t))
+        if self.places == NULL:
+            raise MemoryError
+
+    def __init__(self, Calls calls not None, loop, Py_ssize_t max_waiting):
+        # Not the storage itself: that closes its gatherings when nobody holds it any more.
+        self.layout = calls.layout
+        self.bounds = calls.bounds
+        self.deadline_us = calls.deadline_us
+        self.ttl_us = calls.ttl_us
+        self.loop = loop
+        self.call_soon = loop.call_soon
+        self.context = Context()
+        self.woken = []
+        self.max_waiting = max_waiting
+        self.in_flight = deque()
+        self.leases = deque()
+        self.rest = b""
+        self._session = urandom(6).hex().encode() + b"-"
+
+    def __dealloc__(self):
+        while self.waiting.first != NULL:
+            take(&self.waiting, <PendingDecision>self.waiting.first)
+        while self.parked.first != NULL:
+            take(&self.parked, <PendingDecision>self.parked.first)
+        free(self.buffer.bytes)
+        free(self.places)
+
+    # What a Line does:
+
+    def _connect(self):
+        """There is something to send and no connection. Calls `_opened` or `_fail_waiting`, later."""
+        raise NotImplementedError
+
+    def _refused(self, call, bytes text):
+        """Give the error to a call that the server answered with the error `text`; may drop the connection."""
+        raise NotImplementedError
+
+    def _broken(self, what):
+        """Drop the connection, on which `what` came instead of a reply."""
+        raise NotImplementedError
+
+    def _late(self):
+        """Drop the connection, on which nothing came in time."""
+        raise NotImplementedError
+
+    @property
+    def _waiting_count(self): return self.waiting.count + self.parked.count
+
+    @property
+    def _in_flight_count(self): return len(self.in_flight)
+
+    # Entering and leaving:
+
+    cdef Bound* bound_of(self, Hash128 hashed, Shard** shard, uint32_t* index) noexcept:
+        cdef int64_t found
+        shard[0] = &self.bounds.shards[<uint32_t>(((hashed.hi >> 32) * self.bounds.shard_count) >> 32)]
+        found = shard_find(shard[0], hashed)
+        if found < 0:
+            return NULL
+        index[0] = <uint32_t>found
+        return <Bound*>slot_at(shard[0], <uint32_t>found)
+
+    cdef bint decided_here(self, PendingDecision pending, int64_t now_us, bint* asked) except -1:
+        """Whether the bound or a lease has decided; `asked` tells that another check is asking just that."""
+        cdef Shard* shard
+        cdef uint32_t index
+        cdef Outcome out
+        cdef Bound* bound = self.bound_of(pending.hashed, &shard, &index)
+        cdef int verdict
+        asked[0] = False
+        if bound == NULL or pending.mode != CHECK:
+            return False
+        verdict = bound_verdict(bound, self.bounds.terms_of(pending.rule), now_us, pending.units, self.ttl_us, &out)
+        if verdict == DENIED or verdict == LEASED:
+            complete_with(pending, decision_new(pending.rule, pending.key, pending.units,
+                                                LEASE if verdict == LEASED else PREFILTER, &out))
+            return True
+        asked[0] = verdict != OPEN and now_us - bound.asked_us < self.deadline_us
+        return False
+
+    cdef int enter(self, PendingDecision pending) except -1:
+        """Queue a check whose answer has to be waited for, unless it can be given here and now after all."""
+        cdef int64_t now_us = self.bounds.now_us()
+        cdef bint asked = False
+        cdef Waiter waiter
+        if (pending.stale or pending.group is not None) and self.decided_here(pending, now_us, &asked):
+            return 0
+        if self.waiting.count + self.parked.count >= self.max_waiting:
+            raise StorageUnavailable(
+                f"{self.max_waiting} checks are waiting for Redis already; that is this process's load, not an outage"
+            )
+        self.layout.address(pending)
+        pending.place = self
+        pending.deadline_us = now_us + self.deadline_us
+        if pending.group is None:
+            waiter = Waiter.__new__(Waiter)
+            waiter.pending = pending
+            waiter.loop = self.loop
+            waiter.blocking = True
+            pending.waiter = waiter
+        pending.stage = PARKED if asked else WAITING
+        push(&self.parked if asked else &self.waiting, pending)
+        self.wind(now_us, pending.deadline_us)
+        self.schedule()
+        return 0
+
+    cdef inline int wake(self, Waiter waiter) except -1:
+        waiter.done = True
+        waiter.pending = None
+        self.woken.append(waiter)
+        if len(self.woken) == 1:
+            self.call_soon(self._step, context=self.context)
+        return 0
+
+    def _step(self):
+        """Step the tasks of all checks that were decided, in order."""
+        cdef list woken = self.woken
+        cdef Py_ssize_t i = 0, count = len(woken)
+        self.woken = []
+        try:
+            while i < count:
+                i += 1
+                (<Waiter>woken[i - 1]).call()
+        finally:
+            if i < count:                    # KeyboardInterrupt or SystemExit, which a task lets through
+                self.woken[:0] = woken[i:]
+                self.call_soon(self._step, context=self.context)
+
+    cdef int drop(self, PendingDecision pending) except -1:
+        take(&self.parked if pending.stage == PARKED else &self.waiting, pending)
+        pending.stage = COMPLETE
+        return 0
+
+    cdef inline int schedule(self) except -1:
+        """See that what waits is sent in this very tick of the loop: a lone check at once, and all that come with it together."""
+        if self.scheduled or self.waiting.count == 0:
+            return 0
+        if not self._open:
+            self.scheduled = True
+            self._connect()
+        elif len(self.in_flight) < IN_FLIGHT_MAX:
+            self.scheduled = True
+            self.call_soon(self._flush, context=self.context)
+        return 0
+
+    def _flush(self):
+        """Send what waits, as far as there is room."""
+        cdef Call call
+        self.scheduled = False
+        while self._open and self.waiting.count and len(self.in_flight) < IN_FLIGHT_MAX:
+            # Two calls of half the size keep both sides busy: one is decided while the other's checks are woken and asked anew.
+            halved = (not self.in_flight and self.waiting.count >= HALVED_MIN
+                      and (<PendingDecision>self.waiting.first).group is None)
+            call = self.gather(min(<Py_ssize_t>ENTRIES_MAX, (self.waiting.count + 1) // 2) if halved else ENTRIES_MAX)
+            if call is not None:
+                self.send(call)
+
+    # Deadlines: one timer for all, since all wait equally long and so run out in the order in which they came.
+
+    cdef inline int wind(self, int64_t now_us, int64_t at_us) except -1:
+        if self.timer is not None:
+            if at_us >= self.timer_at_us:
+                return 0
+            self.timer.cancel()
+        self.timer_at_us = at_us
+        self.timer = self.loop.call_later(max(at_us - now_us, <int64_t>0) / 1e6, self._ring, context=self.context)
+        return 0
+
+    def _ring(self):
+        """Fail what has waited too long."""
+        cdef int64_t now_us = self.bounds.now_us(), next_us = 0
+        cdef Call call
+        cdef bint late = False
+        self.timer = None
+        self.expire(&self.waiting, now_us)
+        self.expire(&self.parked, now_us)
+        for call in self.in_flight:
+            if call is not None and call.deadline_us <= now_us:
+                late = self.expire_call(call, now_us) or late
+        if late:
+            self._late()
+        self.give_back(now_us)
+        for call in self.in_flight:
+            if call is not None and call.size and (next_us == 0 or call.deadline_us < next_us):
+                next_us = call.deadline_us
+        if self.waiting.first != NULL:
+            next_us = min(next_us or (<PendingDecision>self.waiting.first).deadline_us,
+                          (<PendingDecision>self.waiting.first).deadline_us)
+        if self.parked.first != NULL:
+            next_us = min(next_us or (<PendingDecision>self.parked.first).deadline_us,
+                          (<PendingDecision>self.parked.first).deadline_us)
+        if self.leases:
+            next_us = min(next_us or self.leases[0][0], self.leases[0][0])
+        if next_us:
+            self.wind(now_us, next_us)
+
+    cdef int expire(self, Queue* queue, int64_t now_us) except -1:
+        cdef PendingDecision pending
+        while queue.first != NULL and (<PendingDecision>queue.first).deadline_us <= now_us:
+            pending = <PendingDecision>queue.first
+            take(queue, pending)
+            complete(pending, self._unsent())
+        return 0
+
+    def _unsent(self):
+        """The error of a check that ran out of time before it was sent."""
+        raise NotImplementedError
+
+    cdef bint expire_call(self, Call call, int64_t now_us) except -1:
+        """Fail what has waited too long for a reply; True when nobody waits for it any more."""
+        cdef int i
+        cdef PyObject* waiter
+        cdef PendingDecision pending
+        cdef int64_t next_us = 0
+        for i in range(call.size):
+            waiter = call.entries[i].waiters.first
+            while waiter != NULL:
+                pending = <PendingDecision>waiter
+                waiter = pending.after
+                if pending.stage == COMPLETE:
+                    continue
+                if pending.deadline_us <= now_us:
+                    complete(pending, StorageTimeout(self.deadline_us / 1e6))
+                elif next_us == 0 or pending.deadline_us < next_us:
+                    next_us = pending.deadline_us
+        call.deadline_us = next_us if next_us else call.deadline_us
+        return next_us == 0
+
+    # Building a call:
+
+    cdef Call gather(self, int most):
+        """Take what waits into a call, equal checks of a key as one of at most `most` entries; None if all of it has gone."""
+        cdef Call call = Call.__new__(Call)
+        cdef PendingDecision pending
+        cdef CallEntry* entry
+        cdef int64_t now_us = self.bounds.now_us()
+        cdef Mode mode
+        cdef uint16_t place
+        cdef int keys = 0
+        cdef bint began = False
+        memset(self.places, 0, PLACES * sizeof(uint16_t))
+        while self.waiting.first != NULL:
+            pending = <PendingDecision>self.waiting.first
+            mode = CHECK if pending.mode == GIVE_BACK else pending.mode
+            if began and mode != call.mode:
+                break
+            if self.gone(pending):
+                self.drop(pending)
+                continue
+            if pending.deadline_us <= now_us:
+                take(&self.waiting, pending)
+                complete(pending, self._unsent())
+                continue
+            call.mode = mode
+            began = True
+            place = self.place_of(call, pending.hashed)
+            entry = &call.entries[self.places[place] - 1] if self.places[place] else NULL
+            # Of a key's entries the newest decides whether this one is equal to it: their order is kept.
+            if entry == NULL or not self.joins(call, entry, pending):
+                if call.size == most:
+                    break
+                entry = self.add_entry(call, pending, entry.key_index if entry != NULL else keys + 1)
+                keys += 1 if entry.key_index > keys else 0
+                self.places[place] = <uint16_t>call.size
+            take_over(&self.waiting, &entry.waiters, pending)
+            entry.count += 1 if pending.mode == CHECK else 0
+            pending.stage = SENT
+            if call.deadline_us == 0:
+                call.deadline_us = pending.deadline_us
+        if call.size == 0:
+            return None
+        call.sent_us = now_us
+        self.write_call(call, keys)
+        return call
+
+    cdef inline bint gone(self, PendingDecision pending) except -1:
+        return pending.group is not None and pending.group.future.cancelled()
+
+    cdef inline uint16_t place_of(self, Call call, Hash128 hashed) noexcept:
+        """Where the map has the newest entry of a key, or would have it."""
+        cdef uint16_t place = <uint16_t>(hashed.lo >> 16) & (PLACES - 1)
+        cdef CallEntry* entry
+        while self.places[place]:
+            entry = &call.entries[self.places[place] - 1]
+            if entry.hashed.lo == hashed.lo and entry.hashed.hi == hashed.hi:
+                break
+            place = (place + 1) & (PLACES - 1)
+        return place
+
+    cdef inline bint joins(self, Call call, const CallEntry* entry, PendingDecision pending) noexcept:
+        if call.mode == RESET or pending.mode == GIVE_BACK:
+            return True
+        return entry.cost == pending.units and entry.rule == <PyObject*>pending.rule
+
+    cdef CallEntry* add_entry(self, Call call, PendingDecision pending, int key_index) except NULL:
+        cdef CallEntry* entry = &call.entries[call.size]
+        memset(entry, 0, sizeof(CallEntry))
+        entry.hashed = pending.hashed
+        entry.rule_index = call.rule_index(pending.rule)
+        entry.rule = <PyObject*>pending.rule
+        entry.key_index = key_index
+        entry.cost = pending.units
+        call.size += 1
+        return entry
+
+    cdef int write_call(self, Call call, int keys) except -1:
+        """Write the call into the buffer, and note what its reply must look like."""
+        cdef Buffer* buffer = &self.buffer
+        cdef CallEntry* entry
+        cdef CompiledRule rule
+        cdef int i, runs = 0, leases = 0, known = 0
+        call.request = self._session + b"%d" % self.requests
+        self.requests += 1
+        buffer.used = 0
+        for i in range(call.size):
+            entry = &call.entries[i]
+            rule = <CompiledRule>entry.rule
+            self.take_stock(call, entry, rule)
+            call.numbers += answer_length(&rule.terms) + (rule.lease_units > 0)
+            if rule.lease_units:
+                leases += 1
+            else:
+                runs += not self.continues(call, i)
+        if not buffer_room(buffer, 4096 + self.script_size(call)):
+            raise MemoryError
+        if call.mode == RESET:
+            call.numbers = 0
+            put_head(buffer, c"*", 3 + keys + 1)
+        else:
+            put_head(buffer, c"*", 3 + keys + 5 + 8 * len(call.rules) + 5 * runs + 7 * leases)
+        self.put_script(call)
+        put_number(buffer, keys)
+        for i in range(call.size):
+            entry = &call.entries[i]
+            if entry.key_index > known:
+                known = entry.key_index
+                self.layout.put_key(buffer, <PendingDecision>entry.waiters.first)
+        if not buffer_room(buffer, 1024):
+            raise MemoryError
+        put_bulk(buffer, PyBytes_AS_STRING(call.request), PyBytes_GET_SIZE(call.request))
+        if call.mode != RESET:
+            put_bulk(buffer, "peek" if call.mode == PEEK else "check", 4 if call.mode == PEEK else 5)
+            put_number(buffer, len(call.rules))
+            put_number(buffer, runs)
+            put_number(buffer, leases)
+            self.put_rules(call)
+            self.put_entries(call)
+        return 0
+
+    cdef inline bint continues(self, Call call, int i) noexcept:
+        """Whether an entry goes on where the run of the one before it ends."""
+        cdef CallEntry* entry = &call.entries[i]
+        cdef CallEntry* before = entry - 1
+        return (i > 0 and before.rule == entry.rule and before.key_index + 1 == entry.key_index and before.cost == entry.cost
+                and before.count == entry.count)
+
+    cdef size_t script_size(self, Call call):
+        return PyBytes_GET_SIZE(self.reset_text if call.mode == RESET else self.decide_text)
+
+    cdef int put_script(self, Call call) except -1:
+        cdef Buffer* buffer = &self.buffer
+        cdef bytes what
+        if self.by_value:
+            what = self.reset_text if call.mode == RESET else self.decide_text
+            put_bulk(buffer, "EVAL", 4)
+            self.by_value = False
+        else:
+            what = self.reset_sha if call.mode == RESET else self.decide_sha
+            put_bulk(buffer, "EVALSHA", 7)
+        put_bulk(buffer, PyBytes_AS_STRING(what), PyBytes_GET_SIZE(what))
+        return 0
+
+    cdef int put_rules(self, Call call) except -1:
+        cdef CompiledRule rule
+        cdef char kind
+        for rule in call.rules:
+            if not buffer_room(&self.buffer, 512):
+                raise MemoryError
+            kind = rule.terms.kind
+            put_bulk(&self.buffer, &kind, 1)
+            put_number(&self.buffer, rule.terms.capacity)
+            put_number(&self.buffer, rule.terms.window_us)
+            put_number(&self.buffer, rule.terms.unit_ticks)
+            put_number(&self.buffer, rule.terms.drain_ticks)
+            put_number(&self.buffer, rule.terms.slot_us)
+            put_number(&self.buffer, rule.terms.coarse_us)
+            put_number(&self.buffer, rule.lease_us if kind == c"s" else 0)
+        return 0
+
+    cdef int put_entries(self, Call call) except -1:
+        cdef Buffer* buffer = &self.buffer
+        cdef CallEntry* entry
+        cdef int i = 0, run
+        while i < call.size:
+            entry = &call.entries[i]
+            run = 1
+            if not (<CompiledRule>entry.rule).lease_units:
+                while i + run < call.size and self.continues(call, i + run):
+                    run += 1
+                if not buffer_room(buffer, 256):
+                    raise MemoryError
+                put_number(buffer, entry.key_index)
+                put_number(buffer, run)
+                put_number(buffer, entry.rule_index)
+                put_number(buffer, entry.cost)
+                put_number(buffer, max(entry.count, <int64_t>1))
+            i += run
+        for i in range(call.size):
+            entry = &call.entries[i]
+            if (<CompiledRule>entry.rule).lease_units:
+                if not buffer_room(buffer, 256):
+                    raise MemoryError
+                put_number(buffer, entry.key_index)
+                put_number(buffer, entry.rule_index)
+                put_number(buffer, entry.cost)
+                put_number(buffer, entry.count if call.mode == CHECK else 1)
+                put_number(buffer, entry.ahead)
+                put_number(buffer, entry.back)
+                put_number(buffer, entry.back_us)
+        return 0
+
+    cdef int send(self, Call call) except -1:
+        self.in_flight.append(call)
+        self.sent_calls += 1
+        self.sent_entries += call.size
+        self.write(PyBytes_FromStringAndSize(self.buffer.bytes, self.buffer.used))
+        return 0
+
+    # Reading replies:
+
+    def _received(self, bytes data not None):
+        """Take what came, settle the calls whose replies are whole, and send what has gathered meanwhile."""
+        cdef Py_ssize_t at = 0, after
+        if self.rest:
+            data = self.rest + data
+            self.rest = b""
+        while at < PyBytes_GET_SIZE(data):
+            if not self.in_flight:
+                self._broken("a reply that nobody waits for")
+                return
+            after = self.read_reply(data, at)
+            if after == INCOMPLETE:
+                break
+            if after == BROKEN:
+                self._broken("something else than was asked for")
+                return
+            if not self._open:                # dropped because of what was read
+                return
+            at = after
+        if at < PyBytes_GET_SIZE(data):
+            if PyBytes_GET_SIZE(data) - at > REPLY_BYTES_MAX:
+                self._broken("a reply without an end")
+                return
+            self.rest = data[at:]
+        self.unpark()
+        if not self.scheduled:
+            self._flush()
+
+    cdef Py_ssize_t read_reply(self, bytes data, Py_ssize_t at) except -3:
+        """Read the reply to the oldest call; returns where the next one begins, INCOMPLETE or BROKEN."""
+        cdef const char* text = PyBytes_AS_STRING(data)
+        cdef Py_ssize_t size = PyBytes_GET_SIZE(data), end
+        cdef Call call = self.in_flight[0]
+        cdef int64_t number
+        cdef int64_t[ENTRIES_MAX * NUMBERS_MAX + 1] numbers
+        cdef int i, count
+        if text[at] == c"-":
+            end = read_line(text, at, size)
+            if end < 0:
+                return end
+            self.in_flight.popleft()
+            self._refused(call, data[at + 1:end])
+            return end + 2
+        if call is None:                     # the reply to SCRIPT LOAD
+            at = read_number(text, at, size, c"$", &number)
+            if at < 0 or number != 40:
+                return at if at < 0 else BROKEN
+            if at + 42 > size:
+                return INCOMPLETE
+            self.in_flight.popleft()
+            return at + 42
+        at = read_number(text, at, size, c"*", &number)
+        if at < 0:
+            return at
+        count = call.numbers + 1 if call.mode != RESET else 0
+        if number != 1 + count:
+            return BROKEN
+        at = read_number(text, at, size, c"$", &number)
+        if at < 0:
+            return at
+        if number != PyBytes_GET_SIZE(call.request):
+            return BROKEN
+        if at + number + 2 > size:
+            return INCOMPLETE
+        if memcmp(text + at, PyBytes_AS_STRING(call.request), number) or text[at + number] != c"\r":
+            return BROKEN
+        at += number + 2
+        for i in range(count):
+            at = read_number(text, at, size, c":", &numbers[i])
+            if at < 0:
+                return at
+        self.in_flight.popleft()
+        self.settle(call, numbers)
+        return at
+
+    cdef int settle(self, Call call, const int64_t* numbers) except -1:
+        """Give everybody in a call its decision, and remember what the store has said."""
+        cdef int64_t now_us = self.bounds.now_us()
+        cdef const int64_t* answer = numbers + 1
+        cdef CallEntry* entry
+        cdef CompiledRule rule
+        cdef PendingDecision sample
+        cdef int i, leases
+        if call.mode == RESET:
+            for i in range(call.size):
+                self.forget(call.entries[i].hashed)
+                self.settle_entry(call, &call.entries[i], NULL, 0)
+            return 0
+        for leases in range(2):              # as the call has them: first those of rules without leases
+            for i in range(call.size):
+                entry = &call.entries[i]
+                rule = <CompiledRule>entry.rule
+                if (rule.lease_units > 0) != leases:
+                    continue
+                sample = <PendingDecision>entry.waiters.first
+                self.settle_entry(call, entry, answer, answer[answer_length(&rule.terms)] if leases else 0)
+                self.learn(call, entry, sample, answer, numbers[0], now_us)
+                answer += answer_length(&rule.terms) + leases
+        return 0
+
+    cdef int settle_entry(self, Call call, CallEntry* entry, const int64_t* answer, int64_t ahead) except -1:
+        cdef PendingDecision pending
+        cdef CompiledRule rule = <CompiledRule>entry.rule
+        cdef Outcome out
+        cdef int64_t position = 0
+        while entry.waiters.first != NULL:
+            pending = <PendingDecision>entry.waiters.first
+            take(&entry.waiters, pending)
+            if pending.stage == COMPLETE:    # it gave up, but its place in the count is its own
+                position += pending.mode == CHECK
+            elif answer == NULL or pending.mode == GIVE_BACK:
+                complete(pending, None)
+            else:
+                take_answer(&rule.terms, answer, ahead, pending.units, position, &out)
+                position += pending.mode == CHECK
+                complete_with(pending, decision_new(rule, pending.key, pending.units, REDIS, &out))
+        return 0
+
+    # What is known:
+
+    cdef int learn(self, Call call, CallEntry* entry, PendingDecision sample, const int64_t* answer, int64_t server_us,
+                   int64_t now_us) except -1:
+        cdef CompiledRule rule = <CompiledRule>entry.rule
+        cdef Shard* shard
+        cdef uint32_t index
+        cdef Bound fresh
+        cdef Bound* bound = self.bound_of(entry.hashed, &shard, &index)
+        cdef const Terms* terms = self.bounds.terms_of(rule)
+        if bound == NULL:
+            memset(&fresh, 0, sizeof(Bound))
+            fresh.slot.hash_lo = entry.hashed.lo
+            fresh.slot.hash_hi = entry.hashed.hi
+            if bound_learn(&fresh, terms, answer, entry.cost, call.sent_us, now_us, server_us) != KEEP:
+                raise MemoryError
+            if view_fresh_at(&fresh.slot.view) <= now_us:
+                view_free(&fresh.slot.view)
+                return 0
+            bound = <Bound*>self.bounds.insert(shard, &fresh.slot, now_us)
+        else:
+            if bound_learn(bound, terms, answer, entry.cost, call.sent_us, now_us, server_us) != KEEP:
+                raise MemoryError
+            bound.asked_us = 0
+            bound.leasing = bound.leasing and entry.ahead == 0
+        if rule.lease_units and answer[answer_length(terms)] > 0:
+            self.take_lease(bound, sample, rule, answer, call.sent_us, server_us, now_us)
+        elif view_fresh_at(&bound.slot.view) <= now_us and bound.lease_units == 0:
+            self.forget(entry.hashed)
+        return 0
+
+    cdef int forget(self, Hash128 hashed) except -1:
+        cdef Shard* shard
+        cdef uint32_t index
+        if self.bound_of(hashed, &shard, &index) != NULL:
+            self.bounds.remove(shard, index)
+        return 0
+
+    cdef int unpark(self) except -1:
+        """What waited for another check's answer: most of it is answered by that."""
+        cdef Queue parked = self.parked
+        cdef PendingDecision pending
+        cdef int64_t now_us
+        cdef bint asked = False
+        if parked.count == 0:
+            return 0
+        now_us = self.bounds.now_us()
+        memset(&self.parked, 0, sizeof(Queue))
+        while parked.first != NULL:
+            pending = <PendingDecision>parked.first
+            take(&parked, pending)
+            if self.gone(pending):
+                pending.stage = COMPLETE
+            elif not self.decided_here(pending, now_us, &asked):
+                pending.stage = PARKED if asked else WAITING
+                push(&self.parked if asked else &self.waiting, pending)
+        return 0
+
+    # Leases:
+
+    cdef int take_stock(self, Call call, CallEntry* entry, CompiledRule rule) except -1:
+        """Note that the key is asked about; for a rule with leases, what to give back and what to take."""
+        cdef Shard* shard
+        cdef uint32_t index
+        cdef Bound* bound
+        cdef int64_t spent, wanted = entry.count * entry.cost
+        if call.mode != CHECK:
+            return 0
+        bound = self.bound_of(entry.hashed, &shard, &index)
+        if bound == NULL:
+            return 0
+        if entry.count:
+            bound.asked_us = call.sent_us
+        # One lease at a time: units of two grants would have two ends.
+        if rule.lease_units == 0 or bound.leasing:
+            return 0
+        entry.back = bound.lease_units
+        entry.back_us = bound.lease_server_us
+        spent = bound.lease_size - bound.lease_units
+        if entry.count and call.sent_us - bound.sent_us <= rule.lease_us:
+            # Asked about twice within the life of a lease: it is busy. What was used up in time may be twice as large.
+            if bound.lease_size and bound.lease_units == 0 and call.sent_us < bound.lease_until_us:
+                entry.ahead = 2 * bound.lease_size
+            entry.ahead = min(rule.lease_units, max(entry.ahead, spent, wanted))
+        elif entry.count and bound.lease_size and call.sent_us < bound.lease_until_us + rule.lease_us:
+            entry.ahead = min(rule.lease_units, spent)
+        bound.lease_units = bound.lease_size = 0
+        bound.leasing = entry.ahead > 0
+        return 0
+
+    cdef int take_lease(self, Bound* bound, PendingDecision sample, CompiledRule rule, const int64_t* answer, int64_t sent_us,
+                        int64_t server_us, int64_t now_us) except -1:
+        cdef int64_t for_us = rule.lease_us
+        if rule.terms.kind == c"f" or rule.terms.kind == c"c":  # it ends with the window
+            for_us = min(for_us, rule.terms.window_us - answer[2 if rule.terms.kind == c"f" else 3])
+        bound.lease_units = bound.lease_size = answer[answer_length(&rule.terms)]
+        # From before the request was sent, and a 64th less, since the store's clock may be the faster one.
+        bound.lease_until_us = sent_us + for_us - for_us // DRIFT_SHARE
+        bound.lease_server_us = server_us
+        self.leases.append((bound.lease_until_us, sample))
+        self.wind(now_us, bound.lease_until_us)
+        return 0
+
+    cdef int give_back(self, int64_t now_us) except -1:
+        """Queue what has been left over of leases that have ended."""
+        cdef PendingDecision sample, pending
+        cdef Shard* shard
+        cdef uint32_t index
+        cdef Bound* bound
+        while self.leases and self.leases[0][0] <= now_us:
+            sample = self.leases.popleft()[1]
+            bound = self.bound_of(sample.hashed, &shard, &index)
+            if bound == NULL or bound.lease_units == 0 or bound.lease_until_us > now_us:
+                continue
+            pending = PendingDecision.__new__(PendingDecision)
+            pending.stage = WAITING
+            pending.mode = GIVE_BACK
+            pending.place = self
+            pending.rule = sample.rule
+            pending.text = sample.text
+            pending.data = sample.data
+            pending.size = sample.size
+            pending.mark = sample.mark
+            pending.tag = sample.tag
+            pending.hashed = sample.hashed
+            pending.units = 1
+            pending.deadline_us = now_us + self.deadline_us
+            push(&self.waiting, pending)
+        self.schedule()
+        return 0
+
+    # The end of a connection, and of everything:
+
+    def _opened(self, write, scripts):
+        """There is a connection now: `write` sends bytes on it. `scripts` are loaded there: decide's name and text, and reset's."""
+        self.write = write
+        self.decide_sha, self.decide_text, self.reset_sha, self.reset_text = scripts
+        self.rest = b""
+        self._open = True
+        self._flush()
+
+    def _shut(self, error):
+        """The connection is gone. What was on its way may have been run, and gets `error`; what waits goes on waiting."""
+        cdef Call call
+        self._open = False
+        self.write = None
+        self.rest = b""
+        self.by_value = False
+        calls, self.in_flight = self.in_flight, deque()
+        for call in calls:
+            if call is not None:
+                self._fail(call, error)
+        self.unpark()
+        self.scheduled = False
+        self.schedule()
+
+    def _fail(self, Call call not None, error):
+        """Give an error to everybody in a call."""
+        cdef int i
+        cdef CallEntry* entry
+        cdef PendingDecision pending
+        cdef Shard* shard
+        cdef uint32_t index
+        cdef Bound* bound
+        for i in range(call.size):
+            entry = &call.entries[i]
+            bound = self.bound_of(entry.hashed, &shard, &index)
+            if bound != NULL:
+                bound.asked_us = 0
+                bound.leasing = bound.leasing and entry.ahead == 0
+            while entry.waiters.first != NULL:
+                pending = <PendingDecision>entry.waiters.first
+                take(&entry.waiters, pending)
+                if pending.stage != COMPLETE:
+                    complete(pending, twin_of(error))
+
+    def _fail_waiting(self, error):
+        """Give an error to everything that hasn't been sent."""
+        cdef PendingDecision pending
+        cdef Queue* queue
+        cdef int which
+        self.scheduled = False
+        for which in range(2):
+            queue = &self.parked if which else &self.waiting
+            while queue.first != NULL:
+                pending = <PendingDecision>queue.first
+                take(queue, pending)
+                complete(pending, twin_of(error))
+
+    def _send_again(self, Call call not None):
+        """A reply has proved that the call wasn't run, because the server has lost its script: send it, script and all."""
+        cdef int i
+        cdef PendingDecision pending
+        cdef CallEntry* entry
+        cdef Shard* shard
+        cdef uint32_t index
+        cdef Bound* bound
+        for i in range(call.size - 1, -1, -1):
+            entry = &call.entries[i]
+            bound = self.bound_of(entry.hashed, &shard, &index)
+            if bound != NULL:
+                bound.leasing = bound.leasing and entry.ahead == 0
+                bound.lease_units += entry.back
+            while entry.waiters.last != NULL:
+                pending = <PendingDecision>entry.waiters.last
+                if pending.stage == COMPLETE:
+                    take(&entry.waiters, pending)
+                    continue
+                Py_INCREF(<PyObject*>pending)
+                take(&entry.waiters, pending)
+                push_front(&self.waiting, pending)
+                pending.stage = WAITING
+                Py_DECREF(<PyObject*>pending)
+        # By value, since nothing can be flushed in between; and loaded too, since what is only evaluated may be let go.
+        text = self.reset_text if call.mode == RESET else self.decide_text
+        self.in_flight.append(None)
+        self.write(b"*3\r\n$6\r\nSCRIPT\r\n$4\r\nLOAD\r\n$%d\r\n%b\r\n" % (len(text), text))
+        self.by_value = True
+
+    def _end(self, error):
+        """Give `error` to everybody, and leave nothing behind."""
+        self._fail_waiting(error)
+        self._shut(error)
+        timer, self.timer = self.timer, None
+        if timer is not None:
+            timer.cancel()
+
+
+cdef inline void take_over(Queue* source, Queue* target, PendingDecision pending) noexcept:
+    Py_INCREF(<PyObject*>pending)
+    take(source, pending)
+    push(target, pending)
+    Py_DECREF(<PyObject*>pending)

@@ -1,0 +1,160 @@
+"""What the compiled modules of this package share: see `_core.pyx`."""
+
+from cpython.object cimport PyObject
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+
+from ratethrottle._arithmetic cimport Outcome, Terms, View
+from ratethrottle._table cimport Hash128, Place, Shard, Slot
+
+
+cdef class CompiledRule:
+    cdef readonly str name
+    cdef readonly str strategy
+    cdef readonly int64_t limit
+    cdef readonly int64_t lease_us           # for how long units taken ahead may be spent
+    cdef readonly int64_t lease_units        # the most that are taken ahead at once; 0: none ever
+    cdef Terms terms
+    # Where the table that saw this rule last keeps its terms: spares the hot path a look-up.
+    cdef uint64_t home
+    cdef Terms* home_terms
+    cdef uint64_t home_seed
+
+    cdef tuple shape(self)
+    cdef tuple facts(self)
+
+
+cdef class KeyTable:
+    cdef Shard* shards
+    cdef uint32_t shard_count
+    cdef readonly int64_t max_keys
+    cdef readonly bint evict
+    cdef readonly int64_t evictions          # that forgot something
+    cdef int64_t used
+    cdef uint64_t[3] secret                  # two words key the hash, the third names this table to the rules it has met
+    cdef uint64_t random
+    cdef int64_t clock_offset_us
+    cdef object clock
+    cdef dict known                          # shape of a rule -> address of its terms; freed with the table
+
+    cdef int64_t now_us(self) except -1
+    cdef int locate(self, CompiledRule rule, bint joined, const char* data, Py_ssize_t length, Place* place) except -1
+    cdef int meet(self, CompiledRule rule) except -1
+    cdef void remove(self, Shard* shard, uint32_t index) noexcept
+    cdef Slot* insert(self, Shard* shard, const Slot* slot, int64_t now_us) except NULL
+    cdef int decide_located(self, const Place* place, int64_t now_us, int64_t cost, Outcome* out) except -1
+    cdef void decide_scalar(self, View* stored, int64_t now_us, int64_t cost, Outcome* out) noexcept
+    cdef int decide_general(self, const Terms* rule, Shard* shard, uint32_t index, int64_t now_us, int64_t cost,
+                            Outcome* out) except -1
+    cdef int decide_new(self, const Terms* rule, Shard* shard, Hash128 hashed, int64_t now_us, int64_t cost,
+                        Outcome* out) except -1
+    cdef int64_t make_place(self, Shard* shard, int64_t now_us) noexcept
+    cdef bint sweep(self, Shard* shard, int64_t now_us) noexcept
+    cdef int locate_entry(self, Entry entry, Place* place) except -1
+    cdef int find(self, Entry entry, Place* place, Slot** slot) except -1
+    cdef Terms* terms_of(self, CompiledRule rule) except NULL
+    cdef Hash128 hash_entry(self, Entry entry) except *
+
+
+cdef enum Source:
+    MEMORY
+    REDIS
+    PREFILTER
+    LEASE
+    OUTAGE
+
+
+cdef class Decision:
+    cdef CompiledRule terms
+    cdef readonly object key
+    cdef readonly int64_t cost
+    cdef Source source_index
+    cdef Outcome out
+
+    cdef Outcome* settled(self) noexcept
+    cdef tuple facts(self)
+
+
+cdef Decision decision_new(CompiledRule rule, object key, int64_t cost, Source source, const Outcome* out)
+
+
+cdef enum Stage:
+    COMPLETE                                 # the decision is here, or what went wrong, or it was handed over
+    NEW                                      # nobody has awaited it yet
+    WAITING                                  # in the queue of a gathering
+    PARKED                                   # until another check has asked the same
+    SENT
+
+cdef enum Mode:
+    CHECK
+    PEEK
+    RESET
+    GIVE_BACK                                # units of a lease, with no check
+
+
+cdef class PendingDecision:
+    cdef PyObject* decision                  # owned until it is handed over; NULL before and after
+    cdef bint lets_others_run                # yield to the loop once, although the decision is here
+    cdef Stage stage
+    # Of a check that has to ask:
+    cdef Remote remote
+    cdef CompiledRule rule
+    cdef object key
+    cdef object text                         # what `data` points into: the key itself, or its joined or digested form
+    cdef const char* data
+    cdef Py_ssize_t size
+    cdef char mark                           # "=", "(" or "#": what stands before it in Redis
+    cdef uint32_t tag
+    cdef Mode mode
+    cdef int64_t units
+    cdef Hash128 hashed
+    cdef int64_t deadline_us
+    cdef bint stale                          # a bound that should be asked again denied it
+    cdef object place                        # the gathering that it waits in
+    cdef Waiter waiter                       # what its task waits on
+    cdef Group group                         # or the group that waits on it
+    cdef object error
+    cdef PyObject* before                    # neighbours in a queue, or in an entry
+    cdef PyObject* after
+
+
+cdef class Waiter:
+    """What a task waits on: a future as far as a task needs one, woken together with the others of a reply."""
+
+    cdef PendingDecision pending
+    cdef object loop
+    cdef object callback
+    cdef object context
+    cdef object message
+    cdef bint blocking
+    cdef bint done
+    cdef bint cancelled
+
+    cdef int call(self) except -1
+
+
+cdef class Group:
+    """Checks that are waited for together."""
+
+    cdef readonly list members
+    cdef readonly object future
+    cdef object error
+    cdef Py_ssize_t left
+
+
+cdef class Remote:
+    """What asks a store that is shared: the base of `ratethrottle._calls.Calls`."""
+
+    cdef readonly KeyTable bounds
+    cdef int64_t ttl_us                      # how long a bound denies before it is asked again
+
+    cdef int ask(self, PendingDecision pending) except -1
+    cdef int leave(self, PendingDecision pending) except -1
+
+
+cdef class Entry:
+    cdef readonly CompiledRule rule
+    cdef readonly object key
+    cdef readonly bytes canonical            # "=" and the key's UTF-8, or "(" and a tuple's joined form
+    cdef readonly int64_t cost
+
+    cdef bint joined(self)

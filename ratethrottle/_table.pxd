@@ -1,0 +1,247 @@
+"""The key table as structs: hash, slots, and shards of open addressing, each rebuilt on its own.
+
+Like the arithmetic, everything is inline and touches no Python object. Which key is let go when a table is full, and when one is
+decided on, stands with `KeyTable` in `_core.pyx`.
+"""
+
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memset
+
+from ratethrottle._arithmetic cimport KEEP, NO_MEMORY, Terms, View, view_free, view_fresh_at, view_used
+
+
+cdef extern from *:
+    """
+    #define RT_PREFETCH(address) __builtin_prefetch(address)
+    """
+    void RT_PREFETCH(const void* address) noexcept nogil
+
+
+cdef enum:
+    SHARD_KEYS = 2048                      # keys of a full shard: rebuilding one takes well under a millisecond
+    SHARD_ROOM_MIN = 8
+
+cdef struct Pair:                          # two definitions of one rule in use, so that each has its own account
+    View own
+    View other
+
+cdef struct Slot:
+    uint64_t hash_lo
+    uint64_t hash_hi
+    View view                              # terms == NULL: amount.pair holds two views
+
+cdef struct Shard:
+    uint32_t room
+    uint32_t used
+    uint32_t hand                          # the slot that the next sweep of a full table begins with
+    uint32_t slot_bytes                    # a Slot, and what a table keeps behind each
+    char* slots
+    uint8_t* tags                          # a byte of the hash for each slot, 0 when empty: a probe reads these first
+
+cdef struct Hash128:
+    uint64_t lo
+    uint64_t hi
+
+
+cdef struct Place:                         # where a key of a rule belongs in one table
+    Shard* shard
+    Hash128 hashed
+    const Terms* terms
+
+
+cdef inline Slot* slot_at(const Shard* shard, uint32_t i) noexcept nogil:
+    return <Slot*>(shard.slots + <size_t>i * shard.slot_bytes)
+
+
+cdef inline uint64_t rotl(uint64_t x, int by) noexcept nogil:
+    return (x << by) | (x >> (64 - by))
+
+
+cdef inline void sip_round(uint64_t* v) noexcept nogil:
+    v[0] += v[1]
+    v[2] += v[3]
+    v[1] = rotl(v[1], 13) ^ v[0]
+    v[3] = rotl(v[3], 16) ^ v[2]
+    v[0] = rotl(v[0], 32)
+    v[2] += v[1]
+    v[0] += v[3]
+    v[1] = rotl(v[1], 17) ^ v[2]
+    v[3] = rotl(v[3], 21) ^ v[0]
+    v[2] = rotl(v[2], 32)
+
+
+cdef inline uint64_t sip_finish(uint64_t* v) noexcept nogil:
+    cdef int _round
+    for _round in range(3):
+        sip_round(v)
+    return v[0] ^ v[1] ^ v[2] ^ v[3]
+
+
+cdef inline Hash128 siphash(uint64_t k0, uint64_t k1, const char* data, Py_ssize_t length) noexcept nogil:
+    """SipHash-1-3 with a 128-bit result (Aumasson and Bernstein, «SipHash: a fast short-input PRF», 2012).
+
+    Keyed per process, so that nobody outside can choose keys that collide or share a shard.
+    """
+    cdef uint64_t[4] v
+    cdef uint64_t word
+    cdef uint32_t low, high
+    cdef Hash128 result
+    cdef Py_ssize_t left = length
+    v[0] = k0 ^ 0x736f6d6570736575ULL
+    v[1] = k1 ^ 0x646f72616e646f6dULL ^ 0xee
+    v[2] = k0 ^ 0x6c7967656e657261ULL
+    v[3] = k1 ^ 0x7465646279746573ULL
+    while left >= 8:
+        memcpy(&word, data, 8)
+        v[3] ^= word
+        sip_round(v)
+        v[0] ^= word
+        data += 8
+        left -= 8
+    # The last 0 to 7 bytes by at most three loads: a memcpy of a length known only now would be a call.
+    word = <uint64_t>length << 56
+    if left >= 4:
+        memcpy(&low, data, 4)
+        memcpy(&high, data + left - 4, 4)
+        word |= low | <uint64_t>high << (left - 4) * 8
+    elif left > 0:
+        word |= (<uint8_t>data[0] | <uint64_t><uint8_t>data[left >> 1] << (left >> 1) * 8
+                 | <uint64_t><uint8_t>data[left - 1] << (left - 1) * 8)
+    v[3] ^= word
+    sip_round(v)
+    v[0] ^= word
+    v[2] ^= 0xee
+    result.lo = sip_finish(v)
+    v[1] ^= 0xdd
+    result.hi = sip_finish(v)
+    return result
+
+
+cdef inline uint8_t tag_of(uint64_t hash_lo) noexcept nogil:
+    cdef uint8_t tag = <uint8_t>hash_lo
+    return tag if tag else 1
+
+
+cdef inline uint32_t home_of(uint64_t hash_lo, uint32_t room) noexcept nogil:
+    return <uint32_t>(((hash_lo >> 32) * room) >> 32)
+
+
+cdef inline int slot_views(const Slot* slot, View* views) noexcept nogil:
+    if slot.view.terms != NULL:
+        views[0] = slot.view
+        return 1
+    views[0] = (<Pair*>slot.view.amount.pair).own
+    views[1] = (<Pair*>slot.view.amount.pair).other
+    return 2
+
+
+cdef inline int64_t slot_fresh_at(const Slot* slot) noexcept nogil:
+    cdef View[2] views
+    if slot_views(slot, views) == 1:
+        return view_fresh_at(views)
+    return max(view_fresh_at(views), view_fresh_at(&views[1]))
+
+
+cdef inline int64_t slot_used_share(const Slot* slot, int64_t now_us) noexcept nogil:
+    """How much of its capacity a key has used, in 2^20ths; of two definitions the larger share."""
+    cdef View[2] views
+    cdef int64_t share = 0
+    cdef int i, count = slot_views(slot, views)
+    for i in range(count):
+        share = max(share, (min(view_used(&views[i], now_us), views[i].terms.capacity) << 20) // views[i].terms.capacity)
+    return share
+
+
+cdef inline void slot_free(Slot* slot) noexcept nogil:
+    """Give back what hangs from a slot; the slot itself stays as it is."""
+    cdef View[2] views
+    cdef int i, count = slot_views(slot, views)
+    for i in range(count):
+        view_free(&views[i])
+    if slot.view.terms == NULL:
+        free(slot.view.amount.pair)
+
+
+cdef inline int64_t shard_find(const Shard* shard, Hash128 hashed) noexcept nogil:
+    """The index of the key's slot; −1 − (index of the empty one it would take) when it is absent."""
+    cdef uint32_t i
+    cdef uint8_t tag
+    if shard.room == 0:
+        return -1
+    i = home_of(hashed.lo, shard.room)
+    tag = tag_of(hashed.lo)
+    RT_PREFETCH(slot_at(shard, i))                # while the tags are on their way too
+    RT_PREFETCH(<char*>slot_at(shard, i) + 63)
+    while shard.tags[i]:
+        if shard.tags[i] == tag and slot_at(shard, i).hash_lo == hashed.lo and slot_at(shard, i).hash_hi == hashed.hi:
+            return i
+        i += 1
+        if i == shard.room:
+            i = 0
+    return -1 - <int64_t>i
+
+
+cdef inline uint32_t shard_place(Shard* shard, const Slot* slot) noexcept nogil:
+    """Put a key that is absent into a shard with room; returns where."""
+    cdef uint32_t i = home_of(slot.hash_lo, shard.room)
+    while shard.tags[i]:
+        i += 1
+        if i == shard.room:
+            i = 0
+    shard.tags[i] = tag_of(slot.hash_lo)
+    memcpy(slot_at(shard, i), slot, shard.slot_bytes)
+    shard.used += 1
+    return i
+
+
+cdef inline void shard_remove(Shard* shard, uint32_t hole) noexcept nogil:
+    """Take a slot out and close the gap, so that no probe needs tombstones."""
+    cdef uint32_t i = hole, home
+    slot_free(slot_at(shard, hole))
+    while True:
+        i += 1
+        if i == shard.room:
+            i = 0
+        if not shard.tags[i]:
+            break
+        home = home_of(slot_at(shard, i).hash_lo, shard.room)
+        # A slot may move back into the hole unless its home lies behind the hole, up to where it stands (cyclically).
+        if (hole < home <= i) if hole < i else (home > hole or home <= i):
+            continue
+        memcpy(slot_at(shard, hole), slot_at(shard, i), shard.slot_bytes)
+        shard.tags[hole] = shard.tags[i]
+        hole = i
+    shard.tags[hole] = 0
+    shard.used -= 1
+
+
+cdef inline int shard_rebuild(Shard* shard, int64_t now_us) noexcept nogil:
+    """Leave out the keys that are fresh again and make room for a third more than the rest. Returns NO_MEMORY or KEEP."""
+    cdef Shard rebuilt
+    cdef uint32_t i, kept = 0
+    for i in range(shard.room):
+        if shard.tags[i] and slot_fresh_at(slot_at(shard, i)) > now_us:
+            kept += 1
+    rebuilt.used = rebuilt.hand = 0
+    rebuilt.room = max(<uint32_t>SHARD_ROOM_MIN, kept + kept // 3)
+    rebuilt.slot_bytes = shard.slot_bytes
+    rebuilt.slots = <char*>malloc(rebuilt.room * (shard.slot_bytes + 1))
+    if rebuilt.slots == NULL:
+        return NO_MEMORY
+    rebuilt.tags = <uint8_t*>&rebuilt.slots[rebuilt.room * shard.slot_bytes]
+    memset(rebuilt.tags, 0, rebuilt.room)
+    for i in range(shard.room):
+        if not shard.tags[i]:
+            continue
+        if slot_fresh_at(slot_at(shard, i)) > now_us:
+            shard_place(&rebuilt, slot_at(shard, i))
+        else:
+            slot_free(slot_at(shard, i))
+    free(shard.slots)
+    shard[0] = rebuilt
+    return KEEP
+
+
+cdef inline bint shard_full(const Shard* shard) noexcept nogil:
+    return shard.used >= shard.room - shard.room // 8
