@@ -293,3 +293,25 @@ def test_runs_come_before_leases(script_client: redis.Redis) -> None:
     )
     reply: Any = clocked.send(script_client, NOW_US, call)
     assert call.raw(reply) == [[1, 2, 1_000_000], [1, 1, 1_000_000], [8, 10, 1_000_000, 0], [1, 3, 1_000_000, 1]]
+
+
+def test_another_view_reaches_an_eighth_of_its_own_window_ahead(script_client: redis.Redis) -> None:
+    """Else a window of a millisecond, once changed to a longer one with leases, would gather entries by the thousand."""
+    clocked, old, new = ClockedScript(script_client), leased("sliding_window", 200, 0.1), leased("sliding_window", 200, 60)
+    assert (old.lead_us, new.lead_us) == (12_500, 100_000)
+    clocked.lease(NOW_US, Lease(old, "k"))
+    for now_us in range(NOW_US, NOW_US + 1_000_000, 1_000):
+        clocked.lease(now_us, Lease(new, "k", count=0, ahead=1))
+        state = clocked.state("k") or b""
+        entry_us = (now_us + 12_500) // old.slot_us * old.slot_us + old.slot_us
+        assert b"%016d" % entry_us in state.split(b";s")[-1]
+        assert int(state.split(b";s")[-1].split(b",")[3]) <= 74
+
+
+def test_what_was_taken_ahead_stays_ahead_when_the_window_changes(script_client: redis.Redis) -> None:
+    clocked, old, new = ClockedScript(script_client), leased("sliding_window", 10, 60), leased("sliding_window", 10, 50)
+    clocked.lease(NOW_US, Lease(old, "k", ahead=1))
+    assert clocked.lease(NOW_US + 10, Lease(new, "k", cost=10))[0] == 0
+    assert (clocked.state("k") or b"").startswith(
+        b"1;s50000000,1,2,2,%016d0000000001%016d0000000001;s6" % (NOW_US, NOW_US + 100_000)
+    )
