@@ -225,6 +225,14 @@ def test_a_bucket_gets_back_what_has_not_drained_since(script_client: redis.Redi
     assert clocked.state("k") is None
 
 
+def test_nothing_comes_back_of_what_a_bucket_has_let_go_long_ago_however_much_it_is(script_client: redis.Redis) -> None:
+    clocked = ClockedScript(script_client)
+    compiled = RateThrottleRule("r", 7, 366 * 86_400, strategy="token_bucket", burst=50, lease=True).compiled
+    numbers = clocked.lease(NOW_US, Lease(compiled, "k", count=5))
+    assert numbers[1] == 5 * compiled.unit_ticks
+    assert clocked.lease(NOW_US, Lease(compiled, "k", count=0, back=10**9, back_us=0))[1] == numbers[1]
+
+
 def test_a_sliding_window_gets_back_from_the_very_entry(script_client: redis.Redis) -> None:
     clocked, compiled = ClockedScript(script_client), leased("sliding_window")
     lead_us, entry_us = compiled.lead_us, (NOW_US + compiled.lead_us) // compiled.slot_us * compiled.slot_us + compiled.slot_us
@@ -284,6 +292,10 @@ def test_units_ahead_are_charged_to_the_other_view_too(script_client: redis.Redi
     clocked.lease(NOW_US, Lease(new, "k"))
     assert clocked.lease(NOW_US, Lease(old, "k", count=2, ahead=3)) == [2, 7, 1_000_000, 3]
     assert clocked.call(NOW_US, [(new, "k", 1)], "peek")[0][1] == 193
+    bucket = leased("token_bucket")
+    assert clocked.call(NOW_US, [(bucket, "l", 1)])[0][0]
+    clocked.lease(NOW_US, Lease(old, "l", count=2, ahead=3))
+    assert clocked.call(NOW_US, [(bucket, "l", 1)], "peek")[0][1] == bucket.capacity - 6
 
 
 def test_runs_come_before_leases(script_client: redis.Redis) -> None:
@@ -297,10 +309,10 @@ def test_runs_come_before_leases(script_client: redis.Redis) -> None:
 
 def test_another_view_reaches_an_eighth_of_its_own_window_ahead(script_client: redis.Redis) -> None:
     """Else a window of a millisecond, once changed to a longer one with leases, would gather entries by the thousand."""
-    clocked, old, new = ClockedScript(script_client), leased("sliding_window", 200, 0.1), leased("sliding_window", 200, 60)
+    clocked, old, new = ClockedScript(script_client), leased("sliding_window", 200, 0.1), leased("sliding_window", 10_000, 60)
     assert (old.lead_us, new.lead_us) == (12_500, 100_000)
     clocked.lease(NOW_US, Lease(old, "k"))
-    for now_us in range(NOW_US, NOW_US + 1_000_000, 1_000):
+    for now_us in range(NOW_US, NOW_US + 400_000, 1_000):
         clocked.lease(now_us, Lease(new, "k", count=0, ahead=1))
         state = clocked.state("k") or b""
         entry_us = (now_us + 12_500) // old.slot_us * old.slot_us + old.slot_us

@@ -346,6 +346,24 @@ def test_every_counting_key_expires_when_it_is_fresh_and_not_before(redis_client
         assert fresh_us < redis_client.pexpiretime("k") * 1000 <= fresh_us + 3000
 
 
+def test_each_key_of_a_call_has_an_expiry_of_its_own(redis_client: redis.Redis) -> None:
+    costs = (1, 5, 2, 2)
+    call = make_call([(rule("token_bucket"), f"k{cost}{i}", cost) for i, cost in enumerate(costs)])
+    reply = decide(redis_client, call.keys, ["id", *call.args])
+    for key, answer in zip(call.keys, call.answers(reply), strict=True):
+        assert reply[1] + answer[3] < redis_client.pexpiretime(key) * 1000 <= reply[1] + answer[3] + 3000
+
+
+def test_a_smaller_limit_takes_over_the_newest_64_units_of_many_slots(script_client: redis.Redis) -> None:
+    clocked, oracle = ClockedScript(script_client), Oracle()
+    large, small = rule("sliding_window", 1_000), rule("sliding_window", 10, 55)
+    for i in range(20):
+        check = (NOW_US + i * 1_000_000, 7 + i % 3)
+        assert clocked.call(check[0], [(large, "k", check[1])]) == [oracle.check(large, *check)]
+    for later_us in range(20_000_000, 80_000_000, 500_000):
+        assert clocked.call(NOW_US + later_us, [(small, "k", 3)]) == [oracle.check(small, NOW_US + later_us, 3)]
+
+
 def test_fresh_state_is_deleted(script_client: redis.Redis) -> None:
     """What is written back fresh is dropped: a clock that steps back over a fresh view leaves no key without an end."""
     clocked = ClockedScript(script_client)
