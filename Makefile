@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 PYTHONS ?= 3.11 3.12 3.13
 AGREE_STEPS ?= 1000000
 
@@ -12,6 +13,7 @@ PY := $(BIN)/python
 MADE := $(VENV)/.made-with-$(subst /,_,$(PYTHON))
 TOOLS := $(VENV)/.tools
 PEERS := $(VENV)/.peers
+STRANGER := .venv-peer-ratethrottle/.made
 BUILT := $(VENV)/.built
 SOURCES := setup.py pyproject.toml $(wildcard ratethrottle/*.pyx ratethrottle/*.pxd)
 
@@ -54,8 +56,8 @@ agree: $(BUILT) redis ## Oracle, core and Lua over 10^6 random steps (AGREE_STEP
 agree-short: $(BUILT) redis
 	$(PY) -m tests.agree --steps 30000
 
-bench: $(BUILT) $(PEERS) redis ## Benchmarks, beside the peers in one run
-	$(PY) -m benchmarks
+bench: $(BUILT) $(PEERS) $(STRANGER) redis ## Benchmarks, beside the peers in one run (BENCH_ARGS="--quick redis")
+	$(PY) -m benchmarks $(BENCH_ARGS)
 
 matrix: $(addprefix matrix-,$(PYTHONS)) ## The wheel, checked and tested on each of PYTHONS
 
@@ -85,7 +87,7 @@ format: $(TOOLS) ## Let ruff format and mend what it can
 	$(BIN)/ruff check --fix .
 
 clean: ## Remove everything built, .venv included
-	rm -rf build dist *.egg-info .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.*
+	rm -rf build dist *.egg-info .venv .venv-peer-ratethrottle .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.*
 	rm -f ratethrottle/*.so ratethrottle/*.c
 
 $(MADE):
@@ -99,6 +101,12 @@ $(TOOLS): $(MADE) requirements/dev.txt
 
 $(PEERS): $(TOOLS) requirements/bench.txt
 	$(PY) -m pip install -q --no-deps -r requirements/bench.txt
+	touch $@
+
+# The package on PyPI that has our name can't live where ours is installed.
+$(STRANGER): requirements/peer-ratethrottle.txt | $(MADE)
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install -q --no-deps -r requirements/peer-ratethrottle.txt
 	touch $@
 
 $(BUILT): $(TOOLS) $(SOURCES)
