@@ -26,7 +26,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test demo check ci matrix floor bench agree agree-short trace sanitize debug format wheel clean redis FORCE
+.PHONY: help test demo check ci matrix floor bench instructions instructions-record agree agree-short trace sanitize debug format wheel clean redis valgrind FORCE
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,7 +48,7 @@ check: $(BUILT) $(PEERS) ## Everything static: format, lint, types, stubs, spell
 	$(BIN)/codespell
 	$(BIN)/validate-pyproject pyproject.toml
 
-ci: check test agree-short ## check, test and the short agreement run: what .ci/run calls
+ci: check test agree-short instructions ## check, test, the short agreement run, the instruction counts: what .ci/run calls
 
 agree: $(BUILT) redis ## Oracle, core and Lua over 10^6 random steps (AGREE_STEPS=…)
 	$(PY) -m tests.agree --steps $(AGREE_STEPS)
@@ -58,6 +58,12 @@ agree-short: $(BUILT) redis
 
 bench: $(BUILT) $(PEERS) $(STRANGER) redis ## Benchmarks, beside the peers in one run (BENCH_ARGS="--quick redis")
 	$(PY) -m benchmarks $(BENCH_ARGS)
+
+instructions: $(BUILT) valgrind ## Instructions of the compiled hot paths, held against the recorded ones
+	$(PY) -m benchmarks.instructions
+
+instructions-record: $(BUILT) valgrind
+	$(PY) -m benchmarks.instructions --record
 
 matrix: $(addprefix matrix-,$(PYTHONS)) ## The wheel, checked and tested on each of PYTHONS
 
@@ -116,5 +122,8 @@ $(BUILT): $(TOOLS) $(SOURCES)
 # After the environment, so that two jobs never run apt-get at once.
 redis: $(MADE)
 	@tools/system-packages $(PYTHON) redis
+
+valgrind: $(MADE)
+	@tools/system-packages $(PYTHON) valgrind
 
 FORCE:

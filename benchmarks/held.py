@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from benchmarks.local import EMPTY, STRATEGIES
+from benchmarks.local import EMPTY
 from benchmarks.peers import times_best_peer
+from benchmarks.strategies import STRATEGIES
 from benchmarks.timing import Figures, table
 
 COUNTERS = ("token_bucket", "leaky_bucket", "sliding_counter", "fixed_window")

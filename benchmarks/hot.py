@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.load import drive
-from benchmarks.local import YEAR_S
 from benchmarks.server import Meter, ours, per_decision
+from benchmarks.strategies import YEAR_S
 from benchmarks.timing import Figures, Options, percentile, progress, table
 
 CROWD = 200

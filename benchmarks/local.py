@@ -14,19 +14,10 @@ from limits.aio.strategies import FixedWindowRateLimiter, MovingWindowRateLimite
 from pyrate_limiter import InMemoryBucket, Limiter, Rate
 from throttled.asyncio import RateLimiterType, Throttled, rate_limiter
 
+from benchmarks.strategies import STRATEGIES, YEAR_S, limiter
 from benchmarks.timing import Figures, Options, Subject, await_empty, interleave, table
-from ratethrottle import InMemoryStorage, RateThrottleCore, RateThrottleRule
 
-STRATEGIES = ("sliding_window", "token_bucket", "leaky_bucket", "sliding_counter", "fixed_window")
-YEAR_S = 365 * 86_400
 EMPTY = "an empty coroutine, awaited"
-
-
-def limiter(strategy: str, limit: int, window: float, max_keys: int = 1_000_000) -> RateThrottleCore:
-    """Make a limiter with one rule, in memory."""
-    return RateThrottleCore(
-        InMemoryStorage(max_keys=max_keys), rules=[RateThrottleRule("bench", limit, window, strategy=strategy)]
-    )
 
 
 def hit(strategy: str) -> Subject:

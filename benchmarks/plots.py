@@ -86,7 +86,7 @@ def cpu(results: Figures, axes: Axes) -> None:
         axes.axvline(
             wake_us, color="black", linewidth=1, linestyle=":", label=f"waking a task through a bare future, {wake_us:.1f} µs"
         )
-        axes.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1))
+        axes.legend(fontsize=8, loc="upper right")
     axes.set(xscale="log", xlabel="µs of client CPU per decision")
     plain(axes.xaxis)
     axes.margins(x=0.15)

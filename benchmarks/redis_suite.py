@@ -11,8 +11,8 @@ import redis.asyncio
 
 from benchmarks import hot
 from benchmarks.load import Check, drive, key_names, paced, wake, warm
-from benchmarks.local import STRATEGIES, YEAR_S
 from benchmarks.server import Meter, errors_of, ours, own_server, per_decision
+from benchmarks.strategies import STRATEGIES, YEAR_S
 from benchmarks.timing import Figures, Options, interleave_figures, percentile, progress, table
 from ratethrottle import RateThrottleCore
 

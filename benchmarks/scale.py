@@ -12,7 +12,7 @@ import time
 from itertools import product
 
 from benchmarks import day
-from benchmarks.local import STRATEGIES, YEAR_S, limiter
+from benchmarks.strategies import STRATEGIES, YEAR_S, limiter
 from benchmarks.timing import Figures, Options, progress, table
 from ratethrottle import InMemoryStorage
 
