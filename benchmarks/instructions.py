@@ -23,6 +23,7 @@ from benchmarks.paths import FEW, MANY
 from benchmarks.timing import table
 from ratethrottle import _core
 
+OBJECT = Path(_core.__file__).name
 BASELINE = Path(__file__).with_name("instructions.json")
 TOLERANCE = 1.03  # nothing but the code changes these counts: two runs differ by nothing
 # What an eviction costs depends on which keys it happens to sample: any change of the order moves it by a few per cent.
@@ -55,7 +56,7 @@ def spent(dump: Path) -> int:
             number, _, path = value.partition(" ")
             names.setdefault(number, path)
             if name == "ob":
-                ours = Path(names[number]).name == Path(_core.__file__).name
+                ours = Path(names[number]).name == OBJECT
         elif name == "calls":
             called = True
         elif line[:1] in "+-*" or line[:1].isdigit():

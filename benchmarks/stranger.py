@@ -25,7 +25,7 @@ async def main() -> None:
     stranger: Any = importlib.import_module("ratethrottle")
     assert hasattr(stranger, "create_async_limiter"), "this environment has another ratethrottle"
     logging.disable()
-    limiter = await stranger.create_async_limiter("redis", url, max_connections=int(pool))
+    limiter = await stranger.create_async_limiter("redis", url, max_connections=int(pool), health_check_interval=0)
     limiter.add_rule(stranger.RateThrottleRule(name="bench", limit=int(limit), window=int(window_s), strategy=strategy))
 
     async def check(key: str) -> bool:
