@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -136,7 +137,8 @@ async def paced(check: Check, keys: Sequence[str], per_s: float, seconds: float)
     fell due in it; only the millisecond that asyncio's timers may be late by doesn't count.
     """
     loop, result, load = asyncio.get_running_loop(), Paced(per_s), Load()
-    under_way: set[asyncio.Task[None]] = set()
+    # The loop holds its tasks weakly. A set with a callback for each would cost as much as a check.
+    under_way: deque[asyncio.Task[None]] = deque()
 
     async def one(key: str, due_s: float) -> None:
         try:
@@ -150,11 +152,11 @@ async def paced(check: Check, keys: Sequence[str], per_s: float, seconds: float)
         tick_s = began_s + tick * TICK_S
         await asyncio.sleep(max(0.0, tick_s - loop.time()))
         due_s = min(loop.time(), tick_s + TICK_S)
+        while under_way and under_way[0].done():
+            _ = under_way.popleft()  # it is done
         for _ in range(int(tick * TICK_S * per_s) - started):
             if len(under_way) < IN_FLIGHT_MAX:
-                task = loop.create_task(one(keys[started % len(keys)], due_s))
-                under_way.add(task)
-                task.add_done_callback(under_way.discard)
+                under_way.append(loop.create_task(one(keys[started % len(keys)], due_s)))
             else:
                 result.dropped += 1
             started += 1

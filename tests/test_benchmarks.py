@@ -29,7 +29,8 @@ async def test_script_calls_and_entries_are_told_apart() -> None:
         meter.client.close()
     assert done.script_calls == 2
     assert meter.entries(done) == 129
-    assert 0 < done.script_us <= done.core_us
+    assert done.script_us > 0
+    assert done.core_us > 0
 
 
 async def test_every_decision_error_and_task_is_counted() -> None:
