@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -17,7 +16,7 @@ Check = Callable[[str], Awaitable[Any]]
 """One decision about a key; what it gives is true when allowed."""
 
 TICK_S = 0.001  # asyncio's timers on epoll are late by up to this much
-IN_FLIGHT_MAX = 20_000  # checks that `paced` has under way at once; past it, it drops them and says how many
+IN_FLIGHT_MAX = 5_000  # checks that `paced` has under way at once; past it, it drops them and says how many
 
 
 def key_names(count: int) -> list[str]:
@@ -131,36 +130,48 @@ class Paced:
 
 
 async def paced(check: Check, keys: Sequence[str], per_s: float, seconds: float) -> Paced:
-    """Start checks at a fixed rate, each in a task of its own, however long the earlier ones take.
+    """Start checks at a fixed rate, each in a task that has no other, however long the earlier ones take.
 
     Those due in a millisecond start together at its end. A latency counts from there, so that a stall counts for all that
     fell due in it; only the millisecond that asyncio's timers may be late by doesn't count.
     """
     loop, result, load = asyncio.get_running_loop(), Paced(per_s), Load()
-    # The loop holds its tasks weakly. A set with a callback for each would cost as much as a check.
-    under_way: deque[asyncio.Task[None]] = deque()
+    # Tasks that rest between two checks: waking one costs half of starting one, and this is not to measure itself.
+    workers: list[asyncio.Task[None]] = []
+    idle: list[asyncio.Future[tuple[str, float] | None]] = []
+    ending = False
 
-    async def one(key: str, due_s: float) -> None:
-        try:
-            await check(key)
-            result.latencies_s.append(loop.time() - due_s)
-        except Exception as error:  # noqa: BLE001  # a peer's errors are a result, whatever they are
-            count_error(load, error)
+    async def work(order: tuple[str, float] | None) -> None:
+        while order is not None:
+            key, due_s = order
+            try:
+                await check(key)
+                result.latencies_s.append(loop.time() - due_s)
+            except Exception as error:  # noqa: BLE001  # a peer's errors are a result, whatever they are
+                count_error(load, error)
+            if ending:
+                return
+            rest = loop.create_future()
+            idle.append(rest)
+            order = await rest
 
     cpu_s, began_s, started = time.process_time(), loop.time(), 0
     for tick in range(1, int(seconds / TICK_S) + 1):
         tick_s = began_s + tick * TICK_S
         await asyncio.sleep(max(0.0, tick_s - loop.time()))
         due_s = min(loop.time(), tick_s + TICK_S)
-        while under_way and under_way[0].done():
-            _ = under_way.popleft()  # it is done
         for _ in range(int(tick * TICK_S * per_s) - started):
-            if len(under_way) < IN_FLIGHT_MAX:
-                under_way.append(loop.create_task(one(keys[started % len(keys)], due_s)))
+            order = keys[started % len(keys)], due_s
+            if idle:
+                idle.pop().set_result(order)
+            elif len(workers) < IN_FLIGHT_MAX:
+                workers.append(loop.create_task(work(order)))
             else:
                 result.dropped += 1
             started += 1
-    await asyncio.gather(*under_way)
-    result.wall_s = loop.time() - began_s
-    result.cpu_s, result.errors = time.process_time() - cpu_s, load.errors
+    ending = True
+    for rest in idle:
+        rest.set_result(None)
+    await asyncio.gather(*workers)
+    result.wall_s, result.cpu_s, result.errors = loop.time() - began_s, time.process_time() - cpu_s, load.errors
     return result

@@ -54,7 +54,9 @@ async def by_tasks(meter: Meter, options: Options) -> Figures:
     ]
     for name, each in figures.items():
         if name != "wake":
-            rows.append(cells(name.replace(",", " tasks,"), each, wake_us))
+            rows.append(
+                cells(name.replace(",", " tasks,").replace(" 20000", " 20,000").replace("1 tasks", "1 task"), each, wake_us)
+            )
     head = ("load", "decisions/s", "client µs", "× wake", "calls", "entries", "script µs", "core µs", "errors")
     table("Redis, sliding_window, all allowed; per decision (script: commandstats; core: Redis's main thread)", head, rows)
     return figures
