@@ -1,7 +1,7 @@
 """Oracle, core and script over random steps, to the unit: `python -m tests.agree --steps 1000000 [--seed N] [--no-redis]`.
 
 Worlds of a few keys share a clock that steps both ways and stops at the very instants that denials have promised. The script
-decides a world's checks of one instant in one call. Ends at the first difference, with a vector for tests/vectors, and 1.
+decides a world's checks of one instant in one call, mostly with equal ones as one entry. Ends at the first difference, with a vector for tests/vectors, and 1.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import fakeredis
 import redis
 
 from ratethrottle import ConfigurationError, RateThrottleRule
-from tests.clocked import ClockedScript, answers
+from tests.clocked import Call, ClockedScript, make_call
 from tests.oracle import Answer
 from tests.servers import RedisServer
 from tests.strategies import START_US, STRATEGIES, known_rules, make_rule
@@ -128,17 +128,18 @@ class World:
         return self.rng.choice((1, 1, 1, 2, capacity // 3, capacity // 10, self.rng.randint(1, capacity))) or 1
 
     def step(self) -> tuple[bool, list[tuple[Key, RateThrottleRule, int]], list[Answer]]:
-        """Decide on an instant's checks with oracle and core, for the script to repeat."""
+        """Decide on an instant's checks with oracle and core, for the script to repeat: every third as those before it."""
         self.advance()
         consume = self.rng.random() > 0.1
         checks: list[tuple[Key, RateThrottleRule, int]] = []
         expected: list[Answer] = []
-        for _ in range(CHECKS):
-            key = self.rng.choice(self.keys)
-            if self.rng.random() < self.turns:
-                key.current = self.rng.randrange(len(key.rules))
-            rule = key.rules[key.current]
-            cost = min(self.cost(rule), rule.capacity)
+        for i in range(CHECKS):
+            if i == 0 or self.rng.random() > 0.3:
+                key = self.rng.choice(self.keys)
+                if self.rng.random() < self.turns:
+                    key.current = self.rng.randrange(len(key.rules))
+                rule = key.rules[key.current]
+                cost = min(self.cost(rule), rule.capacity)
             key.history.append((self.now_us, rule, cost, consume))
             answer = key.oracle.check(rule.compiled, self.now_us, cost, consume=consume)
             core = self.core.check(rule.compiled, self.now_us, cost, consume=consume, key=key.name)
@@ -177,24 +178,27 @@ class Scripts:
     def __init__(self, who: str, client: Any) -> None:
         self.who, self.client = who, client
         self.script = ClockedScript(client)
-        self.queued: list[tuple[list[tuple[Key, int]], list[Answer]]] = []
+        self.queued: list[tuple[Call, list[tuple[Key, int]], list[Answer]]] = []
         self.pipeline = client.pipeline(transaction=False)
 
-    def queue(self, now_us: int, consume: bool, checks: list[tuple[Key, RateThrottleRule, int]], expected: list[Answer]) -> None:
+    def queue(
+        self, now_us: int, consume: bool, merge: bool, checks: list[tuple[Key, RateThrottleRule, int]], expected: list[Answer]
+    ) -> None:
         """Take up a call. Call it right after the oracle's decisions: it notes how long each history is."""
-        mode = "check" if consume else "peek"
-        self.script.queue(self.pipeline, now_us, [(rule.compiled, key.name, cost) for key, rule, cost in checks], mode)
+        told = [(rule.compiled, key.name, cost) for key, rule, cost in checks]
+        call = make_call(told, "check" if consume else "peek", merge=merge)
+        self.script.send(self.pipeline, now_us, call)
         later: dict[str, int] = {}
         marks = []
         for key, _, _ in reversed(checks):
             marks.append((key, len(key.history) - later.get(key.name, 0)))
             later[key.name] = later.get(key.name, 0) + 1
-        self.queued.append((marks[::-1], expected))
+        self.queued.append((call, marks[::-1], expected))
 
     def compare(self) -> None:
         """Send what is queued and hold the answers against the oracle's."""
-        for (marks, expected), reply in zip(self.queued, self.pipeline.execute(), strict=True):
-            for (key, length), ours, theirs in zip(marks, expected, answers(reply), strict=True):
+        for (call, marks, expected), reply in zip(self.queued, self.pipeline.execute(), strict=True):
+            for (key, length), ours, theirs in zip(marks, expected, call.answers(reply), strict=True):
                 if ours != theirs:
                     raise DifferenceError(difference(self.who, key, length, ours, theirs))
         self.queued.clear()
@@ -212,10 +216,11 @@ def run(seed: int, chunk: int, steps: int, url: str | None) -> tuple[int, int]:
         subjects = [*scripts, fake] if fake and done < FAKE_STEPS else scripts
         for _ in range(INSTANTS):
             consume, checks, expected = world.step()
+            merge = rng.random() < 0.7
             done += CHECKS
             allowed += sum(answer[0] for answer in expected)
             for subject in subjects:
-                subject.queue(world.now_us, consume, checks, expected)
+                subject.queue(world.now_us, consume, merge, checks, expected)
         for subject in subjects:
             subject.compare()
             subject.client.delete(*(key.name for key in world.keys))

@@ -2,56 +2,119 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-from ratethrottle._core import CompiledRule
+from ratethrottle._core import CompiledRule, read_answer
 from ratethrottle.storage.redis.scripts import script
 
-TIME = "redis.call('TIME')"
-EXPIRY = ", 'PX', format('%.0f', ceil_div(reset, 1000) + 1))"
+TIME = "call('TIME')"
+EXPIRY = "call('PSETEX', KEYS[k], expiry_ms, states[k])"
 TEXT = script("decide").text.decode()
 assert TEXT.count(TIME) == TEXT.count(EXPIRY) == 1
 # The server would expire keys by its own clock, which stands still for the test's.
 CLOCKED = "local test_now = table.remove(ARGV)\n" + TEXT.replace(
     TIME, "{string.sub(test_now, 1, -7), string.sub(test_now, -6)}"
-).replace(EXPIRY, ")")
+).replace(EXPIRY, "call('SET', KEYS[k], states[k])")
 
 Check = tuple[CompiledRule, str, int]  # rule, key, cost
 Answer = tuple[bool, int, int, int]  # allowed, remaining, retry_us, reset_us
 
 
-def arguments(checks: list[Check], mode: str) -> tuple[list[str], list[Any]]:
-    """Keys and arguments of a call, as the script's header has them, without the request id."""
-    keys: list[str] = []
-    rules: list[CompiledRule] = []
-    numbers: list[int] = []
+class Lease(NamedTuple):
+    """An entry that also takes units ahead, or gives some back."""
+
+    rule: CompiledRule
+    key: str
+    cost: int = 1
+    count: int = 1
+    ahead: int = 0
+    back: int = 0
+    back_us: int = 0
+
+
+class Call(NamedTuple):
+    """What the script is called with, without the request id, and how many checks each of its entries stands for."""
+
+    keys: list[str]
+    args: list[Any]
+    entries: list[tuple[CompiledRule, int, int]]  # rule, cost, count
+    mode: str
+    leases: int
+
+    def raw(self, reply: list[Any]) -> list[list[int]]:
+        """The numbers of each entry."""
+        assert reply[0] == b"id"
+        numbers, split = reply[2:], []
+        for i, (rule, _, _) in enumerate(self.entries):
+            length = len(script("decide").header[f"answer_{rule.kind}"]) + (i >= len(self.entries) - self.leases)
+            split.append(numbers[:length])
+            numbers = numbers[length:]
+        assert not numbers
+        return split
+
+    def answers(self, reply: list[Any]) -> list[Answer]:
+        """What each check hears."""
+        heard = []
+        for i, ((rule, cost, count), numbers) in enumerate(zip(self.entries, self.raw(reply), strict=True)):
+            if i >= len(self.entries) - self.leases:
+                numbers = numbers if rule.lease_units else numbers[:-1]
+            elif rule.lease_units:
+                numbers = [*numbers, 0]
+            # A peek charges nothing, so that each of several hears what the first does.
+            heard += [read_answer(rule, numbers, cost, i if self.mode == "check" else 0) for i in range(count)]
+        return heard
+
+
+def make_call(checks: Sequence[Check], mode: str = "check", *, merge: bool = False, leases: Sequence[Lease] = ()) -> Call:
+    """A call as the script's header has it: a run for each check, or with `merge` as few runs as there can be."""
+    keys = list(dict.fromkeys([key for _, key, _ in checks] + [lease.key for lease in leases]))
+    rules = list(dict.fromkeys([rule for rule, _, _ in checks] + [lease.rule for lease in leases]))
+    entries: list[list[int]] = []
     for rule, key, cost in checks:
-        if key not in keys:
-            keys.append(key)
-        if rule not in rules:
-            rules.append(rule)
-        numbers += (keys.index(key) + 1, rules.index(rule) + 1, cost)
-    args: list[Any] = [mode, len(rules), len(checks)]
+        entry = [keys.index(key) + 1, rules.index(rule) + 1, cost, 1]
+        if merge and entries and entries[-1][:3] == entry[:3]:
+            entries[-1][3] += 1
+        else:
+            entries.append(entry)
+    runs: list[list[int]] = []  # key_index, key_count, rule_index, cost, count
+    for key_index, *what in entries:
+        if merge and runs and runs[-1][2:] == what and sum(runs[-1][:2]) == key_index:
+            runs[-1][1] += 1
+        else:
+            runs.append([key_index, 1, *what])
+    args: list[Any] = [mode, len(rules), len(runs), len(leases)]
     for rule in rules:
         args += (getattr(rule, word) for word in script("decide").header["rule"])
-    return keys, args + numbers
+    for run in runs:
+        args += run
+    for lease in leases:
+        args += (keys.index(lease.key) + 1, rules.index(lease.rule) + 1, *lease[2:])
+    told = [(rules[rule_index - 1], cost, count) for _, rule_index, cost, count in entries]
+    told += [(lease.rule, lease.cost, lease.count) for lease in leases]
+    return Call(keys, args, told, mode, len(leases))
 
 
 class ClockedScript:
     """Calls the script at given times on a synchronous client, of a real Redis or of fakeredis."""
 
-    def __init__(self, client: Any) -> None:
+    def __init__(self, client: Any, text: str = CLOCKED) -> None:
         self.client = client
-        self.sha = client.script_load(CLOCKED)
+        self.sha = client.script_load(text)
 
-    def queue(self, target: Any, now_us: int, checks: list[Check], mode: str = "check") -> Any:
+    def send(self, target: Any, now_us: int, call: Call) -> Any:
         """Call on `target`, the client or a pipeline."""
-        keys, args = arguments(checks, mode)
-        return target.evalsha(self.sha, len(keys), *keys, "id", *args, now_us)
+        return target.evalsha(self.sha, len(call.keys), *call.keys, "id", *call.args, now_us)
 
-    def call(self, now_us: int, checks: list[Check], mode: str = "check") -> list[Answer]:
+    def call(self, now_us: int, checks: Sequence[Check], mode: str = "check", *, merge: bool = False) -> list[Answer]:
         """Decide, and return an answer for each check."""
-        return answers(self.queue(self.client, now_us, checks, mode))
+        call = make_call(checks, mode, merge=merge)
+        return call.answers(self.send(self.client, now_us, call))
+
+    def lease(self, now_us: int, lease: Lease, mode: str = "check") -> list[int]:
+        """Decide a lease alone, and return its numbers."""
+        call = make_call([], mode, leases=[lease])
+        return call.raw(self.send(self.client, now_us, call))[0]
 
     def state(self, key: str) -> bytes | None:
         """The stored state."""
@@ -61,10 +124,3 @@ class ClockedScript:
     def forget(self, key: str) -> None:
         """Drop the stored state."""
         self.client.delete(key)
-
-
-def answers(reply: list[Any]) -> list[Answer]:
-    """A reply's decisions."""
-    assert reply[0] == b"id"
-    numbers = reply[2:]
-    return [(bool(numbers[i]), *numbers[i + 1 : i + 4]) for i in range(0, len(numbers), 4)]

@@ -299,7 +299,9 @@ local request, mode, key_count = ARGV[1], ARGV[2], #KEYS
 local rule_count, run_count, lease_count = number(ARGV[3], 1, 128), number(ARGV[4], 0, 128), number(ARGV[5], 0, 128)
 if not request or request == '' then return refuse('no request id') end
 if mode ~= 'check' and mode ~= 'peek' then return refuse('mode is check or peek') end
-if not (rule_count and run_count and lease_count) then return refuse('the counts of rules, runs and leases are at most 128') end
+if not (rule_count and run_count and lease_count and run_count + lease_count >= 1) then
+  return refuse('the counts of rules, runs and leases are at most 128')
+end
 if not (key_count >= 1 and key_count <= 128) then return refuse('the count of keys is from 1 to 128') end
 if #ARGV ~= 5 + 8 * rule_count + 5 * run_count + 7 * lease_count then return refuse('the number of arguments is wrong') end
 if key_count > 1 then
@@ -376,8 +378,7 @@ for i = 1, run_count + lease_count do
     local state, head, own, other, changed, derived = states[k], '1;', nil, nil, false, false
     if not state then
       own = rule
-      if kind == 'b' then rule.level, rule.t
-        = 0, now
+      if kind == 'b' then rule.level, rule.t = 0, now
       elseif kind == 's' then rule.n, rule.total, rule.entries, rule.from = 0, 0, '', 1
       else rule.start, rule.cur, rule.prev = now - now % rule.window, 0, 0 end
     elseif sub(state, 1, skip) == alone then
