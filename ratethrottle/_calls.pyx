@@ -101,18 +101,6 @@ cdef inline void push(Queue* queue, PendingDecision pending) noexcept:
     queue.count += 1
 
 
-cdef inline void push_front(Queue* queue, PendingDecision pending) noexcept:
-    Py_INCREF(<PyObject*>pending)
-    pending.before = NULL
-    pending.after = queue.first
-    if queue.first == NULL:
-        queue.last = <PyObject*>pending
-    else:
-        (<PendingDecision>queue.first).before = <PyObject*>pending
-    queue.first = <PyObject*>pending
-    queue.count += 1
-
-
 cdef inline void take(Queue* queue, PendingDecision pending) noexcept:
     """Take a member out, wherever it stands. The caller holds a reference of its own."""
     if pending.before == NULL:
@@ -126,6 +114,41 @@ cdef inline void take(Queue* queue, PendingDecision pending) noexcept:
     pending.before = pending.after = NULL
     queue.count -= 1
     Py_DECREF(<PyObject*>pending)
+
+
+cdef inline void take_over(Queue* source, Queue* target, PendingDecision pending) noexcept:
+    Py_INCREF(<PyObject*>pending)
+    take(source, pending)
+    push(target, pending)
+    Py_DECREF(<PyObject*>pending)
+
+
+cdef inline void insert(Queue* queue, PyObject* before, PendingDecision pending) noexcept:
+    """Put in front of a member, or last for NULL."""
+    if before == NULL:
+        push(queue, pending)
+        return
+    Py_INCREF(<PyObject*>pending)
+    pending.after = before
+    pending.before = (<PendingDecision>before).before
+    if pending.before == NULL:
+        queue.first = <PyObject*>pending
+    else:
+        (<PendingDecision>pending.before).after = <PyObject*>pending
+    (<PendingDecision>before).before = <PyObject*>pending
+    queue.count += 1
+
+
+cdef inline void merge(Queue* source, Queue* target) noexcept:
+    """Move all over, each to where it entered: among its key's in order, and among all by deadline."""
+    cdef PendingDecision pending
+    cdef PyObject* at = target.first
+    while source.first != NULL:
+        pending = <PendingDecision>source.first
+        take(source, pending)
+        while at != NULL and (<PendingDecision>at).turn < pending.turn:
+            at = (<PendingDecision>at).after
+        insert(target, at, pending)
 
 
 cdef inline int complete(PendingDecision pending, object error) except -1:
@@ -377,6 +400,7 @@ cdef class Gathering:
     cdef bytes rest                          # of a reply that hasn't come whole
     cdef readonly bytes _session
     cdef uint64_t requests
+    cdef uint64_t turns                      # how many have entered
     cdef bint by_value                       # the server has lost the scripts: the next call brings its own
     cdef bytes decide_sha, decide_text, reset_sha, reset_text
     cdef Buffer buffer
@@ -479,6 +503,8 @@ cdef class Gathering:
         self.layout.address(pending)
         pending.place = self
         pending.deadline_us = now_us + self.deadline_us
+        pending.turn = self.turns
+        self.turns += 1
         if pending.group is None:
             pending.future = self.create_future()
         pending.stage = PARKED if asked else WAITING
@@ -944,7 +970,7 @@ cdef class Gathering:
 
     cdef int unpark(self) except -1:
         """What waited for another check's answer: most of it is answered by that."""
-        cdef Queue parked = self.parked
+        cdef Queue parked = self.parked, freed
         cdef PendingDecision pending
         cdef int64_t now_us
         cdef bint asked = False
@@ -952,6 +978,7 @@ cdef class Gathering:
             return 0
         now_us = self.bounds.now_us()
         memset(&self.parked, 0, sizeof(Queue))
+        memset(&freed, 0, sizeof(Queue))
         while parked.first != NULL:
             pending = <PendingDecision>parked.first
             take(&parked, pending)
@@ -959,7 +986,8 @@ cdef class Gathering:
                 pending.stage = COMPLETE
             elif not self.decided_here(pending, now_us, &asked):
                 pending.stage = PARKED if asked else WAITING
-                push(&self.parked if asked else &self.waiting, pending)
+                push(&self.parked if asked else &freed, pending)
+        merge(&freed, &self.waiting)
         return 0
 
     # Leases:
@@ -1029,6 +1057,8 @@ cdef class Gathering:
             pending.hashed = sample.hashed
             pending.units = 1
             pending.deadline_us = now_us + self.deadline_us
+            pending.turn = self.turns
+            self.turns += 1
             push(&self.waiting, pending)
         self.schedule()
         return 0
@@ -1095,18 +1125,18 @@ cdef class Gathering:
         cdef int i
         cdef PendingDecision pending
         cdef CallEntry* entry
-        for i in range(call.size - 1, -1, -1):
+        cdef Queue again
+        for i in range(call.size):
             entry = &call.entries[i]
-            while entry.waiters.last != NULL:
-                pending = <PendingDecision>entry.waiters.last
+            memset(&again, 0, sizeof(Queue))
+            while entry.waiters.first != NULL:
+                pending = <PendingDecision>entry.waiters.first
                 if pending.stage == COMPLETE:
                     take(&entry.waiters, pending)
                     continue
-                Py_INCREF(<PyObject*>pending)
-                take(&entry.waiters, pending)
-                push_front(&self.waiting, pending)
+                take_over(&entry.waiters, &again, pending)
                 pending.stage = WAITING
-                Py_DECREF(<PyObject*>pending)
+            merge(&again, &self.waiting)
         # By value, since nothing can be flushed in between; and loaded too, since what is only evaluated may be let go.
         text = self.reset_text if call.mode == RESET else self.decide_text
         self.in_flight.append(None)
@@ -1120,10 +1150,3 @@ cdef class Gathering:
         timer, self.timer = self.timer, None
         if timer is not None:
             timer.cancel()
-
-
-cdef inline void take_over(Queue* source, Queue* target, PendingDecision pending) noexcept:
-    Py_INCREF(<PyObject*>pending)
-    take(source, pending)
-    push(target, pending)
-    Py_DECREF(<PyObject*>pending)
