@@ -25,6 +25,7 @@ cdef struct Bound:                         # a slot of a table of bounds
     int64_t received_us                    # and when its reply came
     int64_t server_us                      # the server's time in that reply
     int64_t asked_us                       # when a check left to ask again; 0 once it was answered
+    void* asked_by                         # the gathering that it left from: no other one hears the answer
     int64_t lease_units                    # left to spend
     int64_t lease_until_us                 # before this, in this process's time
     int64_t lease_server_us                # the server's time of the grant

@@ -487,7 +487,7 @@ cdef class Gathering:
             complete_with(pending, decision_new(pending.rule, pending.key, pending.units,
                                                 LEASE if verdict == LEASED else PREFILTER, &out))
             return True
-        asked[0] = verdict != OPEN and now_us - bound.asked_us < self.deadline_us
+        asked[0] = verdict != OPEN and bound.asked_by == <void*>self and now_us - bound.asked_us < self.deadline_us
         return False
 
     cdef int enter(self, PendingDecision pending) except -1:
@@ -1005,6 +1005,7 @@ cdef class Gathering:
             return 0
         if entry.count:
             bound.asked_us = call.sent_us
+            bound.asked_by = <void*>self
         if rule.lease_units == 0:
             return 0
         entry.back = bound.lease_units

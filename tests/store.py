@@ -66,6 +66,7 @@ class Item:
     count: int
     ahead: int = 0
     back: int = 0
+    leases: bool = False
     members: list[Check] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)  # by the oracle, when the store has run it
 
@@ -103,7 +104,7 @@ class Request:
         rest = rest[5 * runs :]
         for i in range(leases):
             key, rule, cost, count, ahead, back, _ = map(int, rest[7 * i : 7 * i + 7])
-            self.items.append(Item(keys[key - 1], known[rule - 1], cost, count, ahead, back))
+            self.items.append(Item(keys[key - 1], known[rule - 1], cost, count, ahead, back, leases=True))
         assert len(rest) == 7 * leases
         assert len(self.items) <= 128
 
@@ -399,6 +400,8 @@ class Process(Calls):
 
     def ask(self, entries: Sequence[tuple[str, CompiledRule, int]], mode: str) -> Any:
         """Begin a `check_many`, or a peek or reset. Returns the group."""
+        for _, rule, _ in entries:
+            self.limiter._install(rule)
         with running(self.loop):
             return self._ask_together([self.limiter._entry(key, rule.name, cost) for key, rule, cost in entries], mode)
 
@@ -406,6 +409,21 @@ class Process(Calls):
         """Let the loop run what is due."""
         with running(self.loop):
             self.loop.turn()
+
+    def round_trip(self) -> None:
+        """Let the loop run, and everything that it sends be answered at once."""
+        self.turn()
+        self.connect()
+        while self.line.unserved or self.line.unread:
+            self.line.serve()
+            self.line.deliver()
+        self.poll()
+
+    def connect(self) -> None:
+        """A connection is made, if one is wanted."""
+        if self.line.wanted and not self.line._open:
+            with running(self.loop):
+                self.line.open()
 
     def poll(self) -> None:
         """Let those go on whose wait is over."""
@@ -448,14 +466,7 @@ class World:
         """Let everybody do what there is to do, with no time passing."""
         for _ in range(rounds):
             for process in self.processes:
-                process.turn()
-                if process.line.wanted and not process.line._open:
-                    with running(process.loop):
-                        process.line.open()
-                while process.line.unserved or process.line.unread:
-                    process.line.serve()
-                    process.line.deliver()
-                process.poll()
+                process.round_trip()
             if not any(process.loop.ready or process.line.unserved or process.line.wanted for process in self.processes):
                 return
 

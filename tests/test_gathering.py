@@ -83,8 +83,7 @@ class Crowd:
                 world.t_us += rng.choice((1, 50, 1_000, 10_000, rng.randrange(100_000)))
             case 2:
                 process.turn()
-                if line.wanted and not line._open:
-                    line.open()
+                process.connect()
             case 3:
                 line.serve()
             case 4:
