@@ -67,6 +67,7 @@ class Item:
     ahead: int = 0
     back: int = 0
     leases: bool = False
+    served_us: int = 0
     members: list[Check] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)  # by the oracle, when the store has run it
 
@@ -78,7 +79,6 @@ class Request:
         self.words = words = parse(request)
         self.by_value = words[0] == b"EVAL"
         self.loads = words[0] == b"SCRIPT"
-        self.served_us = 0
         self.items: list[Item] = []
         self.mode = ""
         self.refused = False
@@ -122,7 +122,6 @@ class Store:
 
     def run(self, request: Request, now_us: int) -> Any:
         """Run a call; returns the reply, as an object."""
-        request.served_us = now_us
         if request.loads:
             self.forgot_scripts = False
             return b"0" * 40
@@ -134,6 +133,7 @@ class Store:
             self.reset(request.keys)
             return [request.id]
         for item in request.items:
+            item.served_us = now_us
             self.note(item)
             if self.accounts is not None:
                 account = self.accounts[item.key]
