@@ -482,7 +482,8 @@ cdef class Gathering:
         asked[0] = False
         if bound == NULL or pending.mode != CHECK:
             return False
-        verdict = bound_verdict(bound, self.bounds.terms_of(pending.rule), now_us, pending.units, self.ttl_us, &out)
+        verdict = bound_verdict(bound, self.bounds.terms_of(pending.rule), pending.rule.lease_units > 0, now_us, pending.units,
+                                self.ttl_us, &out)
         if verdict == DENIED or verdict == LEASED:
             complete_with(pending, decision_new(pending.rule, pending.key, pending.units,
                                                 LEASE if verdict == LEASED else PREFILTER, &out))

@@ -1061,8 +1061,8 @@ cdef class Limiter:
         cdef int64_t found = shard_find(place.shard, place.hashed)
         cdef int verdict = OPEN
         if found >= 0:
-            verdict = bound_verdict(<Bound*>slot_at(place.shard, <uint32_t>found), place.terms, now_us, units, self.remote.ttl_us,
-                                    out)
+            verdict = bound_verdict(<Bound*>slot_at(place.shard, <uint32_t>found), place.terms, terms.lease_units > 0, now_us, units,
+                                    self.remote.ttl_us, out)
             if verdict == DENIED or verdict == LEASED:
                 return self.completed(terms, key, units, LEASE if verdict == LEASED else PREFILTER)
         self.complete = 0
