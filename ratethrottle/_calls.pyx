@@ -998,12 +998,15 @@ cdef class Gathering:
         cdef Shard* shard
         cdef uint32_t index
         cdef Bound* bound
-        cdef int64_t spent, wanted = entry.count * entry.cost
+        cdef int64_t size, spent, wanted = entry.count * entry.cost
+        cdef bint alone
         if call.mode != CHECK:
             return 0
         bound = self.bound_of(entry.hashed, &shard, &index)
         if bound == NULL:
             return 0
+        # Only one call at a time takes units ahead, and only one entry of it: a second lease would take the place of the first.
+        alone = bound.asked_us == 0 or call.sent_us - bound.asked_us >= self.deadline_us
         if entry.count:
             bound.asked_us = call.sent_us
             bound.asked_by = <void*>self
@@ -1011,15 +1014,19 @@ cdef class Gathering:
             return 0
         entry.back = bound.lease_units
         entry.back_us = bound.lease_server_us
-        spent = bound.lease_size - bound.lease_units
-        if entry.count and call.sent_us - bound.sent_us <= rule.lease_us:
-            # Asked about twice within the life of a lease: it is busy. What was used up in time may be twice as large.
-            if bound.lease_size and bound.lease_units == 0 and call.sent_us < bound.lease_until_us:
-                entry.ahead = 2 * bound.lease_size
-            entry.ahead = min(rule.lease_units, max(entry.ahead, spent, wanted))
-        elif entry.count and bound.lease_size and call.sent_us < bound.lease_until_us + rule.lease_us:
-            entry.ahead = min(rule.lease_units, spent)
+        size = bound.lease_size
+        spent = size - bound.lease_units
         bound.lease_units = bound.lease_size = 0
+        if not alone or entry.count == 0:
+            return 0
+        if call.sent_us - bound.sent_us <= rule.lease_us:
+            # Asked about twice within the life of a lease: it is busy. What was used up in time may be twice as large.
+            entry.ahead = max(spent, wanted)
+            if size and spent == size and call.sent_us < bound.lease_until_us:
+                entry.ahead = max(entry.ahead, 2 * size)
+        elif size and call.sent_us < bound.lease_until_us + rule.lease_us:
+            entry.ahead = spent
+        entry.ahead = min(rule.lease_units, entry.ahead)
         return 0
 
     cdef int take_lease(self, Bound* bound, PendingDecision sample, CompiledRule rule, const int64_t* answer, int64_t sent_us,
@@ -1128,6 +1135,9 @@ cdef class Gathering:
         cdef PendingDecision pending
         cdef CallEntry* entry
         cdef Queue again
+        cdef Shard* shard
+        cdef uint32_t index
+        cdef Bound* bound
         for i in range(call.size):
             entry = &call.entries[i]
             memset(&again, 0, sizeof(Queue))
