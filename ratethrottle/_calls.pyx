@@ -1149,6 +1149,11 @@ cdef class Gathering:
                 take_over(&entry.waiters, &again, pending)
                 pending.stage = WAITING
             merge(&again, &self.waiting)
+            # Nor was anything given back.
+            bound = self.bound_of(entry.hashed, &shard, &index)
+            if entry.back and bound != NULL and bound.lease_units == 0:
+                bound.lease_units = bound.lease_size = entry.back
+                bound.lease_server_us = entry.back_us
         # By value, since nothing can be flushed in between; and loaded too, since what is only evaluated may be let go.
         text = self.reset_text if call.mode == RESET else self.decide_text
         self.in_flight.append(None)
