@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import fakeredis
 import pytest
 import redis
 from hypothesis import given, settings
@@ -113,3 +114,11 @@ def test_each_check_hears_what_it_would_have_heard_alone(shared_redis_server: An
         for _ in range(120):
             crowd.step()
         crowd.world.end()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_each_check_hears_that_on_fakeredis_too(fake_server: fakeredis.FakeServer, seed: int) -> None:
+    crowd = Crowd(fakeredis.FakeRedis(server=fake_server), seed)
+    for _ in range(120):
+        crowd.step()
+    crowd.world.end()

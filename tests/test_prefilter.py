@@ -57,7 +57,9 @@ class Doubted:
         for _ in range(3):
             # Readings that begin anywhere, and drift both ways against the store's clock.
             rate = rng.choice((1_000_000 - drift, 1_000_000 + drift, rng.randint(1_000_000 - drift, 1_000_000 + drift)))
-            Process(self.world, rate=rate, ttl_us=TTL_US, offset_us=rng.randrange(10**15, 2 * 10**15))
+            # Some remember fewer keys than there are.
+            room = {"max_bounds": rng.choice((1, 2, 1_000)), "offset_us": rng.randrange(10**15, 2 * 10**15)}
+            Process(self.world, rate=rate, ttl_us=TTL_US, **room)
         self.keys = [f"key {i}" for i in range(rng.randint(1, 2))]
 
     def forgave(self, key: bytes) -> None:
@@ -143,6 +145,27 @@ def test_nothing_is_denied_that_the_store_would_have_granted(shared_redis_server
 def test_the_random_worlds_do_deny_without_asking(redis_client: redis.Redis) -> None:
     for strategy in STRATEGIES:
         assert sum(run(Doubted(redis_client, seed, strategies=(strategy,))) for seed in range(8)) > 20
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_it_says_of_the_wait_is_close_to_what_the_store_says(redis_client: redis.Redis, strategy: str) -> None:
+    """Alone, it falls short by what the clocks may differ by, and by the time that the call took to get there."""
+    rule = RateThrottleRule("r", 50, 10, strategy=strategy).compiled
+    world = World(redis_client)
+    process = Process(world)
+    for cost in (40, 20):
+        process.check("k", rule, cost)
+        process.turn()
+        process.connect()
+        world.t_us += 300
+        world.settle()
+    for age_us in (0, 1, 64, 5_000, 200_000):
+        world.t_us += age_us
+        check = process.check("k", rule, 20)
+        retry_us = world.store.peek(check.state_key, rule, 20, world.server_us())[2]
+        assert check.decision.source == "prefilter"
+        assert 0 <= retry_us - check.decision.retry_after_us <= (world.t_us + 64) // 64 + 300
+    world.end()
 
 
 # That the worlds above would notice:

@@ -135,6 +135,23 @@ def test_all_of_a_call_cancelled_leaves_nothing(world: World, process: Process) 
     world.end()
 
 
+@pytest.mark.parametrize("sent", [False, True])
+def test_many_checks_at_once_can_be_given_up_together(world: World, process: Process, sent: bool) -> None:
+    before = process.check("k", RULE)
+    group = process.ask([("k", RULE, 1), ("k", RULE, 2), ("alone", RULE, 1)], "check")
+    after = process.check("k", RULE, 5 if sent else 4)
+    if sent:
+        process.turn()
+        process.connect()
+    group.future.cancel()
+    group.leave()
+    world.end()
+    assert [counts(request) for request in process.line.requests] == (
+        [[(1, 2), (2, 1), (1, 1), (5, 1)]] if sent else [[(1, 1), (4, 1)]]
+    )
+    assert allowed([before, after]) == [True, not sent]
+
+
 # One asks again:
 
 
