@@ -25,6 +25,7 @@ from ratethrottle._table cimport Hash128, Shard, shard_find, Slot, slot_at
 from asyncio import _get_running_loop as running_loop
 from collections import deque
 from hashlib import blake2b
+from heapq import heappop, heappush
 from os import urandom
 
 from ratethrottle.errors import StorageTimeout, StorageUnavailable
@@ -405,7 +406,7 @@ cdef class Gathering:
     cdef bytes decide_sha, decide_text, reset_sha, reset_text
     cdef Buffer buffer
     cdef uint16_t* places
-    cdef object leases                       # (until_us, PendingDecision): what may have to be given back
+    cdef list leases                         # a heap of (until_us, turn, PendingDecision): what may have to be given back
     cdef readonly int64_t sent_calls
     cdef readonly int64_t sent_entries
 
@@ -425,7 +426,7 @@ cdef class Gathering:
         self.call_soon = loop.call_soon
         self.max_waiting = max_waiting
         self.in_flight = deque()
-        self.leases = deque()
+        self.leases = []
         self.rest = b""
         self._session = urandom(6).hex().encode() + b"-"
 
@@ -1038,7 +1039,8 @@ cdef class Gathering:
         # From before the request was sent, and a 64th less, since the store's clock may be the faster one.
         bound.lease_until_us = sent_us + for_us - for_us // DRIFT_SHARE
         bound.lease_server_us = server_us
-        self.leases.append((bound.lease_until_us, sample))
+        heappush(self.leases, (bound.lease_until_us, self.turns, sample))
+        self.turns += 1                      # so that no two are equal
         self.wind(now_us, bound.lease_until_us)
         return 0
 
@@ -1049,7 +1051,7 @@ cdef class Gathering:
         cdef uint32_t index
         cdef Bound* bound
         while self.leases and self.leases[0][0] <= now_us:
-            sample = self.leases.popleft()[1]
+            sample = heappop(self.leases)[2]
             bound = self.bound_of(sample.hashed, &shard, &index)
             if bound == NULL or bound.lease_units == 0 or bound.lease_until_us > now_us:
                 continue
