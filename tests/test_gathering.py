@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from ratethrottle import RateThrottleRule
 from ratethrottle._core import CompiledRule
-from tests.store import NEVER_US, Check, Process, Request, World
+from tests.processes import Check, Process, World
+from tests.store import NEVER_US, Request
 from tests.strategies import STRATEGIES
 
 pytestmark = pytest.mark.redis
@@ -73,36 +74,17 @@ class Crowd:
 
     def step(self) -> None:
         rng, world = self.rng, self.world
-        process = rng.choice(world.processes)
-        line = process.line
-        match rng.choices(range(9), (40, 12, 12, 12, 12, 6, 1, 1, 4))[0]:
+        process, rule, key = rng.choice(world.processes), rng.choice(self.rules), rng.choice(self.keys)
+        match rng.choices(range(4), (40, 12, 4, 45))[0]:
             case 0:
-                rule, key = rng.choice(self.rules), rng.choice(self.keys)
                 for _ in range(rng.choice((1, 1, 2, 5))):
                     process.check(key, rule, rng.randint(1, min(2, rule.capacity)))
             case 1:
                 world.t_us += rng.choice((1, 50, 1_000, 10_000, rng.randrange(100_000)))
             case 2:
-                process.turn()
-                process.connect()
+                world.store.consume(process.state_key(key, rule), rule, rng.randint(1, rule.capacity), world.server_us())
             case 3:
-                line.serve()
-            case 4:
-                line.deliver(rng.choice((None, rng.randint(1, 60))))
-            case 5:
-                if waiting := [check for queue in process.queues.values() for check in queue]:
-                    rng.choice(waiting).cancel(at_once=rng.random() < 0.5)
-            case 6:
-                line.lose()
-            case 7:
-                world.store.forgot_scripts = True
-            case 8:
-                rule = rng.choice(self.rules)
-                world.store.consume(
-                    process.state_key(rng.choice(self.keys), rule), rule, rng.randint(1, rule.capacity), world.server_us()
-                )
-        if self.world.adrift and rng.random() < 0.5:
-            world.store.run(world.adrift.pop(0), world.server_us())
+                world.disturb(process, rng)
         process.poll()
 
 

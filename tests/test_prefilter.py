@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from ratethrottle import RateThrottleRule
 from ratethrottle._core import CompiledRule
+from tests.processes import Check, Process, World
 from tests.servers import RedisServer
-from tests.store import NEVER_US, Check, Process, Request, World
+from tests.store import NEVER_US, Request
 from tests.strategies import STRATEGIES
 
 pytestmark = pytest.mark.redis
@@ -83,11 +84,9 @@ class Doubted:
 
     def step(self) -> None:
         rng, world = self.rng, self.world
-        process = rng.choice(world.processes)
-        line = process.line
-        strategy, key = rng.choice(list(self.rules)), rng.choice(self.keys)
+        process, key, strategy = rng.choice(world.processes), rng.choice(self.keys), rng.choice(list(self.rules))
         rule = self.current[strategy]
-        match rng.choices(range(13), (50, 15, 8, 8, 8, 3, 1, 1, 6, 0.5, 0.5, 0.5, 20))[0]:
+        match rng.choices(range(8), (50, 15, 35, 6, 20, 0.5, 0.5, 0.5))[0]:
             case 0:
                 cost = rng.choice((1, 1, 2, rule.capacity, rng.randint(1, rule.capacity)))
                 for _ in range(rng.choice((1, 1, 3))):
@@ -95,36 +94,22 @@ class Doubted:
             case 1:
                 world.t_us += rng.choice((1, 20, 700, 10_000, rng.randrange(rule.window_us)))
             case 2:
-                process.turn()
-                process.connect()
+                world.disturb(process, rng)
             case 3:
-                line.serve()
-            case 4:
-                line.deliver(rng.choice((None, None, rng.randint(1, 60))))
-            case 5:
-                if waiting := [check for queue in process.queues.values() for check in queue]:
-                    rng.choice(waiting).cancel(at_once=rng.random() < 0.5)
-            case 6:
-                line.lose()
-            case 7:
-                world.store.forgot_scripts = True
-            case 8:
                 cost = rng.randint(1, rule.capacity)
                 for _ in range(rng.choice((1, 3))):
                     world.store.consume(process.state_key(key, rule), rule, cost, world.server_us())
-            case 9:
+            case 4:
+                process.round_trip()
+            case 5:
                 process.ask([(key, rule, 1)], rng.choice(("reset", "peek")))
-            case 10:
+            case 6:
                 self.current[strategy] = rng.choice(self.rules[strategy])
-            case 11:
+            case 7:
                 # The server's clock is set: backwards nothing drains, forwards it forgives.
                 world.step_us += rng.choice((-rng.randrange(2 * rule.window_us), rng.randrange(rule.window_us)))
                 for one in list(world.store.definitions):
                     self.forgave(one)
-            case 12:
-                process.round_trip()
-        if world.adrift and rng.random() < 0.3:
-            world.store.run(world.adrift.pop(0), world.server_us())
         process.poll()
 
 

@@ -12,7 +12,8 @@ import redis
 from ratethrottle import RateThrottleRule
 from ratethrottle._core import PendingDecision
 from ratethrottle.errors import StorageTimeout, StorageUnavailable
-from tests.store import Check, Connection, FakeLoop, Process, Request, World
+from tests.processes import Check, Connection, FakeLoop, Process, World
+from tests.store import Request
 
 pytestmark = pytest.mark.redis
 
