@@ -25,6 +25,7 @@ cdef struct Bound:                         # a slot of a table of bounds
     int64_t received_us                    # and when its reply came
     int64_t server_us                      # the server's time in that reply
     int64_t asked_us                       # when a check left to ask again; 0 once it was answered
+    void* asked_by                         # the gathering that it left from: no other one hears the answer
     int64_t lease_units                    # left to spend
     int64_t lease_until_us                 # before this, in this process's time
     int64_t lease_server_us                # the server's time of the grant
@@ -44,9 +45,9 @@ cdef inline int64_t aged(const Bound* bound, int64_t now_us) noexcept nogil:
     return bound.sent_us + past_us + past_us // DRIFT_SHARE + 1
 
 
-cdef inline int bound_verdict(Bound* bound, const Terms* rule, int64_t now_us, int64_t units, int64_t ttl_us,
+cdef inline int bound_verdict(Bound* bound, const Terms* rule, bint leases, int64_t now_us, int64_t units, int64_t ttl_us,
                               Outcome* out) noexcept nogil:
-    """Decide if this process can, and spend from the lease if there is one."""
+    """Decide if this process can, and spend from the lease if there is one, and the rule is still the one it was taken under."""
     cdef View view = bound.slot.view
     cdef int64_t then_us = aged(bound, now_us), total = 0, left
     cdef uint32_t expired = 0
@@ -56,7 +57,7 @@ cdef inline int bound_verdict(Bound* bound, const Terms* rule, int64_t now_us, i
         window_live(view.amount.window, then_us - rule.window_us, &expired, &total)
     else:
         view_roll(&view, then_us)
-    if bound.lease_units >= units and now_us < bound.lease_until_us:
+    if leases and view.terms == rule and bound.lease_units >= units and now_us < bound.lease_until_us:
         bound.lease_units -= units
         out.allowed = True
         out.retry_us = 0
@@ -66,7 +67,8 @@ cdef inline int bound_verdict(Bound* bound, const Terms* rule, int64_t now_us, i
         out.remaining += left * (rule.unit_ticks if rule.kind == c"b" else rule.span if rule.kind == c"c" else 1)
         return LEASED
     judge(rule, &view, then_us, units, expired, total, out)
-    if out.allowed:
+    # What is left of a lease goes back with the next call, and may be just what this check needs.
+    if out.allowed or bound.lease_units:
         return OPEN
     report(rule, &view, then_us, total, out)
     return DENIED if now_us - bound.sent_us <= ttl_us else STALE

@@ -26,6 +26,7 @@ from asyncio import _get_running_loop as running_loop
 from collections import deque
 from contextvars import Context
 from hashlib import blake2b
+from heapq import heappop, heappush
 from os import urandom
 
 from ratethrottle.errors import StorageProtocolError, StorageTimeout, StorageUnavailable
@@ -104,18 +105,6 @@ cdef inline void push(Queue* queue, PendingDecision pending) noexcept:
     queue.count += 1
 
 
-cdef inline void push_front(Queue* queue, PendingDecision pending) noexcept:
-    Py_INCREF(<PyObject*>pending)
-    pending.before = NULL
-    pending.after = queue.first
-    if queue.first == NULL:
-        queue.last = <PyObject*>pending
-    else:
-        (<PendingDecision>queue.first).before = <PyObject*>pending
-    queue.first = <PyObject*>pending
-    queue.count += 1
-
-
 cdef inline void take(Queue* queue, PendingDecision pending) noexcept:
     """Take a member out, wherever it stands. The caller holds a reference of its own."""
     if pending.before == NULL:
@@ -129,6 +118,41 @@ cdef inline void take(Queue* queue, PendingDecision pending) noexcept:
     pending.before = pending.after = NULL
     queue.count -= 1
     Py_DECREF(<PyObject*>pending)
+
+
+cdef inline void take_over(Queue* source, Queue* target, PendingDecision pending) noexcept:
+    Py_INCREF(<PyObject*>pending)
+    take(source, pending)
+    push(target, pending)
+    Py_DECREF(<PyObject*>pending)
+
+
+cdef inline void insert(Queue* queue, PyObject* before, PendingDecision pending) noexcept:
+    """Put in front of a member, or last for NULL."""
+    if before == NULL:
+        push(queue, pending)
+        return
+    Py_INCREF(<PyObject*>pending)
+    pending.after = before
+    pending.before = (<PendingDecision>before).before
+    if pending.before == NULL:
+        queue.first = <PyObject*>pending
+    else:
+        (<PendingDecision>pending.before).after = <PyObject*>pending
+    (<PendingDecision>before).before = <PyObject*>pending
+    queue.count += 1
+
+
+cdef inline void merge(Queue* source, Queue* target) noexcept:
+    """Move all over, each to where it entered: among its key's in order, and among all by deadline."""
+    cdef PendingDecision pending
+    cdef PyObject* at = target.first
+    while source.first != NULL:
+        pending = <PendingDecision>source.first
+        take(source, pending)
+        while at != NULL and (<PendingDecision>at).turn < pending.turn:
+            at = (<PendingDecision>at).after
+        insert(target, at, pending)
 
 
 cdef inline int complete(PendingDecision pending, object error) except -1:
@@ -383,11 +407,12 @@ cdef class Gathering:
     cdef bytes rest                          # of a reply that hasn't come whole
     cdef readonly bytes _session
     cdef uint64_t requests
+    cdef uint64_t turns                      # how many have entered
     cdef bint by_value                       # the server has lost the scripts: the next call brings its own
     cdef bytes decide_sha, decide_text, reset_sha, reset_text
     cdef Buffer buffer
     cdef uint16_t* places
-    cdef object leases                       # (until_us, PendingDecision): what may have to be given back
+    cdef list leases                         # a heap of (until_us, turn, PendingDecision): what may have to be given back
     cdef readonly int64_t sent_calls
     cdef readonly int64_t sent_entries
 
@@ -408,7 +433,7 @@ cdef class Gathering:
         self.woken = []
         self.max_waiting = max_waiting
         self.in_flight = deque()
-        self.leases = deque()
+        self.leases = []
         self.rest = b""
         self._session = urandom(6).hex().encode() + b"-"
 
@@ -465,12 +490,13 @@ cdef class Gathering:
         asked[0] = False
         if bound == NULL or pending.mode != CHECK:
             return False
-        verdict = bound_verdict(bound, self.bounds.terms_of(pending.rule), now_us, pending.units, self.ttl_us, &out)
+        verdict = bound_verdict(bound, self.bounds.terms_of(pending.rule), pending.rule.lease_units > 0, now_us, pending.units,
+                                self.ttl_us, &out)
         if verdict == DENIED or verdict == LEASED:
             complete_with(pending, decision_new(pending.rule, pending.key, pending.units,
                                                 LEASE if verdict == LEASED else PREFILTER, &out))
             return True
-        asked[0] = verdict != OPEN and now_us - bound.asked_us < self.deadline_us
+        asked[0] = verdict != OPEN and bound.asked_by == <void*>self and now_us - bound.asked_us < self.deadline_us
         return False
 
     cdef int enter(self, PendingDecision pending) except -1:
@@ -487,6 +513,8 @@ cdef class Gathering:
         self.layout.address(pending)
         pending.place = self
         pending.deadline_us = now_us + self.deadline_us
+        pending.turn = self.turns
+        self.turns += 1
         if pending.group is None:
             waiter = Waiter.__new__(Waiter)
             waiter.pending = pending
@@ -989,7 +1017,7 @@ cdef class Gathering:
 
     cdef int unpark(self) except -1:
         """What waited for another check's answer: most of it is answered by that."""
-        cdef Queue parked = self.parked
+        cdef Queue parked = self.parked, freed
         cdef PendingDecision pending
         cdef int64_t now_us
         cdef bint asked = False
@@ -997,6 +1025,7 @@ cdef class Gathering:
             return 0
         now_us = self.bounds.now_us()
         memset(&self.parked, 0, sizeof(Queue))
+        memset(&freed, 0, sizeof(Queue))
         while parked.first != NULL:
             pending = <PendingDecision>parked.first
             take(&parked, pending)
@@ -1004,7 +1033,8 @@ cdef class Gathering:
                 pending.stage = COMPLETE
             elif not self.decided_here(pending, now_us, &asked):
                 pending.stage = PARKED if asked else WAITING
-                push(&self.parked if asked else &self.waiting, pending)
+                push(&self.parked if asked else &freed, pending)
+        merge(&freed, &self.waiting)
         return 0
 
     # Leases:
@@ -1014,7 +1044,7 @@ cdef class Gathering:
         cdef Shard* shard
         cdef uint32_t index
         cdef Bound* bound
-        cdef int64_t spent, wanted = entry.count * entry.cost
+        cdef int64_t size, spent, wanted = entry.count * entry.cost
         if call.mode != CHECK:
             return 0
         bound = self.bound_of(entry.hashed, &shard, &index)
@@ -1022,20 +1052,25 @@ cdef class Gathering:
             return 0
         if entry.count:
             bound.asked_us = call.sent_us
-        # One lease at a time: units of two grants would have two ends.
+            bound.asked_by = <void*>self
+        # Only one call at a time takes units ahead, and only one entry of it: a second lease would take the place of the first.
         if rule.lease_units == 0 or bound.leasing:
             return 0
         entry.back = bound.lease_units
         entry.back_us = bound.lease_server_us
-        spent = bound.lease_size - bound.lease_units
-        if entry.count and call.sent_us - bound.sent_us <= rule.lease_us:
-            # Asked about twice within the life of a lease: it is busy. What was used up in time may be twice as large.
-            if bound.lease_size and bound.lease_units == 0 and call.sent_us < bound.lease_until_us:
-                entry.ahead = 2 * bound.lease_size
-            entry.ahead = min(rule.lease_units, max(entry.ahead, spent, wanted))
-        elif entry.count and bound.lease_size and call.sent_us < bound.lease_until_us + rule.lease_us:
-            entry.ahead = min(rule.lease_units, spent)
+        size = bound.lease_size
+        spent = size - bound.lease_units
         bound.lease_units = bound.lease_size = 0
+        if entry.count == 0:
+            return 0
+        if call.sent_us - bound.sent_us <= rule.lease_us:
+            # Asked about twice within the life of a lease: it is busy. What was used up in time may be twice as large.
+            entry.ahead = max(spent, wanted)
+            if size and spent == size and call.sent_us < bound.lease_until_us:
+                entry.ahead = max(entry.ahead, 2 * size)
+        elif size and call.sent_us < bound.lease_until_us + rule.lease_us:
+            entry.ahead = spent
+        entry.ahead = min(rule.lease_units, entry.ahead)
         bound.leasing = entry.ahead > 0
         return 0
 
@@ -1048,7 +1083,8 @@ cdef class Gathering:
         # From before the request was sent, and a 64th less, since the store's clock may be the faster one.
         bound.lease_until_us = sent_us + for_us - for_us // DRIFT_SHARE
         bound.lease_server_us = server_us
-        self.leases.append((bound.lease_until_us, sample))
+        heappush(self.leases, (bound.lease_until_us, self.turns, sample))
+        self.turns += 1                      # so that no two are equal
         self.wind(now_us, bound.lease_until_us)
         return 0
 
@@ -1059,7 +1095,7 @@ cdef class Gathering:
         cdef uint32_t index
         cdef Bound* bound
         while self.leases and self.leases[0][0] <= now_us:
-            sample = self.leases.popleft()[1]
+            sample = heappop(self.leases)[2]
             bound = self.bound_of(sample.hashed, &shard, &index)
             if bound == NULL or bound.lease_units == 0 or bound.lease_until_us > now_us:
                 continue
@@ -1076,6 +1112,8 @@ cdef class Gathering:
             pending.hashed = sample.hashed
             pending.units = 1
             pending.deadline_us = now_us + self.deadline_us
+            pending.turn = self.turns
+            self.turns += 1
             push(&self.waiting, pending)
         self.schedule()
         return 0
@@ -1143,25 +1181,29 @@ cdef class Gathering:
         cdef int i
         cdef PendingDecision pending
         cdef CallEntry* entry
+        cdef Queue again
         cdef Shard* shard
         cdef uint32_t index
         cdef Bound* bound
-        for i in range(call.size - 1, -1, -1):
+        for i in range(call.size):
             entry = &call.entries[i]
-            bound = self.bound_of(entry.hashed, &shard, &index)
-            if bound != NULL:
-                bound.leasing = bound.leasing and entry.ahead == 0
-                bound.lease_units += entry.back
-            while entry.waiters.last != NULL:
-                pending = <PendingDecision>entry.waiters.last
+            memset(&again, 0, sizeof(Queue))
+            while entry.waiters.first != NULL:
+                pending = <PendingDecision>entry.waiters.first
                 if pending.stage == COMPLETE:
                     take(&entry.waiters, pending)
                     continue
-                Py_INCREF(<PyObject*>pending)
-                take(&entry.waiters, pending)
-                push_front(&self.waiting, pending)
+                take_over(&entry.waiters, &again, pending)
                 pending.stage = WAITING
-                Py_DECREF(<PyObject*>pending)
+            merge(&again, &self.waiting)
+            # Nor was anything given back.
+            bound = self.bound_of(entry.hashed, &shard, &index)
+            if bound == NULL:
+                continue
+            bound.leasing = bound.leasing and entry.ahead == 0
+            if entry.back and bound.lease_units == 0:
+                bound.lease_units = bound.lease_size = entry.back
+                bound.lease_server_us = entry.back_us
         # By value, since nothing can be flushed in between; and loaded too, since what is only evaluated may be let go.
         text = self.reset_text if call.mode == RESET else self.decide_text
         self.in_flight.append(None)
@@ -1175,10 +1217,3 @@ cdef class Gathering:
         timer, self.timer = self.timer, None
         if timer is not None:
             timer.cancel()
-
-
-cdef inline void take_over(Queue* source, Queue* target, PendingDecision pending) noexcept:
-    Py_INCREF(<PyObject*>pending)
-    take(source, pending)
-    push(target, pending)
-    Py_DECREF(<PyObject*>pending)

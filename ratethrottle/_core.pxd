@@ -109,6 +109,7 @@ cdef class PendingDecision:
     cdef int64_t units
     cdef Hash128 hashed
     cdef int64_t deadline_us
+    cdef uint64_t turn                       # of those that entered its gathering, the how manieth
     cdef bint stale                          # a bound that should be asked again denied it
     cdef object place                        # the gathering that it waits in
     cdef Waiter waiter                       # what its task waits on

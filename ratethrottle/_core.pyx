@@ -111,6 +111,9 @@ cdef extern from *:
     #endif
     }
 
+    /* Says that an exception has been set already: Cython's `raise` alone raises only one that is being handled. */
+    static inline void rt_raise_set(void) {}
+
     /* Cython fills neither am_send nor a tp_iternext that may return NULL without a traceback entry. */
     static void rt_set_slots(PyTypeObject *type, sendfunc send, iternextfunc next) {
         type->tp_as_async->am_send = send;
@@ -121,6 +124,7 @@ cdef extern from *:
     void rt_set_stop(PyObject* value) noexcept
     void rt_drop_stop_value() noexcept
     const char* rt_utf8(object text, Py_ssize_t* size) noexcept
+    void rt_raise_set() except *
     Py_ssize_t Py_REFCNT(PyObject*)
     void rt_set_slots(PyTypeObject* type, PySendResult (*send)(PyObject*, PyObject*, PyObject**) noexcept,
                       PyObject* (*next)(PyObject*) noexcept)
@@ -757,7 +761,7 @@ cdef class PendingDecision:
         cdef PyObject* result = NULL
         cdef PySendResult status = pending_send(<PyObject*>self, <PyObject*>value, &result)
         if status == PYGEN_ERROR:
-            raise
+            rt_raise_set()
         taken = <object>result
         Py_DECREF(result)
         if status == PYGEN_RETURN:
@@ -1143,8 +1147,8 @@ cdef class Limiter:
         cdef int64_t found = shard_find(place.shard, place.hashed)
         cdef int verdict = OPEN
         if found >= 0:
-            verdict = bound_verdict(<Bound*>slot_at(place.shard, <uint32_t>found), place.terms, now_us, units, self.remote.ttl_us,
-                                    out)
+            verdict = bound_verdict(<Bound*>slot_at(place.shard, <uint32_t>found), place.terms, terms.lease_units > 0, now_us, units,
+                                    self.remote.ttl_us, out)
             if verdict == DENIED or verdict == LEASED:
                 return self.completed(terms, key, units, LEASE if verdict == LEASED else PREFILTER)
         self.complete = 0

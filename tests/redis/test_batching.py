@@ -1,0 +1,185 @@
+"""Crowds on a real Redis, on asyncio's loop and on uvloop: what is granted, what is sent, and when those give up who get no answer."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+import redis
+import uvloop
+
+from ratethrottle import Decision, RateThrottleCore, RateThrottleRule, RedisStorage
+from ratethrottle.errors import StorageError
+from tests.redis.wire import Relay
+from tests.servers import RedisServer
+from tests.strategies import STRATEGIES
+
+pytestmark = pytest.mark.redis
+
+KEYS, CHECKS, LIMIT = 50, 2_000, 25
+Run = Callable[[Coroutine[Any, Any, Any]], Any]
+
+
+@pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def run(request: pytest.FixtureRequest) -> Run:
+    def run(work: Coroutine[Any, Any, Any]) -> Any:
+        with asyncio.Runner(loop_factory=request.param) as runner:
+            return runner.run(work)
+
+    return run
+
+
+def limiter_of(url: str, *rules: RateThrottleRule, **options: Any) -> RateThrottleCore:
+    return RateThrottleCore(RedisStorage.from_url(url, **{"deadline": 10, **options}), rules=rules)
+
+
+def calls(client: redis.Redis) -> Counter[str]:
+    """How often the server has run each command."""
+    return Counter({name.removeprefix("cmdstat_"): facts["calls"] for name, facts in client.info("commandstats").items()})
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_crowd_gets_exactly_the_limit_of_each_key(
+    run: Run, redis_server: RedisServer, redis_client: redis.Redis, strategy: str
+) -> None:
+    rule = RateThrottleRule("r", LIMIT, 3600, strategy=strategy)
+
+    async def crowd() -> list[Decision]:
+        async with limiter_of(redis_server.url, rule) as limiter:
+            await limiter.peek("somebody else")
+            return await asyncio.gather(*(limiter.check(f"user:{i % KEYS}") for i in range(CHECKS)))
+
+    before = calls(redis_client)
+    decisions = run(crowd())
+    ran = calls(redis_client) - before
+    admitted = Counter(decision.key for decision in decisions if decision.allowed)
+    assert admitted == {f"user:{i}": LIMIT for i in range(KEYS)}
+    # All of it fits one call, besides the peek: each key is read once and written once.
+    assert (ran["evalsha"], ran["mget"], ran["psetex"]) == (2, 2, KEYS)
+    for i in range(KEYS):
+        heard = [decision.remaining for decision in decisions if decision.key == f"user:{i}" and decision.allowed]
+        assert heard == list(range(LIMIT))[::-1]
+
+
+def test_check_many_takes_as_many_calls_as_it_has_to(run: Run, redis_server: RedisServer, redis_client: redis.Redis) -> None:
+    rule = RateThrottleRule("r", 3, 3600)
+
+    async def many() -> list[Decision]:
+        async with limiter_of(redis_server.url, rule) as limiter:
+            return await limiter.check_many([f"user:{i % 300}" for i in range(900)] + ["user:7"])
+
+    before = calls(redis_client)
+    decisions = run(many())
+    assert [decision.key for decision in decisions[:300]] == [f"user:{i}" for i in range(300)]
+    assert [decision.remaining for decision in decisions[:900]] == [2] * 300 + [1] * 300 + [0] * 300
+    assert not decisions[900].allowed
+    assert (calls(redis_client) - before)["evalsha"] <= 8  # 900 in entries of at most 128, whichever keys come together
+
+
+def test_cancelled_checks_change_nobody_else(run: Run, redis_server: RedisServer) -> None:
+    rule = RateThrottleRule("r", LIMIT, 3600)
+    rng = random.Random(5)
+
+    async def crowd() -> list[tuple[str, Decision | None]]:
+        async with limiter_of(redis_server.url, rule) as limiter:
+            tasks = [asyncio.create_task(limiter.check(f"user:{i % KEYS}")) for i in range(CHECKS)]
+            doomed = rng.sample(tasks, CHECKS // 2)
+            for wave in range(5):
+                await asyncio.sleep(0 if wave < 3 else 0.001)
+                for task in doomed[wave::5]:
+                    task.cancel()
+            await asyncio.wait(tasks)
+            return [(f"user:{i % KEYS}", None if task.cancelled() else task.result()) for i, task in enumerate(tasks)]
+
+    results = run(crowd())
+    for key in {key for key, _ in results}:
+        told = [decision for other, decision in results if other == key and decision is not None]
+        # Whoever is left hears of ever less, as in a queue; no place is given twice.
+        left = [decision.remaining for decision in told if decision.allowed]
+        assert left == sorted(set(left), reverse=True)
+        assert len(left) <= LIMIT
+        assert [decision.allowed for decision in told] == [True] * len(left) + [False] * (len(told) - len(left))
+
+
+def test_each_check_gives_up_at_its_own_deadline(run: Run, redis_server: RedisServer) -> None:
+    rule = RateThrottleRule("r", 1_000, 3600)
+    deadline_s = 0.2
+
+    async def one(limiter: RateThrottleCore, after_s: float) -> float:
+        await asyncio.sleep(after_s)
+        began = time.perf_counter()
+        with pytest.raises(StorageError):
+            await limiter.check("user")
+        return time.perf_counter() - began
+
+    async def withheld() -> list[float]:
+        async with Relay(redis_server.socket) as relay, limiter_of(relay.url, rule, deadline=deadline_s) as limiter:
+            await limiter.check("user")
+            relay.tamper = lambda reply: b""
+            return await asyncio.gather(*(one(limiter, 0.01 * i) for i in range(30)))
+
+    assert max(run(withheld())) < deadline_s + 0.05
+
+
+def test_a_reset_is_felt_by_others_within_the_ttl_and_at_once_where_it_was_made(run: Run, redis_server: RedisServer) -> None:
+    rule = RateThrottleRule("r", 5, 3600)
+
+    async def reset() -> None:
+        one, other = (limiter_of(redis_server.url, rule, prefilter_ttl=0.2) for _ in range(2))
+        async with one, other:
+            assert [(await other.check("user")).allowed for _ in range(6)] == [True] * 5 + [False]
+            assert not await one.check("user")
+            assert [(await limiter.check("user")).source for limiter in (one, other)] == ["prefilter"] * 2
+            await one.reset("user")
+            began = time.perf_counter()
+            assert (await one.check("user")).source == "redis"
+            while not await other.check("user"):
+                assert time.perf_counter() - began < 0.3
+                await asyncio.sleep(0.005)
+
+    run(reset())
+
+
+def test_a_hot_key_costs_one_call_in_a_ttl(run: Run, redis_server: RedisServer) -> None:
+    rule = RateThrottleRule("r", 5, 3600)
+
+    async def hammer() -> tuple[int, Counter[str]]:
+        async with limiter_of(redis_server.url, rule, prefilter_ttl=0.1) as limiter:
+            [line] = limiter._storage._gatherings_here()
+            await asyncio.gather(*(limiter.check("user") for _ in range(6)))
+            before, ends = line.sent_entries, time.perf_counter() + 0.35
+            sources: Counter[str] = Counter()
+            while time.perf_counter() < ends:
+                decisions = await asyncio.gather(*(limiter.check("user") for _ in range(50)))
+                sources += Counter(decision.source for decision in decisions)
+                assert not any(decision.allowed for decision in decisions)
+                await asyncio.sleep(0)
+            return line.sent_entries - before, sources
+
+    asked, sources = run(hammer())
+    assert 2 <= asked <= 4
+    assert sources["prefilter"] > 1_000
+    assert set(sources) == {"redis", "prefilter"}
+
+
+def test_several_loops_of_one_storage_wait_for_nobody_elses_answers(run: Run, redis_server: RedisServer) -> None:
+    """In two threads, on one key that is used up: each asks for itself."""
+    rule = RateThrottleRule("r", 5, 3600)
+    limiter = limiter_of(redis_server.url, rule, deadline=0.5, prefilter_ttl=0.001)
+
+    async def hammer() -> int:
+        ends, denied = time.perf_counter() + 0.3, 0
+        while time.perf_counter() < ends:
+            denied += sum(not decision.allowed for decision in await asyncio.gather(*(limiter.check("user") for _ in range(5))))
+            await asyncio.sleep(0.001)
+        return denied
+
+    async def both() -> list[int]:
+        return await asyncio.gather(asyncio.to_thread(asyncio.run, hammer()), hammer())
+
+    assert min(run(both())) > 20
