@@ -528,7 +528,7 @@ cdef class Gathering:
         return 0
 
     cdef inline int wake(self, Waiter waiter) except -1:
-        waiter.done = True
+        waiter.is_done = True
         waiter.pending = None
         self.woken.append(waiter)
         if len(self.woken) == 1:

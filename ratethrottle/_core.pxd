@@ -128,8 +128,8 @@ cdef class Waiter:
     cdef object context
     cdef object message
     cdef bint blocking
-    cdef bint done
-    cdef bint cancelled
+    cdef bint is_done
+    cdef bint is_cancelled
 
     cdef int call(self) except -1
 

@@ -882,7 +882,7 @@ cdef class Waiter:
 
     def add_done_callback(self, callback, *, context=None):
         """Call `callback(self)` when it is done. A task does this once."""
-        if self.callback is not None or self.done:
+        if self.callback is not None or self.is_done:
             raise RuntimeError("a check is waited for by one task only")
         self.callback = callback
         self.context = context
@@ -896,9 +896,9 @@ cdef class Waiter:
 
     def cancel(self, msg=None):
         """Stop waiting; what was not sent yet is not sent any more. False if it was done already."""
-        if self.done:
+        if self.is_done:
             return False
-        self.done = self.cancelled = True
+        self.is_done = self.is_cancelled = True
         self.message = msg
         self.pending.close()
         self.loop.call_soon(self.call_back)
@@ -923,11 +923,19 @@ cdef class Waiter:
             PyContext_Exit(context)
         return 0
 
+    def done(self):
+        """Whether there is nothing left to wait for."""
+        return self.is_done
+
+    def cancelled(self):
+        """Whether somebody gave up waiting."""
+        return self.is_cancelled
+
     def result(self):
         """None once it is done. Raises CancelledError."""
-        if self.cancelled:
+        if self.is_cancelled:
             raise CancelledError() if self.message is None else CancelledError(self.message)
-        if not self.done:
+        if not self.is_done:
             raise InvalidStateError("the check isn't decided yet")
 
     def exception(self):

@@ -46,7 +46,7 @@ class FakeLoop:
     def call_soon(self, callback: Callable[..., Any], *args: Any, context: Any = None) -> None:
         self.ready.append((callback, args))
 
-    def call_later(self, delay_s: float, callback: Callable[..., Any]) -> Timer:
+    def call_later(self, delay_s: float, callback: Callable[..., Any], *, context: Any = None) -> Timer:
         timer = Timer(self.clock_us() + round(delay_s * 1_000_000), callback)
         heapq.heappush(self.timers, (timer.at_us, next(self.order), timer))
         return timer
