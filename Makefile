@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 PYTHONS ?= 3.11 3.12 3.13
 AGREE_STEPS ?= 1000000
 
@@ -12,6 +13,7 @@ PY := $(BIN)/python
 MADE := $(VENV)/.made-with-$(subst /,_,$(PYTHON))
 TOOLS := $(VENV)/.tools
 PEERS := $(VENV)/.peers
+STRANGER := .venv-peer-ratethrottle/.made
 BUILT := $(VENV)/.built
 SOURCES := setup.py pyproject.toml $(wildcard ratethrottle/*.pyx ratethrottle/*.pxd)
 
@@ -24,7 +26,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test demo check ci matrix floor bench agree agree-short trace sanitize debug format wheel clean redis FORCE
+.PHONY: help test demo check ci matrix floor bench instructions instructions-record agree agree-short trace sanitize debug format wheel clean redis valgrind FORCE
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,7 +48,7 @@ check: $(BUILT) $(PEERS) ## Everything static: format, lint, types, stubs, spell
 	$(BIN)/codespell
 	$(BIN)/validate-pyproject pyproject.toml
 
-ci: check test agree-short ## check, test and the short agreement run: what .ci/run calls
+ci: check test agree-short instructions ## check, test, the short agreement run, the instruction counts: what .ci/run calls
 
 agree: $(BUILT) redis ## Oracle, core and Lua over 10^6 random steps (AGREE_STEPS=…)
 	$(PY) -m tests.agree --steps $(AGREE_STEPS)
@@ -54,8 +56,14 @@ agree: $(BUILT) redis ## Oracle, core and Lua over 10^6 random steps (AGREE_STEP
 agree-short: $(BUILT) redis
 	$(PY) -m tests.agree --steps 30000
 
-bench: $(BUILT) $(PEERS) redis ## Benchmarks, beside the peers in one run
-	$(PY) -m benchmarks
+bench: $(BUILT) $(PEERS) $(STRANGER) redis ## Benchmarks, beside the peers in one run (BENCH_ARGS="--quick redis")
+	$(PY) -m benchmarks $(BENCH_ARGS)
+
+instructions: $(BUILT) valgrind ## Instructions of the compiled hot paths, held against the recorded ones
+	$(PY) -m benchmarks.instructions
+
+instructions-record: $(BUILT) valgrind
+	$(PY) -m benchmarks.instructions --record
 
 matrix: $(addprefix matrix-,$(PYTHONS)) ## The wheel, checked and tested on each of PYTHONS
 
@@ -85,7 +93,7 @@ format: $(TOOLS) ## Let ruff format and mend what it can
 	$(BIN)/ruff check --fix .
 
 clean: ## Remove everything built, .venv included
-	rm -rf build dist *.egg-info .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.*
+	rm -rf build dist *.egg-info .venv .venv-peer-ratethrottle .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.*
 	rm -f ratethrottle/*.so ratethrottle/*.c
 
 $(MADE):
@@ -101,6 +109,12 @@ $(PEERS): $(TOOLS) requirements/bench.txt
 	$(PY) -m pip install -q --no-deps -r requirements/bench.txt
 	touch $@
 
+# The package on PyPI that has our name can't live where ours is installed.
+$(STRANGER): requirements/peer-ratethrottle.txt | $(MADE)
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install -q --no-deps -r requirements/peer-ratethrottle.txt
+	touch $@
+
 $(BUILT): $(TOOLS) $(SOURCES)
 	RATETHROTTLE_BUILD=ship $(PY) -m pip install -q --no-deps --no-build-isolation -e .
 	touch $@
@@ -108,5 +122,8 @@ $(BUILT): $(TOOLS) $(SOURCES)
 # After the environment, so that two jobs never run apt-get at once.
 redis: $(MADE)
 	@tools/system-packages $(PYTHON) redis
+
+valgrind: $(MADE)
+	@tools/system-packages $(PYTHON) valgrind
 
 FORCE:

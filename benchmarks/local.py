@@ -11,20 +11,13 @@ from aiolimiter import AsyncLimiter
 from limits import RateLimitItemPerSecond
 from limits.aio.storage import MemoryStorage
 from limits.aio.strategies import FixedWindowRateLimiter, MovingWindowRateLimiter, SlidingWindowCounterRateLimiter
+from pyrate_limiter import InMemoryBucket, Limiter, Rate
 from throttled.asyncio import RateLimiterType, Throttled, rate_limiter
 
-from benchmarks.timing import Subject, await_empty, interleave, table
-from ratethrottle import InMemoryStorage, RateThrottleCore, RateThrottleRule
+from benchmarks.strategies import STRATEGIES, YEAR_S, limiter
+from benchmarks.timing import Figures, Options, Subject, await_empty, interleave, table
 
-STRATEGIES = ("sliding_window", "token_bucket", "leaky_bucket", "sliding_counter", "fixed_window")
-YEAR_S = 365 * 86_400
-
-
-def limiter(strategy: str, limit: int, window: float, max_keys: int = 1_000_000) -> RateThrottleCore:
-    """Make a limiter with one rule, in memory."""
-    return RateThrottleCore(
-        InMemoryStorage(max_keys=max_keys), rules=[RateThrottleRule("bench", limit, window, strategy=strategy)]
-    )
+EMPTY = "an empty coroutine, awaited"
 
 
 def hit(strategy: str) -> Subject:
@@ -94,13 +87,15 @@ def peers() -> dict[str, tuple[Subject, int]]:
     for using in (RateLimiterType.FIXED_WINDOW, RateLimiterType.TOKEN_BUCKET, RateLimiterType.GCRA):
         one = Throttled(using=using.value, quota=rate_limiter.per_sec(1_000_000_000, burst=1_000_000_000))
         add(f"throttled-py {using.value}", partial(one.limit, "user:42"))
+    bucket = Limiter(InMemoryBucket([Rate(100, 1_000)]))
+    add("pyrate-limiter (one key only)", lambda: bucket.try_acquire_async("user:42", blocking=False))
     add("aiolimiter (one key only)", AsyncLimiter(1_000_000_000, 1).acquire)
     return found
 
 
-async def run(rounds: int) -> None:
+async def run(options: Options) -> Figures:
     """Print the table."""
-    subjects: dict[str, tuple[Subject, int]] = {"an empty coroutine, awaited": (await_empty, 50_000)}
+    subjects: dict[str, tuple[Subject, int]] = {EMPTY: (await_empty, 50_000)}
     for strategy in STRATEGIES:
         subjects[f"hit, {strategy}"] = (hit(strategy), 50_000)
     for strategy in STRATEGIES:
@@ -108,13 +103,12 @@ async def run(rounds: int) -> None:
     for strategy in ("token_bucket", "sliding_window"):
         subjects[f"fresh key, {strategy}"] = (fresh(strategy, 100_000_000), 20_000)
         subjects[f"full and evicting, {strategy}"] = (fresh(strategy, 10_000), 20_000)
-    ours = list(subjects)[1:]
-    subjects |= peers()
-    medians = await interleave(subjects, rounds)
-    base = medians["an empty coroutine, awaited"]
+    others = peers()
+    medians = await interleave(subjects | others, options.rounds)
+    base = medians[EMPTY]
     rows = [(name, f"{ns:,.0f}", f"{ns / base:.2f}") for name, ns in medians.items()]
     table("One decision in memory (median of interleaved rounds)", ("regime", "ns", "× empty"), rows)
-    keyed = [ns for name, ns in medians.items() if name not in ours and "one key" not in name and ns != base]
-    if keyed:
-        worst = max(medians[name] for name in ours if name.startswith(("hit", "denied")))
-        print(f"  the fastest keyed peer takes {min(keyed) / worst:.1f} × as long as our slowest hit or denial")
+    slowest = max(ns for name, ns in medians.items() if name.startswith(("hit", "denied")))
+    fastest_peer = min(medians[name] for name in others if "one key" not in name)
+    print(f"  the fastest keyed peer takes {fastest_peer / slowest:.1f} × as long as our slowest hit or denial")
+    return {"ns": medians, "times_keyed_peer": fastest_peer / slowest}

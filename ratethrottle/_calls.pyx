@@ -28,7 +28,7 @@ from contextvars import Context
 from hashlib import blake2b
 from os import urandom
 
-from ratethrottle.errors import StorageTimeout, StorageUnavailable
+from ratethrottle.errors import StorageProtocolError, StorageTimeout, StorageUnavailable
 
 
 cdef extern from "Python.h":
@@ -546,9 +546,14 @@ cdef class Gathering:
             # Two calls of half the size keep both sides busy: one is decided while the other's checks are woken and asked anew.
             halved = (not self.in_flight and self.waiting.count >= HALVED_MIN
                       and (<PendingDecision>self.waiting.first).group is None)
-            call = self.gather(min(<Py_ssize_t>ENTRIES_MAX, (self.waiting.count + 1) // 2) if halved else ENTRIES_MAX)
-            if call is not None:
-                self.send(call)
+            call = Call.__new__(Call)
+            try:
+                self.gather(call, min(<Py_ssize_t>ENTRIES_MAX, (self.waiting.count + 1) // 2) if halved else ENTRIES_MAX)
+                if call.size:
+                    self.send(call)
+            except BaseException:
+                self._fail(call, StorageUnavailable("the check could not be sent"))
+                raise
 
     # Deadlines: one timer for all, since all wait equally long and so run out in the order in which they came.
 
@@ -623,9 +628,8 @@ cdef class Gathering:
 
     # Building a call:
 
-    cdef Call gather(self, int most):
-        """Take what waits into a call, equal checks of a key as one of at most `most` entries; None if all of it has gone."""
-        cdef Call call = Call.__new__(Call)
+    cdef int gather(self, Call call, int most) except -1:
+        """Take what waits into a call, equal checks of a key as one of at most `most` entries; none if all of it has gone."""
         cdef PendingDecision pending
         cdef CallEntry* entry
         cdef int64_t now_us = self.bounds.now_us()
@@ -662,11 +666,10 @@ cdef class Gathering:
             pending.stage = SENT
             if call.deadline_us == 0:
                 call.deadline_us = pending.deadline_us
-        if call.size == 0:
-            return None
-        call.sent_us = now_us
-        self.write_call(call, keys)
-        return call
+        if call.size:
+            call.sent_us = now_us
+            self.write_call(call, keys)
+        return 0
 
     cdef inline bint gone(self, PendingDecision pending) except -1:
         return pending.group is not None and pending.group.future.cancelled()
@@ -895,7 +898,12 @@ cdef class Gathering:
             if at < 0:
                 return at
         self.in_flight.popleft()
-        self.settle(call, numbers)
+        try:
+            self.settle(call, numbers)
+        except BaseException:
+            # Whatever it was, nobody may be left waiting.
+            self._fail(call, StorageProtocolError("the reply could not be taken in; the check may have been counted"))
+            raise
         return at
 
     cdef int settle(self, Call call, const int64_t* numbers) except -1:

@@ -40,6 +40,7 @@ cdef class KeyTable:
     cdef int locate(self, CompiledRule rule, bint joined, const char* data, Py_ssize_t length, Place* place) except -1
     cdef int meet(self, CompiledRule rule) except -1
     cdef void remove(self, Shard* shard, uint32_t index) noexcept
+    cdef int make_room(self, Shard* shard, int64_t now_us) except -1
     cdef Slot* insert(self, Shard* shard, const Slot* slot, int64_t now_us) except NULL
     cdef int decide_located(self, const Place* place, int64_t now_us, int64_t cost, Outcome* out) except -1
     cdef void decide_scalar(self, View* stored, int64_t now_us, int64_t cost, Outcome* out) noexcept

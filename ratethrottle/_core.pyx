@@ -302,14 +302,18 @@ cdef class KeyTable:
         """Put a key that is absent where it belongs, in the place of another one if the table is full."""
         if self.used >= self.max_keys:
             self.make_place(shard, now_us)
+        self.make_room(shard, now_us)
+        self.used += 1
+        return slot_at(shard, shard_place(shard, slot))
+
+    cdef inline int make_room(self, Shard* shard, int64_t now_us) except -1:
         if shard_full(shard):
             self.used -= shard.used
             if shard_rebuild(shard, now_us) == NO_MEMORY:
                 self.used += shard.used
                 raise MemoryError
             self.used += shard.used
-        self.used += 1
-        return slot_at(shard, shard_place(shard, slot))
+        return 0
 
     cdef int meet(self, CompiledRule rule) except -1:
         """Find or keep the rule's terms, which outlive it in the states that were written under it."""
@@ -424,17 +428,16 @@ cdef class KeyTable:
                 out.remaining = 0
                 out.retry_us = out.reset_us = free_at_us - now_us
                 return 0
+        if cost <= rule.capacity:
+            self.make_room(shard, now_us)
         if decide_views(views, &count, rule, now_us, cost, out) == NO_MEMORY:
             raise MemoryError
         if count:
             slot.hash_lo = hashed.lo
             slot.hash_hi = hashed.hi
             slot.view = views[0]
-            try:
-                self.insert(shard, &slot, now_us)
-            except MemoryError:
-                view_free(views)
-                raise
+            shard_place(shard, &slot)
+            self.used += 1
         return 0
 
     cdef int64_t make_place(self, Shard* shard, int64_t now_us) noexcept:

@@ -54,6 +54,13 @@ cdef inline Slot* slot_at(const Shard* shard, uint32_t i) noexcept nogil:
     return <Slot*>(shard.slots + <size_t>i * shard.slot_bytes)
 
 
+cdef inline void slot_copy(const Shard* shard, Slot* target, const Slot* source) noexcept nogil:
+    if shard.slot_bytes == sizeof(Slot):   # of a size that the compiler knows
+        target[0] = source[0]
+    else:
+        memcpy(target, source, shard.slot_bytes)
+
+
 cdef inline uint64_t rotl(uint64_t x, int by) noexcept nogil:
     return (x << by) | (x >> (64 - by))
 
@@ -190,7 +197,7 @@ cdef inline uint32_t shard_place(Shard* shard, const Slot* slot) noexcept nogil:
         if i == shard.room:
             i = 0
     shard.tags[i] = tag_of(slot.hash_lo)
-    memcpy(slot_at(shard, i), slot, shard.slot_bytes)
+    slot_copy(shard, slot_at(shard, i), slot)
     shard.used += 1
     return i
 
@@ -209,7 +216,7 @@ cdef inline void shard_remove(Shard* shard, uint32_t hole) noexcept nogil:
         # A slot may move back into the hole unless its home lies behind the hole, up to where it stands (cyclically).
         if (hole < home <= i) if hole < i else (home > hole or home <= i):
             continue
-        memcpy(slot_at(shard, hole), slot_at(shard, i), shard.slot_bytes)
+        slot_copy(shard, slot_at(shard, hole), slot_at(shard, i))
         shard.tags[hole] = shard.tags[i]
         hole = i
     shard.tags[hole] = 0

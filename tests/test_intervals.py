@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import combinations_with_replacement
 
 import pytest
@@ -33,12 +33,13 @@ class FakeClock:
 class ReadThenWriteStorage(InMemoryStorage):
     """Looks whether there is room, and consumes later: what a limiter does that reads and writes with two commands."""
 
-    async def decide_one(self, entry: Entry) -> Decision:
-        decision = await self.peek(entry)
+    async def decide(self, entries: Sequence[Entry]) -> list[Decision]:
+        decisions = [await self.peek(entry) for entry in entries]
         await asyncio.sleep(0)  # the network
-        if decision.allowed:
-            self.table.decide(entry)
-        return decision
+        for entry, decision in zip(entries, decisions, strict=True):
+            if decision.allowed:
+                self.table.decide(entry)
+        return decisions
 
 
 class SwappingStorage(InMemoryStorage):
@@ -46,11 +47,11 @@ class SwappingStorage(InMemoryStorage):
 
     before: Decision | None = None
 
-    async def decide_one(self, entry: Entry) -> Decision:
-        decision = self.table.decide(entry)
+    async def decide(self, entries: Sequence[Entry]) -> list[Decision]:
+        [decision] = await super().decide(entries)
         await asyncio.sleep(0)
         swapped, self.before = self.before, decision
-        return swapped or decision
+        return [swapped or decision]
 
 
 async def hammer(
@@ -63,7 +64,7 @@ async def hammer(
     async def client(number: int) -> None:
         key = keys[number % len(keys)]
         for _ in range(200):
-            if (await storage.decide_one(limiter._entry(key))).allowed:
+            if (await storage.decide([limiter._entry(key)]))[0].allowed:
                 told[key].append((clock.now_us, 1))
 
     await asyncio.gather(*(client(number) for number in range(8)))
@@ -95,9 +96,9 @@ async def test_it_fails_a_swapped_reply(strategy: str) -> None:
     limiter = RateThrottleCore(InMemoryStorage(), rules=[rule])
     told: list[Admission] = []
     for number in range(4 * LIMIT):
-        if (await storage.decide_one(limiter._entry("busy"))).allowed:
+        if (await storage.decide([limiter._entry("busy")]))[0].allowed:
             told.append((clock.now_us, 1))
-        await storage.decide_one(limiter._entry(f"idle {number}"))
+        await storage.decide([limiter._entry(f"idle {number}")])
     with pytest.raises(PromiseBrokenError):
         check(rule, told)
 

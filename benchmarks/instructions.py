@@ -1,0 +1,129 @@
+"""`python -m benchmarks.instructions`: instructions of our compiled object per check, held against the recorded ones.
+
+They are counted by callgrind, so that neither the machine's load nor its clock plays a part. The recorded ones belong to a
+compiler, a Python and an architecture; elsewhere there is nothing to hold the figures against, and that is no failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import zlib
+from pathlib import Path
+
+from benchmarks.paths import FEW, MANY
+from benchmarks.timing import table
+from ratethrottle import _core
+
+OBJECT = Path(_core.__file__).name
+BASELINE = Path(__file__).with_name("instructions.json")
+TOLERANCE = 1.03  # nothing but the code changes these counts: two runs differ by nothing
+# What an eviction costs depends on which keys it happens to sample: any change of the order moves it by a few per cent.
+TOLERANCE_EVICTING = 1.10
+MARKS_A_RUN, RUNS = 2, 3  # hotpaths.py: the first run of three warms the path up
+
+
+def key() -> str:
+    """Name what the figures belong to: the compilers of our object, Python, and the flags that both came from."""
+    built = Path(_core.__file__).read_bytes()
+    compilers = sorted(
+        {f"{name.decode()} {number.decode()}" for name, number in re.findall(rb"(GCC|clang)[^\0]*?(\d+\.\d+\.\d+)", built)}
+    )
+    flags = zlib.crc32(str(sysconfig.get_config_var("CFLAGS")).encode())
+    python = f"{platform.python_implementation()} {sys.version_info.major}.{sys.version_info.minor}"
+    return f"{', '.join(compilers) or '?'}; {python} (flags {flags:08x}); {platform.machine()}"
+
+
+def spent(dump: Path) -> int:
+    """Add up the instructions that one dump of callgrind's counts in our object, those of its callees left out.
+
+    The format: https://valgrind.org/docs/manual/cl-format.html. An `ob=` holds until the next; the line after a `calls=` is
+    what the call cost inside, and not ours to add.
+    """
+    names: dict[str, str] = {}
+    ours, called, total = False, False, 0
+    for line in dump.read_text().splitlines():
+        name, equals, value = line.partition("=")
+        if equals and name in ("ob", "cob"):
+            number, _, path = value.partition(" ")
+            names.setdefault(number, path)
+            if name == "ob":
+                ours = Path(names[number]).name == OBJECT
+        elif name == "calls":
+            called = True
+        elif line[:1] in "+-*" or line[:1].isdigit():
+            if ours and not called:
+                _, _, count = line.partition(" ")
+                total += int(count or 0)  # left out where it is 0
+            called = False
+    return total
+
+
+def counted() -> dict[str, float]:
+    """Run hotpaths.py under callgrind: instructions per check, by path."""
+    with tempfile.TemporaryDirectory(prefix="rt-") as directory:
+        out = Path(directory) / "out"
+        command = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={out}", "--dump-before=getppid", "--dump-line=no"]
+        environment = os.environ | {"PYTHONHASHSEED": "0"}
+        done = subprocess.run(
+            [*command, sys.executable, "-m", "benchmarks.hotpaths"], env=environment, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            sys.exit(f"callgrind failed:\n{done.stderr}")
+        paths = done.stdout.splitlines()
+        dumps = [out.with_name(f"out.{number}") for number in range(1, MARKS_A_RUN * RUNS * len(paths) + 1)]
+        if not dumps[-1].exists() or out.with_name(f"out.{len(dumps) + 1}").exists():
+            sys.exit("callgrind wrote another number of dumps than hotpaths.py marked")
+        # Every other dump is what was counted between the two marks of a run; the others are what lies between the runs.
+        runs = [spent(dump) for dump in dumps[1::MARKS_A_RUN]]
+        return {path: (runs[3 * i + 2] - runs[3 * i + 1]) / (MANY - FEW) for i, path in enumerate(paths)}
+
+
+def judge(figures: dict[str, float], recorded: dict[str, float]) -> int:
+    """Print the figures beside the recorded ones; 1 if one needs more than it may."""
+    rows, worse = [], 0
+    for path, now in figures.items():
+        before = recorded.get(path)
+        ratio = now / before if before else 0.0
+        most = TOLERANCE_EVICTING if "evicting" in path else TOLERANCE
+        word = "new" if before is None else "MORE" if ratio > most else "fewer" if ratio < 1 / most else ""
+        worse += word == "MORE"
+        rows.append((path, f"{now:,.1f}", f"{before:,.1f}" if before else "–", f"{ratio:.3f}" if before else "–", word))
+    table("Instructions of our compiled object per check", ("path", "now", "recorded", "×", ""), rows)
+    if worse:
+        print(f"  {worse} need more than {TOLERANCE:g} × what is recorded (evicting: {TOLERANCE_EVICTING:g}).")
+        print("  If that is meant: make instructions-record, and say in the commit why")
+    return 1 if worse else 0
+
+
+def main() -> int:
+    """Count, and judge or record."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.instructions", description=(__doc__ or "").partition("\n\n")[2])
+    parser.add_argument("--record", action="store_true", help=f"write the figures to {BASELINE.name} instead of judging them")
+    args = parser.parse_args()
+    if shutil.which("valgrind") is None:
+        # As with redis-server in the tests: a laptop may do without, CI may not.
+        print("benchmarks.instructions: there is no valgrind on the PATH, so nothing was counted", file=sys.stderr)
+        return 2 if args.record or os.environ.get("CI") == "true" else 0
+    recorded: dict[str, dict[str, float]] = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
+    figures, name = counted(), key()
+    print(name)
+    if args.record:
+        recorded[name] = {path: round(value, 1) for path, value in figures.items()}
+        BASELINE.write_text(json.dumps(dict(sorted(recorded.items())), indent=2) + "\n")
+    code = judge(figures, recorded.get(name, {}))
+    if name not in recorded:
+        print("  nothing is recorded for these, so nothing is judged; `make instructions-record` records them")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
