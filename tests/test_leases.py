@@ -396,3 +396,18 @@ def test_a_version_without_leases_beside_one_with_them_lets_nothing_go_early(wor
     world.t_us += 500_000 - what.rule.lease_us + 2_001
     fill()
     intervals.check(plain.promise, admitted)
+
+
+@pytest.mark.xfail(strict=True, reason="units taken before somebody else's reset are given back to what was used since")
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_units_of_before_a_reset_are_not_given_back_after_it(world: World, strategy: str) -> None:
+    what = leased(strategy, 1_000, 1_000)
+    process = grant(world, what, 10)
+    world.store.reset([process.state_key("k", what.rule)])
+    for _ in range(20):
+        world.store.consume(process.state_key("k", what.rule), what.rule, 1, world.server_us())
+    world.t_us += what.rule.lease_us
+    world.settle()
+    assert [item.back for item in process.line.requests[-1].items] == [10]
+    assert left(world, what) <= what.rule.capacity - 20
+    world.end()
