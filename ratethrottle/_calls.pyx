@@ -1080,8 +1080,8 @@ cdef class Gathering:
         if rule.terms.kind == c"f" or rule.terms.kind == c"c":  # it ends with the window
             for_us = min(for_us, rule.terms.window_us - answer[2 if rule.terms.kind == c"f" else 3])
         bound.lease_units = bound.lease_size = answer[answer_length(&rule.terms)]
-        # From before the request was sent, and a 64th less, since the store's clock may be the faster one.
-        bound.lease_until_us = sent_us + for_us - for_us // DRIFT_SHARE
+        # From before the request was sent, and a 64th and the rounding of two clocks less: the store's may be the faster one.
+        bound.lease_until_us = sent_us + for_us - for_us // DRIFT_SHARE - 2
         bound.lease_server_us = server_us
         heappush(self.leases, (bound.lease_until_us, self.turns, sample))
         self.turns += 1                      # so that no two are equal

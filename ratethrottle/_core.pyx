@@ -900,7 +900,8 @@ cdef class Waiter:
             return False
         self.is_done = self.is_cancelled = True
         self.message = msg
-        self.pending.close()
+        pending, self.pending = self.pending, None
+        pending.close()
         self.loop.call_soon(self.call_back)
         return True
 

@@ -19,6 +19,7 @@ from tests.strategies import STRATEGIES
 
 pytestmark = pytest.mark.redis
 
+HALF_A_CROWD = 16  # entries: what waits is halved from twice as many on
 NEVER_STALE_US = 10**15  # with it nobody is parked, so that all leave in the order in which they came
 
 
@@ -43,7 +44,8 @@ def assign(process: Process, request: Request) -> None:
         for position, check in enumerate(item.members):
             check.item, check.position = item, position
         after = waiting[item.count : item.count + 1]
-        assert not (after and after[0].cost == item.cost and after[0].rule is item.members[-1].rule)
+        if len(request.items) < HALF_A_CROWD:  # else the call was full before it came to what would have joined
+            assert not (after and after[0].cost == item.cost and after[0].rule is item.members[-1].rule)
 
 
 def heard(check: Check) -> tuple[bool, int, int, int]:
