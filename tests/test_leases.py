@@ -220,9 +220,9 @@ def test_a_busy_key_is_spent_from_a_lease_and_says_so(world: World, strategy: st
 def test_a_loop_that_stalls_past_the_lease_spends_nothing(world: World, strategy: str) -> None:
     what = leased(strategy, 1_000, 10)
     process = grant(world, what, 10)
-    world.t_us += what.rule.lease_us * 63 // 64 - 1
+    world.t_us += what.rule.lease_us * 63 // 64 - 3
     assert process.check("k", what.rule).decision.source == "lease"
-    world.t_us += what.rule.lease_us // 64 + 1
+    world.t_us += what.rule.lease_us // 64 + 3
     assert process.check("k", what.rule).entered
     world.end()
 
