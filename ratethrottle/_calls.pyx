@@ -23,6 +23,7 @@ from ratethrottle._resp cimport (
 from ratethrottle._table cimport Hash128, Shard, shard_find, slot_at
 
 from asyncio import _get_running_loop as running_loop
+from asyncio import current_task
 from collections import deque
 from contextvars import Context
 from hashlib import blake2b
@@ -395,6 +396,7 @@ cdef class Gathering:
     cdef object call_soon
     cdef object context                      # an empty one: what is called by the loop belongs to no request
     cdef list woken                          # decided, but not stepped yet
+    cdef bint receiving
     cdef Queue waiting
     cdef Queue parked                        # they ask what is being asked already
     cdef object in_flight                    # Calls in the order of their replies, and None for a reply that is just "OK"
@@ -531,12 +533,12 @@ cdef class Gathering:
         waiter.is_done = True
         waiter.pending = None
         self.woken.append(waiter)
-        if len(self.woken) == 1:
+        if len(self.woken) == 1 and not self.receiving:
             self.call_soon(self._step, context=self.context)
         return 0
 
     def _step(self):
-        """Step the tasks of all checks that were decided, in order."""
+        """Step the tasks of all checks that were decided, in order, and send what they ask next."""
         cdef list woken = self.woken
         cdef Py_ssize_t i = 0, count = len(woken)
         self.woken = []
@@ -548,6 +550,7 @@ cdef class Gathering:
             if i < count:                    # KeyboardInterrupt or SystemExit, which a task lets through
                 self.woken[:0] = woken[i:]
                 self.call_soon(self._step, context=self.context)
+        self._flush()
 
     cdef int drop(self, PendingDecision pending) except -1:
         take(&self.parked if pending.stage == PARKED else &self.waiting, pending)
@@ -855,7 +858,21 @@ cdef class Gathering:
     # Reading replies:
 
     def _received(self, bytes data not None):
-        """Take what came, settle the calls whose replies are whole, and send what has gathered meanwhile."""
+        """Take what came: settle the calls whose replies are whole, send what has gathered meanwhile, and wake who waited."""
+        self.receiving = True
+        try:
+            self.read(data)
+        finally:
+            self.receiving = False
+            if self.woken and current_task(self.loop) is not None:
+                self.call_soon(self._step, context=self.context)
+        self.unpark()
+        # First what waits already: it is decided while those are stepped who have their answer.
+        self._flush()
+        if self.woken and current_task(self.loop) is None:
+            self._step()
+
+    cdef int read(self, bytes data) except -1:
         cdef Py_ssize_t at = 0, after
         if self.rest:
             data = self.rest + data
@@ -863,24 +880,21 @@ cdef class Gathering:
         while at < PyBytes_GET_SIZE(data):
             if not self.in_flight:
                 self._broken("a reply that nobody waits for")
-                return
+                return 0
             after = self.read_reply(data, at)
             if after == INCOMPLETE:
                 break
             if after == BROKEN:
                 self._broken("something else than was asked for")
-                return
+                return 0
             if not self._open:                # dropped because of what was read
-                return
+                return 0
             at = after
-        if at < PyBytes_GET_SIZE(data):
-            if PyBytes_GET_SIZE(data) - at > REPLY_BYTES_MAX:
-                self._broken("a reply without an end")
-                return
+        if PyBytes_GET_SIZE(data) - at > REPLY_BYTES_MAX:
+            self._broken("a reply without an end")
+        elif at < PyBytes_GET_SIZE(data):
             self.rest = data[at:]
-        self.unpark()
-        if not self.scheduled:
-            self._flush()
+        return 0
 
     cdef Py_ssize_t read_reply(self, bytes data, Py_ssize_t at) except -3:
         """Read the reply to the oldest call; returns where the next one begins, INCOMPLETE or BROKEN."""
