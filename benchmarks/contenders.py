@@ -91,17 +91,23 @@ class There:
 
 @dataclass(frozen=True)
 class Contender:
-    """A peer, what it promises, and how to set it up on a Redis."""
+    """A peer, what it promises, and how to set it up on a Redis.
+
+    kind: who is to be compared with whom: "interval", "bucket" or "aligned". most_keys: what it is not meant for, left out.
+    """
 
     name: str
+    kind: str
     promise: str
     open: Callable[[str], AbstractAsyncContextManager[Loads]]
+    most_keys: int = 1_000_000
 
 
 @asynccontextmanager
-async def open_ours(url: str, strategy: str) -> AsyncIterator[Loads]:
+async def open_ours(url: str, strategy: str, *, lease: bool = False) -> AsyncIterator[Loads]:
     """Make our own limiter."""
-    limiter = ours(url, strategy, name=f"peers-{strategy}", limit=LIMIT, window=WINDOW_S)
+    name = f"peers-{strategy}{'-leased' if lease else ''}"
+    limiter = ours(url, strategy, name=name, limit=LIMIT, window=WINDOW_S, lease=lease)
     yield Here(limiter.check)
     await limiter.aclose()
 
@@ -173,24 +179,44 @@ async def open_stranger(url: str, strategy: str) -> AsyncIterator[Loads]:
         await process.wait()
 
 
-LOG = "exact, in any interval, by the client's clock"
 OURS = "ratethrottle (this project)"
+LOG = "in any interval, by the client's clock"
+ALIGNED = "2 × across a boundary"
+RATE = "burst + rate × time"
+HOT_KEYS = 100  # leases are for keys that one process uses all the time
+
+
+def _own(strategy: str, kind: str, promise: str) -> tuple[Contender, Contender]:
+    """Our limiter with one strategy, and with leases too."""
+    return (
+        Contender(f"{OURS} {strategy}", kind, promise, lambda url: open_ours(url, strategy)),
+        Contender(f"{OURS} {strategy}, leased", kind, promise, lambda url: open_ours(url, strategy, lease=True), HOT_KEYS),
+    )
+
+
+def _limits(implementation: Literal["redispy", "coredis"]) -> tuple[Contender, Contender]:
+    name = "limits redis-py" if implementation == "redispy" else "limits coredis"
+    return (
+        Contender(
+            f"{name}, moving window", "interval", LOG, lambda url: open_limits(url, implementation, MovingWindowRateLimiter)
+        ),
+        Contender(
+            f"{name}, fixed window", "aligned", ALIGNED, lambda url: open_limits(url, implementation, FixedWindowRateLimiter)
+        ),
+    )
+
+
 CONTENDERS = (
-    Contender(f"{OURS} sliding_window", "in any interval, by the server's clock", lambda url: open_ours(url, "sliding_window")),
-    Contender(f"{OURS} token_bucket", "burst + rate × time, by the server's clock", lambda url: open_ours(url, "token_bucket")),
-    Contender("limits redis-py, moving window", LOG, lambda url: open_limits(url, "redispy", MovingWindowRateLimiter)),
+    *_own("sliding_window", "interval", "in any interval, by the server's clock"),
+    *_own("token_bucket", "bucket", f"{RATE}, by the server's clock"),
+    *_own("fixed_window", "aligned", f"{ALIGNED}, by the server's clock"),
+    *_limits("redispy"),
+    *_limits("coredis"),
+    Contender("throttled-py, gcra", "bucket", f"{RATE}, in floats", lambda url: open_throttled(url, "gcra")),
+    Contender("throttled-py, fixed_window", "aligned", ALIGNED, lambda url: open_throttled(url, "fixed_window")),
+    Contender("pyrate-limiter", "interval", LOG, open_pyrate),
     Contender(
-        "limits redis-py, fixed window", "2 × across a boundary", lambda url: open_limits(url, "redispy", FixedWindowRateLimiter)
+        "PyPI ratethrottle, token_bucket", "bucket", f"{RATE}, client's clock", lambda url: open_stranger(url, "token_bucket")
     ),
-    Contender("limits coredis, moving window", LOG, lambda url: open_limits(url, "coredis", MovingWindowRateLimiter)),
-    Contender(
-        "limits coredis, fixed window", "2 × across a boundary", lambda url: open_limits(url, "coredis", FixedWindowRateLimiter)
-    ),
-    Contender("throttled-py, gcra", "burst + rate × time, in floats", lambda url: open_throttled(url, "gcra")),
-    Contender("throttled-py, fixed_window", "2 × across a boundary", lambda url: open_throttled(url, "fixed_window")),
-    Contender("pyrate-limiter", LOG, open_pyrate),
-    Contender(
-        "PyPI ratethrottle, token_bucket", "burst + rate × time, client's clock", lambda url: open_stranger(url, "token_bucket")
-    ),
-    Contender("PyPI ratethrottle, fixed_window", "2 × across a boundary", lambda url: open_stranger(url, "fixed_window")),
+    Contender("PyPI ratethrottle, fixed_window", "aligned", ALIGNED, lambda url: open_stranger(url, "fixed_window")),
 )

@@ -1007,7 +1007,8 @@ cdef class Gathering:
             fresh.slot.hash_hi = entry.hashed.hi
             if bound_learn(&fresh, terms, answer, entry.cost, call.sent_us, now_us, server_us) != KEEP:
                 raise MemoryError
-            if view_fresh_at(&fresh.slot.view) <= now_us:
+            # A key with leases is remembered even when nothing of it counts: that it was asked about says whether it is busy.
+            if view_fresh_at(&fresh.slot.view) <= now_us and rule.lease_units == 0:
                 view_free(&fresh.slot.view)
                 return 0
             bound = <Bound*>self.bounds.insert(shard, &fresh.slot, now_us)
@@ -1018,7 +1019,7 @@ cdef class Gathering:
             bound.leasing = bound.leasing and entry.ahead == 0
         if rule.lease_units and answer[answer_length(terms)] > 0:
             self.take_lease(bound, sample, rule, answer, call.sent_us, server_us, now_us)
-        elif view_fresh_at(&bound.slot.view) <= now_us and bound.lease_units == 0:
+        elif view_fresh_at(&bound.slot.view) <= now_us and rule.lease_units == 0:
             self.forget(entry.hashed)
         return 0
 
