@@ -28,8 +28,9 @@ def problems(wheel: Path, tree: Path) -> list[str]:
     found = [f"missing: {name}" for name in sorted((expected | must) - held)]
     found += [f"a source: {name}" for name in sorted(held) if Path(name).suffix in SOURCES]
     found += [f"unexpected: {name}" for name in sorted(held - expected - extensions) if Path(name).suffix not in SOURCES]
-    if not any(name.startswith(f"{PACKAGE}/_core.") for name in extensions):
-        found.append("missing: the compiled core")
+    for stub in package.glob("*.pyi"):
+        if not any(name.startswith(f"{PACKAGE}/{stub.stem}.") for name in extensions):
+            found.append(f"missing: the compiled {stub.stem}")
     if not any(name.endswith(".lua") for name in held):
         found.append("missing: any Lua script")
     if not licenced:
