@@ -443,6 +443,51 @@ def test_a_version_with_another_window_lets_nothing_go_before_it_is_spent(world:
     world.end()
 
 
+@pytest.mark.parametrize(("before", "after"), [(0.005, 0.1), (0.1, 0.005)])
+def test_units_go_back_to_where_they_came_from_although_their_rule_has_another_lease_by_then(
+    world: World, before: float, after: float
+) -> None:
+    old, new = (leased("sliding_window", 60, 10, lease_ttl=ttl) for ttl in (before, after))
+    process, other = grant(world, old, 5), Process(world)
+    granted_us = world.server_us()
+
+    def entries() -> dict[int, int]:
+        state = world.store.script.state(process.state_key("k", new.rule).decode()) or b""
+        text = state.rstrip(b";").split(b",")[-1]
+        return {int(text[i : i + 16]): int(text[i + 16 : i + 26]) for i in range(0, len(text), 26)}
+
+    # Somebody else takes units ahead, where the old lease would end if it were a new one, or later.
+    for count in (1, 5):
+        for _ in range(count):
+            other.check("k", new.rule)
+        world.settle()
+    was = entries()
+    world.t_us += 1
+    process.check("k", new.rule, 6)
+    world.settle()
+    (item,) = process.line.requests[-1].items
+    assert (item.count, item.back) == (1, 5)
+    now = entries()
+    used = sum(was.values()) - 5 + 6
+    assert sum(now.values()) == used + (new.rule.capacity - used) // 8
+    if before < after:
+        assert was[granted_us + 5_000] - now.get(granted_us + 5_000, 0) == 5
+    world.end()
+
+
+def test_units_taken_under_another_definition_do_not_go_back_to_what_it_has_counted_since(world: World) -> None:
+    old, new = leased("fixed_window", 1_000, 60), leased("token_bucket", 1_000, 60)
+    other = Process(world)
+    for version in (old, new):
+        other.check("k", version.rule)
+        world.settle()
+    process = grant(world, old, 10)
+    process.check("k", new.rule)
+    world.settle()
+    assert process.line.requests[-1].items[0].back == 0
+    world.end()
+
+
 @pytest.mark.xfail(strict=True, reason="units taken before somebody else's reset are given back to what was used since")
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_units_of_before_a_reset_are_not_given_back_after_it(world: World, strategy: str) -> None:
