@@ -31,7 +31,9 @@ cdef extern from *:
 
 cdef enum:
     EXACT_UNITS = 64                       # a window with 1 µs slots never depends on more than its newest 64 units
-    ENTRIES_MAX = 66                       # 64 slots and the one under way, and one more before the oldest leaves
+    # 64 slots and the one under way, and one more before the oldest leaves. Few windows have more: what another one's slots
+    # became, up to an eighth ahead.
+    ENTRIES_MAX = 66
     NEVER = -1
 
 cdef struct Terms:                         # what a rule compiles to; see docs/arithmetic.md
@@ -43,6 +45,7 @@ cdef struct Terms:                         # what a rule compiles to; see docs/a
     int64_t slot_us
     int64_t coarse_us
     int64_t span                           # of a counter: the window in coarse time, ceil_div(window_us, coarse_us)
+    int64_t reach_us                       # of a sliding window: units from further ahead of now than this are too far ahead
 
 
 cdef inline bint same_definition(const Terms* a, const Terms* b) noexcept nogil:
@@ -102,6 +105,11 @@ cdef inline int64_t slot_end(const Terms* terms, int64_t now_us) noexcept nogil:
     if terms.slot_us == 1:
         return now_us
     return (now_us // terms.slot_us + 1) * terms.slot_us
+
+
+cdef inline int64_t reach_end(const Terms* terms, int64_t now_us) noexcept nogil:
+    """How far ahead units of a sliding window may count from: a lease, of whatever version, reaches an eighth of it at most."""
+    return slot_end(terms, now_us + terms.window_us // 8)
 
 
 cdef inline Window* window_new(uint32_t room) noexcept nogil:
@@ -185,20 +193,19 @@ cdef inline bint view_ahead(const View* view, int64_t now_us) noexcept nogil:
     cdef const Window* window
     if view.terms.kind == c"s":
         window = view.amount.window
-        # at > slot_end(now), without its division: with slots, `at` is a multiple of them.
-        return window.count > 0 and (window.entries[window.first + window.count - 1].at_us
-                                     - (view.terms.slot_us if view.terms.slot_us > 1 else 0) > now_us)
+        # at > reach_end(now), without its division: with slots, `at` is a multiple of them.
+        return window.count > 0 and window.entries[window.first + window.count - 1].at_us - view.terms.reach_us > now_us
     # Likewise the start of a window, a multiple of it, lies behind now's exactly if it lies behind now.
     return view.at_us > now_us
 
 
 cdef inline void view_rebase(View* view, int64_t now_us) noexcept nogil:
-    """Bring a state from ahead to now, with all that it holds."""
+    """Bring a state to where it is legal, with all that it holds: to now, or what a lease may have taken to where that may reach."""
     cdef Window* window
     cdef int64_t head_us, held = 0
     if view.terms.kind == c"s":
         window = view.amount.window
-        head_us = slot_end(view.terms, now_us)
+        head_us = reach_end(view.terms, now_us)
         while window.count and window.entries[window.first + window.count - 1].at_us >= head_us:
             held += window.entries[window.first + window.count - 1].units
             window.count -= 1
@@ -342,7 +349,7 @@ cdef inline int view_charge(View* view, int64_t now_us, int64_t cost) noexcept n
         window = view.amount.window
         at_us = window.entries[window.first + window.count - 1].at_us if window.count else 0
         if at_us <= now_us:
-            at_us = slot_end(view.terms, now_us)  # else this is still the slot of the newest entry
+            at_us = slot_end(view.terms, now_us)  # else this is still the slot of the newest entry, or before it
         return window_push(&view.amount.window, view.terms.slot_us == 1, at_us, cost)
     if view.terms.kind == c"b":
         view.amount.level_ticks += cost * view.terms.unit_ticks
@@ -406,9 +413,9 @@ cdef inline int view_derive(View* own, const Terms* rule, const View* source, in
     own.amount.window = window_new(2)
     if own.amount.window == NULL:
         return NO_MEMORY
-    head_us = slot_end(rule, now_us)
     if source == NULL or source.terms.kind != c"s":
-        return window_push(&own.amount.window, rule.slot_us == 1, head_us, used) if used else KEEP
+        return window_push(&own.amount.window, rule.slot_us == 1, slot_end(rule, now_us), used) if used else KEEP
+    head_us = reach_end(rule, now_us)
     entries = source.amount.window
     for i in range(entries.first, entries.first + entries.count):
         at_us = entries.entries[i].at_us
@@ -446,7 +453,7 @@ cdef inline void view_audit(const View* view, int64_t now_us) noexcept nogil:
             before_us = window.entries[i].at_us
             total += window.entries[i].units
         RT_INVARIANT(total == window.total)
-        RT_INVARIANT(before_us <= slot_end(view.terms, now_us))
+        RT_INVARIANT(before_us <= reach_end(view.terms, now_us))
     else:
         RT_INVARIANT(view.at_us % view.terms.window_us == 0)
         RT_INVARIANT(view.at_us <= now_us)

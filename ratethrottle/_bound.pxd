@@ -28,7 +28,8 @@ cdef struct Bound:                         # a slot of a table of bounds
     void* asked_by                         # the gathering that it left from: no other one hears the answer
     int64_t lease_units                    # left to spend
     int64_t lease_until_us                 # before this, in this process's time
-    int64_t lease_server_us                # the server's time of the grant
+    int64_t lease_at_us                    # the server's time of the grant, or that from which a sliding window counts it
+    const Terms* lease_terms
     int64_t lease_size                     # units of that grant
     bint leasing                           # a call that asks for the next one is on its way
 

@@ -11,7 +11,9 @@ from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memset
 
-from ratethrottle._arithmetic cimport answer_length, KEEP, Outcome, take_answer, Terms, view_free, view_fresh_at
+from ratethrottle._arithmetic cimport (
+    answer_length, KEEP, Outcome, same_definition, take_answer, Terms, view_free, view_fresh_at,
+)
 from ratethrottle._bound cimport Bound, bound_learn, bound_verdict, DENIED, DRIFT_SHARE, LEASED, OPEN
 from ratethrottle._core cimport (
     CHECK, CompiledRule, COMPLETE, Decision, decision_new, Entry, GIVE_BACK, Group, KeyTable, LEASE, Mode, NEW, PARKED, PEEK,
@@ -63,6 +65,11 @@ cdef enum:
     REPLY_BYTES_MAX = 1 << 16                # of what is kept of a reply that hasn't come whole
 
 cdef uint32_t[256] CRC_TABLE
+
+
+cdef inline int64_t lead(CompiledRule rule) noexcept:
+    """How far ahead of now units of a sliding window are counted from that are taken ahead."""
+    return rule.lease_us if rule.terms.kind == c"s" else 0
 
 
 cdef void fill_crc_table() noexcept:
@@ -813,7 +820,7 @@ cdef class Gathering:
             put_number(&self.buffer, rule.terms.drain_ticks)
             put_number(&self.buffer, rule.terms.slot_us)
             put_number(&self.buffer, rule.terms.coarse_us)
-            put_number(&self.buffer, rule.lease_us if kind == c"s" else 0)
+            put_number(&self.buffer, lead(rule))
         return 0
 
     cdef int put_entries(self, Call call) except -1:
@@ -1071,8 +1078,10 @@ cdef class Gathering:
         # Only one call at a time takes units ahead, and only one entry of it: a second lease would take the place of the first.
         if rule.lease_units == 0 or bound.leasing:
             return 0
-        entry.back = bound.lease_units
-        entry.back_us = bound.lease_server_us
+        # Another definition's account knows nothing of it; under another lead it is still the same units that must go back.
+        if bound.lease_units and same_definition(bound.lease_terms, &rule.terms):
+            entry.back = bound.lease_units
+            entry.back_us = bound.lease_at_us - lead(rule)
         size = bound.lease_size
         spent = size - bound.lease_units
         bound.lease_units = bound.lease_size = 0
@@ -1097,7 +1106,8 @@ cdef class Gathering:
         bound.lease_units = bound.lease_size = answer[answer_length(&rule.terms)]
         # From before the request was sent, and a 64th and the rounding of two clocks less: the store's may be the faster one.
         bound.lease_until_us = sent_us + for_us - for_us // DRIFT_SHARE - 2
-        bound.lease_server_us = server_us
+        bound.lease_at_us = server_us + lead(rule)
+        bound.lease_terms = self.bounds.terms_of(rule)
         heappush(self.leases, (bound.lease_until_us, self.turns, sample))
         self.turns += 1                      # so that no two are equal
         self.wind(now_us, bound.lease_until_us)
@@ -1218,7 +1228,8 @@ cdef class Gathering:
             bound.leasing = bound.leasing and entry.ahead == 0
             if entry.back and bound.lease_units == 0:
                 bound.lease_units = bound.lease_size = entry.back
-                bound.lease_server_us = entry.back_us
+                bound.lease_at_us = entry.back_us + lead(<CompiledRule>entry.rule)
+                bound.lease_terms = self.bounds.terms_of(<CompiledRule>entry.rule)
         # By value, since nothing can be flushed in between; and loaded too, since what is only evaluated may be let go.
         text = self.reset_text if call.mode == RESET else self.decide_text
         self.in_flight.append(None)

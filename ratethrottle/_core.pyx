@@ -151,7 +151,8 @@ cdef class CompiledRule:
         self.lease_us = lease_us
         self.lease_units = lease_units
         self.terms = Terms(<char>ord(kind), capacity, window_us, unit_ticks, drain_ticks, slot_us, coarse_us,
-                           ceil_div(window_us, coarse_us) if coarse_us else 0)
+                           ceil_div(window_us, coarse_us) if coarse_us else 0,
+                           window_us // 8 + (slot_us if slot_us > 1 else 0))
 
     @property
     def kind(self): return chr(self.terms.kind)

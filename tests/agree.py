@@ -115,8 +115,10 @@ class World:
             self.now_us += rng.randrange(window_us)
         elif kind < 0.9:
             self.now_us += rng.randrange(3 * window_us)
-        elif kind < 0.97:
+        elif kind < 0.94:
             self.now_us -= rng.randrange(1, window_us // 20 + 2)
+        elif kind < 0.97:  # as far as a sliding window may be ahead, and no further
+            self.now_us -= window_us // 8 + rng.choice((-1, 0, 1, 2))
         else:
             self.now_us -= rng.randrange(2 * window_us)
         if not EARLIEST_US < self.now_us < LATEST_US:

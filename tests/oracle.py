@@ -65,15 +65,24 @@ class Account:
             return [now, now - now % window + window]
         return range(now, now + (DRAIN_US_MAX if self.rule.kind == "b" else 2 * window) + 1)
 
-    def counts_from(self, now: int) -> int:
+    def slot_end(self, now: int) -> int:
         """The slot rule: a unit of slot k counts from (k + 1)·q to (k + 1)·q + window. Without slots, from now."""
         slot = self.rule.slot_us
         return (now // slot + 1) * slot if slot > 1 else now
 
+    @property
+    def reach(self) -> int:
+        """How far ahead of now units may be: somebody may still spend them then, who took them ahead."""
+        return self.rule.window_us // 8
+
+    def counts_from(self, now: int) -> int:
+        """Where units admitted now count from: none before those that came before it."""
+        return max(self.slot_end(now), self.log[-1][0] if self.log and self.rule.kind == "s" else 0)
+
     def rebase(self, now: int) -> bool:
-        """Bring what lies ahead back to now: the clock has stepped back, nothing has drained, and nobody is locked out."""
+        """Bring back what lies too far ahead: the clock has stepped back, nothing has drained, and nobody is locked out."""
         if self.rule.kind == "s":
-            head = self.counts_from(now)
+            head = self.slot_end(now + self.reach)
             moved = any(at > head for at, _ in self.log)
             self.log = [(min(at, head), units) for at, units in self.log]
             return moved
@@ -120,7 +129,7 @@ def derive(rule: CompiledRule, source: Account | None, now: int) -> Account:
         return own
     if rule.kind == source.rule.kind == "s":
         for at, units in source.living(now):
-            own.add(min(-(-at // rule.slot_us) * rule.slot_us, own.counts_from(now)), units)
+            own.add(min(-(-at // rule.slot_us) * rule.slot_us, own.slot_end(now + own.reach)), units)
         own.write(now)
     else:
         used = source.used(now)

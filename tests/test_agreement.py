@@ -27,7 +27,7 @@ FIXED = settings(deadline=None, suppress_health_check=[HealthCheck.function_scop
 moves = st.one_of(
     st.tuples(st.just("share"), st.integers(-2_000, 3_000)),
     st.tuples(st.just("us"), st.integers(-3, 3)),
-    st.tuples(st.sampled_from(("promise", "reset", "boundary", "slot")), st.integers(-1, 1)),
+    st.tuples(st.sampled_from(("promise", "reset", "boundary", "slot", "eighth")), st.integers(-2, 1)),
 )
 costs = st.one_of(st.integers(1, 3), st.sampled_from(("all", "half", "third", "tenth")))
 steps = st.lists(st.tuples(moves, costs, st.integers(0, 2), st.booleans() | st.just(True)), min_size=2, max_size=40)
@@ -52,7 +52,9 @@ def moved(move: tuple[str, int], now_us: int, rule: RateThrottleRule, last: tupl
     if kind == "share":
         return now_us + window_us * by // 1_000
     grain = window_us if kind == "boundary" else -(-window_us // 64)
-    return {"us": now_us, "promise": last[0], "reset": last[1]}.get(kind, now_us - now_us % grain + grain) + by
+    return {"us": now_us, "promise": last[0], "reset": last[1], "eighth": now_us - window_us // 8}.get(
+        kind, now_us - now_us % grain + grain
+    ) + by
 
 
 def units(cost: int | str, rule: RateThrottleRule) -> int:

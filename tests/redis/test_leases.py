@@ -12,7 +12,7 @@ import redis
 from ratethrottle import RateThrottleRule
 from ratethrottle._core import CompiledRule
 from tests.clocked import ClockedScript, Lease, make_call
-from tests.strategies import START_US, STRATEGIES
+from tests.strategies import START_US, STRATEGIES, make_rule
 
 MINUTE_US = 60_000_000
 NOW_US = START_US - START_US % MINUTE_US + 1_000_000
@@ -39,7 +39,7 @@ class Model:
         """Bring it to now; say whether the clock had stepped back."""
         rule, window_us = self.rule, self.rule.window_us
         if rule.kind == "s":
-            head_us = self.slot(now_us + rule.lead_us)
+            head_us = self.slot(now_us + window_us // 8)
             ahead = sum(units for at, units in self.entries if at > head_us)
             held = sum(units for at, units in self.entries if at >= head_us)
             if ahead:
@@ -94,8 +94,9 @@ class Model:
         granted = min(lease.count, max(0, self.free(now_us)) // lease.cost)
         newest_us = self.entries[-1][0] if self.entries else 0
         self.charge(newest_us if newest_us > now_us else self.slot(now_us), granted * lease.cost)
+        newest_us = self.entries[-1][0] if self.entries else 0
         ahead = min(lease.ahead, max(0, self.free(now_us)) // 8) if granted == lease.count else 0
-        self.charge(self.slot(now_us + rule.lead_us), ahead)
+        self.charge(max(newest_us, self.slot(now_us + rule.lead_us)), ahead)
         numbers = self.numbers(now_us, lease, granted)
         if not (written or granted or ahead):
             self.__dict__ = before.__dict__
@@ -265,16 +266,62 @@ def test_a_count_gets_back_within_its_window(script_client: redis.Redis, strateg
     assert clocked.state("k") is None
 
 
-def test_entries_up_to_the_lead_are_not_rebased_and_those_beyond_are(script_client: redis.Redis) -> None:
+@pytest.mark.parametrize("lease", [True, False])
+def test_entries_up_to_an_eighth_of_the_window_ahead_are_legal_whoever_reads_them(
+    script_client: redis.Redis, lease: bool
+) -> None:
+    """Whoever took them ahead, with whatever lead, may still spend them."""
     clocked, compiled = ClockedScript(script_client), leased("sliding_window", 10, 60)
+    reader = RateThrottleRule("r", 10, 60, lease=lease).compiled
     clocked.lease(NOW_US, Lease(compiled, "k", count=1, ahead=1))
     before = clocked.state("k")
-    refused = Lease(compiled, "k", cost=10)
-    assert clocked.lease(NOW_US, refused)[0] == 0
-    assert clocked.state("k") == before
     assert before == b"1;s60000000,1,2,2,%016d0000000001%016d0000000001;" % (NOW_US, NOW_US + 100_000)
-    assert clocked.lease(NOW_US - 1, refused)[0] == 0
+    for now_us in (NOW_US, NOW_US - 7_400_000):
+        assert clocked.call(now_us, [(reader, "k", 10)])[0][0] is False
+        assert clocked.state("k") == before
+    assert clocked.call(NOW_US - 7_400_001, [(reader, "k", 10)])[0][0] is False
     assert clocked.state("k") == b"1;s60000000,1,2,2,%016d0000000001%016d0000000001;" % (NOW_US, NOW_US + 99_999)
+    assert clocked.call(NOW_US - 7_500_001, [(reader, "k", 10)])[0][0] is False
+    assert clocked.state("k") == b"1;s60000000,1,2,1,%016d0000000002;" % (NOW_US - 1)
+
+
+def test_a_lease_shorter_than_another_one_joins_its_entry_and_takes_back_none_of_it(script_client: redis.Redis) -> None:
+    """What the shorter one gives back is not found, or found in an entry that leaves no later than its own units."""
+    clocked, long = ClockedScript(script_client), leased("sliding_window", 60, 60)
+    short = RateThrottleRule("r", 60, 60, lease=True, lease_ttl=0.005).compiled
+    clocked.lease(NOW_US, Lease(long, "k", ahead=3))
+    clocked.lease(NOW_US + 10, Lease(short, "k", ahead=2))
+    before = clocked.state("k")
+    assert before == b"1;s60000000,1,7,2,%016d0000000001%016d0000000006;" % (NOW_US, NOW_US + 100_000)
+    assert clocked.lease(NOW_US + 20, Lease(short, "k", count=0, back=2, back_us=NOW_US + 10))[1] == 7
+    assert clocked.state("k") == before
+    assert clocked.lease(NOW_US + 20, Lease(long, "k", count=0, back=3, back_us=NOW_US))[1] == 4
+
+
+def test_units_ahead_stay_in_order_after_the_clock_stepped_back(script_client: redis.Redis) -> None:
+    clocked, compiled = ClockedScript(script_client), leased("sliding_window", 60, 60)
+    clocked.lease(NOW_US, Lease(compiled, "k", ahead=3))
+    clocked.lease(NOW_US - 50_000, Lease(compiled, "k", ahead=3))
+    assert clocked.state("k") == b"1;s60000000,1,8,2,%016d0000000001%016d0000000007;" % (NOW_US, NOW_US + 100_000)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("limit", [64, 65])
+def test_a_step_back_locks_nobody_out_for_longer_than_a_window_an_eighth_and_a_slot(
+    script_client: redis.Redis, strategy: str, limit: int
+) -> None:
+    clocked, longest = ClockedScript(script_client), leased("sliding_window", limit, 8)
+    most_us = longest.window_us * 9 // 8 + (longest.slot_us if limit > 64 else 0)
+    for back_us in (1, 10_000, 1_000_000, 1_000_001, 5_000_000, 100_000_000):
+        for rule in (longest, RateThrottleRule("r", limit, 8).compiled):
+            clocked.forget("k")
+            assert clocked.lease(NOW_US, Lease(longest, "k", count=limit // 2, ahead=3))[0] == limit // 2
+            if strategy != "sliding_window":  # while another view stands beside it
+                clocked.call(NOW_US, [(make_rule(strategy, 1_000, 60_000_000).compiled, "k", 1)])
+            assert clocked.call(NOW_US - back_us, [(rule, "k", 1)])[0][0]
+            _, _, retry_us, reset_us = clocked.call(NOW_US - back_us, [(rule, "k", limit)])[0]
+            assert 8_000_000 <= retry_us <= reset_us <= most_us
+            assert clocked.call(NOW_US - back_us + most_us, [(rule, "k", limit)])[0][0]
 
 
 def test_a_view_that_is_derived_now_gets_nothing_back(script_client: redis.Redis) -> None:

@@ -65,6 +65,11 @@ local function slot_end(q, at)
   return at - at % q + q
 end
 
+-- How far ahead units may count from: a lease, of whatever version, reaches an eighth of the window at most.
+local function reach_end(v)
+  return slot_end(v.q, now + floor(v.window / 8))
+end
+
 local function push(v, at, units)
   local n = v.n
   if n > 0 and v.last == at then
@@ -118,9 +123,11 @@ local function roll(v)
       v.n, v.total = 0, 0
       return false
     end
-    local head = v.head
-    if v.last > head then
+    local q = v.q
+    -- That is v.last > reach_end(v).
+    if v.last - now > v.window / 8 + (q > 1 and q or 0) then
       rebased = true
+      local head = reach_end(v)
       local held = 0
       while n > 0 and at_of(v, n - 1) >= head do
         n = n - 1
@@ -152,9 +159,10 @@ local function charge(v, units, ahead)
   if kind == 'b' then
     v.level = v.level + (units + ahead) * v.unit
   elseif kind == 's' then
-    -- The newest entry, while ahead of now, is that of the slot we are in.
+    -- The newest entry, while ahead of now, is that of the slot we are in, or of a later one.
     if units > 0 then push(v, v.n > 0 and v.last > now and v.last or v.slot, units) end
-    if ahead > 0 then push(v, v.head, ahead) end
+    -- That of a longer lease, or of before the clock stepped back, may be further ahead than this one.
+    if ahead > 0 then push(v, v.n > 0 and max(v.last, v.head) or v.head, ahead) end
   else
     v.cur = min(v.cur + units + ahead, UNITS_MAX)
   end
@@ -198,7 +206,7 @@ local function read(state, rule)
       after = from + n * 26 + 1
       if window < 1 or q < 1 or sub(state, after - 1, after - 1) ~= ';' then return nil end
       view = {kind = 's', window = window, q = q, total = total + 0, n = n, last = 0, units = 0, text = state, from = from, kept = n - 1,
-        more = '', slot = slot_end(q, now), head = slot_end(q, now + min(rule.lead or 0, floor(window / 8)))}
+        more = '', slot = slot_end(q, now), head = slot_end(q, now + min(rule.lead or window, floor(window / 8)))}
       if n > 0 then
         view.last, view.units = tonumber(sub(state, after - 27, after - 12)), tonumber(sub(state, after - 11, after - 2))
         if not (view.last and view.units) then return nil end
@@ -249,9 +257,10 @@ local function read(state, rule)
   else
     rule.total, rule.n = 0, 0
     if source and source.kind == 's' then
+      local head = reach_end(rule)
       for i = 0, source.n - 1 do
         local from, q = at_of(source, i), rule.q
-        local counted = min(from + (-from) % q, rule.head)
+        local counted = min(from + (-from) % q, head)
         if counted + rule.window > now then push(rule, counted, units_of(source, i)) end
       end
     elseif used > 0 then
