@@ -362,7 +362,7 @@ for r = 1, rule_count do
 end
 
 -- By key: the state as text, false if there is none; until when it counts, where that is known; and for what was written, how long.
-local states, untils, resets = call('MGET', unpack(KEYS)), {nil}, {nil}
+local states, ends, resets = call('MGET', unpack(KEYS)), {nil}, {nil}
 -- The nils make room, so that the table doesn't grow twice for one answer.
 local reply, filled, entries, consumes = {request, now, nil, nil, nil, nil, nil}, 2, 0, mode == 'check'
 for i = 1, run_count + lease_count do
@@ -407,20 +407,20 @@ for i = 1, run_count + lease_count do
           own, rule.total, rule.n, rule.text, rule.from, rule.kept, rule.more = rule, total + 0, n + 0, state, from, n - 1, ''
           if rule.n > 0 then
             rule.last, rule.units = sub(state, size - 26, size - 11) + 0, sub(state, size - 10, size - 1) + 0
-            if not resets[k] then untils[k] = rule.last + rule.window end
+            if not resets[k] then ends[k] = rule.last + rule.window end
           end
         end
       elseif kind == 'f' then
         local start, cur = match(state, '^([0-9]+),([0-9]+);$', skip + 1)
         if cur then
           own, rule.start, rule.cur = rule, start + 0, cur + 0
-          if rule.cur > 0 and not resets[k] then untils[k] = rule.start + rule.window end
+          if rule.cur > 0 and not resets[k] then ends[k] = rule.start + rule.window end
         end
       else
         local start, cur, prev = match(state, '^([0-9]+),([0-9]+),([0-9]+);$', skip + 1)
         if prev then
           own, rule.start, rule.cur, rule.prev = rule, start + 0, cur + 0, prev + 0
-          if rule.cur > 0 and not resets[k] then untils[k] = rule.start + 2 * rule.window end
+          if rule.cur > 0 and not resets[k] then ends[k] = rule.start + 2 * rule.window end
         end
       end
     end
@@ -521,7 +521,7 @@ for k = 1, key_count do
   local reset = resets[k]
   if reset == 0 then
     call('DEL', KEYS[k])
-  elseif reset and untils[k] == now + reset then
+  elseif reset and ends[k] == now + reset then
     -- The key expires when it must already, and to leave that alone costs two thirds of setting it.
     call('SET', KEYS[k], states[k], 'KEEPTTL')
   elseif reset then
