@@ -58,7 +58,7 @@ cdef inline int bound_verdict(Bound* bound, const Terms* rule, bint leases, int6
         window_live(view.amount.window, then_us - rule.window_us, &expired, &total)
     else:
         view_roll(&view, then_us)
-    if leases and view.terms == rule and bound.lease_units >= units and now_us < bound.lease_until_us:
+    if leases and bound.lease_terms == rule and bound.lease_units >= units and now_us < bound.lease_until_us:
         bound.lease_units -= units
         out.allowed = True
         out.retry_us = 0

@@ -12,7 +12,7 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memset
 
 from ratethrottle._arithmetic cimport (
-    answer_length, KEEP, Outcome, same_definition, take_answer, Terms, view_free, view_fresh_at,
+    answer_length, KEEP, Outcome, same_definition, take_answer, Terms, UNITS_MAX, view_free, view_fresh_at,
 )
 from ratethrottle._bound cimport Bound, bound_learn, bound_verdict, DENIED, DRIFT_SHARE, LEASED, OPEN
 from ratethrottle._core cimport (
@@ -63,6 +63,8 @@ cdef enum:
     PLACES = 512                             # of the map from keys to entries: a power of two, at least twice ENTRIES_MAX
     NUMBERS_MAX = 6                          # of an answer
     REPLY_BYTES_MAX = 1 << 16                # of what is kept of a reply that hasn't come whole
+
+cdef int64_t LEVEL_MAX = (<int64_t>1 << 53) - 1
 
 cdef uint32_t[256] CRC_TABLE
 
@@ -340,15 +342,19 @@ cdef class Calls(Remote):
 
     cdef Gathering gathering(self, Hash128 hashed):
         cdef tuple found = self.here_gatherings
+        cdef Gathering picked
         loop = running_loop()
         if loop is None:
-            raise RuntimeError("a shared storage needs a running asyncio event loop")
-        if loop is not self.here or self.here_forks != forks:
-            # Kept in `found`: before this goes on, another thread may have put its own here.
-            found = self._gatherings_here()
-            self.here_gatherings = found
-            self.here = loop
-            self.here_forks = forks
+            raise StorageUnavailable("Redis storage is for asyncio: it needs a running asyncio event loop")
+        if loop is self.here and self.here_forks == forks:
+            picked = <Gathering>found[<Py_ssize_t>(hashed.lo % <uint64_t>len(found))]
+            if not picked.ended:             # it ends with its loop's tasks, whoever cancelled them
+                return picked
+        # Kept in `found`: before this goes on, another thread may have put its own here.
+        found = self._gatherings_here()
+        self.here_gatherings = found
+        self.here = loop
+        self.here_forks = forks
         return <Gathering>found[<Py_ssize_t>(hashed.lo % <uint64_t>len(found))]
 
     def _forget_here(self):
@@ -388,6 +394,11 @@ cdef class Calls(Remote):
         return group
 
 
+def raised(error):
+    """Raise an exception where the loop hears it."""
+    raise error
+
+
 cdef class Gathering:
     """What waits for one connection of one event loop, and what is on its way there. The base of `Line`, which has the connection.
 
@@ -406,8 +417,9 @@ cdef class Gathering:
     cdef bint receiving
     cdef Queue waiting
     cdef Queue parked                        # they ask what is being asked already
-    cdef object in_flight                    # Calls in the order of their replies, and None for a reply that is just "OK"
+    cdef object in_flight                    # Calls in the order of their replies, and None for that to SCRIPT LOAD
     cdef readonly bint _open                 # there is a connection
+    cdef bint ended
     cdef object write
     cdef bint scheduled
     cdef object timer
@@ -494,13 +506,13 @@ cdef class Gathering:
         cdef Shard* shard
         cdef uint32_t index
         cdef Outcome out
+        cdef const Terms* terms = self.bounds.terms_of(pending.rule)
         cdef Bound* bound = self.bound_of(pending.hashed, &shard, &index)
         cdef int verdict
         asked[0] = False
         if bound == NULL or pending.mode != CHECK:
             return False
-        verdict = bound_verdict(bound, self.bounds.terms_of(pending.rule), pending.rule.lease_units > 0, now_us, pending.units,
-                                self.ttl_us, &out)
+        verdict = bound_verdict(bound, terms, pending.rule.lease_units > 0, now_us, pending.units, self.ttl_us, &out)
         if verdict == DENIED or verdict == LEASED:
             complete_with(pending, decision_new(pending.rule, pending.key, pending.units,
                                                 LEASE if verdict == LEASED else PREFILTER, &out))
@@ -866,18 +878,24 @@ cdef class Gathering:
 
     def _received(self, bytes data not None):
         """Take what came: settle the calls whose replies are whole, send what has gathered meanwhile, and wake who waited."""
+        cdef bint whole = False
         self.receiving = True
         try:
             self.read(data)
+            whole = True
         finally:
             self.receiving = False
-            if self.woken and current_task(self.loop) is not None:
+            if self.woken and (not whole or current_task(self.loop) is not None):
                 self.call_soon(self._step, context=self.context)
         self.unpark()
         # First what waits already: it is decided while those are stepped who have their answer.
         self._flush()
         if self.woken and current_task(self.loop) is None:
-            self._step()
+            try:
+                self._step()
+            except (KeyboardInterrupt, SystemExit) as error:
+                # Not from here: uvloop would take it for the connection's error, drop that and go on.
+                self.call_soon(raised, error)
 
     cdef int read(self, bytes data) except -1:
         cdef Py_ssize_t at = 0, after
@@ -939,13 +957,15 @@ cdef class Gathering:
             return BROKEN
         if at + number + 2 > size:
             return INCOMPLETE
-        if memcmp(text + at, PyBytes_AS_STRING(call.request), number) or text[at + number] != c"\r":
+        if memcmp(text + at, PyBytes_AS_STRING(call.request), number) or text[at + number] != c"\r" or text[at + number + 1] != c"\n":
             return BROKEN
         at += number + 2
         for i in range(count):
             at = read_number(text, at, size, c":", &numbers[i])
             if at < 0:
                 return at
+        if not self.possible(call, numbers):
+            return BROKEN
         self.in_flight.popleft()
         try:
             self.settle(call, numbers)
@@ -954,6 +974,40 @@ cdef class Gathering:
             self._fail(call, StorageProtocolError("the reply could not be taken in; the check may have been counted"))
             raise
         return at
+
+    cdef bint possible(self, Call call, const int64_t* numbers) noexcept:
+        """Whether the script can have given this answer: nothing else is taken in, whoever wrote it."""
+        cdef const int64_t* answer = numbers + 1
+        cdef const Terms* terms
+        cdef CallEntry* entry
+        cdef int i, j, leases, length
+        cdef int64_t most
+        if call.mode == RESET:
+            return True
+        for leases in range(2):
+            for i in range(call.size):
+                entry = &call.entries[i]
+                if ((<CompiledRule>entry.rule).lease_units > 0) != leases:
+                    continue
+                terms = &(<CompiledRule>entry.rule).terms
+                length = answer_length(terms)
+                if answer[0] < 0 or answer[0] > max(entry.count, <int64_t>1) or answer[1] < 0:
+                    return False
+                # Ticks of a level, or units counted; of the rest, units counted and µs that end with two windows and an eighth.
+                if answer[1] > (LEVEL_MAX if terms.kind == c"b" or terms.kind == c"s" else UNITS_MAX):
+                    return False
+                most = max(<int64_t>UNITS_MAX, 3 * terms.window_us)
+                for j in range(2, length):
+                    if answer[j] > most or answer[j] < (-1 if terms.kind == c"s" and j == 3 else 0):
+                        return False
+                if terms.kind == c"c" and answer[2] > UNITS_MAX:
+                    return False
+                if terms.kind in (c"c", c"f") and answer[length - 1] >= terms.window_us:
+                    return False
+                if leases and not 0 <= answer[length] <= entry.ahead:
+                    return False
+                answer += length + leases
+        return True
 
     cdef int settle(self, Call call, const int64_t* numbers) except -1:
         """Give everybody in a call its decision, and remember what the store has said."""
@@ -1006,8 +1060,9 @@ cdef class Gathering:
         cdef Shard* shard
         cdef uint32_t index
         cdef Bound fresh
-        cdef Bound* bound = self.bound_of(entry.hashed, &shard, &index)
+        # The terms first: to meet a rule may run other code, and that may move the bound.
         cdef const Terms* terms = self.bounds.terms_of(rule)
+        cdef Bound* bound = self.bound_of(entry.hashed, &shard, &index)
         if bound == NULL:
             memset(&fresh, 0, sizeof(Bound))
             fresh.slot.hash_lo = entry.hashed.lo
@@ -1100,17 +1155,18 @@ cdef class Gathering:
 
     cdef int take_lease(self, Bound* bound, PendingDecision sample, CompiledRule rule, const int64_t* answer, int64_t sent_us,
                         int64_t server_us, int64_t now_us) except -1:
-        cdef int64_t for_us = rule.lease_us
+        cdef int64_t for_us = rule.lease_us, ends_us
         if rule.terms.kind == c"f" or rule.terms.kind == c"c":  # it ends with the window
             for_us = min(for_us, rule.terms.window_us - answer[2 if rule.terms.kind == c"f" else 3])
         bound.lease_units = bound.lease_size = answer[answer_length(&rule.terms)]
         # From before the request was sent, and a 64th and the rounding of two clocks less: the store's may be the faster one.
         bound.lease_until_us = sent_us + for_us - for_us // DRIFT_SHARE - 2
         bound.lease_at_us = server_us + lead(rule)
-        bound.lease_terms = self.bounds.terms_of(rule)
-        heappush(self.leases, (bound.lease_until_us, self.turns, sample))
+        bound.lease_terms = rule.home_terms  # which `learn` has just met
+        ends_us = bound.lease_until_us
+        heappush(self.leases, (ends_us, self.turns, sample))
         self.turns += 1                      # so that no two are equal
-        self.wind(now_us, bound.lease_until_us)
+        self.wind(now_us, ends_us)
         return 0
 
     cdef int give_back(self, int64_t now_us) except -1:
@@ -1207,6 +1263,7 @@ cdef class Gathering:
         cdef PendingDecision pending
         cdef CallEntry* entry
         cdef Queue again
+        cdef const Terms* terms
         cdef Shard* shard
         cdef uint32_t index
         cdef Bound* bound
@@ -1222,6 +1279,7 @@ cdef class Gathering:
                 pending.stage = WAITING
             merge(&again, &self.waiting)
             # Nor was anything given back.
+            terms = self.bounds.terms_of(<CompiledRule>entry.rule)
             bound = self.bound_of(entry.hashed, &shard, &index)
             if bound == NULL:
                 continue
@@ -1229,7 +1287,7 @@ cdef class Gathering:
             if entry.back and bound.lease_units == 0:
                 bound.lease_units = bound.lease_size = entry.back
                 bound.lease_at_us = entry.back_us + lead(<CompiledRule>entry.rule)
-                bound.lease_terms = self.bounds.terms_of(<CompiledRule>entry.rule)
+                bound.lease_terms = terms
         # By value, since nothing can be flushed in between; and loaded too, since what is only evaluated may be let go.
         text = self.reset_text if call.mode == RESET else self.decide_text
         self.in_flight.append(None)
@@ -1238,6 +1296,7 @@ cdef class Gathering:
 
     def _end(self, error):
         """Give `error` to everybody, and leave nothing behind."""
+        self.ended = True
         self._fail_waiting(error)
         self._shut(error)
         timer, self.timer = self.timer, None

@@ -34,9 +34,11 @@ cdef class KeyTable:
     cdef uint64_t random
     cdef int64_t clock_offset_us
     cdef object clock
+    cdef unsigned forks                      # of this process, when the table was last looked at
     cdef dict known                          # shape of a rule -> address of its terms; freed with the table
 
     cdef int64_t now_us(self) except -1
+    cdef void forked(self) noexcept
     cdef int locate(self, CompiledRule rule, bint joined, const char* data, Py_ssize_t length, Place* place) except -1
     cdef int meet(self, CompiledRule rule) except -1
     cdef void remove(self, Shard* shard, uint32_t index) noexcept

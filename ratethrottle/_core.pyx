@@ -1,8 +1,8 @@
 # cython: auto_pickle=False, autotestdict=False
-"""The compiled core: arithmetic, key table, decisions, and the limiter's `check`.
+"""The compiled core: key table, decisions, and the limiter's `check`.
 
-`docs/arithmetic.md` specifies every number that is computed here. Nothing in this module does I/O, and the arithmetic
-reads no clock: `now_us` always comes from the caller.
+`docs/arithmetic.md` specifies every number that is computed here; the arithmetic stands in `_arithmetic.pxd`, and reads no clock:
+`now_us` always comes from the caller. Nothing in this module does I/O.
 """
 
 cimport cython
@@ -33,6 +33,21 @@ from os import urandom
 from sys import _getframe as current_frame
 
 from ratethrottle.errors import CostExceedsLimit, InvalidRequest, LimiterClosed
+
+
+cdef extern from *:
+    """
+    #include <pthread.h>
+    /* How often this process has been forked off another one: cheaper to look at than to ask for the process's id. */
+    static unsigned rt_forks = 0;
+    static void rt_forked(void) { rt_forks++; }
+    static int rt_count_forks(void) { return pthread_atfork(NULL, NULL, rt_forked); }
+    """
+    unsigned forks "rt_forks"
+    int count_forks "rt_count_forks"() noexcept
+
+if count_forks():
+    raise MemoryError
 
 
 cdef extern from "Python.h":
@@ -225,6 +240,7 @@ cdef class KeyTable:
         self.max_keys = max_keys
         self.evict = evict
         self.clock = clock_us
+        self.forks = forks
         self.known = {}
         memcpy(self.secret, PyBytes_AS_STRING(noise), 24)
         memcpy(&self.random, PyBytes_AS_STRING(noise) + 24, 8)
@@ -289,6 +305,22 @@ cdef class KeyTable:
         clock_gettime(CLOCK_MONOTONIC, &monotonic)
         return monotonic.tv_sec * 1_000_000 + monotonic.tv_nsec // 1000 + self.clock_offset_us
 
+    cdef void forked(self) noexcept:
+        """Give up what belongs to the process that forked this one: its leases, and the answers that it waits for."""
+        cdef Shard* shard
+        cdef Bound* bound
+        cdef uint32_t i, j
+        self.forks = forks
+        for i in range(self.shard_count):
+            shard = &self.shards[i]
+            if shard.slot_bytes != sizeof(Bound):
+                return
+            for j in range(shard.room):
+                if shard.tags[j]:
+                    bound = <Bound*>slot_at(shard, j)
+                    bound.lease_units = bound.lease_size = bound.asked_us = 0
+                    bound.leasing = False
+
     cdef Terms* terms_of(self, CompiledRule rule) except NULL:
         while rule.home != self.secret[2]:
             self.meet(rule)
@@ -338,6 +370,8 @@ cdef class KeyTable:
 
     cdef inline int locate(self, CompiledRule rule, bint joined, const char* data, Py_ssize_t length, Place* place) except -1:
         """Hash a key, its UTF-8 or a tuple's joined form, and begin to fetch the shard it belongs to."""
+        if self.forks != forks:
+            self.forked()
         while rule.home != self.secret[2]:
             self.meet(rule)
         # Taken now: another table may meet the same rule before this one has decided.
@@ -811,7 +845,7 @@ cdef object pending_wait(PendingDecision pending):
         if pending.stage != COMPLETE:
             return pending.waiter
     if pending.stage != COMPLETE:
-        raise RuntimeError("the coroutine of a check was resumed before its decision was there")
+        raise RuntimeError("this check is being awaited already, by another task; each `check(...)` gives one decision")
     if pending.error is not None:
         error, pending.error = pending.error, None
         raise error
@@ -972,7 +1006,7 @@ cdef class Group:
 
 cdef class Remote:
     cdef int ask(self, PendingDecision pending) except -1:
-        """Give `pending` its decision or a future on which to wait for it."""
+        """Give `pending` its decision, or a waiter."""
         raise NotImplementedError
 
     cdef int leave(self, PendingDecision pending) except -1:

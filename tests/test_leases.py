@@ -164,7 +164,7 @@ def test_a_lease_of_units_that_nobody_counted_is_caught(redis_client: redis.Redi
 
     def generous(request: Request, reply: Any) -> Any:
         if request.mode == "check" and not request.refused:
-            reply[-1] *= 2
+            reply[-1] = request.items[-1].ahead  # all that was asked for, whatever was granted
         return reply
 
     def find() -> None:
@@ -326,6 +326,29 @@ def test_a_rule_that_was_changed_spends_nothing_that_was_taken_under_the_old_one
     world.settle()
     assert check.decision.source == "redis"
     assert not check.decision.allowed
+    world.end()
+
+
+@pytest.mark.parametrize("peeked", [False, True])
+def test_a_rule_with_leases_spends_nothing_that_was_taken_under_another_one(world: World, peeked: bool) -> None:
+    before, after = leased("fixed_window", 1_000, 60), leased("fixed_window", 10, 60)
+    process = grant(world, before, 10)
+    if peeked:
+        process.ask([("k", after.rule, 1)], "peek")
+        world.settle()
+    check = process.check("k", after.rule)
+    world.settle()
+    assert check.decision.source == "redis"
+    assert not check.decision.allowed
+    world.end()
+
+
+def test_checks_under_a_rule_and_under_what_takes_its_place_are_decided_apart(world: World) -> None:
+    before, after = leased("fixed_window", 10, 60, lease=False), leased("fixed_window", 1, 60, lease=False)
+    process = world.processes[0]
+    checks = [process.check("k", what.rule) for what in (before, after, before)]
+    world.settle()
+    assert [(check.decision.allowed, check.decision.limit) for check in checks] == [(True, 10), (False, 1), (True, 10)]
     world.end()
 
 

@@ -14,7 +14,7 @@ import redis
 import uvloop
 
 from ratethrottle import Decision, RateThrottleCore, RateThrottleRule, RedisStorage
-from ratethrottle.errors import StorageError
+from ratethrottle.errors import StorageError, StorageProtocolError
 from tests.redis.wire import Relay
 from tests.servers import RedisServer
 from tests.strategies import STRATEGIES
@@ -183,3 +183,53 @@ def test_several_loops_of_one_storage_wait_for_nobody_elses_answers(run: Run, re
         return await asyncio.gather(asyncio.to_thread(asyncio.run, hammer()), hammer())
 
     assert min(run(both())) > 20
+
+
+async def test_it_goes_on_after_somebody_has_cancelled_every_task(redis_server: RedisServer) -> None:
+    async with limiter_of(redis_server.url, RateThrottleRule("r", 100, 60), connections=3) as limiter:
+        await limiter.check_many([f"k{i}" for i in range(20)])
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        assert all(await limiter.check_many([f"k{i}" for i in range(20)]))
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+def test_what_ends_the_program_after_a_check_ends_it(run: Run, redis_server: RedisServer, error: type[BaseException]) -> None:
+    limiter = limiter_of(redis_server.url, RateThrottleRule("r", 100, 60))
+
+    async def ends() -> None:
+        await limiter.check("user")
+        raise error
+
+    async def main() -> None:
+        task = asyncio.create_task(ends())
+        await asyncio.sleep(5)
+        await task
+
+    started = time.monotonic()
+    with pytest.raises(error):
+        run(main())
+    assert time.monotonic() - started < 4
+
+
+@pytest.mark.parametrize(
+    "numbers", [(4, 4, 0), (-1, 0, 0), (1, -1, 0), (1, 2**32 + 1, 0), (1, 1, -1), (1, 1, 60_000_000), (1, 10**17, 0)]
+)
+async def test_numbers_that_no_script_gives_are_a_protocol_error(redis_server: RedisServer, numbers: tuple[int, ...]) -> None:
+    rule = RateThrottleRule("r", 100, 60, strategy="fixed_window")
+    async with Relay(redis_server.socket) as relay:
+        limiter = limiter_of(relay.url, rule)
+        await limiter.check("user")
+        told = b"".join(b":%d\r\n" % number for number in numbers)
+
+        def tamper(reply: bytes) -> bytes:
+            return b"\r\n".join(reply.split(b"\r\n")[:4]) + b"\r\n" + told if reply.startswith(b"*5") else reply
+
+        relay.tamper = tamper
+        with pytest.raises(StorageProtocolError):
+            await limiter.check("user")
+        relay.tamper = lambda reply: reply
+        assert (await limiter.check("user")).allowed
+        await limiter.aclose()

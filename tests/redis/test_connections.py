@@ -590,6 +590,40 @@ asyncio.run(main())
 """
 
 
+LEASED = """
+import asyncio, os, sys
+from ratethrottle import create_limiter, RateThrottleRule
+rule = RateThrottleRule("r", 1000, 60, lease=True, lease_ttl=1.0)
+limiter = create_limiter("redis", redis_url=sys.argv[1], rules=[rule], deadline=5)
+async def until(source):
+    admitted = 0
+    while True:
+        decision = await limiter.check("user")
+        admitted += decision.allowed
+        if decision.source == source:
+            return admitted
+async def main():
+    admitted = await until("lease")
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            asyncio._set_running_loop(None)
+            os.write(writing, b"%d" % asyncio.run(until("prefilter")))
+        finally:
+            os._exit(0)
+    admitted += await until("prefilter")
+    os.waitpid(child, 0)
+    print(admitted + int(os.read(reading, 99)))
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system can't fork")
+def test_a_forked_child_spends_nothing_of_its_parents_lease(redis_url: str) -> None:
+    assert int(run_python(LEASED, redis_url)) <= 1000
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system can't fork")
 def test_a_forked_child_gets_a_connection_of_its_own(redis_url: str) -> None:
     assert run_python(FORKED, redis_url) == "True 80\n"

@@ -1,6 +1,6 @@
 """A line to Redis: one connection, and the task that owns it. What travels on it is gathered by the compiled `Gathering`.
 
-A caller waits on a future of its own; its cancellation or deadline never touches the wire.
+A caller waits on a waiter of its own; its cancellation or deadline never touches the wire.
 """
 
 from __future__ import annotations

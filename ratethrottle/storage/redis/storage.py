@@ -34,7 +34,7 @@ class RedisStorage(Calls):
     makes connections of its own, and leaves the client alone. prefix: begins every key, without braces.
     deadline: seconds until a check has its answer or a StorageError, 0.005 to 60. tags: hash tags over which keys spread,
     1 to 16,384. connections: on which decisions travel, for each event loop, 1 to 8; a key always takes the same one.
-    max_waiting: checks that may wait for a connection, 1 to 1,000,000. prefilter_ttl: for how many seconds a denial may be
+    max_waiting: checks that may wait for each of them, 1 to 1,000,000. prefilter_ttl: for how many seconds a denial may be
     repeated without asking Redis again, 0 to 60: so much later is it felt elsewhere that a key was reset. max_bounds: keys of
     which this process remembers what Redis said last, 1 to 10^8.
 
@@ -137,11 +137,13 @@ class RedisStorage(Calls):
             raise StorageUnavailable("the storage is closed")
         loop = asyncio.get_running_loop()
         lines = self._lines.get(loop)
-        if lines is None or lines[0].closed or lines[0].process != os.getpid():
+        if lines is None or any(line.closed for line in lines) or lines[0].process != os.getpid():
             # Loops that are gone left their lines behind: this is where they are swept.
             for known, old in list(self._lines.items()):
                 if old[0].process != os.getpid():
                     _INHERITED.extend(old)
+                elif known is loop:  # what is left of them
+                    abandon({known: old})
                 if known is loop or known.is_closed() or old[0].process != os.getpid():
                     self._lines.pop(known, None)
             lines = self._lines[loop] = tuple(
