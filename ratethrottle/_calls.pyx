@@ -394,7 +394,7 @@ cdef class Calls(Remote):
         return group
 
 
-def raised(error):
+def _raised(error):
     """Raise an exception where the loop hears it."""
     raise error
 
@@ -895,7 +895,7 @@ cdef class Gathering:
                 self._step()
             except (KeyboardInterrupt, SystemExit) as error:
                 # Not from here: uvloop would take it for the connection's error, drop that and go on.
-                self.call_soon(raised, error)
+                self.call_soon(_raised, error)
 
     cdef int read(self, bytes data) except -1:
         cdef Py_ssize_t at = 0, after
