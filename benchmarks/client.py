@@ -13,8 +13,8 @@ from benchmarks.server import ours
 
 
 async def main(order: dict[str, Any]) -> None:
-    """Obey one order: url, keys, tasks, seconds, number, and per_s for a fixed load."""
-    limiter = ours(order["url"], name="fleet")
+    """Obey one order: url, name (of the rule), keys, tasks, seconds, number, and per_s for a fixed load."""
+    limiter = ours(order["url"], name=order["name"])
     # Every process walks the same keys in an order of its own.
     keys = random.Random(order["number"]).sample(key_names(order["keys"]), order["keys"])
     await warm(limiter.check, keys, order["tasks"])

@@ -53,6 +53,7 @@ if count_forks():
 cdef extern from "Python.h":
     void PyErr_Clear()
     bint PyUnicode_Check(object)
+    bint PyUnicode_CheckExact(object)
     bint PyBool_Check(object)
     object PyNumber_Index(object)
     long long PyLong_AsLongLongAndOverflow(object, int* overflow) except? -1
@@ -1092,6 +1093,9 @@ cdef class Limiter:
     cdef Decision spare_decision             # the last ones made: used again when nobody has kept them
     cdef PendingDecision spare_pending
     cdef uint32_t complete                   # complete checks since the loop last had a turn
+    cdef object last_key                     # of the check before, a str, and where it belongs: who asks again isn't hashed again
+    cdef CompiledRule last_terms
+    cdef Place last_place
 
     def __init__(self, storage):
         self._storage = storage
@@ -1165,17 +1169,26 @@ cdef class Limiter:
         if rule is not None or terms is None:
             terms = self.which(rule)
         units = 1 if cost is 1 else units_of(cost, terms)
-        if PyUnicode_Check(key):
-            data = rt_utf8(key, &length)
-            if data == NULL or length == 0:
-                PyErr_Clear()
-                self._entry(key, rule, cost)  # words the error
-                raise InvalidRequest("the key has no UTF-8")
+        if key is self.last_key and terms is self.last_terms and self.table.forks == forks:
+            place = self.last_place
+            data = NULL
+            length = 0
         else:
-            joined = (<Entry>self._entry(key, rule, cost)).canonical
-            data = PyBytes_AS_STRING(joined) + 1
-            length = PyBytes_GET_SIZE(joined) - 1
-        self.table.locate(terms, joined is not None, data, length, &place)
+            if PyUnicode_Check(key):
+                data = rt_utf8(key, &length)
+                if data == NULL or length == 0:
+                    PyErr_Clear()
+                    self._entry(key, rule, cost)  # words the error
+                    raise InvalidRequest("the key has no UTF-8")
+            else:
+                joined = (<Entry>self._entry(key, rule, cost)).canonical
+                data = PyBytes_AS_STRING(joined) + 1
+                length = PyBytes_GET_SIZE(joined) - 1
+            self.table.locate(terms, joined is not None, data, length, &place)
+            if joined is None and PyUnicode_CheckExact(key):
+                self.last_key = key
+                self.last_terms = terms
+                self.last_place = place
         now_us = self.table.now_us()
         # From here on no Python code runs, so that no other thread can come to the spare decision before it is handed out.
         out = self.blank_outcome()
@@ -1195,6 +1208,8 @@ cdef class Limiter:
                                     self.remote.ttl_us, out)
             if verdict == DENIED or verdict == LEASED:
                 return self.completed(terms, key, units, LEASE if verdict == LEASED else PREFILTER)
+        if data == NULL:                         # the key of the check before, which has its UTF-8
+            data = rt_utf8(key, &length)
         self.complete = 0
         pending = PendingDecision.__new__(PendingDecision)
         pending.stage = NEW
