@@ -40,20 +40,6 @@ cdef extern from "Python.h":
     void Py_DECREF(PyObject*)
     const char* PyUnicode_AsUTF8AndSize(object, Py_ssize_t*) except NULL
 
-cdef extern from *:
-    """
-    #include <pthread.h>
-    /* How often this process has been forked off another one: cheaper to look at than to ask for the process's id. */
-    static unsigned rt_forks = 0;
-    static void rt_forked(void) { rt_forks++; }
-    static int rt_count_forks(void) { return pthread_atfork(NULL, NULL, rt_forked); }
-    """
-    unsigned forks "rt_forks"
-    int count_forks "rt_count_forks"() noexcept
-
-if count_forks():
-    raise MemoryError
-
 
 cdef enum:
     ENTRIES_MAX = 128                        # of a call: the store is held for well under a millisecond
@@ -346,7 +332,8 @@ cdef class Calls(Remote):
         loop = running_loop()
         if loop is None:
             raise StorageUnavailable("Redis storage is for asyncio: it needs a running asyncio event loop")
-        if loop is self.here and self.here_forks == forks:
+        # Every check looks its key up in the bounds first, and that is where a fork is noticed.
+        if loop is self.here and self.here_forks == self.bounds.forks:
             picked = <Gathering>found[<Py_ssize_t>(hashed.lo % <uint64_t>len(found))]
             if not picked.ended:             # it ends with its loop's tasks, whoever cancelled them
                 return picked
@@ -354,7 +341,7 @@ cdef class Calls(Remote):
         found = self._gatherings_here()
         self.here_gatherings = found
         self.here = loop
-        self.here_forks = forks
+        self.here_forks = self.bounds.forks
         return <Gathering>found[<Py_ssize_t>(hashed.lo % <uint64_t>len(found))]
 
     def _forget_here(self):
