@@ -10,6 +10,7 @@ PACKAGE = "ratethrottle"
 SHIPPED = {".py", ".pyi", ".lua", ".typed"}
 # Built, or built from: of these the wheel takes only the extension module.
 SOURCES = {".pyx", ".pxd", ".c"}
+COMPILED = ("_core", "_calls")
 
 
 def problems(wheel: Path, tree: Path) -> list[str]:
@@ -28,9 +29,9 @@ def problems(wheel: Path, tree: Path) -> list[str]:
     found = [f"missing: {name}" for name in sorted((expected | must) - held)]
     found += [f"a source: {name}" for name in sorted(held) if Path(name).suffix in SOURCES]
     found += [f"unexpected: {name}" for name in sorted(held - expected - extensions) if Path(name).suffix not in SOURCES]
-    for stub in package.glob("*.pyi"):
-        if not any(name.startswith(f"{PACKAGE}/{stub.stem}.") for name in extensions):
-            found.append(f"missing: the compiled {stub.stem}")
+    for module in COMPILED:
+        if not any(name.startswith(f"{PACKAGE}/{module}.") for name in extensions):
+            found.append(f"missing: the compiled {module}")
     if not any(name.endswith(".lua") for name in held):
         found.append("missing: any Lua script")
     if not licenced:
