@@ -304,6 +304,13 @@ cdef PendingDecision pending_of(Entry entry, Mode mode):
     return pending
 
 
+cdef object loop_here():
+    loop = running_loop()
+    if loop is None:
+        raise StorageUnavailable("Redis storage is for asyncio: it needs a running asyncio event loop")
+    return loop
+
+
 cdef class Calls(Remote):
     """The compiled part of a storage: which gathering a check belongs to. One for all event loops of a process.
 
@@ -329,9 +336,7 @@ cdef class Calls(Remote):
     cdef Gathering gathering(self, Hash128 hashed):
         cdef tuple found = self.here_gatherings
         cdef Gathering picked
-        loop = running_loop()
-        if loop is None:
-            raise StorageUnavailable("Redis storage is for asyncio: it needs a running asyncio event loop")
+        loop = loop_here()
         # Every check looks its key up in the bounds first, and that is where a fork is noticed.
         if loop is self.here and self.here_forks == self.bounds.forks:
             picked = <Gathering>found[<Py_ssize_t>(hashed.lo % <uint64_t>len(found))]
@@ -363,7 +368,7 @@ cdef class Calls(Remote):
         cdef Group group = Group.__new__(Group)
         cdef PendingDecision pending
         cdef Mode kind = PEEK if mode == "peek" else RESET if mode == "reset" else CHECK
-        group.future = running_loop().create_future()
+        group.future = loop_here().create_future()
         group.members = [pending_of(entry, kind) for entry in entries]
         group.left = len(group.members) + 1
         try:
@@ -548,6 +553,7 @@ cdef class Gathering:
         cdef list woken = self.woken
         cdef Py_ssize_t i = 0, count = len(woken)
         self.woken = []
+        self.scheduled = True                # what they ask is sent below, so none of them need see to that
         try:
             while i < count:
                 i += 1
@@ -556,7 +562,8 @@ cdef class Gathering:
             if i < count:                    # KeyboardInterrupt or SystemExit, which a task lets through
                 self.woken[:0] = woken[i:]
                 self.call_soon(self._step, context=self.context)
-        self._flush()
+            self._flush()
+            self.schedule()                  # where there is no connection, or there was none left to send on
 
     cdef int drop(self, PendingDecision pending) except -1:
         take(&self.parked if pending.stage == PARKED else &self.waiting, pending)
@@ -855,10 +862,11 @@ cdef class Gathering:
         return 0
 
     cdef int send(self, Call call) except -1:
+        # First: a call that could not be written must not stand in the way of the next one's reply.
+        self.write(PyBytes_FromStringAndSize(self.buffer.bytes, self.buffer.used))
         self.in_flight.append(call)
         self.sent_calls += 1
         self.sent_entries += call.size
-        self.write(PyBytes_FromStringAndSize(self.buffer.bytes, self.buffer.used))
         return 0
 
     # Reading replies:

@@ -691,7 +691,10 @@ cdef class Decision:
 
     @property
     def retry_after(self):
-        """Seconds until the same check would be allowed if nobody else consumed; 0.0 when allowed, inf for never."""
+        """Seconds until the same check would be allowed if nobody else consumed; 0.0 when allowed, inf for never.
+
+        Exact, but for the source "prefilter": there it is not before that, and by how much later was not asked.
+        """
         return seconds_up(self.settled().retry_us) if self.out.retry_us >= 0 else _inf
 
     @property
@@ -1147,8 +1150,9 @@ cdef class Limiter:
     def check(self, key, rule=None, *, cost=1):
         """Decide whether `key` may use `cost` units under `rule` now, and consume them if so. Await the result.
 
-        Never waits for capacity: a denial is a `Decision` that is false. In memory it is decided, and consumed, by the call; in
-        Redis once it is awaited: cancelled before it was sent it consumes nothing, after that it may have.
+        Never waits for capacity: a denial is a `Decision` that is false. In memory, and where a lease or what Redis said last is
+        enough, it is decided, and consumed, by the call; by Redis once it is awaited: cancelled before it was sent it consumes
+        nothing, after that it may have.
 
         Raises `InvalidRequest` at once for a bad key, rule or cost (`CostExceedsLimit` above the rule's capacity),
         `LimiterClosed` after `aclose`; when awaited, a `StorageError` if the storage can't answer within its deadline.

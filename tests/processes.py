@@ -38,7 +38,7 @@ class FakeLoop:
         self.order = itertools.count()
 
     def create_future(self) -> asyncio.Future[Any]:
-        return asyncio.Future(loop=self)  # type: ignore[arg-type]
+        return asyncio.Future(loop=self)  # type: ignore[arg-type]  # as much of a loop as a future asks for
 
     def get_debug(self) -> bool:
         return False
@@ -74,7 +74,7 @@ class Timer:
 @contextmanager
 def running(loop: FakeLoop) -> Iterator[None]:
     before = _get_running_loop()
-    _set_running_loop(loop)  # type: ignore[arg-type]
+    _set_running_loop(loop)  # type: ignore[arg-type]  # only asked whether it is the same
     try:
         yield
     finally:
@@ -140,7 +140,7 @@ class Connection(Gathering):
     """A gathering with nothing but queues behind it."""
 
     def __init__(self, process: Process, loop: FakeLoop) -> None:
-        super().__init__(process, loop, 1_000_000)  # type: ignore[arg-type]
+        super().__init__(process, loop, 1_000_000)  # type: ignore[arg-type]  # as much of a loop as it uses
         self.process = process
         self.wanted = False
         self.unserved: deque[Request] = deque()

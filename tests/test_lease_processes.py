@@ -48,7 +48,7 @@ def test_eight_processes_with_leases_keep_every_promise(redis_server: RedisServe
             process.join(START_S)
     finally:
         for process in processes:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError):  # it has ended already
                 if process.pid:
                     os.kill(process.pid, signal.SIGCONT)
                     process.kill()

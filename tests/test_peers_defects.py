@@ -226,7 +226,7 @@ async def test_keys_joined_without_escaping_are_one_bucket(limiter: Callable[...
         ("a/b", "c"), ("a", "b/c"), ("a/b/c",), "a/b/c", ("a", "b", "c"), ("ab", "c"), ("a", "bc"), ("", "abc"), ("abc", ""),
         (1, 23), (12, 3), ("1", "23"), ("1", 23), (1, "23"), (-1, 23), ("s1:a",), "s1:a", ("a:s1:b",), ("a", "s1:b"),
         ("a\0b",), ("a", "\0b"),
-    ]  # fmt: skip
+    ]  # fmt: skip  # a table, one family of keys a line
     one_each = limiter(make_rule("fixed_window", 1, 3_600 * SECOND_US))
     assert [bool(await one_each.check(key)) for key in keys] == [True] * len(keys)
     assert [bool(await one_each.check(key)) for key in keys] == [False] * len(keys)

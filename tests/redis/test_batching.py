@@ -14,7 +14,7 @@ import redis
 import uvloop
 
 from ratethrottle import Decision, RateThrottleCore, RateThrottleRule, RedisStorage
-from ratethrottle.errors import StorageError, StorageProtocolError
+from ratethrottle.errors import StorageError, StorageProtocolError, StorageUnavailable
 from tests.redis.wire import Relay
 from tests.servers import RedisServer
 from tests.strategies import STRATEGIES
@@ -204,6 +204,13 @@ async def test_it_goes_on_after_somebody_has_cancelled_every_task(redis_server: 
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
         assert all(await limiter.check_many([f"k{i}" for i in range(20)]))
+
+
+@pytest.mark.parametrize("call", ["check", "peek", "reset"])
+def test_without_a_loop_of_asyncio_it_says_so(call: str) -> None:
+    limiter = limiter_of("redis://127.0.0.1:1", RateThrottleRule("r", 100, 60))
+    with pytest.raises(StorageUnavailable, match="asyncio"):
+        getattr(limiter, call)("user").send(None)
 
 
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])

@@ -62,6 +62,17 @@ def test_the_server_calls_a_script_by_the_name_that_we_do(redis_client: redis.Re
     assert redis_client.script_load(loaded.body(shebang)).encode() == loaded.sha(shebang)
 
 
+def refuses_each(client: redis.Redis, keys: list[Any], args: list[Any], bad: list[tuple[int, Any]]) -> None:
+    """One argument is wrong at a time, and each time the state of "k" stays as it is."""
+    before = client.get("k")
+    for place, value in bad:
+        wrong = ["id", *args]
+        wrong[place] = value
+        with pytest.raises(redis.ResponseError, match="RATETHROTTLE"):
+            decide(client, keys, wrong)
+        assert client.get("k") == before, (place, value)
+
+
 BAD_NUMBERS = ["nan", "-nan", "inf", "-inf", "0", "-1", "1.5", "", "x", "1e30", str(2**63), "9007199254740993"]
 NEVER_NUMBERS = ["nan", "-nan", "inf", "-inf", "-1", "1.5", "", "x", "1e30"]  # where 0 may stand
 
@@ -78,12 +89,7 @@ def test_bad_arguments_are_refused_and_state_stays_byte_for_byte(script_client: 
     bad += [(place, number) for place in (2, 3, 6, 7, *range(13, 18)) for number in BAD_NUMBERS]
     bad += [(place, number) for place in (4, *range(8, 13)) for number in NEVER_NUMBERS]
     bad += [(2, 129), (3, 129), (2, 2), (3, 2), (4, 1), (13, 2), (14, 2), (15, 2), (16, 10**9 + 1), (17, 10**6 + 1)]
-    for place, value in bad:
-        wrong = ["id", *args]
-        wrong[place] = value
-        with pytest.raises(redis.ResponseError, match="RATETHROTTLE"):
-            decide(script_client, keys, wrong)
-        assert script_client.get("k") == before, (place, value)
+    refuses_each(script_client, keys, args, bad)
     for shorter in (args[:-1], [*args, 1], [], args[:3]):
         with pytest.raises(redis.ResponseError, match="RATETHROTTLE"):
             decide(script_client, keys, ["id", *shorter])
@@ -114,12 +120,7 @@ def test_bad_leases_are_refused_and_state_stays_byte_for_byte(script_client: red
         (4, 2),
         (3, 1),
     ]
-    for place, value in bad:
-        wrong = ["id", *args]
-        wrong[place] = value
-        with pytest.raises(redis.ResponseError, match="RATETHROTTLE"):
-            decide(script_client, keys, wrong)
-        assert script_client.get("k") == before, (place, value)
+    refuses_each(script_client, keys, args, bad)
 
 
 def test_a_lead_is_of_sliding_windows_and_an_eighth_of_the_window_at_most(script_client: redis.Redis) -> None:

@@ -68,7 +68,7 @@ class Relay:
         return data
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, change: Callable[[bytes], bytes]) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # one of the two has gone, which is what the other is told
             while data := await reader.read(65536):
                 writer.write(change(data))
                 await writer.drain()

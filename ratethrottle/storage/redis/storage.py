@@ -88,7 +88,7 @@ class RedisStorage(Calls):
             raise ConfigurationError(f"{scheme}:// comes in a later version; pass a Sentinel's master_for(...) to RedisStorage")
         if scheme not in SCHEMES:
             raise ConfigurationError("redis_url must begin with redis://, rediss:// or unix://")
-        with contextlib.suppress(ValueError, TypeError):
+        with contextlib.suppress(ValueError, TypeError):  # their messages quote the URL
             client = redis.asyncio.Redis.from_url(url)
         if client is None:
             raise ConfigurationError(

@@ -30,7 +30,7 @@ class Receiver(asyncio.Protocol):
 
     def let_go(self) -> None:
         """Hear nothing any more."""
-        self.data_received = self._lost = _ignore  # type: ignore[assignment,method-assign]
+        self.data_received = self._lost = _ignore  # type: ignore[assignment,method-assign]  # as above
 
 
 def _ignore(what: object) -> None:
@@ -63,7 +63,8 @@ class FakeWire:
     async def _read(self) -> None:
         """Pass on the replies that are there."""
         try:
-            while await self._connection.can_read(0):
+            # Asked once it is closed, it would connect again.
+            while self._connection.is_connected and await self._connection.can_read(0):
                 try:
                     reply = await self._connection.read_response(disable_decoding=True)
                 except redis.ResponseError as error:
