@@ -225,6 +225,21 @@ cdef enum:
     SWEEP_SLOTS = 16
 
 
+cdef str window_text(const Terms* terms, const Window* window):
+    """What stands of a sliding window in the ASCII form of a state, with as few digits for units as do."""
+    cdef uint32_t i, newest = window.first + window.count - 1
+    if window.count == 0:
+        return f"s{terms.window_us},{terms.slot_us},0,0,0,1,;"
+    digits = len(str((terms.window_us + terms.window_us // 8) // terms.slot_us + 1))
+    width = max([1] + [len(str(window.entries[i].units)) for i in range(window.first, newest)])
+    older = "".join([
+        f"{window.entries[i].at_us // terms.slot_us % 10**digits:0{digits}}{window.entries[i].units:0{width}}"
+        for i in range(window.first, newest)
+    ])
+    return (f"s{terms.window_us},{terms.slot_us},{window.total},{window.entries[newest].at_us // terms.slot_us},"
+            f"{window.entries[newest].units},{width},{older};")
+
+
 @cython.final
 cdef class KeyTable:
     """The state of at most `max_keys` keys: open addressing over C structs, in shards that are rebuilt one at a time.
@@ -603,8 +618,6 @@ cdef class KeyTable:
         cdef Slot* slot
         cdef int i, count
         cdef list parts = ["1;"]
-        cdef Window* window
-        cdef uint32_t j
         self.find(entry, &place, &slot)
         if slot == NULL:
             return None
@@ -620,11 +633,7 @@ cdef class KeyTable:
                 parts.append(f"c{terms.window_us},{views[i].at_us},{views[i].amount.counts.cur},"
                              f"{views[i].amount.counts.prev};")
             else:
-                window = views[i].amount.window
-                parts.append(f"s{terms.window_us},{terms.slot_us},{window.total},{window.count},")
-                for j in range(window.first, window.first + window.count):
-                    parts.append(f"{window.entries[j].at_us:016d}{window.entries[j].units:010d}")
-                parts.append(";")
+                parts.append(window_text(terms, views[i].amount.window))
         return "".join(parts).encode()
 
 

@@ -18,6 +18,7 @@ CLOCKED = "local test_now = table.remove(ARGV)\n" + TEXT.replace(
 ).replace(EXPIRY, "call('SET', KEYS[k], states[k])")
 
 Check = tuple[CompiledRule, str, int]  # rule, key, cost
+View = tuple[str, list[tuple[int, int]]]  # what is text, and the entries of a sliding window: at_us, units
 Answer = tuple[bool, int, int, int]  # allowed, remaining, retry_us, reset_us
 
 
@@ -95,6 +96,34 @@ def make_call(checks: Sequence[Check], mode: str = "check", *, merge: bool = Fal
     told = [(rules[rule_index - 1], cost, count) for _, rule_index, cost, count in entries]
     told += [(lease.rule, lease.cost, lease.count) for lease in leases]
     return Call(keys, args, told, mode, len(leases))
+
+
+def read_state(state: bytes | None) -> list[View] | None:
+    """A state's header and views. How many digits the units of a sliding window have depends on its past, so they aren't in it."""
+    if state is None:
+        return None
+    assert state.endswith(b";")
+    return [read_view(text) for text in state.decode()[:-1].split(";")]
+
+
+def read_view(text: str) -> View:
+    """One view, and what docs/arithmetic.md promises of it."""
+    if not text.startswith("s"):
+        return text, []
+    window_us, slot_us, total, last, units, width = map(int, text[1:].split(",")[:-1])
+    older = text.rpartition(",")[2]
+    digits = len(str((window_us + window_us // 8) // slot_us + 1))
+    assert slot_us == 1 or digits == 2
+    step, entries = digits + width, []
+    assert len(older) % step == 0
+    for i in range(0, len(older), step):
+        slot, held = int(older[i : i + digits]), int(older[i + digits : i + step])
+        entries.append(((last - (last - slot) % 10**digits) * slot_us, held))
+    entries += [(last * slot_us, units)] if total else []
+    assert entries == sorted(set(entries)), "they ascend"
+    assert all(held > 0 for _, held in entries)
+    assert sum(held for _, held in entries) == total
+    return f"s{window_us},{slot_us},{total}", entries
 
 
 class ClockedScript:

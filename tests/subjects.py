@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from ratethrottle._core import CompiledRule, Entry, KeyTable, Limiter
-from tests.clocked import ClockedScript
+from tests.clocked import ClockedScript, View, read_state
 from tests.oracle import Answer, Oracle
 
 NEVER_US = 2**63 - 1
@@ -44,9 +44,9 @@ class Core:
         retry_us = decision.retry_after_us
         return decision.allowed, decision.remaining, -1 if retry_us == NEVER_US else retry_us, decision.reset_after_us
 
-    def state(self, rule: CompiledRule) -> bytes | None:
-        """The key's state as ASCII."""
-        return self.table.dump(self.entry(rule, 1))
+    def state(self, rule: CompiledRule) -> list[View] | None:
+        """What the key's state holds."""
+        return read_state(self.table.dump(self.entry(rule, 1)))
 
 
 class Lua:
@@ -64,9 +64,9 @@ class Lua:
         """Decide."""
         return self.script.call(now_us, [(rule, self.key, cost)], "check" if consume else "peek")[0]
 
-    def state(self, rule: CompiledRule) -> bytes | None:
-        """The key's state as ASCII."""
-        return self.script.state(self.key)
+    def state(self, rule: CompiledRule) -> list[View] | None:
+        """What the key's state holds."""
+        return read_state(self.script.state(self.key))
 
 
 __all__ = ["Core", "Lua", "Oracle", "Subject"]

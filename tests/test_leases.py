@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from ratethrottle import RateThrottleRule
 from ratethrottle._core import CompiledRule
 from tests import intervals
+from tests.clocked import read_state
 from tests.processes import Check, Process, World, running
 from tests.servers import RedisServer
 from tests.store import Request
@@ -476,9 +477,8 @@ def test_units_go_back_to_where_they_came_from_although_their_rule_has_another_l
     granted_us = world.server_us()
 
     def entries() -> dict[int, int]:
-        state = world.store.script.state(process.state_key("k", new.rule).decode()) or b""
-        text = state.rstrip(b";").split(b",")[-1]
-        return {int(text[i : i + 16]): int(text[i + 16 : i + 26]) for i in range(0, len(text), 26)}
+        state = read_state(world.store.script.state(process.state_key("k", new.rule).decode())) or []
+        return dict(state[-1][1])
 
     # Somebody else takes units ahead, where the old lease would end if it were a new one, or later.
     for count in (1, 5):

@@ -11,7 +11,7 @@ import redis
 from ratethrottle import RateThrottleRule
 from ratethrottle._core import CompiledRule
 from ratethrottle.storage.redis.scripts import SHEBANG, script
-from tests.clocked import CLOCKED, ClockedScript, Lease, make_call
+from tests.clocked import CLOCKED, ClockedScript, Lease, make_call, read_state
 from tests.oracle import Oracle
 from tests.strategies import known_rules, random_step
 
@@ -194,9 +194,14 @@ def test_rules_that_would_leave_exact_integers_are_refused(script_client: redis.
         b"1;c60000000,1800000000000000,1;",
         b"1;b0,1,1,1,1;",
         b"1;b1,1,-1,1,1;",
-        b"1;s60000000,1,1,2,00018000000000000000000001;",
-        b"1;s60000000,1,1,1,0001800000000000000000x001;;",
-        b"1;s60000000,1,1,1,000180000000000x0000000001;",
+        b"1;s60000000,1,2,2,00018000000000000000000000010001800000000100000000000001;",
+        b"1;s60000000,1,1,1800000000000000,1,1;",
+        b"1;s60000000,1,1,1800000000000000,1,1,",
+        b"1;s60000000,1,1,1800000000000000,x,1,;",
+        b"1;s60000000,1,1,180000000000000x,1,1,;",
+        b"1;s60000000,1,2,1800000000000000,1,1,0000001;",
+        b"1;s60000000,1,2,1800000000000000,1,1,00000001x;",
+        b"1;s60000000,1,1,1800000000000000,1,1,;;",
         b"1;f60000000,1,1;f60000001,1,1;f60000002,1,1;",
     ],
 )
@@ -406,3 +411,83 @@ def test_a_replica_refuses_the_script_before_it_runs(redis_server: Any, redis_cl
             redis_client.evalsha(loaded, 1, *keys, "id", *args)
     finally:
         redis_client.replicaof("NO", "ONE")
+
+
+def entries(state: bytes | None) -> list[tuple[int, int]]:
+    return (read_state(state) or [])[1][1]
+
+
+def test_counts_of_a_sliding_window_get_as_many_digits_as_they_need(script_client: redis.Redis) -> None:
+    clocked, oracle = ClockedScript(script_client), Oracle()
+    large = rule("sliding_window", 10**9)
+    slot_us, start_us, sizes = large.slot_us, NOW_US - NOW_US % large.slot_us, []
+    for i, units in enumerate((1, 9, 10, 3, 12_345, 1, 99_999_999, 1, 1)):
+        check = (start_us + i * slot_us, units)
+        assert clocked.call(check[0], [(large, "k", units)]) == [oracle.check(large, *check)]
+        sizes.append(len((clocked.state("k") or b"").rpartition(b",")[2]) - 1)
+    assert sizes == [0, 3, 6, 3 * 4, 4 * 4, 5 * 7, 6 * 7, 7 * 10, 8 * 10]
+    assert [units for _, units in entries(clocked.state("k"))] == [1, 9, 10, 3, 12_345, 1, 99_999_999, 1, 1]
+    for now_us in range(start_us, start_us + large.window_us + 10 * slot_us, slot_us // 2):
+        assert clocked.call(now_us, [(large, "k", 10**9)], "peek") == [oracle.check(large, now_us, 10**9, consume=False)]
+    clocked.call(start_us + 10**9, [(large, "k", 5)])
+    clocked.call(start_us + 10**9 + slot_us, [(large, "k", 5)])
+    assert b",5,1,%02d5;" % (((start_us + 10**9) // slot_us + 1) % 100) in (clocked.state("k") or b""), "it has begun again"
+
+
+def test_a_count_of_a_sliding_window_that_is_saturated_fits(script_client: redis.Redis) -> None:
+    """What another definition admits counts too, however full the window is."""
+    clocked, large, other = ClockedScript(script_client), rule("sliding_window", 10**9), rule("fixed_window", 10**9)
+    slot = NOW_US // large.slot_us + 1
+    state = b"s60000000,937500,4000000008,%d,3999999999,1,%02d9;" % (slot, (slot - 1) % 100)
+    script_client.set("k", b"1;f60000000,%d,1;%s" % (NOW_US - NOW_US % 60_000_000, state))
+    for i in range(3):
+        assert clocked.call(NOW_US + i * large.slot_us, [(other, "k", 2)])[0][0]
+    (*_, (_, held)) = read_state(clocked.state("k")) or []
+    assert held == [((slot + i) * large.slot_us, units) for i, units in ((-1, 9), (0, 4_000_000_000), (1, 2), (2, 2))]
+    assert clocked.call(NOW_US, [(large, "k", 1)], "peek")[0][:3] == (False, 0, 60_937_500)
+
+
+@pytest.mark.parametrize("limit", [64, 1_000])
+def test_digits_of_slots_come_round_for_many_windows(script_client: redis.Redis, limit: int) -> None:
+    """Steps back by many windows, and states that are read thousands of slots after they were written."""
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")
+    rng, clocked, oracle = random.Random(seed), ClockedScript(script_client), Oracle()
+    shape = rule("sliding_window", limit, 0.064)
+    now_us = NOW_US
+    for _ in range(1_500):
+        kind = rng.random()
+        if kind < 0.9:
+            now_us += rng.randrange(2_500)
+        elif kind < 0.94:
+            now_us += rng.choice((63_999, 64_000, 100_000, 1_000_000, 100_000_000, rng.randrange(10**9)))
+        elif kind < 0.97:
+            now_us -= rng.randrange(9_500)
+        else:
+            now_us -= rng.choice((99_000, 100_000, 1_000_000, 100_000_000, rng.randrange(10**8)))
+        check = now_us, rng.choice((1, 1, 2, limit // 10, limit // 3))
+        consume = rng.random() < 0.9
+        expected = oracle.check(shape, *check, consume=consume)
+        assert clocked.call(now_us, [(shape, "k", check[1])], "check" if consume else "peek") == [expected], now_us
+        if clocked.state("k"):
+            assert sum(units for _, units in entries(clocked.state("k"))) <= limit
+            assert len(clocked.state("k") or b"") < 640
+
+
+@pytest.mark.parametrize("back_us", [50_000, 64_000, 1_000_000, 100_000_000])
+def test_entries_are_kept_by_a_clock_that_steps_back_by_many_windows(script_client: redis.Redis, back_us: int) -> None:
+    clocked, oracle, shape = ClockedScript(script_client), Oracle(), rule("sliding_window", 1_000, 0.064)
+    for i in range(60):
+        assert clocked.call(NOW_US + 1_000 * i, [(shape, "k", 3)]) == [oracle.check(shape, NOW_US + 1_000 * i, 3)]
+    before = clocked.state("k")
+    for mode in ("peek", "check"):
+        now_us = NOW_US + 59_000 - back_us
+        answer = oracle.check(shape, now_us, 5, consume=mode == "check")
+        assert clocked.call(now_us, [(shape, "k", 5)], mode) == [answer]
+        assert (clocked.state("k") == before) == (mode == "peek")
+    head_us = now_us + 8_000 + 1_000
+    head_us -= head_us % 1_000
+    assert entries(clocked.state("k"))[-1][0] == head_us
+    assert sum(units for _, units in entries(clocked.state("k"))) == 185
+    for later_us in range(0, 80_000, 500):
+        assert clocked.call(now_us + later_us, [(shape, "k", 7)]) == [oracle.check(shape, now_us + later_us, 7)]

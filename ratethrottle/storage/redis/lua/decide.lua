@@ -15,8 +15,8 @@
 --
 -- A call's time goes into the strings and tables that it makes, and into calls of C functions. Hence sums with digits as they were
 -- read (`x + 0` takes half the time of tonumber), [0-9] for %d where it counts, and no table for the one view of most states.
-local floor, min, max = math.floor, math.min, math.max
-local sub, match, format, tonumber, call = string.sub, string.match, string.format, tonumber, redis.call
+local floor, min, max, gsub, repeated = math.floor, math.min, math.max, string.gsub, string.rep
+local sub, find, match, format, tonumber, call = string.sub, string.find, string.match, string.format, tonumber, redis.call
 local TICKS, UNITS_MAX = 4503599627370496, 4000000000
 
 -- '%d' is exact and takes half the time of '%.0f', but only where C's long has 64 bits.
@@ -41,23 +41,63 @@ local now = clock[1] * 1000000 + clock[2]
 -- A view is a table: `kind`, `name` (the text of its definition) and
 --   b: unit, drain, cap, level, t
 --   f, c: window, start, cur, prev
---   s: window, q, total, n, last, units, text, from, kept, more, slot (where what comes now counts from), head (what is taken ahead)
--- A sliding window has n entries, in ascending order. The newest is `last` (us) and `units`. The others stay text, 16 digits of us
--- and 10 of units each, as only those that leave are ever looked at: first `kept` of them where they were read, in `text` from
--- `from` on, then `more`, what came since. A copy of a full window takes as long as all of a small view's decision, so the only
--- one is that into the whole.
+--   s: window, q, digits, modulus, total, n, first, last, units, width, text, from, kept, more, slot (where what comes now counts
+--      from), head (what is taken ahead)
+-- A sliding window has n entries, in ascending order. The newest is `last` (us) and `units`; `first` is the oldest one's us. All but
+-- the newest stay text, as only those that leave are ever looked at: `digits` of the slot's number, modulo `modulus`, and `width` of
+-- the units; first `kept` of them where they were read, in `text` from `from` on, then `more`, what came since. No two entries of a
+-- view are as many slots apart as the modulus, so the newest tells which of the equal ones is meant. The server copies a state half a
+-- dozen times for a decision: hence so few digits.
+local function place_of(v, i)
+  local step = v.digits + v.width
+  if i < v.kept then return v.text, v.from + i * step end
+  return v.more, (i - v.kept) * step + 1
+end
+
 local function at_of(v, i)
-  if i == v.n - 1 then return v.last end
-  local text, from = v.text, v.from + i * 26
-  if i >= v.kept then text, from = v.more, (i - v.kept) * 26 + 1 end
-  return sub(text, from, from + 15) + 0
+  local last, q = v.last, v.q
+  if i == v.n - 1 then return last end
+  local text, from = place_of(v, i)
+  return last - (last / q - sub(text, from, from + v.digits - 1)) % v.modulus * q
 end
 
 local function units_of(v, i)
   if i == v.n - 1 then return v.units end
-  local text, from = v.text, v.from + i * 26
-  if i >= v.kept then text, from = v.more, (i - v.kept) * 26 + 1 end
-  return sub(text, from + 16, from + 25) + 0
+  local text, from = place_of(v, i)
+  from = from + v.digits
+  return sub(text, from, from + v.width - 1) + 0
+end
+
+-- Makes the older entries one text.
+local function join(v)
+  v.text = sub(v.text, v.from, v.from + v.kept * (v.digits + v.width) - 1) .. v.more
+  v.from, v.kept, v.more = 1, v.n - 1, ''
+end
+
+-- Drops the oldest entries, of a view with nothing in `more`.
+local function drop(v, gone)
+  v.n, v.kept, v.from = v.n - gone, v.kept - gone, v.from + gone * (v.digits + v.width)
+end
+
+-- Has the older entries hold units of so many digits. That stays so until the view is empty, or a count about a power of ten would
+-- have them all written again and again.
+local function widen(v, width)
+  local more = width - v.width
+  if more <= 0 then return end
+  join(v)
+  v.text = gsub(v.text, '(' .. repeated('.', v.digits) .. ')(' .. repeated('.', v.width) .. ')', '%1' .. repeated('0', more) .. '%2')
+  v.width = width
+end
+
+-- Changes the units of an entry to fewer, of a view with nothing in `more`.
+local function set_units(v, i, units)
+  if i == v.n - 1 then
+    v.units = units
+  else
+    local text, from = place_of(v, i)
+    from = from + v.digits
+    v.text = sub(text, 1, from - 1) .. format(format('%%0%dd', v.width), units) .. sub(text, from + v.width)
+  end
 end
 
 local function slot_end(q, at)
@@ -78,7 +118,12 @@ local function push(v, at, units)
     v.units = both
   else
     units = min(units, UNITS_MAX)
-    if n > 0 then v.more = v.more .. format('%016d%010d', v.last, v.units) else v.kept, v.more = 0, '' end
+    if n == 0 then
+      v.first, v.kept, v.more, v.width = at, 0, '', 1
+    else
+      widen(v, #format('%d', v.units))
+      v.more = v.more .. format(format('%%0%dd%%0%dd', v.digits, v.width), v.last / v.q % v.modulus, v.units)
+    end
     v.n, v.last, v.units, v.total = n + 1, at, units, v.total + units
   end
   if v.q == 1 and v.total > 64 then
@@ -89,16 +134,10 @@ local function push(v, at, units)
       gone = gone + 1
       held = units_of(v, gone)
     end
-    n = v.n - gone
-    v.total, v.n = 64, n
-    if n == 1 then
-      v.units, v.kept, v.more = 64, 0, ''
-    else
-      local text = sub(v.text, v.from, v.from + v.kept * 26 - 1) .. v.more
-      local from = gone * 26
-      v.text = sub(text, from + 1, from + 16) .. format('%010d', held - excess) .. sub(text, from + 27)
-      v.from, v.kept, v.more = 1, n - 1, ''
-    end
+    join(v)
+    drop(v, gone)
+    v.first, v.total = at_of(v, 0), 64
+    set_units(v, 0, held - excess)
   end
 end
 
@@ -136,12 +175,14 @@ local function roll(v)
       v.n, v.kept, v.last, v.units = n + 1, n, head, min(held, UNITS_MAX)
       v.total = v.total - held + v.units
     end
-    local gone = 0
-    while at_of(v, gone) <= since do
+    local gone, first = 0, at_of(v, 0)
+    while first <= since do
       v.total = v.total - units_of(v, gone)
       gone = gone + 1
+      first = at_of(v, gone)
     end
-    v.n, v.kept, v.from = v.n - gone, v.kept - gone, v.from + gone * 26
+    v.first = first
+    if gone > 0 then drop(v, gone) end
     return rebased
   end
   local start, before = now - now % v.window, v.start
@@ -175,13 +216,31 @@ local function print_view(v)
     local ticks = v.level + v.drain - 1
     return (ticks - ticks % v.drain) / v.drain, format('%d,%d;', v.level, v.t), '', '', ''
   elseif kind == 's' then
-    if v.n == 0 then return 0, '0,0,;', '', '', '' end
-    return v.last + v.window - now, format('%d,%d,', v.total, v.n), sub(v.text, v.from, v.from + v.kept * 26 - 1), v.more,
-      format('%016d%010d;', v.last, v.units)
+    if v.n == 0 then return 0, '0,0,0,1,', '', '', ';' end
+    return v.last + v.window - now, format('%d,%d,%d,%d,', v.total, v.last / v.q, v.units, v.width),
+      sub(v.text, v.from, v.from + v.kept * (v.digits + v.width) - 1), v.more, ';'
   end
   local ends = v.start + v.window - now
   if kind == 'f' then return v.cur > 0 and ends or 0, format('%d,%d;', v.start, v.cur), '', '', '' end
   return v.cur > 0 and ends + v.window or v.prev > 0 and ends or 0, format('%d,%d,%d;', v.start, v.cur, v.prev), '', '', ''
+end
+
+-- A fresh view of a sliding window. From the oldest entry to the newest it is less than the window, its eighth and a slot.
+local function sliding_view(window, q, lead)
+  local digits = #format('%d', floor((window + window / 8) / q) + 1)
+  return {kind = 's', window = window, q = q, digits = digits, modulus = 10 ^ digits, total = 0, n = 0, first = 0, last = 0, units = 0,
+    width = 1, text = '', from = 1, kept = 0, more = '', slot = slot_end(q, now), head = slot_end(q, now + lead)}
+end
+
+-- Reads what stands behind the name of a sliding window. Returns where the next view would begin; nothing if it is none of ours.
+local function read_window(v, state, at)
+  local total, last, units, width, from = match(state, '^([0-9]+),([0-9]+),([0-9]+),([0-9]+),()', at)
+  local ends = from and find(state, ';', from, true)
+  if not ends then return nil end
+  v.total, v.last, v.units, v.width = total + 0, last * v.q, units + 0, width + 0
+  v.text, v.from, v.kept, v.more = state, from, (ends - from) / (v.digits + v.width), ''
+  v.n = v.total > 0 and v.kept + 1 or 0
+  return v.kept % 1 == 0 and ends + 1 or nil
 end
 
 -- Reads a state that is more than the rule's own view alone. Returns its header, the own view, the other one (rolled) or nil,
@@ -199,18 +258,13 @@ local function read(state, rule)
       view = {kind = 'b', unit = unit + 0, drain = drain + 0, cap = cap + 0, level = level + 0, t = t + 0}
       if view.unit < 1 or view.drain < 1 then return nil end
     elseif kind == 's' then
-      local window, q, total, n, from
-      window, q, name_end, total, n, from = match(state, '^s(%d+),(%d+),()(%d+),(%d+),()', at)
-      if not from then return nil end
-      window, q, n = window + 0, q + 0, n + 0
-      after = from + n * 26 + 1
-      if window < 1 or q < 1 or sub(state, after - 1, after - 1) ~= ';' then return nil end
-      view = {kind = 's', window = window, q = q, total = total + 0, n = n, last = 0, units = 0, text = state, from = from, kept = n - 1,
-        more = '', slot = slot_end(q, now), head = slot_end(q, now + min(rule.lead or window, floor(window / 8)))}
-      if n > 0 then
-        view.last, view.units = tonumber(sub(state, after - 27, after - 12)), tonumber(sub(state, after - 11, after - 2))
-        if not (view.last and view.units) then return nil end
-      end
+      local window, q
+      window, q, name_end = match(state, '^s(%d+),(%d+),()', at)
+      if not name_end or window + 0 < 1 or q + 0 < 1 then return nil end
+      window, q = window + 0, q + 0
+      view = sliding_view(window, q, min(rule.lead or window, floor(window / 8)))
+      after = read_window(view, state, name_end)
+      if not after then return nil end
     elseif kind == 'f' or kind == 'c' then
       local window, start, cur, prev
       window, name_end, start, cur, prev, after = match(state, '^.(%d+),()(%d+),(%d+),?(%d*);()', at)
@@ -289,17 +343,18 @@ local function give_back(v, lead, back, back_us)
     local units = units_of(v, i)
     given = min(units, back)
     units, v.total = units - given, v.total - given
-    local from = v.from + i * 26
-    if i < n - 1 then
-      local left = units > 0 and sub(v.text, from, from + 15) .. format('%010d', units) or ''
-      v.text = sub(v.text, 1, from - 1) .. left .. sub(v.text, from + 26)
-    elseif units > 0 then
-      v.units = units
+    if units > 0 then
+      set_units(v, i, units)
+      return given > 0
+    elseif i < n - 1 then
+      local text, from = place_of(v, i)
+      v.text = sub(text, 1, from - 1) .. sub(text, from + v.digits + v.width)
     elseif n > 1 then
       -- The second newest takes its place.
       v.last, v.units = at_of(v, i - 1), units_of(v, i - 1)
     end
-    if units == 0 then v.n, v.kept = n - 1, v.kept - 1 end
+    v.n, v.kept = n - 1, v.kept - 1
+    if n > 1 then v.first = at_of(v, 0) end
   end
   return given > 0
 end
@@ -343,8 +398,8 @@ for r = 1, rule_count do
   elseif kind == 's' then
     q, lead = number(q, 1, window), number(lead, 0, window / 8)
     if q and lead and ((q == 1 and cap <= 64) or q == floor((window + 63) / 64)) and coarse == '0' then
-      rule = {kind = 's', cap = cap, window = window, q = q, lead = lead, name = format('s%d,%d,', window, q), total = 0, n = 0, last = 0,
-        units = 0, text = '', from = 1, kept = 0, more = '', slot = slot_end(q, now), head = slot_end(q, now + lead)}
+      rule = sliding_view(window, q, lead)
+      rule.cap, rule.lead, rule.name = cap, lead, format('s%d,%d,', window, q)
     end
   elseif kind == 'c' then
     coarse = number(coarse, 1, window)
@@ -401,14 +456,9 @@ for i = 1, run_count + lease_count do
         local level, t = match(state, '^([0-9]+),([0-9]+);$', skip + 1)
         if t then own, rule.level, rule.t = rule, level + 0, t + 0 end
       elseif kind == 's' then
-        local total, n, from = match(state, '^([0-9]+),([0-9]+),()', skip + 1)
-        local size = #state
-        if from and from + n * 26 == size and sub(state, size) == ';' then
-          own, rule.total, rule.n, rule.text, rule.from, rule.kept, rule.more = rule, total + 0, n + 0, state, from, n - 1, ''
-          if rule.n > 0 then
-            rule.last, rule.units = sub(state, size - 26, size - 11) + 0, sub(state, size - 10, size - 1) + 0
-            if not resets[k] then ends[k] = rule.last + rule.window end
-          end
+        if read_window(rule, state, skip + 1) == #state + 1 then
+          own = rule
+          if rule.n > 0 and not resets[k] then ends[k] = rule.last + rule.window end
         end
       elseif kind == 'f' then
         local start, cur = match(state, '^([0-9]+),([0-9]+);$', skip + 1)
@@ -499,7 +549,7 @@ for i = 1, run_count + lease_count do
           retry = j > 0 and at_of(own, j - 1) + own.window - now or 0
         end
       end
-      if own.n > 0 then first, reset = at_of(own, 0) + own.window - now, own.last + own.window - now end
+      if own.n > 0 then first, reset = own.first + own.window - now, own.last + own.window - now end
       reply[filled + 2], reply[filled + 3], reply[filled + 4], reply[filled + 5] = own.total, first, retry, reset
       filled = filled + 5
     elseif kind == 'f' then
