@@ -10,6 +10,7 @@ from ratethrottle.errors import (
     RateThrottleError,
     StorageError,
     StorageProtocolError,
+    StorageRefused,
     StorageTimeout,
     StorageUnavailable,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "Request",
     "StorageError",
     "StorageProtocolError",
+    "StorageRefused",
     "StorageTimeout",
     "StorageUnavailable",
     "create_limiter",

@@ -8,6 +8,7 @@
     ├── LimiterClosed
     └── StorageError
         ├── StorageUnavailable (ConnectionError)
+        │   └── StorageRefused
         ├── StorageTimeout (TimeoutError)
         └── StorageProtocolError
 
@@ -87,7 +88,14 @@ class StorageError(RateThrottleError):
 
 
 class StorageUnavailable(StorageError, ConnectionError):
-    """The storage can't be reached, or refuses to serve us."""
+    """The storage can't be reached, or can't serve us now."""
+
+
+class StorageRefused(StorageUnavailable):
+    """Redis refuses us, or we its certificate: password, permission, TLS or a wrong setting, which time won't mend.
+
+    Raised under every outage policy, since none of them is meant for it.
+    """
 
 
 class StorageTimeout(StorageError, TimeoutError):

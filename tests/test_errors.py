@@ -47,6 +47,7 @@ async def one_of_each() -> list[RateThrottleError]:
         errors.LimiterClosed(),
         errors.StorageError("what"),
         errors.StorageUnavailable("what"),
+        errors.StorageRefused("what"),
         errors.StorageTimeout(0.25),
         errors.StorageProtocolError("what"),
     ]

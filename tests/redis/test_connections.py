@@ -24,7 +24,7 @@ import redis.asyncio.sentinel
 import redis.sentinel
 
 from ratethrottle import Decision, RateThrottleCore, RateThrottleRule, RedisStorage, create_limiter
-from ratethrottle.errors import StorageProtocolError, StorageTimeout, StorageUnavailable
+from ratethrottle.errors import StorageProtocolError, StorageRefused, StorageTimeout, StorageUnavailable
 from ratethrottle.storage.redis.line import Line
 from tests.redis.certificates import make_certificates
 from tests.redis.wire import Relay
@@ -114,7 +114,7 @@ async def test_with_a_password_a_user_or_a_credential_provider(protected: RedisS
 async def test_redis_refuses_the_password(protected: RedisServer) -> None:
     for url in (f"redis://:wr0ng@127.0.0.1:{protected.port}", f"redis://127.0.0.1:{protected.port}"):
         async with create_limiter("redis", redis_url=url, rules=[RULE]) as limiter:
-            with pytest.raises(StorageUnavailable, match="password") as refused:
+            with pytest.raises(StorageRefused, match="password") as refused:
                 await limiter.check("user")
         assert "wr0ng" not in "".join(map(str, (refused.value, refused.value.__cause__, limiter, limiter._storage)))
 
@@ -142,7 +142,7 @@ async def test_by_tls_url(secure: RedisServer) -> None:
 
 async def test_a_certificate_that_nobody_vouches_for_is_refused(secure: RedisServer) -> None:
     async with create_limiter("redis", redis_url=secure.url, rules=[RULE], deadline=2) as limiter:
-        with pytest.raises(StorageUnavailable, match="SSLCertVerificationError"):
+        with pytest.raises(StorageRefused, match="certificate of Redis is not accepted"):
             await limiter.check("user")
 
 

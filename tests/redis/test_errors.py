@@ -19,7 +19,14 @@ import redis.exceptions
 import redis.sentinel
 
 from ratethrottle import RateThrottleCore, RateThrottleRule, RedisStorage, create_limiter
-from ratethrottle.errors import ConfigurationError, StorageError, StorageProtocolError, StorageTimeout, StorageUnavailable
+from ratethrottle.errors import (
+    ConfigurationError,
+    StorageError,
+    StorageProtocolError,
+    StorageRefused,
+    StorageTimeout,
+    StorageUnavailable,
+)
 from ratethrottle.storage.redis.failures import failure
 from tests.redis.wire import Relay
 from tests.servers import RedisServer
@@ -30,13 +37,15 @@ MANY = RateThrottleRule("many", 1_000_000, 60, strategy="fixed_window")
 MAPPED: dict[type[StorageError], str] = {
     StorageTimeout: "TimeoutError",
     StorageProtocolError: "InvalidResponse DataError",
+    StorageRefused: """
+        AskError AuthenticationError AuthenticationWrongNumberOfArgsError AuthorizationError ClusterCrossSlotError
+        ClusterDownError ClusterError CrossSlotTransactionError IncorrectPolicyType InvalidPipelineStack MovedError
+        NoPermissionError RedisClusterException SlotNotCoveredError TryAgainError
+    """,
     StorageUnavailable: """
-        AskError AuthenticationError AuthenticationWrongNumberOfArgsError AuthorizationError BusyLoadingError
-        ChildDeadlockedError ClusterCrossSlotError ClusterDownError ClusterError ConnectionError CrossSlotTransactionError
-        ExecAbortError ExternalAuthProviderError IncorrectPolicyType InvalidPipelineStack LockError LockNotOwnedError
-        MasterDownError MaxConnectionsError ModuleError MovedError NoPermissionError NoScriptError NoSuchFieldsetError
-        OutOfMemoryError PubSubError ReadOnlyError RedisClusterException RedisError ResponseError SlotNotCoveredError
-        TryAgainError WatchError
+        BusyLoadingError ChildDeadlockedError ConnectionError ExecAbortError ExternalAuthProviderError
+        LockError LockNotOwnedError MasterDownError MaxConnectionsError ModuleError NoScriptError
+        NoSuchFieldsetError OutOfMemoryError PubSubError ReadOnlyError RedisError ResponseError WatchError
     """,
 }
 
@@ -77,7 +86,7 @@ def test_every_exception_of_redis_py_is_mapped(kind: type[Exception]) -> None:
         (ConnectionResetError(), True, StorageUnavailable, "may have been counted"),
         (ConnectionRefusedError(), False, StorageUnavailable, "ConnectionRefusedError"),
         (socket.gaierror(), False, StorageUnavailable, "gaierror"),
-        (ssl.SSLCertVerificationError(), False, StorageUnavailable, "SSLCertVerificationError"),
+        (ssl.SSLCertVerificationError(), False, StorageRefused, "SSLCertVerificationError"),
         (asyncio.IncompleteReadError(b"", 1), True, StorageUnavailable, "lost"),
         (RuntimeError("a credential provider"), False, StorageUnavailable, "RuntimeError"),
         (redis.ResponseError("RATETHROTTLE a number of an entry is out of range"), True, StorageProtocolError, "out of range"),

@@ -6,34 +6,31 @@ A message names kinds and what to do, never what was sent, to which key, or with
 from __future__ import annotations
 
 import re
+import ssl
 
 import redis
 from redis import exceptions as theirs
 
-from ratethrottle.errors import StorageError, StorageProtocolError, StorageTimeout, StorageUnavailable
+from ratethrottle.errors import StorageError, StorageProtocolError, StorageRefused, StorageTimeout, StorageUnavailable
 
 # The first that matches decides, so what redis-py derives from something else stands before it.
 WORDS: tuple[tuple[tuple[str, ...], type[StorageUnavailable | StorageProtocolError], str], ...] = (
     (
-        (
-            "AuthenticationError",
-            "AuthenticationWrongNumberOfArgsError",
-            "AuthorizationError",
-            "ExternalAuthProviderError",
-            "IncorrectPolicyType",
-        ),
-        StorageUnavailable,
+        ("AuthenticationError", "AuthenticationWrongNumberOfArgsError", "AuthorizationError"),
+        StorageRefused,
         "Redis refused the user or the password; check the client's credentials",
     ),
+    # Not a refusal: who gives out the credentials may be away for a while.
+    (("ExternalAuthProviderError",), StorageUnavailable, "the client's credential provider failed; is its service up?"),
     (
         ("NoPermissionError",),
-        StorageUnavailable,
+        StorageRefused,
         "the Redis user may not run our scripts; allow it EVAL, EVALSHA, SCRIPT LOAD and our prefix",
     ),
     (("MasterDownError",), StorageUnavailable, "Redis is a replica without its master; connect to the master"),
     (
-        ("ClusterError", "AskError", "TryAgainError", "ClusterCrossSlotError", "RedisClusterException"),
-        StorageUnavailable,
+        ("ClusterError", "AskError", "TryAgainError", "ClusterCrossSlotError", "RedisClusterException", "IncorrectPolicyType"),
+        StorageRefused,
         "Redis is part of a cluster, and clusters are not supported yet; connect to a single server",
     ),
     (("ReadOnlyError",), StorageUnavailable, "Redis is a read-only replica; connect to the master, or through its sentinels"),
@@ -49,6 +46,10 @@ WORDS: tuple[tuple[tuple[str, ...], type[StorageUnavailable | StorageProtocolErr
 CODE = re.compile(r"[A-Z]{2,20}\b")
 OURS = re.compile(r"RATETHROTTLE ([a-z0-9 ,]+)")
 
+# How a connection in the midst of TLS is lost.
+LOST_IN_TLS = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
+# What OpenSSL, by its version, makes of an answer in plain text.
+NOT_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST", "UNKNOWN_PROTOCOL")
 
 # What redis-py makes of the first word of an error reply. The rest is a plain ResponseError.
 CODES: dict[str, type[redis.RedisError]] = {
@@ -102,9 +103,22 @@ def _failure(error: BaseException, deadline_s: float, sent: bool) -> StorageErro
             return ours(words)
     if isinstance(error, redis.ResponseError):
         return _refused(error)
+    return _lost(_cause(error), sent)
+
+
+def _lost(cause: BaseException, sent: bool) -> StorageUnavailable:
+    kind = type(cause).__name__
+    # What ends a connection that was in use is a loss, whatever TLS calls it.
     if sent:
-        return StorageUnavailable(f"the connection to Redis was lost ({_kind(error)}); the check may have been counted")
-    return StorageUnavailable(f"Redis can't be reached ({_kind(error)}); is it up, and is the address right?")
+        return StorageUnavailable(f"the connection to Redis was lost ({kind}); the check may have been counted")
+    if isinstance(cause, ssl.SSLError) and not isinstance(cause, LOST_IN_TLS):
+        return StorageRefused(_tls_words(cause))
+    # A server that is just going down does the same as one that hears a client without TLS, so this is no refusal.
+    if isinstance(cause, ConnectionResetError):
+        return StorageUnavailable(
+            f"Redis can't be reached ({kind}); is it up, is the address right, and does its port want TLS (rediss://)?"
+        )
+    return StorageUnavailable(f"Redis can't be reached ({kind}); is it up, and is the address right?")
 
 
 def no_connection(deadline_s: float) -> StorageUnavailable:
@@ -120,19 +134,31 @@ def _refused(error: redis.ResponseError) -> StorageError:
     if "user_script" in text or "running script" in text:
         return StorageProtocolError("the script failed on the server; is a key of ours written by somebody else?")
     if "unknown command" in text:
-        return StorageUnavailable(
+        return StorageRefused(
             "Redis doesn't know a command that we need; were AUTH, EVAL, EVALSHA or SCRIPT renamed or disabled?"
         )
+    if "DB index" in text:
+        return StorageRefused("Redis has no database of this number; check the end of the URL, or the client's db")
     code = CODE.match(text)
     return StorageUnavailable(f"Redis refuses to serve us ({code[0] if code else type(error).__name__})")
 
 
-def _kind(error: BaseException) -> str:
-    """Name the first cause that the system knows: redis-py calls a bad certificate and a closed port by the same name."""
-    kind = type(error).__name__
+def _cause(error: BaseException) -> BaseException:
+    """Find the first cause that the system knows: redis-py calls a bad certificate and a closed port by the same name."""
+    found = error
     inner: BaseException | None = error
     while inner is not None:
         if isinstance(inner, OSError):
-            kind = type(inner).__name__
+            found = inner
         inner = inner.__cause__ or inner.__context__
-    return kind
+    return found
+
+
+def _tls_words(error: ssl.SSLError) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        why = getattr(error, "verify_message", "") or type(error).__name__
+        return f"the certificate of Redis is not accepted ({why}); check it, and the client's ssl_ca_certs and host name"
+    if error.reason in NOT_TLS:
+        return "what listens there doesn't speak TLS; connect to the TLS port, or without TLS (redis://)"
+    why = error.reason or type(error).__name__
+    return f"Redis and this process can't agree on TLS ({why}); check versions, and whether Redis asks for a client certificate"
