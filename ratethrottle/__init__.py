@@ -1,5 +1,6 @@
 """An asyncio rate limiter for services on more than one server: atomic, fast, and bounded when Redis fails."""
 
+from ratethrottle import events
 from ratethrottle._core import Decision, PendingDecision
 from ratethrottle.errors import (
     ConfigurationError,
@@ -16,6 +17,7 @@ from ratethrottle.errors import (
 )
 from ratethrottle.limiter import RateThrottleCore, Request, create_limiter
 from ratethrottle.rule import RateThrottleRule
+from ratethrottle.storage import Statistics
 from ratethrottle.storage.memory import InMemoryStorage
 from ratethrottle.storage.redis import RedisStorage
 
@@ -33,10 +35,12 @@ __all__ = [
     "RateThrottleRule",
     "RedisStorage",
     "Request",
+    "Statistics",
     "StorageError",
     "StorageProtocolError",
     "StorageRefused",
     "StorageTimeout",
     "StorageUnavailable",
     "create_limiter",
+    "events",
 ]

@@ -6,15 +6,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType, TracebackType
 from typing import Any, Final, Self
 
 from ratethrottle._core import Decision, Entry, Limiter, own_check
 from ratethrottle.errors import ConfigurationError, InvalidRequest, LimiterClosed, shown
+from ratethrottle.events import Callback
 from ratethrottle.rule import RateThrottleRule
-from ratethrottle.storage import Storage
+from ratethrottle.storage import Statistics, Storage
 from ratethrottle.storage.memory import InMemoryStorage
 from ratethrottle.storage.redis import RedisStorage
 
@@ -32,6 +33,10 @@ OPTIONS: Final[Mapping[str, tuple[str, str, str, str]]] = MappingProxyType(
         "max_waiting": ("redis", "100,000", "checks", "1 to 1,000,000"),
         "prefilter_ttl": ("redis", "1.0", "seconds", "0 to 60"),
         "max_bounds": ("redis", "100,000", "keys", "1 to 10^8"),
+        "max_connections": ("redis", "8", "connections", "1 to 64"),
+        "on_outage": ("redis", '"local"', "", '"local", "allow", "deny" or "raise"'),
+        "expected_processes": ("redis", "None", "processes", "1 to 100,000, or None"),
+        "on_overload": ("redis", '"deny"', "", '"deny" or "raise"'),
     }
 )
 STORAGES: Final = ("memory", "redis")
@@ -54,20 +59,28 @@ class RateThrottleCore(Limiter):
     Use it from any number of tasks. `async with` is optional: it closes the limiter at its end. Nothing connects before the first check.
     A storage that was passed in is closed too, but never the Redis client that the storage was made from.
 
+    require_storage: with True `async with` waits for the storage, and raises StorageError when it doesn't answer within its
+    deadline, under each outage policy; the limiter isn't closed by that, so that it can be entered again.
+
     Raises ConfigurationError.
     """
 
     # Without an instance dict the interpreter finds `check` without looking there first.
-    __slots__ = ("__weakref__", "_by_name")
+    __slots__ = ("__weakref__", "_by_name", "_require_storage")
 
-    def __init__(self, storage: Storage | None = None, *, rules: Iterable[RateThrottleRule] = ()) -> None:
+    def __init__(
+        self, storage: Storage | None = None, *, rules: Iterable[RateThrottleRule] = (), require_storage: bool = False
+    ) -> None:
         if storage is None:
             storage = InMemoryStorage()
         elif isinstance(storage, type) or not hasattr(storage, "decide"):
             # Never its repr: a URL or a client shows its password there.
             what = f"the class {storage.__name__}" if isinstance(storage, type) else f"a {type(storage).__name__}"
             raise ConfigurationError(f"storage is {what}; pass InMemoryStorage(...) or RedisStorage(client)")
+        if not isinstance(require_storage, bool):
+            raise ConfigurationError(f"require_storage is {shown(require_storage)}; it is True or False")
         super().__init__(storage)
+        self._require_storage = require_storage
         self._by_name: dict[str, RateThrottleRule] = {}
         if isinstance(rules, RateThrottleRule) or not isinstance(rules, Iterable):
             raise ConfigurationError(f"rules is a {type(rules).__name__}; it is an iterable of rules, such as [rule]")
@@ -128,6 +141,21 @@ class RateThrottleCore(Limiter):
         """Forget what the key has used under the rule. Raises what `check` raises."""
         await self._storage.reset(self._entry(key, rule))
 
+    def on_event(self, callback: Callback) -> Callable[[], None]:
+        """Call `callback(event)` for each of `ratethrottle.events` from now on; returns a function that ends that.
+
+        It is called in the thread of the event loop, after the fact, and must be quick. What it raises is logged. Of each kind
+        at most one a second is told (some seldom); `event.suppressed` counts those left out.
+        Raises ConfigurationError for what can't be called, or is async.
+        """
+        remove: Callable[[], None] = self._storage.events.subscribe(callback)
+        return remove
+
+    def statistics(self) -> Statistics:
+        """Count what the storage did and holds in this process. Costs no I/O; also after `aclose`."""
+        counted: Statistics = self._storage.statistics()
+        return counted
+
     async def aclose(self) -> None:
         """Close the limiter and its storage. Later calls raise LimiterClosed; closing again does nothing."""
         if not self._closed:
@@ -137,7 +165,7 @@ class RateThrottleCore(Limiter):
     async def __aenter__(self) -> Self:
         if self._closed:
             raise LimiterClosed
-        await self._storage.open()
+        await self._storage.open(self._require_storage)
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -155,7 +183,12 @@ class RateThrottleCore(Limiter):
 
 
 def create_limiter(
-    storage: str = "memory", *, redis_url: str | None = None, rules: Iterable[RateThrottleRule] = (), **options: Any
+    storage: str = "memory",
+    *,
+    redis_url: str | None = None,
+    rules: Iterable[RateThrottleRule] = (),
+    require_storage: bool = False,
+    **options: Any,
 ) -> RateThrottleCore:
     """Make a limiter with a storage of its own: "memory" (this process) or "redis" (all servers, at `redis_url`).
 
@@ -170,14 +203,18 @@ def create_limiter(
     | max_waiting | redis | 100,000 | checks | 1 to 1,000,000 |
     | prefilter_ttl | redis | 1.0 | seconds | 0 to 60 |
     | max_bounds | redis | 100,000 | keys | 1 to 10^8 |
+    | max_connections | redis | 8 | connections | 1 to 64 |
+    | on_outage | redis | "local" | | "local", "allow", "deny" or "raise" |
+    | expected_processes | redis | None | processes | 1 to 100,000, or None |
+    | on_overload | redis | "deny" | | "deny" or "raise" |
 
-    Nothing connects here. Raises ConfigurationError, for an unknown option too.
+    require_storage: as in RateThrottleCore. Nothing connects here. Raises ConfigurationError, for an unknown option too.
     """
     if storage not in STORAGES:
         raise ConfigurationError(_wrong_storage(storage))
     for name in options:
         if name not in OPTIONS:
-            near = difflib.get_close_matches(name, [*OPTIONS, "redis_url", "rules"], 1)
+            near = difflib.get_close_matches(name, [*OPTIONS, "redis_url", "rules", "require_storage"], 1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(OPTIONS)}"
             raise ConfigurationError(f"there is no option {shown(name)}; {hint}")
         if OPTIONS[name][0] != storage:
@@ -185,10 +222,10 @@ def create_limiter(
     if storage == "memory":
         if redis_url is not None:
             raise ConfigurationError('redis_url was given, but the storage is "memory"; pass storage="redis" too')
-        return RateThrottleCore(InMemoryStorage(**options), rules=rules)
+        return RateThrottleCore(InMemoryStorage(**options), rules=rules, require_storage=require_storage)
     if redis_url is None:
         raise ConfigurationError('storage="redis" needs redis_url, such as "redis://localhost:6379/0"')
-    return RateThrottleCore(RedisStorage.from_url(redis_url, **options), rules=rules)
+    return RateThrottleCore(RedisStorage.from_url(redis_url, **options), rules=rules, require_storage=require_storage)
 
 
 def _wrong_storage(storage: object) -> str:

@@ -21,7 +21,7 @@ COMPILED = ("_arithmetic", "_bound", "_resp", "_table")
 # those are one layer. The package's own __init__ only gathers the public names.
 LAYERS = [
     ["ratethrottle.errors", "ratethrottle._core", "ratethrottle._calls", *(f"ratethrottle.{part}" for part in COMPILED)],
-    ["ratethrottle.rule"],
+    ["ratethrottle.rule", "ratethrottle.events"],
     ["ratethrottle.storage"],
     ["ratethrottle.limiter"],
     ["ratethrottle.integrations", "ratethrottle.cli"],

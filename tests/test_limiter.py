@@ -389,7 +389,7 @@ def test_a_mistake_is_named_and_a_password_is_not(make: Callable[[], object], wo
 def test_the_defaults_of_the_table_of_options_are_those_of_the_storages() -> None:
     def default(storage: type, name: str) -> str:
         value = inspect.signature(storage).parameters[name].default
-        return f'"{value}"' if isinstance(value, str) else f"{value:,}"
+        return f'"{value}"' if isinstance(value, str) else f"{value:,}" if value is not None else "None"
 
     storages = {"memory": InMemoryStorage, "redis": RedisStorage}
     for name, (storage, told, _, _) in OPTIONS.items():

@@ -3,9 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from ratethrottle._core import Decision, Entry, KeyTable
+from ratethrottle.events import Events
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statistics:
+    """What a storage counts in this process; the rest stays 0 where the storage has no such thing.
+
+    How it is now:
+    keys: keys × rules held in memory. bounds: keys × rules of which it is remembered what Redis said. leases: those of them with
+    units taken ahead. connections: that are open for decisions. waiting: checks that are queued for a connection. in_flight:
+    script calls without a reply yet. away: whether Redis doesn't answer, so that policies decide. processes: how many share the
+    limits, by their heartbeats, this one included. owed: units admitted by policy that Redis has yet to be told of.
+
+    How often since the storage was made:
+    calls: script calls sent. entries: entries sent in them, equal checks of a key being one. reconnections: connections that
+    took the place of a lost one. attempts: to connect. desyncs: replies that didn't belong to their request. evictions: keys
+    that were forgotten before they were fresh. epoch_changes: losses of state in Redis.
+    """
+
+    keys: int = 0
+    bounds: int = 0
+    leases: int = 0
+    connections: int = 0
+    waiting: int = 0
+    in_flight: int = 0
+    away: bool = False
+    processes: int = 0
+    owed: int = 0
+    calls: int = 0
+    entries: int = 0
+    reconnections: int = 0
+    attempts: int = 0
+    desyncs: int = 0
+    evictions: int = 0
+    epoch_changes: int = 0
 
 
 class Storage(Protocol):
@@ -14,6 +50,13 @@ class Storage(Protocol):
     @property
     def table(self) -> KeyTable | None:
         """What decides at once, in compiled code; None where the network is needed."""
+
+    @property
+    def events(self) -> Events:
+        """Who is told of what happens to the storage."""
+
+    def statistics(self) -> Statistics:
+        """Count what there is to count, without I/O."""
 
     async def decide(self, entries: Sequence[Entry]) -> list[Decision]:
         """Decide in order, in one gathering."""
@@ -24,8 +67,8 @@ class Storage(Protocol):
     async def reset(self, entry: Entry) -> None:
         """Forget what the entry's key has used under its rule."""
 
-    async def open(self) -> None:
-        """Take up the storage before the first check needs it."""
+    async def open(self, required: bool = False) -> None:
+        """Take up the storage before the first check needs it; if it is required, wait for it, and raise if it isn't there."""
 
     async def aclose(self) -> None:
         """Close what the storage owns, now and for good."""

@@ -9,6 +9,8 @@ from anyio.lowlevel import checkpoint
 
 from ratethrottle._core import Decision, Entry, KeyTable
 from ratethrottle.errors import ConfigurationError, shown
+from ratethrottle.events import Events
+from ratethrottle.storage import Statistics
 
 MAX_KEYS = 1_000_000_000
 YIELD_EVERY = 128
@@ -36,6 +38,7 @@ class InMemoryStorage:
         if on_full not in ("evict", "deny"):
             raise ConfigurationError(f'on_full is {shown(on_full)}; it is "evict" or "deny"')
         self._since_turn = 0
+        self.events = Events()
         self.table = KeyTable(max_keys, on_full == "evict", clock_us)
 
     def __len__(self) -> int:
@@ -51,6 +54,10 @@ class InMemoryStorage:
     def size_bytes(self) -> int:
         """Bytes held for all keys."""
         return self.table.size_bytes
+
+    def statistics(self) -> Statistics:
+        """Count what there is to count."""
+        return Statistics(keys=len(self.table), evictions=self.table.evictions)
 
     async def decide(self, entries: Sequence[Entry]) -> list[Decision]:
         """Decide in order."""
@@ -73,8 +80,8 @@ class InMemoryStorage:
             self._since_turn = 0
             await checkpoint()
 
-    async def open(self) -> None:
-        """Nothing to take up."""
+    async def open(self, required: bool = False) -> None:
+        """Nothing to take up, and always there."""
 
     async def aclose(self) -> None:
         """Nothing to close."""

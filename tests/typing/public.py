@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, assert_type
 
 from ratethrottle import (
@@ -14,7 +14,9 @@ from ratethrottle import (
     RateThrottleRule,
     RedisStorage,
     Request,
+    Statistics,
     create_limiter,
+    events,
 )
 
 
@@ -52,3 +54,20 @@ def makers(client: object) -> None:
     assert_type(create_limiter(rules=[RateThrottleRule.parse("rule", "10/s")], max_keys=5), RateThrottleCore)
     assert_type(RateThrottleCore(RedisStorage(client)), RateThrottleCore)
     assert_type(RateThrottleCore(InMemoryStorage(on_full="deny")), RateThrottleCore)
+
+
+def watched(limiter: RateThrottleCore) -> None:
+    """What an operator reads."""
+
+    def heard(event: events.Event) -> None:
+        assert_type(event.kind, str)
+        assert_type(event.at, float)
+        assert_type(event.message, str)
+        if isinstance(event, events.OutageEnded):
+            assert_type(event.seconds, float)
+
+    assert_type(limiter.on_event(heard), Callable[[], None])
+    limiter.on_event(print)
+    assert_type(limiter.statistics(), Statistics)
+    assert_type(limiter.statistics().away, bool)
+    create_limiter("redis", redis_url="redis://a", require_storage=True, on_outage="deny")

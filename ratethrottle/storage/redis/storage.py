@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 import weakref
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import redis.asyncio
 
 from ratethrottle._calls import Calls, Layout
-from ratethrottle._core import Decision, Entry, KeyTable
-from ratethrottle.errors import ConfigurationError, StorageUnavailable
+from ratethrottle._core import Decision, Entry, KeyTable, Limiter
+from ratethrottle.errors import ConfigurationError, StorageUnavailable, shown
+from ratethrottle.events import Events
+from ratethrottle.rule import RateThrottleRule
+from ratethrottle.storage import Statistics
 from ratethrottle.storage.redis.line import Line
 from ratethrottle.storage.redis.settings import Settings
+
+OnOutage = Literal["local", "allow", "deny", "raise"]
+OnOverload = Literal["deny", "raise"]
 
 TAGS_MAX = 16_384  # the slots of a cluster
 PREFIX = re.compile(r"[^{}\s\ud800-\udfff]{1,64}\Z")
@@ -36,7 +43,13 @@ class RedisStorage(Calls):
     1 to 16,384. connections: on which decisions travel, for each event loop, 1 to 8; a key always takes the same one.
     max_waiting: checks that may wait for each of them, 1 to 1,000,000. prefilter_ttl: for how many seconds a denial may be
     repeated without asking Redis again, 0 to 60: so much later is it felt elsewhere that a key was reset. max_bounds: keys of
-    which this process remembers what Redis said last, 1 to 10^8.
+    which this process remembers what Redis said last, 1 to 10^8. max_connections: of this process, those for other things than
+    decisions included, `connections` to 64.
+
+    on_outage: what a check is when Redis doesn't answer within the deadline: "local" is decided here, by this process's share of
+    the limit; "allow" is allowed, "deny" denied, and "raise" raises the StorageError. expected_processes: how many share the
+    limits, 1 to 100,000, for as long as no heartbeat has told; with None, "local" denies until then.
+    on_overload: what a check is when `max_waiting` wait already: "deny" is denied, "raise" raises StorageUnavailable.
 
     Raises ConfigurationError. Nothing connects before the first check, or `async with`.
     """
@@ -54,6 +67,10 @@ class RedisStorage(Calls):
         max_waiting: int = 100_000,
         prefilter_ttl: float = 1.0,
         max_bounds: int = 100_000,
+        max_connections: int = 8,
+        on_outage: OnOutage = "local",
+        expected_processes: int | None = None,
+        on_overload: OnOverload = "deny",
     ) -> None:
         if not isinstance(prefix, str) or not PREFIX.match(prefix):
             raise ConfigurationError(f"prefix is {prefix!r}; it is 1 to 64 characters without spaces and braces")
@@ -63,6 +80,13 @@ class RedisStorage(Calls):
         whole("connections", connections, 8)
         whole("max_waiting", max_waiting, 1_000_000)
         whole("max_bounds", max_bounds, 100_000_000)
+        whole("max_connections", max_connections, 64)
+        if max_connections < connections:
+            raise ConfigurationError(f"max_connections is {max_connections}; it is at least connections, which is {connections}")
+        if expected_processes is not None:
+            whole("expected_processes", expected_processes, 100_000)
+        one_of("on_outage", on_outage, get_args(OnOutage))
+        one_of("on_overload", on_overload, get_args(OnOverload))
         self._settings = Settings(client, deadline)
         super().__init__(
             Layout(prefix.encode(), tags),
@@ -73,6 +97,15 @@ class RedisStorage(Calls):
         self._deadline_s = deadline
         self._connections = connections
         self._max_waiting = max_waiting
+        self._max_connections = max_connections
+        self._on_outage = on_outage
+        self._expected_processes = expected_processes
+        self._on_overload = on_overload
+        self.events = Events()
+        self._sent_before = (0, 0)  # script calls and entries, by lines that are gone
+        self._leases = self._reconnections = self._attempts = self._desyncs = self._epoch_changes = 0
+        self._processes = self._owed = 0
+        self._away = False
         self._lines: dict[asyncio.AbstractEventLoop, tuple[Line, ...]] = {}
         self._closed = False
         # Also what keeps a line's task alive as long as the storage: a loop holds its tasks weakly.
@@ -96,6 +129,28 @@ class RedisStorage(Calls):
             )
         return cls(client, **options)
 
+    def statistics(self) -> Statistics:
+        """Count what there is to count in this process, in all of its loops."""
+        lines = [line for lines in list(self._lines.values()) for line in lines if line.process == os.getpid()]
+        calls, entries = self._sent_before
+        return Statistics(
+            bounds=len(self.bounds),
+            leases=self._leases,
+            connections=sum(line._open for line in lines),
+            waiting=sum(line._waiting_count for line in lines),
+            in_flight=sum(line._in_flight_count for line in lines),
+            away=self._away,
+            processes=self._processes,
+            owed=self._owed,
+            calls=calls + sum(line.sent_calls for line in lines),
+            entries=entries + sum(line.sent_entries for line in lines),
+            reconnections=self._reconnections,
+            attempts=self._attempts,
+            desyncs=self._desyncs,
+            evictions=self.bounds.evictions,
+            epoch_changes=self._epoch_changes,
+        )
+
     async def decide(self, entries: Sequence[Entry]) -> list[Decision]:
         """Decide in order, all within one deadline. When one of several calls fails, what the others granted stays granted."""
         return await self._together(entries, "check")
@@ -116,15 +171,22 @@ class RedisStorage(Calls):
             group.leave()
         return group.decisions()
 
-    async def open(self) -> None:
-        """Connect, without waiting for it."""
+    async def open(self, required: bool = False) -> None:
+        """Connect; if it is required, wait for an answer, and raise StorageError when none comes within the deadline."""
         for line in self._gatherings_here():
             line.connect()
+        if required:
+            # To read a key that nobody writes takes all that a check does: a connection, our scripts and the right to run them.
+            probe = Limiter(self)
+            probe._install(RateThrottleRule("probe", 1, 1).compiled)
+            await self.peek(probe._entry("probe"))
 
     async def aclose(self) -> None:
         """Close our connections for good, those of other loops too. The client that was passed in stays as it is."""
         self._closed = True
         self._forget_here()
+        for known in list(self._lines.values()):
+            self._remember_sent(known)
         lines = self._lines.pop(asyncio.get_running_loop(), ())
         abandon(self._lines)
         for line in lines:
@@ -145,11 +207,18 @@ class RedisStorage(Calls):
                 elif known is loop:  # what is left of them
                     abandon({known: old})
                 if known is loop or known.is_closed() or old[0].process != os.getpid():
+                    self._remember_sent(old)
                     self._lines.pop(known, None)
             lines = self._lines[loop] = tuple(
                 Line(self, self._settings, self._deadline_s, self._max_waiting) for _ in range(self._connections)
             )
         return lines
+
+    def _remember_sent(self, lines: tuple[Line, ...]) -> None:
+        """Keep the counts of lines that are about to go: a count that falls looks like a restart to who watches it."""
+        ours = [line for line in lines if line.process == os.getpid()]
+        calls, entries = self._sent_before
+        self._sent_before = (calls + sum(line.sent_calls for line in ours), entries + sum(line.sent_entries for line in ours))
 
 
 def seconds(name: str, value: object, least: float, most: float) -> None:
@@ -162,6 +231,12 @@ def whole(name: str, value: object, most: int) -> None:
     """Check an option. Raises ConfigurationError."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
         raise ConfigurationError(f"{name} is {value!r}; it is a whole number from 1 to {most:,}")
+
+
+def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Check an option. Raises ConfigurationError."""
+    if value not in choices:
+        raise ConfigurationError(f"{name} is {shown(value)}; it is {', '.join(map(json.dumps, choices))}")
 
 
 def abandon(lines: dict[asyncio.AbstractEventLoop, tuple[Line, ...]]) -> None:

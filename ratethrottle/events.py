@@ -1,0 +1,231 @@
+"""What happened to the storage: the events, and who is told of them.
+
+Each goes to the logger "ratethrottle" and to the callbacks of `limiter.on_event`. No event holds a password or a key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Final
+
+from ratethrottle.errors import ConfigurationError
+
+LOGGER: Final = logging.getLogger("ratethrottle")
+# Without it Python prints the warnings of a program that has set up no logging.
+LOGGER.addHandler(logging.NullHandler())
+
+
+@dataclass(frozen=True, slots=True)
+class Event(ABC):
+    """Something that happened to the storage of this process.
+
+    at: when, in seconds since the Unix epoch. suppressed: how many of the kind were left out before this one.
+    """
+
+    kind: ClassVar[str]
+    level: ClassVar[int] = logging.WARNING
+    every_s: ClassVar[float] = 1.0  # at most one of the kind is told in so many seconds
+
+    at: float = field(default_factory=time.time, kw_only=True)
+    suppressed: int = field(default=0, kw_only=True)
+
+    @property
+    @abstractmethod
+    def message(self) -> str:
+        """What happened and what to look at, in one line."""
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.suppressed} more like it before)" if self.suppressed else self.message
+
+
+@dataclass(frozen=True, slots=True)
+class OutageBegan(Event):
+    """Redis doesn't answer in time: from now on policies decide.
+
+    reason: the error, in our words. policy: the storage's `on_outage`; a rule may have its own.
+    """
+
+    kind: ClassVar[str] = "outage_began"
+    reason: str
+    policy: str
+
+    @property
+    def message(self) -> str:
+        """What happened and what to look at, in one line."""
+        return f'outage: {self.reason}; checks are decided by on_outage="{self.policy}" until Redis answers again'
+
+
+@dataclass(frozen=True, slots=True)
+class OutageEnded(Event):
+    """Redis answers again, and knows what this process knew and admitted.
+
+    seconds: how long the outage took. decisions: how many checks were decided by policy.
+    """
+
+    kind: ClassVar[str] = "outage_ended"
+    level: ClassVar[int] = logging.INFO
+    seconds: float
+    decisions: int
+
+    @property
+    def message(self) -> str:
+        """What happened and what to look at, in one line."""
+        return f"the outage ended after {self.seconds:.3g} s; {self.decisions} checks were decided by policy"
+
+
+@dataclass(frozen=True, slots=True)
+class MasterMoved(Event):
+    """The sentinels name another master. before, after: host:port."""
+
+    kind: ClassVar[str] = "master_moved"
+    before: str
+    after: str
+
+    @property
+    def message(self) -> str:
+        """What happened and what to look at, in one line."""
+        return f"failover: the master moved from {self.before} to {self.after}"
+
+
+@dataclass(frozen=True, slots=True)
+class StateLost(Event):
+    """Redis has lost state (failover, flush or restart), and this process told it what it still knew.
+
+    bounds_asserted: of how many keys. whole: whether Redis had nothing left; None where that isn't known.
+    """
+
+    kind: ClassVar[str] = "state_lost"
+    bounds_asserted: int
+    whole: bool | None = None
+
+    @property
+    def message(self) -> str:
+        """What happened and what to look at, in one line."""
+        lost = {True: "all of its state", False: "a part of its state", None: "state"}[self.whole]
+        return (
+            f"Redis lost {lost} (failover, flush or restart); this process gave back what it knew of {self.bounds_asserted} keys"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Desync(Event):
+    """A reply didn't belong to its request; the connection was dropped, and its checks went by policy. what: what came."""
+
+    kind: ClassVar[str] = "desync"
+    what: str
+
+    @property
+    def message(self) -> str:
+        """What happened and what to look at, in one line."""
+        return f"Redis sent {self.what}; the connection was dropped (is there a proxy in between?)"
+
+
+@dataclass(frozen=True, slots=True)
+class Evicted(Event):
+    """The table of bounds is full and forgets keys that weren't fresh. bounds: how many in all since the storage was made."""
+
+    kind: ClassVar[str] = "evicted"
+    every_s: ClassVar[float] = 60.0
+    bounds: int
+
+    @property
+    def message(self) -> str:
+        """What happened and what to look at, in one line."""
+        return f"the table of bounds is full and forgot {self.bounds} keys so far; raise max_bounds, or look for a flood of keys"
+
+
+@dataclass(frozen=True, slots=True)
+class Refused(Event):
+    """Redis refuses us: no policy applies, checks raise `StorageRefused`. reason: the error, in our words."""
+
+    kind: ClassVar[str] = "refused"
+    level: ClassVar[int] = logging.ERROR
+    every_s: ClassVar[float] = 60.0
+    reason: str
+
+    @property
+    def message(self) -> str:
+        """What happened and what to look at, in one line."""
+        return f"checks fail: {self.reason}"
+
+
+Callback = Callable[[Event], object]
+
+
+class Events:
+    """Tells the logger and the subscribers, of each kind at most one event in its `every_s` seconds.
+
+    clock_s: a monotonic clock in seconds, for tests. Any thread may call it: without a lock, two threads that emit at the same
+    moment may at worst tell one too many.
+    """
+
+    def __init__(self, *, clock_s: Callable[[], float] = time.monotonic) -> None:
+        self._clock_s = clock_s
+        self._subscribers: dict[object, Callback] = {}
+        self._told_s: dict[str, float] = {}
+        self._left_out: dict[str, int] = {}
+        self._outage: OutageBegan | None = None  # the one that is going on
+        self._outage_told = False
+
+    def subscribe(self, callback: Callback) -> Callable[[], None]:
+        """Call `callback` with each event that is told, after the logger; returns what ends that.
+
+        It is called in the thread of the event loop that noticed, and must be quick: nothing else runs there meanwhile. What it
+        raises is logged. Raises ConfigurationError if it is no callable, or asynchronous.
+        """
+        if not callable(callback):
+            raise ConfigurationError(f"on_event takes a function of one event, not a {type(callback).__name__}")
+        if inspect.iscoroutinefunction(callback) or inspect.iscoroutinefunction(type(callback).__call__):
+            raise ConfigurationError(
+                "on_event takes a plain function, and this one is async: nobody would await it; let a plain one start a task"
+            )
+        token = object()
+        self._subscribers[token] = callback
+
+        def remove() -> None:
+            self._subscribers.pop(token, None)
+
+        return remove
+
+    def emit(self, event: Event) -> None:
+        """Tell of an event, or count it for the next of its kind. Never raises.
+
+        Of one outage OutageBegan may be emitted again and again, as attempts fail: it is told once, later if it was left out at
+        first, so that no outage stays silent for long. OutageEnded is told exactly if its OutageBegan was.
+        """
+        kind, now_s = event.kind, self._clock_s()
+        due = now_s - self._told_s.get(kind, float("-inf")) >= event.every_s
+        if isinstance(event, OutageBegan):
+            if self._outage is not None:
+                if self._outage_told or not due:
+                    return
+                self._left_out[kind] -= 1  # it was counted when it was left out at first
+                event = self._outage
+            self._outage, self._outage_told = event, due
+        elif isinstance(event, OutageEnded):
+            due, self._outage, self._outage_told = self._outage_told, None, False
+        if not due:
+            self._left_out[kind] = self._left_out.get(kind, 0) + 1
+            return
+        self._told_s[kind] = now_s
+        self._tell(replace(event, suppressed=self._left_out.pop(kind, 0)))
+
+    def _tell(self, event: Event) -> None:
+        _log(event.level, str(event))
+        for callback in tuple(self._subscribers.values()):
+            try:
+                callback(event)
+            except Exception as error:  # noqa: BLE001  # whatever it raises, the check that is under way doesn't fail for it
+                _log(logging.ERROR, "a callback of on_event failed", error)
+
+
+def _log(level: int, text: str, error: Exception | None = None) -> None:
+    # Somebody else's filters and handlers may raise.
+    with contextlib.suppress(Exception):
+        LOGGER.log(level, "%s", text, exc_info=error)

@@ -1,0 +1,278 @@
+"""What an operator has: refusals that say what to do, statistics, a start that waits for Redis, and a user of few rights."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import ssl
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from ratethrottle import (
+    ConfigurationError,
+    RateThrottleRule,
+    RedisStorage,
+    Statistics,
+    StorageRefused,
+    StorageUnavailable,
+    create_limiter,
+)
+from ratethrottle.storage.redis.failures import failure
+from tests.redis.certificates import make_certificates
+from tests.redis.wire import Relay
+from tests.servers import RedisServer
+
+RULE = RateThrottleRule("r", 5, 60)
+OPERATIONS = Path(__file__).parent.parent.parent / "docs/operations.md"
+
+
+async def refused_words(url: str) -> str:
+    """Check once at a server that refuses us, and give what the error says."""
+    async with create_limiter("redis", redis_url=url, rules=[RULE], deadline=5) as limiter:
+        with pytest.raises(StorageRefused) as refused:
+            await limiter.check("user")
+    assert "pa55" not in str(refused.value)
+    return str(refused.value)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("who", ["", ":pa55@", "nobody:pa55@"])
+async def test_a_wrong_password_is_refused(who: str) -> None:
+    with RedisServer(password="right") as server:
+        assert "refused the user or the password" in await refused_words(f"redis://{who}127.0.0.1:{server.port}")
+
+
+async def test_a_user_without_our_commands_or_without_our_keys_is_refused() -> None:
+    with RedisServer() as server, server.client() as client:
+        client.acl_setuser("few", enabled=True, passwords=["+pa55"], keys=["*"], commands=["+ping"])
+        client.acl_setuser("other", enabled=True, passwords=["+pa55"], keys=["other:*"], categories=["+@all"])
+        for name in ("few", "other"):
+            assert "may not run our scripts" in await refused_words(f"redis://{name}:pa55@127.0.0.1:{server.port}")
+
+
+async def test_a_database_that_is_not_there_is_refused(redis_server: RedisServer) -> None:
+    assert "no database of this number" in await refused_words(f"redis://127.0.0.1:{redis_server.port}/99")
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
+    return make_certificates(tmp_path_factory.mktemp("tls"))
+
+
+@pytest.fixture(scope="module")
+def secure(certificates: tuple[Path, ...]) -> Iterator[RedisServer]:
+    with RedisServer(tls=certificates) as server:
+        yield server
+
+
+async def test_a_certificate_that_is_not_accepted_is_refused(secure: RedisServer) -> None:
+    assert "not accepted (self-signed certificate in certificate chain)" in await refused_words(secure.url)
+    elsewhere = secure.url.replace("127.0.0.1", "localhost")
+    assert "not accepted (Hostname mismatch" in await refused_words(f"{elsewhere}?ssl_ca_certs={secure.tls[2]}")
+
+
+async def test_a_server_that_asks_for_a_certificate_of_ours_refuses(certificates: tuple[Path, ...]) -> None:
+    with RedisServer("--tls-auth-clients", "yes", tls=certificates) as server:
+        words = await refused_words(f"rediss://127.0.0.1:{server.port}?ssl_ca_certs={server.tls[2]}")
+    assert "whether Redis asks for a client certificate" in words
+
+
+async def test_tls_to_somebody_who_answers_in_plain_text_is_refused() -> None:
+    async def web(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(web, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        assert "doesn't speak TLS" in await refused_words(f"rediss://127.0.0.1:{port}")
+
+
+async def test_no_tls_to_a_port_that_wants_it_looks_like_an_outage_and_hints_at_it(secure: RedisServer) -> None:
+    async with create_limiter("redis", redis_url=f"redis://127.0.0.1:{secure.port}", rules=[RULE], deadline=5) as limiter:
+        with pytest.raises(StorageUnavailable, match=r"want TLS \(rediss://\)") as unavailable:
+            await limiter.check("user")
+    assert type(unavailable.value) is StorageUnavailable
+
+
+@pytest.mark.parametrize("kind", [ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError])
+def test_a_connection_that_dies_in_the_midst_of_tls_is_no_refusal(kind: type[ssl.SSLError]) -> None:
+    error = redis.ConnectionError("Error 8 connecting")
+    error.__context__ = kind(8, "EOF occurred in violation of protocol")
+    assert type(failure(error, 0.25, sent=False)) is StorageUnavailable
+
+
+def test_what_ends_a_connection_in_use_is_no_refusal() -> None:
+    assert type(failure(ssl.SSLError(1, "bad record mac"), 0.25, sent=True)) is StorageUnavailable
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("on_outage", "open", 'on_outage is \'open\'; it is "local", "allow", "deny", "raise"'),
+        ("on_outage", None, "on_outage is None"),
+        ("on_outage", ["local"], "on_outage is "),
+        ("on_overload", "local", 'on_overload is \'local\'; it is "deny", "raise"'),
+        ("expected_processes", 0, "whole number from 1 to 100,000"),
+        ("expected_processes", 100_001, "whole number from 1 to 100,000"),
+        ("expected_processes", True, "whole number from 1 to 100,000"),
+        ("max_connections", 0, "whole number from 1 to 64"),
+        ("max_connections", 65, "whole number from 1 to 64"),
+    ],
+)
+def test_an_option_for_outages_out_of_range(option: str, value: Any, words: str) -> None:
+    with pytest.raises(ConfigurationError, match=re.escape(words)):
+        create_limiter("redis", redis_url="redis://127.0.0.1", **{option: value})
+
+
+def test_decisions_alone_may_not_need_more_connections_than_there_may_be() -> None:
+    with pytest.raises(ConfigurationError, match="max_connections is 2; it is at least connections, which is 3"):
+        RedisStorage.from_url("redis://127.0.0.1", connections=3, max_connections=2)
+
+
+@pytest.mark.parametrize("on_outage", ["local", "allow", "deny", "raise"])
+def test_each_policy_is_taken(on_outage: Any) -> None:
+    storage = RedisStorage.from_url("redis://127.0.0.1", on_outage=on_outage, expected_processes=4, on_overload="raise")
+    assert storage._on_outage == on_outage
+    assert (storage._expected_processes, storage._on_overload, storage._max_connections) == (4, "raise", 8)
+
+
+# A start that waits
+
+
+async def test_a_required_storage_that_is_not_there_is_an_error_at_the_start_and_can_be_tried_again() -> None:
+    server = RedisServer()
+    limiter = create_limiter(
+        "redis", redis_url=f"redis://127.0.0.1:{server.port}", rules=[RULE], deadline=2, require_storage=True
+    )
+    try:
+        with pytest.raises(StorageUnavailable, match="can't be reached"):
+            async with limiter:
+                pytest.fail("it was entered")
+        server.start()
+        async with limiter:
+            assert limiter.statistics().connections == 1
+            assert (await limiter.check("user")).remaining == 4
+            with server.client() as client:
+                assert [key.rpartition(b":")[2] for key in client.keys("*=*")] == [b"=user"]
+    finally:
+        server.close()
+
+
+async def test_a_required_storage_that_says_nothing_is_an_error_within_the_deadline() -> None:
+    with RedisServer() as server:
+        server.pause()
+        limiter = create_limiter("redis", redis_url=server.url, deadline=0.2, require_storage=True)
+        async with asyncio.timeout(2):
+            with pytest.raises(StorageUnavailable, match=r"within 0\.2 s"):
+                await limiter.__aenter__()
+        server.resume()
+        await limiter.aclose()
+
+
+async def test_a_required_storage_that_refuses_says_so_at_the_start() -> None:
+    with RedisServer(password="right") as server:
+        limiter = create_limiter("redis", redis_url=f"redis://127.0.0.1:{server.port}", deadline=5, require_storage=True)
+        with pytest.raises(StorageRefused):
+            await limiter.__aenter__()
+        await limiter.aclose()
+
+
+async def test_without_that_a_service_starts_while_redis_is_away() -> None:
+    async with create_limiter("redis", redis_url="redis://127.0.0.1:1"):
+        pass
+
+
+# Statistics
+
+
+async def test_the_statistics_of_a_process(redis_server: RedisServer) -> None:
+    async with (
+        Relay(redis_server.socket) as relay,
+        create_limiter("redis", redis_url=relay.url, rules=[RULE], deadline=5, max_bounds=1_000) as limiter,
+    ):
+        assert limiter.statistics() == Statistics()
+        await limiter.check("user:0")
+        first = limiter.statistics()
+        assert (first.connections, first.calls, first.entries, first.bounds) == (1, 1, 1, 1)
+        relay.tamper = lambda reply: b""
+        checks = [asyncio.ensure_future(limiter.check(f"user:{number % 20}")) for number in range(100)]
+        await asyncio.sleep(0.05)
+        busy = limiter.statistics()
+        assert 1 <= busy.in_flight <= 2
+        relay.cut()
+        await asyncio.gather(*checks, return_exceptions=True)
+        lost = limiter.statistics()
+        assert (lost.connections, lost.waiting, lost.in_flight) == (0, 0, 0)
+        assert lost.entries > 1
+
+
+async def test_a_check_that_waits_for_a_connection_is_counted() -> None:
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(silent, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with create_limiter("redis", redis_url=f"redis://127.0.0.1:{port}", rules=[RULE], deadline=0.2) as limiter:
+            checks = [asyncio.ensure_future(limiter.check(f"user:{number}")) for number in range(7)]
+            await asyncio.sleep(0.01)
+            assert limiter.statistics().waiting == 7
+            await asyncio.gather(*checks, return_exceptions=True)
+            assert limiter.statistics().waiting == 0
+
+
+def test_counts_go_on_when_loops_come_and_go(redis_server: RedisServer) -> None:
+    limiter = create_limiter("redis", redis_url=redis_server.url, rules=[RULE], deadline=5)
+
+    async def checks(keys: str) -> None:
+        for key in keys:
+            await limiter.check(key)
+
+    asyncio.run(checks("abc"))
+    assert limiter.statistics().calls == 3
+    asyncio.run(checks("de"))
+    assert (limiter.statistics().calls, limiter.statistics().entries) == (5, 5)
+    asyncio.run(limiter.aclose())
+    assert (limiter.statistics().calls, limiter.statistics().entries) == (5, 5)
+
+
+async def test_evictions_of_bounds_are_counted(redis_server: RedisServer) -> None:
+    async with create_limiter("redis", redis_url=redis_server.url, rules=[RULE], deadline=5, max_bounds=2) as limiter:
+        for number in range(5):
+            await limiter.check(f"user:{number}")
+        assert (limiter.statistics().bounds, limiter.statistics().evictions) == (2, 3)
+
+
+# What the page for operators says
+
+
+async def test_the_user_that_the_page_proposes_can_do_all_that_is_needed() -> None:
+    if not OPERATIONS.exists():
+        pytest.skip("testing an installed wheel, which holds no docs")
+    [line] = re.findall(r"ACL SETUSER limiter .*", OPERATIONS.read_text())
+    with RedisServer() as server:
+        with server.client() as client:
+            client.execute_command(*line.split())
+        url = f"redis://limiter:password@127.0.0.1:{server.port}"
+        async with create_limiter("redis", redis_url=url, rules=[RULE], deadline=5, require_storage=True) as limiter:
+            await limiter.check("user", cost=5)
+            assert not await limiter.peek("user")
+            await limiter.reset("user")
+            assert await limiter.check("user")
+        with redis.Redis(port=server.port, username="limiter", password="password") as own:
+            for command in (["INFO", "server"], ["ROLE"], ["TIME"], ["ZADD", "ratethrottle:processes", "1", "x"]):
+                own.execute_command(*command)
+            for forbidden in (["FLUSHALL"], ["CONFIG", "GET", "*"], ["GET", "else"]):
+                with pytest.raises(redis.exceptions.NoPermissionError):
+                    own.execute_command(*forbidden)
