@@ -341,6 +341,14 @@ cdef inline void settle(const Terms* rule, Outcome* out) noexcept nogil:
         out.remaining = out.remaining // rule.span if out.remaining > 0 else 0
 
 
+cdef inline void view_count(View* view, int64_t cost) noexcept nogil:
+    """Count units in a rolled view that is not a sliding window."""
+    if view.terms.kind == c"b":
+        view.amount.level_ticks += cost * view.terms.unit_ticks
+    else:
+        view.amount.counts.cur = <uint32_t>min(view.amount.counts.cur + cost, UNITS_MAX)
+
+
 cdef inline int view_charge(View* view, int64_t now_us, int64_t cost) noexcept nogil:
     """Count units in a rolled view: of its own definition, or admitted by another one. Returns NO_MEMORY or KEEP."""
     cdef const Window* window
@@ -351,10 +359,7 @@ cdef inline int view_charge(View* view, int64_t now_us, int64_t cost) noexcept n
         if at_us <= now_us:
             at_us = slot_end(view.terms, now_us)  # else this is still the slot of the newest entry, or before it
         return window_push(&view.amount.window, view.terms.slot_us == 1, at_us, cost)
-    if view.terms.kind == c"b":
-        view.amount.level_ticks += cost * view.terms.unit_ticks
-    else:
-        view.amount.counts.cur = <uint32_t>min(view.amount.counts.cur + cost, UNITS_MAX)
+    view_count(view, cost)
     return KEEP
 
 

@@ -45,7 +45,6 @@ cdef class KeyTable:
     cdef int make_room(self, Shard* shard, int64_t now_us) except -1
     cdef Slot* insert(self, Shard* shard, const Slot* slot, int64_t now_us) except NULL
     cdef int decide_located(self, const Place* place, int64_t now_us, int64_t cost, Outcome* out) except -1
-    cdef void decide_scalar(self, View* stored, int64_t now_us, int64_t cost, Outcome* out) noexcept
     cdef int decide_general(self, const Terms* rule, Shard* shard, uint32_t index, int64_t now_us, int64_t cost,
                             Outcome* out) except -1
     cdef int decide_new(self, const Terms* rule, Shard* shard, Hash128 hashed, int64_t now_us, int64_t cost,

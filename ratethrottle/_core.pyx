@@ -16,8 +16,8 @@ from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 
 from ratethrottle._arithmetic cimport (
     answer_length, ceil_div, decide_views, judge, NO_MEMORY, Outcome, report, same_definition, settle, take_answer, Terms, Units,
-    View, view_ahead, view_audit, view_charge, view_derive, view_free, view_fullest, view_rebase, view_roll, Window, window_clone,
-    window_drop, window_live, WRITE,
+    View, view_ahead, view_audit, view_charge, view_count, view_derive, view_free, view_fullest, view_rebase, view_roll, Window,
+    window_clone, window_drop, window_live, WRITE,
 )
 from ratethrottle._bound cimport Bound, bound_verdict, DENIED, LEASED, OPEN, STALE
 from ratethrottle._table cimport (
@@ -85,18 +85,18 @@ cdef extern from *:
     static PyObject *rt_kept_stop = NULL;
     #endif
 
+    /* Takes over the reference to `value`. */
     static void rt_set_stop(PyObject *value) {
     #if PY_VERSION_HEX >= 0x030C0000
         PyStopIterationObject *stop = (PyStopIterationObject *)rt_kept_stop;
         if (stop != NULL && Py_REFCNT(stop) == 1 && stop->traceback == NULL && stop->context == NULL
                 && stop->cause == NULL && stop->notes == NULL) {
-            PyObject *before = stop->value;
-            stop->value = Py_NewRef(value);
-            Py_XDECREF(before);
+            Py_XSETREF(stop->value, value);
             PyErr_SetRaisedException(Py_NewRef((PyObject *)stop));
             return;
         }
         PyObject *fresh = PyObject_CallOneArg(PyExc_StopIteration, value);
+        Py_DECREF(value);
         if (fresh == NULL) return;
         /* Its args would go on naming this value when `value` has become another one. */
         Py_XSETREF(((PyBaseExceptionObject *)fresh)->args, PyTuple_New(0));
@@ -104,6 +104,7 @@ cdef extern from *:
         PyErr_SetRaisedException(fresh);
     #else
         PyObject *stop = PyObject_CallOneArg(PyExc_StopIteration, value);
+        Py_DECREF(value);
         if (stop == NULL) return;
         PyErr_SetObject(PyExc_StopIteration, stop);
         Py_DECREF(stop);
@@ -400,40 +401,41 @@ cdef class KeyTable:
     cdef inline int decide_located(self, const Place* place, int64_t now_us, int64_t cost, Outcome* out) except -1:
         """Decide on a located key, and consume if allowed. Runs no Python code."""
         cdef Shard* shard = place.shard
-        cdef int64_t found = shard_find(shard, place.hashed), total
+        cdef int64_t found = shard_find(shard, place.hashed), total = 0
         cdef Slot* slot
         cdef View* view
-        cdef uint32_t expired
+        cdef View rolled
+        cdef uint32_t expired = 0
+        cdef bint windowed
         if found < 0:
             return self.decide_new(place.terms, shard, place.hashed, now_us, cost, out)
         slot = slot_at(shard, <uint32_t>found)
         view = &slot.view
         if view.terms != place.terms or view_ahead(view, now_us):
             return self.decide_general(place.terms, shard, <uint32_t>found, now_us, cost, out)
-        # One view, of this very definition: the same steps as in decide_views, without a copy.
-        if view.terms.kind == c"s":
-            window_live(view.amount.window, now_us - view.terms.window_us, &expired, &total)
-            judge(view.terms, view, now_us, cost, expired, total, out)
-            if out.allowed:
+        # One view, of this very definition: the same steps as in decide_views, on a copy that stays in registers.
+        rolled = view[0]
+        windowed = rolled.terms.kind == c"s"
+        if windowed:
+            window_live(rolled.amount.window, now_us - rolled.terms.window_us, &expired, &total)
+        else:
+            view_roll(&rolled, now_us)
+        judge(rolled.terms, &rolled, now_us, cost, expired, total, out)
+        if out.allowed:
+            if windowed:
                 if expired:
                     window_drop(view.amount.window, expired, total)
                 if view_charge(view, now_us, cost) == NO_MEMORY:
                     raise MemoryError
-                total = view.amount.window.total
-            report(view.terms, view, now_us, total, out)
-        else:
-            self.decide_scalar(view, now_us, cost, out)
+                rolled.amount = view.amount
+                total = rolled.amount.window.total
+            else:
+                view_count(&rolled, cost)
+                view.at_us = rolled.at_us
+                view.amount = rolled.amount
+        report(rolled.terms, &rolled, now_us, total, out)
         view_audit(view, now_us)
         return 0
-
-    cdef inline void decide_scalar(self, View* stored, int64_t now_us, int64_t cost, Outcome* out) noexcept:
-        cdef View view = stored[0]
-        view_roll(&view, now_us)
-        judge(view.terms, &view, now_us, cost, 0, 0, out)
-        if out.allowed:
-            view_charge(&view, now_us, cost)
-            stored[0] = view
-        report(view.terms, &view, now_us, 0, out)
 
     cdef int decide_general(self, const Terms* rule, Shard* shard, uint32_t index, int64_t now_us, int64_t cost,
                             Outcome* out) except -1:
@@ -896,7 +898,6 @@ cdef PyObject* pending_next(PyObject* this) noexcept:
     cdef PySendResult status = pending_send(this, <PyObject*>None, &result)
     if status == PYGEN_RETURN:
         rt_set_stop(result)
-        Py_DECREF(result)
         return NULL
     return result
 
@@ -1166,52 +1167,52 @@ cdef class Limiter:
         Raises `InvalidRequest` at once for a bad key, rule or cost (`CostExceedsLimit` above the rule's capacity),
         `LimiterClosed` after `aclose`; when awaited, a `StorageError` if the storage can't answer within its deadline.
         """
-        return self.checked(key, rule, cost)
-
-    cdef PendingDecision checked(self, object key, object rule, object cost):
-        cdef CompiledRule terms
-        cdef Outcome* out
-        cdef bytes joined = None
-        cdef Place place
-        cdef int64_t units, now_us
-        cdef Py_ssize_t length
-        cdef const char* data
         if self._closed:
             raise LimiterClosed()
-        terms = self.only
-        if rule is not None or terms is None:
-            terms = self.which(rule)
-        units = 1 if cost is 1 else units_of(cost, terms)
+        terms = self.which(rule)
+        return self.checked(key, terms, 1 if cost is 1 else units_of(cost, terms))
+
+    cdef PendingDecision checked(self, object key, CompiledRule terms, int64_t units):
+        """Decide what is valid but for its key."""
+        cdef bytes joined = None
+        cdef Place place
+        cdef Outcome* out
+        cdef int64_t now_us
         if key is self.last_key and terms is self.last_terms and self.table.forks == forks:
             place = self.last_place
-            data = NULL
-            length = 0
         else:
-            if PyUnicode_Check(key):
-                data = rt_utf8(key, &length)
-                if data == NULL or length == 0:
-                    PyErr_Clear()
-                    self._entry(key, rule, cost)  # words the error
-                    raise InvalidRequest("the key has no UTF-8")
-            else:
-                joined = (<Entry>self._entry(key, rule, cost)).canonical
-                data = PyBytes_AS_STRING(joined) + 1
-                length = PyBytes_GET_SIZE(joined) - 1
-            self.table.locate(terms, joined is not None, data, length, &place)
-            if joined is None and PyUnicode_CheckExact(key):
-                self.last_key = key
-                self.last_terms = terms
-                self.last_place = place
+            joined = self.located(key, terms, &place)
         now_us = self.table.now_us()
         # From here on no Python code runs, so that no other thread can come to the spare decision before it is handed out.
         out = self.blank_outcome()
         if self.remote is not None:
-            return self.bounded(&place, now_us, units, out, terms, key, joined, data, length)
+            return self.bounded(&place, now_us, units, out, terms, key, joined)
         self.table.decide_located(&place, now_us, units, out)
         return self.completed(terms, key, units, MEMORY)
 
+    cdef bytes located(self, object key, CompiledRule terms, Place* place):
+        """Say where a key belongs. Returns the joined form of a tuple, with its mark; None for a str."""
+        cdef bytes joined
+        cdef Py_ssize_t length
+        cdef const char* data
+        if not PyUnicode_Check(key):
+            joined = (<Entry>self._entry(key, terms.name)).canonical
+            self.table.locate(terms, True, PyBytes_AS_STRING(joined) + 1, PyBytes_GET_SIZE(joined) - 1, place)
+            return joined
+        data = rt_utf8(key, &length)
+        if data == NULL or length == 0:
+            PyErr_Clear()
+            self._entry(key, terms.name)         # words the error
+            raise InvalidRequest("the key has no UTF-8")
+        self.table.locate(terms, False, data, length, place)
+        if PyUnicode_CheckExact(key):
+            self.last_key = key
+            self.last_terms = terms
+            self.last_place = place[0]
+        return None
+
     cdef PendingDecision bounded(self, const Place* place, int64_t now_us, int64_t units, Outcome* out, CompiledRule terms,
-                                 object key, bytes joined, const char* data, Py_ssize_t length):
+                                 object key, bytes joined):
         """The decision of a bound or a lease, or an awaitable that asks the store."""
         cdef PendingDecision pending
         cdef int64_t found = shard_find(place.shard, place.hashed)
@@ -1221,8 +1222,6 @@ cdef class Limiter:
                                     self.remote.ttl_us, out)
             if verdict == DENIED or verdict == LEASED:
                 return self.completed(terms, key, units, LEASE if verdict == LEASED else PREFILTER)
-        if data == NULL:                         # the key of the check before, which has its UTF-8
-            data = rt_utf8(key, &length)
         self.complete = 0
         pending = PendingDecision.__new__(PendingDecision)
         pending.stage = NEW
@@ -1230,10 +1229,15 @@ cdef class Limiter:
         pending.stale = verdict == STALE
         pending.rule = terms
         pending.key = key
-        pending.text = key if joined is None else joined
-        pending.data = data
-        pending.size = length
-        pending.mark = c"=" if joined is None else c"("
+        if joined is None:
+            pending.text = key
+            pending.data = rt_utf8(key, &pending.size)
+            pending.mark = c"="
+        else:
+            pending.text = joined
+            pending.data = PyBytes_AS_STRING(joined) + 1
+            pending.size = PyBytes_GET_SIZE(joined) - 1
+            pending.mark = c"("
         pending.mode = CHECK
         pending.units = units
         pending.hashed = place.hashed
@@ -1249,33 +1253,40 @@ cdef class Limiter:
     cdef inline PendingDecision completed(self, CompiledRule terms, object key, int64_t units, Source source):
         """The spare decision, its outcome filled in, as an awaitable that is complete."""
         cdef PendingDecision pending
-        cdef Decision decision = self.spare_decision
-        if decision.terms is not terms:
-            decision.terms = terms
-        decision.key = key
-        decision.cost = units
-        decision.source_index = source
+        cdef PyObject* unclaimed
+        cdef PyObject* decision = <PyObject*>self.spare_decision
+        # The reference that is handed over, taken first: giving up the last key may run code that checks, and needs another spare.
+        Py_INCREF(self.spare_decision)
+        if (<Decision>decision).terms is not terms:
+            (<Decision>decision).terms = terms
+        if (<Decision>decision).key is not key:
+            (<Decision>decision).key = key
+        (<Decision>decision).cost = units
+        (<Decision>decision).source_index = source
         if Py_REFCNT(<PyObject*>self.spare_pending) != 1:
             self.spare_pending = PendingDecision.__new__(PendingDecision)
-        pending = self.spare_pending
-        Py_INCREF(decision)
-        Py_XDECREF(pending.decision)             # of a check that was never awaited
-        pending.decision = <PyObject*>decision
-        pending.lets_others_run = False
+        unclaimed = self.spare_pending.decision
+        self.spare_pending.decision = decision
+        self.spare_pending.lets_others_run = False
         self.complete += 1
         if self.complete >= YIELD_EVERY:
             self.complete = 0
             # Only asyncio takes a bare yield as "next, please"; another loop gives turns by its own rules.
-            pending.lets_others_run = running_loop() is not None
-        return pending
+            self.spare_pending.lets_others_run = running_loop() is not None
+        if unclaimed != NULL:                    # of a check that was never awaited
+            pending = self.spare_pending         # no spare any more, whatever runs now
+            Py_DECREF(unclaimed)
+            return pending
+        return self.spare_pending
 
 
 cdef object check_called(PyObject* limiter, PyObject** args, Py_ssize_t count, PyObject* names):
     """`check` as the interpreter calls it: with just a key there is nothing to parse."""
     cdef PyObject* whole[8]
-    cdef Py_ssize_t i, total = count + (PyTuple_GET_SIZE(<object>names) if names != NULL else 0)
-    if total == 1 and names == NULL:
-        return (<Limiter>limiter).checked(<object>args[0], None, 1)
+    cdef Py_ssize_t i, total
+    if count == 1 and names == NULL and not (<Limiter>limiter)._closed and (<Limiter>limiter).only is not None:
+        return (<Limiter>limiter).checked(<object>args[0], (<Limiter>limiter).only, 1)
+    total = count + (PyTuple_GET_SIZE(<object>names) if names != NULL else 0)
     if total > 7:
         raise TypeError("check() takes a key, a rule and a cost")
     whole[0] = limiter
