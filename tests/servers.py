@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -10,6 +12,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,6 +21,7 @@ import pytest
 import redis
 
 START_S = 10
+SWITCH = re.compile(r"^\d+:X (\d+ \w+ \d{4} [\d:.]+) # \+switch-master ", re.MULTILINE)
 
 
 def free_port() -> int:
@@ -134,6 +138,153 @@ class RedisServer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+class SentinelServer(RedisServer):
+    """One sentinel, whose configuration names the master, its replicas and the other sentinels, so that it need not find them."""
+
+    def __init__(self, number: int, *arguments: str, password: str | None = None) -> None:
+        super().__init__(*arguments, password=password)
+        self.run_id = f"{number:040x}"
+
+    def configure(self, lines: Sequence[str]) -> None:
+        """Write the configuration; the sentinel itself writes to it from then on."""
+        own = [f"dir {self.directory}", f"sentinel myid {self.run_id}", *lines]
+        if self.password:
+            own += [f"requirepass {self.password}", f"sentinel sentinel-pass {self.password}"]
+        (self.directory / "sentinel.conf").write_text("\n".join(own) + "\n")
+
+    def command(self) -> list[str]:
+        """The command line, without the port. In UTC, for the times in its log."""
+        line = ["env", "TZ=UTC", executable("redis-server"), str(self.directory / "sentinel.conf"), "--sentinel"]
+        return [*line, "--bind", "127.0.0.1", "--unixsocket", str(self.socket), *self._arguments]
+
+    def switches(self) -> list[float]:
+        """When it said +switch-master, in the time of `time.monotonic()`, to the millisecond."""
+        behind_s = time.time() - time.monotonic()
+        said = SWITCH.findall((self.directory / "log").read_text())
+        return [datetime.strptime(f"{at} +0000", "%d %b %Y %H:%M:%S.%f %z").timestamp() - behind_s for at in said]
+
+
+class SentinelTopology:
+    """A master, two replicas and three sentinels (quorum 2, a master is down after a second), in under three seconds.
+
+    Each member is a handle with `start`, `stop`, `pause` and `resume`: `nodes`, of which `nodes[0]` is the first master, and
+    `sentinels`. A node that was stopped comes back empty, as a master, until the sentinels make it a replica.
+    password: of the nodes. sentinel_password: of the sentinels.
+    """
+
+    name = "mymaster"
+
+    def __init__(self, *, password: str | None = None, sentinel_password: str | None = None) -> None:
+        self.password = password
+        trust = ("--masterauth", password) if password else ()
+        first = RedisServer("--repl-diskless-sync-delay", "0", *trust, password=password)
+        follow = ("--replicaof", f"127.0.0.1 {first.port}", "--repl-diskless-sync-delay", "0", *trust)
+        self.nodes = [first, RedisServer(*follow, password=password), RedisServer(*follow, password=password)]
+        self.sentinels = [SentinelServer(number, password=sentinel_password) for number in (1, 2, 3)]
+
+    @property
+    def addresses(self) -> list[tuple[str, int]]:
+        """Of the sentinels."""
+        return [("127.0.0.1", sentinel.port) for sentinel in self.sentinels]
+
+    @property
+    def master(self) -> RedisServer:
+        """The node that the first sentinel names that answers."""
+        for sentinel in self.sentinels:
+            with sentinel.client(socket_timeout=1) as client, contextlib.suppress(redis.ConnectionError, redis.TimeoutError):
+                _, port = client.sentinel_get_master_addr_by_name(self.name)
+                return next(node for node in self.nodes if node.port == int(port))
+        raise AssertionError("no sentinel answers")
+
+    def start(self) -> Self:
+        """Start all of it, and wait until a failover is possible."""
+        for node in self.nodes:
+            node.start()
+        with self.nodes[0].client() as client:
+            eventually(lambda: [replica["state"] for replica in replicas(client)] == ["online"] * 2)
+        for sentinel in self.sentinels:
+            sentinel.configure(self._told(sentinel))
+            sentinel.start()
+        for sentinel in self.sentinels:
+            with sentinel.client(decode_responses=True) as client:
+                eventually(lambda client=client: self._ready(client))  # type: ignore[misc]  # the default binds the loop's value
+        return self
+
+    def failover(self, within_s: float = 10.0) -> float:
+        """Have the sentinels change the master as planned; returns when they said +switch-master, in monotonic time."""
+        since_s = time.monotonic()
+        eventually(self._begin_failover, within_s)
+        return self.switched(since_s, within_s)
+
+    def switched(self, since_s: float, within_s: float = 15.0) -> float:
+        """Wait for the first +switch-master after a monotonic time; returns when it was said."""
+        eventually(lambda: self._switches(since_s), within_s)
+        return self._switches(since_s)[0]
+
+    def close(self) -> None:
+        """Stop all of it and remove what it wrote."""
+        for member in (*self.sentinels, *self.nodes):
+            member.close()
+
+    def _switches(self, since_s: float) -> list[float]:
+        return sorted(at_s for sentinel in self.sentinels for at_s in sentinel.switches() if at_s > since_s)
+
+    def _told(self, sentinel: SentinelServer) -> list[str]:
+        first, *others = self.nodes
+        return [
+            f"sentinel monitor {self.name} 127.0.0.1 {first.port} 2",
+            f"sentinel down-after-milliseconds {self.name} 1000",
+            f"sentinel failover-timeout {self.name} 3000",
+            *([f"sentinel auth-pass {self.name} {self.password}"] if self.password else []),
+            *(f"sentinel known-replica {self.name} 127.0.0.1 {node.port}" for node in others),
+            *(
+                f"sentinel known-sentinel {self.name} 127.0.0.1 {other.port} {other.run_id}"
+                for other in self.sentinels
+                if other is not sentinel
+            ),
+        ]
+
+    def _ready(self, client: redis.Redis) -> bool:
+        known: list[Any] = [client.sentinel_master(self.name)]
+        for others in (client.sentinel_slaves(self.name), client.sentinel_sentinels(self.name)):
+            known += others  # type: ignore[arg-type]  # redis-py's types allow for its asyncio half too
+        return len(known) == 5 and not any("down" in str(one["flags"]) or "disconnected" in str(one["flags"]) for one in known)
+
+    def _begin_failover(self) -> bool:
+        """Ask one sentinel for it, once all that answer are through with the last one; refused while no replica is good."""
+        named = set()
+        for sentinel in self.sentinels:
+            away = contextlib.suppress(redis.ConnectionError, redis.TimeoutError)
+            with sentinel.client(socket_timeout=1, decode_responses=True) as client, away:
+                state = client.sentinel_master(self.name)
+                named.add(state["port"])
+                if "failover" in str(state["flags"]):
+                    return False
+        for sentinel in self.sentinels:
+            with sentinel.client(socket_timeout=1) as client, contextlib.suppress(redis.ConnectionError, redis.TimeoutError):
+                try:
+                    return len(named) == 1 and bool(client.execute_command("SENTINEL", "FAILOVER", self.name))
+                except redis.ResponseError:
+                    return False
+        return False
+
+    def __enter__(self) -> Self:
+        try:
+            return self.start()
+        except BaseException:
+            self.close()
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def replicas(client: redis.Redis) -> list[dict[str, Any]]:
+    """What a master says of its replicas."""
+    told = client.info("replication")
+    return [told[f"slave{number}"] for number in range(told["connected_slaves"])]
 
 
 def eventually(true: Callable[[], object], within_s: float = 5.0) -> None:

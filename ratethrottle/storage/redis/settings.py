@@ -14,12 +14,11 @@ from typing import Any
 import redis
 import redis.asyncio
 import redis.asyncio.sentinel
-import redis.sentinel
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from ratethrottle.errors import ConfigurationError, StorageUnavailable
+from ratethrottle.errors import ConfigurationError
 
 # What our connections decide for themselves, or can't take from a client: its parser may be the synchronous one, its retries
 # would resend what may have run, its decoding would cost time and fail on bytes.
@@ -62,8 +61,18 @@ OURS = frozenset(
 TLS_SHARED_S = 60
 
 
+# How long a sentinel may take to answer before its connection is given up; nobody waits for it that long.
+SENTINEL_ANSWERS_S = 1.0
+
+Address = tuple[str, int]
+
+
 class Settings:
-    """Makes connections to one server, or to the master that sentinels name. Raises ConfigurationError for a strange client."""
+    """Makes connections to one server, or to the servers that sentinels name. Raises ConfigurationError for a strange client.
+
+    sentinels: settings of their own for each of them, with their credentials; none for a single server. master_name: what they
+    know the master by. forced_host: stands in for the host that they name, where theirs can't be reached from here.
+    """
 
     def __init__(self, client: Any, deadline_s: float) -> None:
         if not isinstance(client, (redis.Redis, redis.asyncio.Redis)):
@@ -73,29 +82,28 @@ class Settings:
                 f"{type(client).__name__}" + (": clusters are not supported yet" if cluster else "")
             )
         pool: Any = client.connection_pool  # the pools of redis-py's two halves and of its sentinels have no common type
-        self._deadline_s = deadline_s
+        self.deadline_s = deadline_s
+        self.sentinels: tuple[Settings, ...] = ()
+        self.master_name = ""
+        self.forced_host: str | None = None
         self._tls: Any = None
         self._tls_since_s = 0.0
-        self._sentinels: list[Settings] = []
-        self._master = ""
-        self._forced_host: str | None = None
         manager = getattr(pool, "sentinel_manager", None)
         if manager is not None:
             if not pool.is_master:
                 raise ConfigurationError("RedisStorage writes, so it takes a Sentinel's master_for(...), not its replica")
-            self._master = pool.service_name
-            self._forced_host = getattr(manager, "_force_master_ip", None)
-            # Those that don't answer must leave time for one that does, and for the master.
-            share_s = deadline_s / (len(manager.sentinels) + 1)
-            self._sentinels = [Settings(sentinel, share_s) for sentinel in manager.sentinels]
+            self.master_name = pool.service_name
+            self.forced_host = getattr(manager, "_force_master_ip", None)
+            patience_s = max(SENTINEL_ANSWERS_S, deadline_s)
+            self.sentinels = tuple(Settings(sentinel, patience_s) for sentinel in manager.sentinels)
         self._class = asyncio_twin(pool.connection_class)
         self._kwargs = own_kwargs(self._class, pool.connection_kwargs, deadline_s)
 
-    async def connect(self) -> AbstractConnection:
-        """Open a connection. Raises redis-py's errors and OSError; the caller bounds the time."""
+    async def connect(self, address: Address | None = None) -> AbstractConnection:
+        """Open a connection, to `address` where sentinels named it. Raises redis-py's errors and OSError; the caller bounds the time."""
         kwargs = dict(self._kwargs)
-        if self._master:
-            kwargs["host"], kwargs["port"] = await self._master_address()
+        if address is not None:
+            kwargs["host"], kwargs["port"] = address
         connection = self._class(**kwargs)
         self._share_tls(connection)
         try:
@@ -115,23 +123,6 @@ class Settings:
             self._tls, self._tls_since_s = made, now_s
         else:
             connection.ssl_context = self._tls  # type: ignore[attr-defined]  # only connections over TLS have one
-
-    async def _master_address(self) -> tuple[str, int]:
-        failure: Exception | None = None
-        for sentinel in self._sentinels:
-            try:
-                connection = await sentinel.connect()
-                try:
-                    await connection.send_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._master)
-                    address = await connection.read_response()
-                finally:
-                    await close(connection)
-            except (redis.RedisError, OSError) as error:
-                failure = error
-                continue
-            if address:
-                return self._forced_host or address[0].decode(), int(address[1])
-        raise StorageUnavailable(f"none of {len(self._sentinels)} sentinels names a master {self._master!r}") from failure
 
 
 def abort(connection: AbstractConnection) -> None:
@@ -191,7 +182,9 @@ def own_kwargs(connection_class: type, theirs: Mapping[str, Any], deadline_s: fl
         protocol=2,
         retry=Retry(NoBackoff(), 0),
         socket_connect_timeout=deadline_s,
-        socket_timeout=deadline_s,
+        # Who awaits bounds the time. With one of its own, redis-py writes through asyncio.wait_for, which up to Python 3.11 can lose
+        # a cancellation: the task that was told to end goes on, and who waits for its end waits for ever.
+        socket_timeout=None,
     )
     for name in ("driver_info", "lib_name", "lib_version", "maint_notifications_config"):
         if name in accepted:

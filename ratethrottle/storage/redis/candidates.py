@@ -1,0 +1,119 @@
+"""Servers that may be the master: each is connected to and asked for its ROLE, all at the same time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections import Counter
+from collections.abc import Iterable
+
+import redis
+from redis.asyncio.connection import AbstractConnection
+
+from ratethrottle.errors import StorageRefused, StorageUnavailable
+from ratethrottle.storage.redis.settings import Address, Settings, close
+
+
+async def open_master(settings: Settings, address: Address) -> AbstractConnection:
+    """Open a connection to a server that says it is a master. Raises redis-py's errors, OSError and StorageUnavailable."""
+    connection = await settings.connect(address)
+    try:
+        role = await role_of(connection)
+    except BaseException:
+        await close(connection)
+        raise
+    if role == b"master":
+        return connection
+    await close(connection)
+    kind = {b"slave": "a replica", b"sentinel": "a sentinel"}.get(role, "something else")
+    raise StorageUnavailable(f"the sentinels name {spelled(address)} as the master, but it says that it is {kind}")
+
+
+async def role_of(connection: AbstractConnection) -> bytes:
+    """Ask a server what it is."""
+    await connection.send_command("ROLE", check_health=False)
+    try:
+        reply = await connection.read_response(disable_decoding=True)
+    except redis.exceptions.NoPermissionError as error:
+        raise StorageRefused("the Redis user may not ask a server for its role; allow it ROLE") from error
+    return reply[0] if isinstance(reply, list) and reply and isinstance(reply[0], bytes) else b""
+
+
+def majority(voices: Counter[Address], of: int) -> Address | None:
+    """Find the address that more than half of so many sentinels name."""
+    return next((address for address, count in voices.most_common(1) if count * 2 > of), None)
+
+
+def spelled(address: Address) -> str:
+    """Write an address as messages do."""
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class Candidates:
+    """The servers tried in one search. `discard` it, whatever becomes of the search."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._attempts: dict[Address, asyncio.Task[AbstractConnection]] = {}
+
+    @property
+    def pending(self) -> list[asyncio.Task[AbstractConnection]]:
+        """The attempts that are still on."""
+        return [attempt for attempt in self._attempts.values() if not attempt.done()]
+
+    @property
+    def hopeful(self) -> bool:
+        """Whether one of them may still be taken."""
+        return any(not attempt.done() or succeeded(attempt) for attempt in self._attempts.values())
+
+    def try_all(self, addresses: Iterable[Address]) -> None:
+        """Begin with those that haven't been tried."""
+        loop = asyncio.get_running_loop()
+        for address in addresses:
+            if address not in self._attempts:
+                work = open_master(self._settings, address)
+                self._attempts[address] = loop.create_task(work, name="ratethrottle candidate", context=contextvars.Context())
+
+    def choose(
+        self, voices: Counter[Address], sentinels: int, *, more_may_speak: bool
+    ) -> tuple[Address, AbstractConnection] | None:
+        """Choose the master among the servers that say they are one, by how many of the sentinels name each; None to wait."""
+        masters = [address for address, attempt in self._attempts.items() if succeeded(attempt) and voices[address]]
+        if not masters:
+            return None
+        best = max(masters, key=voices.__getitem__)
+        agreed = majority(voices, sentinels)
+        if agreed != best:
+            if more_may_speak:
+                return None
+            # Nothing is taken against most of the sentinels, while the server that they name may still prove to be the master.
+            if agreed is not None and not self._attempts[agreed].done():
+                return None
+        return best, self._attempts.pop(best).result()
+
+    def failure(self, voices: Counter[Address]) -> Exception | None:
+        """Give the reason why the server that most sentinels name wasn't taken."""
+        for address, _ in voices.most_common(1):
+            attempt = self._attempts[address]
+            error = attempt.exception() if attempt.done() else None
+            if isinstance(error, Exception):
+                return error
+            return StorageUnavailable(f"the sentinels name {spelled(address)} as the master, but it doesn't answer")
+        return None
+
+    async def discard(self) -> None:
+        """Close what was not taken, and end what is still on."""
+        attempts, self._attempts = list(self._attempts.values()), {}
+        for attempt in attempts:
+            attempt.cancel()
+        if attempts:
+            await asyncio.wait(attempts)
+        for attempt in attempts:
+            if succeeded(attempt):
+                await close(attempt.result())
+
+
+def succeeded(attempt: asyncio.Task[AbstractConnection]) -> bool:
+    """Whether it found a master. Looking keeps its error from being reported as forgotten."""
+    return attempt.done() and not attempt.cancelled() and attempt.exception() is None

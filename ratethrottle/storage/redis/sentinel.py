@@ -1,0 +1,150 @@
+"""One sentinel, and what it says of the master: asked on a connection that is kept, and heard on another one.
+
+What it says is a candidate, no more: `topology` counts the voices and asks the server itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import math
+import random
+import re
+from collections.abc import AsyncIterator, Callable
+
+from redis.asyncio.connection import AbstractConnection
+
+from ratethrottle.errors import StorageProtocolError
+from ratethrottle.storage.redis.settings import Address, Settings, close
+
+# It is asked again so long after its last answer: what was missed on +switch-master is noticed then.
+POLL_S = 1.0
+# A sentinel that is away is tried at most twice a second, and not by all processes at once.
+RETRY_S = (0.5, 0.75)
+# A subscription that is silent for so long is asked whether it still lives.
+SILENCE_S = 5.0
+HOST = re.compile(rb"[0-9A-Za-z._:%-]{1,255}\Z")
+
+
+class Sentinel:
+    """Asks one sentinel, each second and on `ask`, and tells `heard` of every answer and failure, `switched` of +switch-master.
+
+    Belongs to one event loop; its task begins here.
+    """
+
+    def __init__(self, settings: Settings, master_name: str, heard: Callable[[], None], switched: Callable[[], None]) -> None:
+        self.named: Address | None = None  # by its last answer
+        self.error: Exception | None = None  # why it can't be asked now
+        self.waiting_since_s: float | None = None  # loop time of the question that it hasn't answered yet
+        self._settings = settings
+        self._master_name = master_name
+        self._heard = heard
+        self._switched = switched
+        self._loop = asyncio.get_running_loop()
+        self._asked = asyncio.Event()
+        self.ask()
+        # In an empty context, as a line's: nothing here belongs to the request that happens to come first.
+        self.task = self._loop.create_task(self._own(), name="ratethrottle sentinel", context=contextvars.Context())
+
+    def ask(self) -> None:
+        """Have it asked now, and once more if a question is on its way; not if it is away and was tried just now."""
+        if self.error is None:
+            self._wait()
+            self._asked.set()
+
+    def _wait(self) -> None:
+        if self.waiting_since_s is None:
+            self.waiting_since_s = self._loop.time()
+
+    def silent(self, for_s: float) -> bool:
+        """Whether it has left a question open for so long."""
+        return self.waiting_since_s is not None and self._loop.time() - self.waiting_since_s >= for_s
+
+    async def _own(self) -> None:
+        while True:
+            try:
+                await self._converse()
+            except Exception as error:  # noqa: BLE001  # whatever redis-py or a credential provider raises: this sentinel is away
+                self.named, self.error, self.waiting_since_s = None, error, None
+                self._heard()
+            await asyncio.sleep(random.uniform(*RETRY_S))  # noqa: S311  # it guards nothing
+            # Whoever it has let down before isn't made to wait for it again.
+            self.error, self.waiting_since_s = None, -math.inf
+
+    async def _converse(self) -> None:
+        """Ask for as long as it answers."""
+        async with self._connection() as connection:
+            # Only beside a connection that answers, so that one which is away is not tried twice as often.
+            listening: asyncio.Task[None] | None = None
+            try:
+                while True:
+                    self._asked.clear()
+                    self.named = await self._question(connection)
+                    self.waiting_since_s = None
+                    self._heard()
+                    if listening is None:
+                        listening = self._loop.create_task(self._listen(), name="ratethrottle subscription")
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(POLL_S):
+                            await self._asked.wait()
+                    self._wait()
+            finally:
+                if listening is not None:
+                    listening.cancel()
+                    if not self._loop.is_closed():  # by somebody who leaves tasks behind: nothing can be waited for any more
+                        await asyncio.wait([listening])
+
+    async def _question(self, connection: AbstractConnection) -> Address | None:
+        async with asyncio.timeout(self._settings.deadline_s):
+            await connection.send_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._master_name, check_health=False)
+            return address(await connection.read_response(disable_decoding=True))
+
+    async def _listen(self) -> None:
+        """Hear of +switch-master, for as long as the sentinel answers at all."""
+        while True:
+            with contextlib.suppress(Exception):  # as above; what is missed here, the questions find out
+                async with self._connection() as connection:
+                    await connection.send_command("SUBSCRIBE", "+switch-master", check_health=False)
+                    await self._hear(connection)
+            await asyncio.sleep(random.uniform(*RETRY_S))  # noqa: S311  # it guards nothing
+
+    async def _hear(self, connection: AbstractConnection) -> None:
+        asked = False
+        while True:
+            said = await connection.read_response(disable_decoding=True, timeout=SILENCE_S, disconnect_on_error=False)
+            if said is None:  # nothing in that time
+                if asked:
+                    return
+                await connection.send_command("PING", check_health=False)
+            elif switched(said, self._master_name.encode()):
+                self._switched()
+            asked = said is None
+
+    @contextlib.asynccontextmanager
+    async def _connection(self) -> AsyncIterator[AbstractConnection]:
+        async with asyncio.timeout(self._settings.deadline_s):
+            connection = await self._settings.connect()
+        try:
+            yield connection
+        finally:
+            if not self._loop.is_closed():  # by somebody who leaves tasks behind: nothing can be closed any more
+                await close(connection)
+
+
+def address(said: object) -> Address | None:
+    """Read the reply to GET-MASTER-ADDR-BY-NAME: None where no such master is known. Raises StorageProtocolError for anything else."""
+    match said:
+        case None:
+            return None
+        case [bytes() as host, bytes() as port] if HOST.match(host) and port.isdigit() and 1 <= int(port[:6]) <= 65535:
+            return host.decode(), int(port)
+    raise StorageProtocolError("a sentinel named what is no address")
+
+
+def switched(said: object, master_name: bytes) -> bool:
+    """Whether a message of the subscription says that this master has another address."""
+    match said:
+        case [b"message", _, bytes() as text]:
+            return text.split(b" ")[0] == master_name
+    return False
