@@ -8,17 +8,17 @@ import re
 from dataclasses import dataclass, field
 from datetime import timedelta
 from fractions import Fraction
-from typing import Any, Final, cast
+from typing import Any, Final, Literal, cast
 
 from ratethrottle._core import CompiledRule
 from ratethrottle.errors import ConfigurationError, shown
+from ratethrottle.terms import drain_rate, steps
 
 MAX_UNITS: Final = 10**9
 MIN_WINDOW_US: Final = 1_000
 MAX_WINDOW_US: Final = 366 * 86_400 * 1_000_000
 MAX_DRAIN_US: Final = 2**48
 LEASE_MIN_US: Final = 5_000
-TICKS: Final = 2**52  # Lua's doubles are exact below 2^53; sums of two ticks stay there
 
 STRATEGIES: Final = {
     "sliding_window": "s",
@@ -27,9 +27,7 @@ STRATEGIES: Final = {
     "sliding_counter": "c",
     "fixed_window": "f",
 }
-EXACT_LIMIT: Final = 64  # a sliding window keeps every admission up to this limit, slots above it
-SLOTS: Final = 64
-
+ON_OUTAGE: Final = ("local", "allow", "deny", "raise")
 NAME = re.compile(r"[A-Za-z0-9_.-]+\Z")
 # No more digits than any limit or window has: what follows is computed exactly, and must stay cheap and finite.
 RATE = re.compile(r"\s*(\d[\d_]{0,14})\s*(?:/|\bper\b)\s*(\d{1,15}(?:\.\d{1,15})?)?\s*([A-Za-z]+)\s*\Z", re.ASCII)
@@ -62,6 +60,8 @@ class RateThrottleRule:
     lease_ttl: for how many seconds at most, 0.005 to 1; a quarter of the window (an eighth of a sliding one), or of the time
     that a burst takes to come back, if that is less. Units not spent by then go back. A bucket with leases grants `burst` less
     what drains in that time, so that it keeps its promise.
+    on_outage: what answers while the storage can't: "local" (this process admits its share of the rule), "allow", "deny" or
+    "raise"; None: as the storage is told to.
 
     Raises ConfigurationError, which says what would be accepted.
     """
@@ -73,6 +73,7 @@ class RateThrottleRule:
     burst: int | None = field(default=None, kw_only=True)
     lease: bool | int = field(default=False, kw_only=True)
     lease_ttl: float = field(default=0.1, kw_only=True)
+    on_outage: Literal["local", "allow", "deny", "raise"] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not NAME.match(self.name):
@@ -92,6 +93,10 @@ class RateThrottleRule:
                     f"rule {self.name!r}: burst belongs to token_bucket and leaky_bucket; a {self.strategy} has only its limit"
                 )
             _check_units(self.name, "burst", self.burst)
+        if self.on_outage is not None and (not isinstance(self.on_outage, str) or self.on_outage not in ON_OUTAGE):
+            raise ConfigurationError(
+                f"rule {self.name!r}: on_outage is {shown(self.on_outage)}; it is {', '.join(ON_OUTAGE)}, or None for the storage's"
+            )
         object.__setattr__(self, "_compiled", self._compile(_window_us(self.name, self.window)))
 
     @classmethod
@@ -138,18 +143,13 @@ class RateThrottleRule:
         return hash(self.compiled)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        options = ("strategy", "burst", "lease", "lease_ttl")
+        options = ("strategy", "burst", "lease", "lease_ttl", "on_outage")
         return _restore, (self.name, self.limit, self.window, {name: getattr(self, name) for name in options})
 
     def _compile(self, window_us: int) -> CompiledRule:
         kind = STRATEGIES[self.strategy]
-        unit_ticks = drain_ticks = slot_us = coarse_us = 0
-        if kind == "b":
-            unit_ticks, drain_ticks = self._ticks(window_us)
-        elif kind == "s":
-            slot_us = 1 if self.limit <= EXACT_LIMIT else -(-window_us // SLOTS)
-        elif kind == "c":
-            coarse_us = -(-window_us // ((TICKS - 1) // self.limit))
+        unit_ticks, drain_ticks = self._ticks(window_us) if kind == "b" else (0, 0)
+        slot_us, coarse_us = steps(kind, self.limit, window_us)
         lease_us, lease_units = self._lease(window_us)
         # A unit taken ahead may be spent up to lease_us after it was counted.
         unspent = -(-lease_us * drain_ticks // unit_ticks) if kind == "b" else 0
@@ -170,6 +170,7 @@ class RateThrottleRule:
             coarse_us,
             lease_us,
             lease_units,
+            None if self.on_outage is None else ON_OUTAGE[ON_OUTAGE.index(self.on_outage)],  # of a subclass of str: its text
         )
 
     def _most(self) -> int:
@@ -215,14 +216,8 @@ class RateThrottleRule:
 
 
 def fitting_rate(limit: int, window_us: int, capacity: int) -> Fraction | None:
-    """Find the units per µs that a bucket drains by: `limit` / `window_us`, or the nearest below it with `capacity` ticks < 2^52.
-
-    None if that is 10^-9 of the rate away, or more.
-    """
-    rate, most = Fraction(limit, window_us), (TICKS - 1) // capacity
-    if rate.denominator <= most:
-        return rate
-    near = largest_fraction(rate, most)
+    """Find the units per µs that a bucket drains by; None if what fits is 10^-9 of the rate below it, or more."""
+    rate, near = Fraction(limit, window_us), drain_rate(limit, window_us, capacity)
     return near if (rate - near) * 10**9 < rate else None
 
 
@@ -245,27 +240,6 @@ def nearest_limit(limit: int, window_us: int) -> int:
             if near <= MAX_UNITS and fitting_rate(near, window_us, near) is not None:
                 return near
     return 1
-
-
-def largest_fraction(rate: Fraction, most: int) -> Fraction:
-    """Find the largest fraction ≤ `rate` (positive) with a denominator of at most `most`.
-
-    Source: the Stern–Brocot tree (Graham, Knuth and Patashnik, «Concrete Mathematics», 4.5), runs taken in one step.
-    """
-    low_n, low_d, high_n, high_d = 0, 1, 1, 0  # low ≤ rate < high, neighbours in the tree
-    while True:
-        below, above = rate * low_d - low_n, high_n - rate * high_d
-        steps = math.floor(below / above)
-        if high_d:
-            steps = min(steps, (most - low_d) // high_d)
-        low_n, low_d = low_n + steps * high_n, low_d + steps * high_d
-        below = rate * low_d - low_n
-        if below == 0 or low_d + high_d > most:
-            return Fraction(low_n, low_d)
-        steps = min(math.ceil(above / below) - 1, (most - high_d) // low_d)
-        high_n, high_d = high_n + steps * low_n, high_d + steps * low_d
-        if low_d + high_d > most:
-            return Fraction(low_n, low_d)
 
 
 def _check_units(name: str, what: str, value: object) -> None:

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from ratethrottle import ConfigurationError, RateThrottleRule
 from ratethrottle.errors import shown
-from ratethrottle.rule import MAX_DRAIN_US, TICKS, fitting_rate, largest_fraction
+from ratethrottle.rule import MAX_DRAIN_US, fitting_rate
+from ratethrottle.terms import TICKS, largest_fraction
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"strategy": "sliding_windw"}, "did you mean 'sliding_window'"),
@@ -52,6 +53,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"name": "n" * 1000 + " "}, r"not 'n{56}\.\.\.$"),
     ({"strategy": ["token_bucket"]}, "there are sliding_window"),
     ({"strategy": None}, "there are sliding_window"),
+    ({"on_outage": "ignore"}, "'ignore'; it is local, allow, deny, raise, or None for the storage's"),
+    ({"on_outage": ["deny"]}, "it is local, allow"),
+    ({"on_outage": False}, "it is local, allow"),
 ]
 
 
@@ -165,7 +169,8 @@ def test_a_window_that_is_a_sum_of_floats_is_what_was_meant() -> None:
 def test_what_a_rule_compiles_to_is_no_part_of_what_it_shows_and_survives_copies() -> None:
     rule = RateThrottleRule("rule", 100, 1, strategy="sliding_counter")
     assert repr(rule) == (
-        "RateThrottleRule(name='rule', limit=100, window=1, strategy='sliding_counter', burst=None, lease=False, lease_ttl=0.1)"
+        "RateThrottleRule(name='rule', limit=100, window=1, strategy='sliding_counter', burst=None, lease=False, lease_ttl=0.1, "
+        "on_outage=None)"
     )
     for twin in (copy.copy(rule), copy.deepcopy(rule), pickle.loads(pickle.dumps(rule))):
         assert twin == rule
@@ -175,6 +180,19 @@ def test_what_a_rule_compiles_to_is_no_part_of_what_it_shows_and_survives_copies
     assert rule != RateThrottleRule("rule", 100, 1)
     assert rule != RateThrottleRule("other", 100, 1, strategy="sliding_counter")
     assert rule != "rule"
+
+
+def test_what_a_rule_does_on_an_outage_is_part_of_it_and_survives_copies() -> None:
+    rules = [RateThrottleRule("rule", 100, 1, on_outage=policy) for policy in (None, "local", "allow", "deny", "raise")]
+    assert len(set(rules)) == 5 == len({rule.compiled for rule in rules})
+    for rule in rules:
+        twin = pickle.loads(pickle.dumps(rule))
+        assert twin == rule
+        assert (twin.on_outage, twin.compiled.on_outage) == (rule.on_outage, rule.on_outage)
+        compiled = pickle.loads(pickle.dumps(rule.compiled))
+        assert (compiled, hash(compiled)) == (rule.compiled, hash(rule.compiled))
+        assert repr(rule).endswith(f"on_outage={rule.on_outage!r})")
+        assert dataclasses.replace(rule, limit=5).on_outage == rule.on_outage
 
 
 def test_a_lease_costs_a_bucket_what_drains_meanwhile_and_lasts_a_share_of_the_window() -> None:

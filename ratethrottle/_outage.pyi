@@ -1,0 +1,43 @@
+from collections.abc import Sequence
+from typing import TypeAlias, final
+
+from ratethrottle._core import CompiledRule
+
+_Owed: TypeAlias = tuple[CompiledRule, str | bytes, str, int, list[tuple[int, int]]]
+
+@final
+class Share: ...
+
+@final
+class Account: ...
+
+@final
+class Shares:
+    def __new__(cls, max_keys: int) -> Shares: ...
+    @property
+    def max_keys(self) -> int: ...
+    @property
+    def refused(self) -> int: ...
+    @property
+    def owing(self) -> int: ...
+    def __len__(self) -> int: ...
+    def set_share(self, n: int, rank: int) -> None: ...
+    def begin(self) -> None: ...
+    def take_owed(self, most: int, now_us: int) -> list[_Owed]: ...
+    def sweep(self, now_us: int, count: int = 256) -> None: ...
+    def clear(self) -> None: ...
+    def _decide(
+        self,
+        rule: CompiledRule,
+        text: str | bytes,
+        mark: str,
+        now_us: int,
+        cost: int,
+        *,
+        known: tuple[CompiledRule, Sequence[int], int, int] | None = None,
+        known_now_us: int = 0,
+        retry_us: int = 0,
+        everything: bool = False,
+        consume: bool = True,
+        tag: int = 0,
+    ) -> tuple[bool, int, int, int]: ...
