@@ -1,4 +1,4 @@
-"""The decision script with a clock of the test's own: what it is given as the last argument stands in for TIME."""
+"""The scripts with a clock of the test's own: what they are given as the last argument stands in for TIME."""
 
 from __future__ import annotations
 
@@ -9,13 +9,30 @@ from ratethrottle._core import CompiledRule, read_answer
 from ratethrottle.storage.redis.scripts import script
 
 TIME = "call('TIME')"
-EXPIRY = "call('PSETEX', KEYS[k], expiry_ms, states[k])"
-TEXT = script("decide").text.decode()
-assert TEXT.count(TIME) == TEXT.count(EXPIRY) == 1
-# The server would expire keys by its own clock, which stands still for the test's.
-CLOCKED = "local test_now = table.remove(ARGV)\n" + TEXT.replace(
-    TIME, "{string.sub(test_now, 1, -7), string.sub(test_now, -6)}"
-).replace(EXPIRY, "call('SET', KEYS[k], states[k])")
+EPOCH_KEY = "test:epoch"
+RUN = "0123456789" * 4
+
+
+def epoch_text(name_us: int, began_us: int = 0) -> str:
+    """The value of an epoch's key: which one it is, and when learning began."""
+    return f"{RUN}{name_us:016}{began_us:016}"
+
+
+EPOCH = epoch_text(1)  # so long ago that nothing is repaired any more
+
+
+def clocked(name: str) -> str:
+    """A script's text, with the test's clock."""
+    text = script(name).text.decode()
+    assert text.count(TIME) == 1
+    text = text.replace(TIME, "{string.sub(test_now, 1, -7), string.sub(test_now, -6)}")
+    # The server would expire keys by its own clock, which stands still for the test's.
+    text = text.replace("call('PSETEX', ", "call('SET', ").replace(", expiry_ms, ", ", ")
+    text = text.replace("call('PTTL', key)", "(call('EXISTS', key) * 1000000000)")
+    return "local test_now = table.remove(ARGV)\n" + text
+
+
+CLOCKED = clocked("decide")
 
 Check = tuple[CompiledRule, str, int]  # rule, key, cost
 View = tuple[str, list[tuple[int, int]]]  # what is text, and the entries of a sliding window: at_us, units
@@ -35,7 +52,7 @@ class Lease(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What the script is called with, without the request id, and how many checks each of its entries stands for."""
+    """What the script is called with, without the request id and the epoch's key, and how many checks each of its entries stands for."""
 
     keys: list[str]
     args: list[Any]
@@ -51,7 +68,7 @@ class Call(NamedTuple):
             length = len(script("decide").header[f"answer_{rule.kind}"]) + (i >= len(self.entries) - self.leases)
             split.append(numbers[:length])
             numbers = numbers[length:]
-        assert not numbers
+        assert len(numbers) % 2 == 0, "what is left are pairs of entry and generation"
         return split
 
     def answers(self, reply: list[Any]) -> list[Answer]:
@@ -86,7 +103,7 @@ def make_call(checks: Sequence[Check], mode: str = "check", *, merge: bool = Fal
             runs[-1][1] += 1
         else:
             runs.append([key_index, 1, *what])
-    args: list[Any] = [mode, len(rules), len(runs), len(leases)]
+    args: list[Any] = [mode, EPOCH, len(rules), len(runs), len(leases)]
     for rule in rules:
         args += (getattr(rule, word) for word in script("decide").header["rule"])
     for run in runs:
@@ -132,10 +149,11 @@ class ClockedScript:
     def __init__(self, client: Any, text: str = CLOCKED) -> None:
         self.client = client
         self.sha = client.script_load(text)
+        client.set(EPOCH_KEY, EPOCH)
 
     def send(self, target: Any, now_us: int, call: Call) -> Any:
         """Call on `target`, the client or a pipeline."""
-        return target.evalsha(self.sha, len(call.keys), *call.keys, "id", *call.args, now_us)
+        return target.evalsha(self.sha, 1 + len(call.keys), EPOCH_KEY, *call.keys, "id", *call.args, now_us)
 
     def call(self, now_us: int, checks: Sequence[Check], mode: str = "check", *, merge: bool = False) -> list[Answer]:
         """Decide, and return an answer for each check."""

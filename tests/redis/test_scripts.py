@@ -11,7 +11,7 @@ import redis
 from ratethrottle import RateThrottleRule
 from ratethrottle._core import CompiledRule
 from ratethrottle.storage.redis.scripts import SHEBANG, script
-from tests.clocked import CLOCKED, ClockedScript, Lease, make_call, read_state
+from tests.clocked import CLOCKED, EPOCH, EPOCH_KEY, ClockedScript, Lease, make_call, read_state
 from tests.oracle import Oracle
 from tests.strategies import known_rules, random_step
 
@@ -24,7 +24,8 @@ def rule(strategy: str, limit: int = 5, window: float = 60) -> CompiledRule:
 
 
 def decide(client: redis.Redis, keys: list[Any], args: list[Any]) -> Any:
-    return client.eval(script("decide").text.decode(), len(keys), *keys, *args)
+    client.set(EPOCH_KEY, EPOCH)
+    return client.eval(script("decide").text.decode(), 1 + len(keys), EPOCH_KEY, *keys, *args)
 
 
 def test_the_header_names_what_python_sends_and_reads() -> None:
@@ -37,17 +38,27 @@ def test_the_header_names_what_python_sends_and_reads() -> None:
     assert header["answer_c"] == ("granted", "cur", "prev", "since_us")
     assert header["answer_f"] == ("granted", "cur", "since_us")
     assert script("decide").limits == {"keys": 128, "rules": 128, "entries": 128}
-    assert script("reset").header["reply"] == ("request",)
+    assert header["generation_pair"] == ("entry_number", "generation")
+    assert script("reset").header["reply"] == ("request", "server_us", "generation...")
+    repair = script("repair").header
+    assert repair["rule"] == header["rule"]
+    assert repair["assert_entry"] == ("key_index", "rule_index", "generation", "a", "b", "c")
+    assert repair["charge_entry"] == ("key_index", "rule_index", "count", "charge...")
+    assert repair["reply"] == ("request", "server_us", "applied")
+    beat = script("beat").header
+    assert beat["ARGV"] == ("request", "run", "known_epoch", "process_id", "leaves")
+    numbers = ("server_us", "epoch", "learning_began", "learning_us", "processes", "rank", "evicted_keys")
+    assert beat["reply"] == ("request", *numbers)
 
 
-@pytest.mark.parametrize("name", ["decide", "reset"])
+@pytest.mark.parametrize("name", ["decide", "reset", "repair", "beat"])
 def test_scripts_are_ascii_and_use_only_what_every_redis_has(name: str) -> None:
     text = script(name).text.decode("ascii")
     code = "\n".join(line.partition("--")[0] for line in text.splitlines())
     for word in ("struct", "cmsgpack", "cjson", "bit.", "tostring", "math.random", "%s"):
         assert word not in code, word
     # In format, '%d' is exact only where C's long has 64 bits: who prints by it looks first.
-    assert "format('%" not in code.partition("if format('%d', TICKS) ~= '4503599627370496' then")[0]
+    assert "format('%d" not in code.partition("if format('%d', TICKS) ~= '4503599627370496' then")[0]
 
 
 def test_the_shebang_makes_another_script() -> None:
@@ -84,13 +95,13 @@ def test_bad_arguments_are_refused_and_state_stays_byte_for_byte(script_client: 
     decide(script_client, keys, ["id", *args])
     before = script_client.get("k")
     assert before is not None
-    # id, mode, counts of rules, runs and leases, then the rule from 5 and the run from 13.
-    bad: list[tuple[int, Any]] = [(1, "consume"), (1, ""), (0, ""), (5, "x"), (5, "")]
-    bad += [(place, number) for place in (2, 3, 6, 7, *range(13, 18)) for number in BAD_NUMBERS]
-    bad += [(place, number) for place in (4, *range(8, 13)) for number in NEVER_NUMBERS]
-    bad += [(2, 129), (3, 129), (2, 2), (3, 2), (4, 1), (13, 2), (14, 2), (15, 2), (16, 10**9 + 1), (17, 10**6 + 1)]
+    # id, mode, epoch, counts of rules, runs and leases, then the rule from 6 and the run from 14.
+    bad: list[tuple[int, Any]] = [(1, "consume"), (1, ""), (0, ""), (6, "x"), (6, "")]
+    bad += [(place, number) for place in (3, 4, 7, 8, *range(14, 19)) for number in BAD_NUMBERS]
+    bad += [(place, number) for place in (5, *range(9, 14)) for number in NEVER_NUMBERS]
+    bad += [(3, 129), (4, 129), (3, 2), (4, 2), (5, 1), (14, 2), (15, 2), (16, 2), (17, 10**9 + 1), (18, 10**6 + 1)]
     refuses_each(script_client, keys, args, bad)
-    for shorter in (args[:-1], [*args, 1], [], args[:3]):
+    for shorter in (args[:-1], [*args, 1], [], args[:4]):
         with pytest.raises(redis.ResponseError, match="RATETHROTTLE"):
             decide(script_client, keys, ["id", *shorter])
     for wrong_keys in ([], ["k", "k"], [f"k{i}" for i in range(129)]):
@@ -105,20 +116,20 @@ def test_bad_leases_are_refused_and_state_stays_byte_for_byte(script_client: red
     decide(script_client, keys, ["id", *args])
     before = script_client.get("k")
     assert before is not None
-    # The lease is from 13: key_index rule_index cost count ahead back back_us.
-    bad: list[tuple[int, Any]] = [(place, number) for place in (13, 14, 15) for number in BAD_NUMBERS]
-    bad += [(place, number) for place in range(16, 20) for number in NEVER_NUMBERS]
+    # The lease is from 14: key_index rule_index cost count ahead back back_us.
+    bad: list[tuple[int, Any]] = [(place, number) for place in (14, 15, 16) for number in BAD_NUMBERS]
+    bad += [(place, number) for place in range(17, 21) for number in NEVER_NUMBERS]
     bad += [
-        (13, 2),
         (14, 2),
-        (15, 10**9 + 1),
-        (16, 10**6 + 1),
-        (17, 10**9 + 1),
+        (15, 2),
+        (16, 10**9 + 1),
+        (17, 10**6 + 1),
         (18, 10**9 + 1),
-        (19, 2**53),
-        (4, 0),
-        (4, 2),
-        (3, 1),
+        (19, 10**9 + 1),
+        (20, 2**53),
+        (5, 0),
+        (5, 2),
+        (4, 1),
     ]
     refuses_each(script_client, keys, args, bad)
 
@@ -128,7 +139,7 @@ def test_a_lead_is_of_sliding_windows_and_an_eighth_of_the_window_at_most(script
         keys, args, *_ = make_call([(rule(strategy), "k", 1)])
         for lead_us in (1, 7_500_000, 7_500_001):
             wrong = ["id", *args]
-            wrong[12] = lead_us
+            wrong[13] = lead_us
             if strategy == "sliding_window" and lead_us <= 7_500_000:
                 assert decide(script_client, keys, wrong)[2] == 1
                 continue
@@ -137,7 +148,7 @@ def test_a_lead_is_of_sliding_windows_and_an_eighth_of_the_window_at_most(script
 
 
 def test_128_entries_are_the_most_of_all_runs_and_leases(script_client: redis.Redis) -> None:
-    keys, shape = [f"k{i}" for i in range(100)], make_call([(rule("fixed_window"), "k", 1)]).args[4:12]
+    keys, shape = [f"k{i}" for i in range(100)], make_call([(rule("fixed_window"), "k", 1)]).args[5:13]
     for runs, leases, fits in (
         ([(1, 100, 1, 1, 1), (1, 28, 1, 1, 1)], [], True),
         ([(1, 100, 1, 1, 1), (1, 27, 1, 1, 1)], [(1, 1, 1, 1, 0, 0, 0)], True),
@@ -147,7 +158,7 @@ def test_128_entries_are_the_most_of_all_runs_and_leases(script_client: redis.Re
         ([(51, 51, 1, 1, 1)], [], False),
     ):
         script_client.flushall()
-        args = ["id", "check", 1, len(runs), len(leases), *shape, *(number for what in runs + leases for number in what)]
+        args = ["id", "check", EPOCH, 1, len(runs), len(leases), *shape, *(number for what in runs + leases for number in what)]
         if fits:
             decide(script_client, keys, args)
             continue
@@ -176,7 +187,7 @@ def test_rules_that_would_leave_exact_integers_are_refused(script_client: redis.
         ("f", 5, 999, 0, 0, 0, 0, 0),
     ):
         with pytest.raises(redis.ResponseError, match="RATETHROTTLE"):
-            decide(script_client, ["k"], ["id", "check", 1, 1, 0, *shape, 1, 1, 1, 1, 1])
+            decide(script_client, ["k"], ["id", "check", EPOCH, 1, 1, 0, *shape, 1, 1, 1, 1, 1])
     assert not script_client.exists("k")
 
 
@@ -215,9 +226,10 @@ def test_a_state_of_another_format_is_refused_and_kept(script_client: redis.Redi
 
 def test_header_fields_of_later_versions_are_written_back(script_client: redis.Redis) -> None:
     clocked = ClockedScript(script_client)
-    script_client.set("k", b"1,e=7f3a,g=12;f60000000,1800000000000000,1;")
-    assert clocked.call(NOW_US, [(rule("fixed_window"), "k", 2)]) == [(True, 2, 0, 60_000_000)]
-    assert script_client.get("k") == b"1,e=7f3a,g=12;f60000000,1800000000000000,3;"
+    for ours in (b"", b"g1799999999999999"):
+        script_client.set("k", b"1%sh7f3a,g=12;f60000000,1800000000000000,1;" % ours)
+        assert clocked.call(NOW_US, [(rule("fixed_window"), "k", 2)]) == [(True, 2, 0, 60_000_000)]
+        assert script_client.get("k") == b"1%sh7f3a,g=12;f60000000,1800000000000000,3;" % ours
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -275,7 +287,7 @@ def test_a_run_decides_each_of_its_keys_like_a_call_of_its_own(script_client: re
                 clocked.call(NOW_US - past_us * (i % 2), [(compiled, f"{name}{i}", i % 5 + 1)] * (i % 3))
     checks = [(compiled, f"run{i}", cost) for cost in (1, 2, 1) for i in range(30) for _ in range(4)]
     call = make_call(checks, merge=True)
-    assert call.args[2] == 3
+    assert call.args[3] == 3
     alone = [clocked.call(NOW_US, [(compiled, key.replace("run", "alone"), cost)])[0] for _, key, cost in checks]
     assert call.answers(clocked.send(script_client, NOW_US, call)) == alone
     for i in range(30):
@@ -286,8 +298,9 @@ def test_a_key_is_read_once_and_written_at_most_once(redis_client: redis.Redis) 
     checks = [(rule(strategy, 6), key, cost) for strategy in STRATEGIES for cost in (1, 2, 1) for key in ("k", "l", "m")]
     call = make_call([*checks, (rule("fixed_window", 1), "n", 2)], merge=True)
     sha = redis_client.script_load(script("decide").text)
+    redis_client.set(EPOCH_KEY, EPOCH)
     redis_client.config_resetstat()
-    redis_client.evalsha(sha, len(call.keys), *call.keys, "id", *call.args)
+    redis_client.evalsha(sha, 1 + len(call.keys), EPOCH_KEY, *call.keys, "id", *call.args)
     stats = {name.removeprefix("cmdstat_"): what["calls"] for name, what in redis_client.info("commandstats").items()}
     assert stats.pop("config|resetstat", 1) == 1
     assert stats == {"evalsha": 1, "time": 1, "mget": 1, "psetex": 3}
@@ -392,13 +405,14 @@ def test_a_burst_is_admitted_to_the_last_unit(script_client: redis.Redis, strate
 
 
 def test_reset_forgets_and_repeats_the_request(script_client: redis.Redis) -> None:
-    script_client.mset({"a": "1;", "b": "1;", "c": "1;"})
+    script_client.mset({"a": "1;", "b": "1;", "c": "1;", EPOCH_KEY: EPOCH})
     text = script("reset").text.decode()
-    assert script_client.eval(text, 2, "a", "b", "id") == [b"id"]
-    assert script_client.keys() == [b"c"]
-    for keys, request in (([], "id"), (["c"], "")):
+    request, now_us, *generations = script_client.eval(text, 3, EPOCH_KEY, "a", "b", "id", EPOCH)
+    assert (request, generations) == (b"id", [now_us, now_us])
+    assert sorted(script_client.keys()) == [b"c", EPOCH_KEY.encode()]
+    for keys, args in (([], ["id", EPOCH]), (["c"], ["", EPOCH]), (["c"], ["id"]), (["c", "c"], ["id", EPOCH])):
         with pytest.raises(redis.ResponseError, match="RATETHROTTLE"):
-            script_client.eval(text, len(keys), *keys, request)
+            script_client.eval(text, 1 + len(keys), EPOCH_KEY, *keys, *args)
     assert script_client.exists("c")
 
 
@@ -408,7 +422,7 @@ def test_a_replica_refuses_the_script_before_it_runs(redis_server: Any, redis_cl
     redis_client.replicaof("127.0.0.1", "1")
     try:
         with pytest.raises(redis.exceptions.ReadOnlyError):
-            redis_client.evalsha(loaded, 1, *keys, "id", *args)
+            redis_client.evalsha(loaded, 2, EPOCH_KEY, *keys, "id", *args)
     finally:
         redis_client.replicaof("NO", "ONE")
 

@@ -10,11 +10,15 @@ from importlib.resources import files
 
 HEADER = re.compile(r"^--- (\w+): (.*)$", re.MULTILINE)
 SHEBANG = b"#!lua\n"
+ALONE = {"beat"}  # reads no states
 
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """One script as text, and its header's words by line: what Python sends and reads is named there and nowhere else."""
+    """One script as text, what it shares with others included, and its header's words by line.
+
+    What Python sends and reads is named there and nowhere else.
+    """
 
     name: str
     text: bytes
@@ -36,6 +40,8 @@ class Script:
 
 @cache
 def script(name: str) -> Script:
-    """Read `lua/<name>.lua`. Raises FileNotFoundError if the package was installed without it."""
-    text = files(__package__).joinpath("lua", f"{name}.lua").read_text("ascii")
-    return Script(name, text.encode(), {line: tuple(words.split()) for line, words in HEADER.findall(text)})
+    """Read `lua/<name>.lua`, behind `lua/state.lua`. Raises FileNotFoundError if the package was installed without them."""
+    folder = files(__package__).joinpath("lua")
+    text = folder.joinpath(f"{name}.lua").read_text("ascii")
+    shared = "" if name in ALONE else folder.joinpath("state.lua").read_text("ascii") + "\n"
+    return Script(name, (shared + text).encode(), {line: tuple(words.split()) for line, words in HEADER.findall(text)})

@@ -1,8 +1,35 @@
---- Forgets what keys have used.
---- KEYS: state_key...
---- ARGV: request
---- reply: request
-if not ARGV[1] or ARGV[1] == '' then return redis.error_reply('RATETHROTTLE no request id') end
-if #KEYS == 0 then return redis.error_reply('RATETHROTTLE no keys') end
-redis.call('DEL', unpack(KEYS))
-return {ARGV[1]}
+--- Forgets what keys have used, in a way that nobody brings back.
+--- KEYS: epoch_key state_key...
+--- ARGV: request epoch
+--- reply: request server_us generation...
+-- In another epoch than the one expected, the reply is just -1 for the server's time, and nothing was done.
+local KEYS, ARGV, refuse = KEYS, ARGV, redis.error_reply
+local request, key_count = ARGV[1], #KEYS - 1
+if not request or request == '' then return refuse('RATETHROTTLE no request id') end
+if not (key_count >= 1 and key_count <= 128) then return refuse('RATETHROTTLE the count of keys is from 1 to 128') end
+if #ARGV ~= 2 then return refuse('RATETHROTTLE the number of arguments is wrong') end
+local seen = {}
+for k = 1, #KEYS do
+  if seen[KEYS[k]] then return refuse('RATETHROTTLE a key is given twice') end
+  seen[KEYS[k]] = true
+end
+local states, reply = call('MGET', unpack(KEYS)), {request, now}
+if states[1] ~= ARGV[2] then return {request, -1} end
+if not enter(ARGV[2]) then return refuse('RATETHROTTLE the epoch is none') end
+headers()
+
+for k = 2, key_count + 1 do
+  local key, head = KEYS[k], states[k] and match(states[k], '^1[^;]*;') or '1;'
+  -- What is known of a key, by whomever, counts no longer than its state would have.
+  local keep_ms = max(call('PTTL', key), repair_us > 0 and floor((repair_us + 999) / 1000) + 1 or 0)
+  local h = read_header(head, {kind = 'f', window = keep_ms * 1000}, nil)
+  h.start, h.granted, h.bases, h.generation = now, 0, '', max(h.generation + 1, now)
+  if keep_ms > 0 then
+    local expiry_ms = format('%d', keep_ms)
+    call('PSETEX', key, expiry_ms, print_header(h))
+  else
+    call('DEL', key)
+  end
+  reply[k + 1] = h.generation
+end
+return reply

@@ -1,0 +1,287 @@
+--- Puts back what Redis has lost: what processes know of before the epoch, and what they admitted while they could not ask.
+--- KEYS: epoch_key state_key... marker_key
+--- ARGV: request mode epoch rule_count entry_count rule... entry...
+--- rule: kind capacity window_us unit_ticks drain_ticks slot_us coarse_us lead_us
+--- assert_entry: key_index rule_index generation a b c
+--- charge_entry: key_index rule_index count charge...
+--- charge: age_us units
+--- reply: request server_us applied
+--- limits: keys=128 rules=128 entries=128 charges=128
+-- With mode `assert` there is no marker_key. a b c: of b level 0 0, of s units leaves_us heard_us (ago), of f count since_us 0, of c cur since_us
+-- prev.
+-- A call that charges is run once, however often it is sent: the marker tells. `applied` counts the entries that were taken in. In another
+-- epoch than the one expected, the reply is just -1 for the server's time, and nothing was done.
+
+-- The entries of a sliding window as a table, in order: {us, units}.
+local function entries_of(v)
+  local list = {}
+  for i = 1, v.n do list[i] = {at_of(v, i - 1), units_of(v, i - 1)} end
+  return list
+end
+
+-- Makes them the entries again, in whatever order they are, without those that hold nothing.
+local function set_entries(v, list)
+  table.sort(list, function(one, other) return one[1] < other[1] end)
+  v.n, v.total = 0, 0
+  for i = 1, #list do
+    if list[i][2] > 0 then push(v, list[i][1], list[i][2]) end
+  end
+end
+
+-- What a sliding window held that was used before the epoch: a table of `held` (units inherited), `added` (those that were asserted,
+-- beyond that) and `at` (us, where these are). By definition, in the header's order.
+local function bases_of(h)
+  local bases = {}
+  for window, q, held, added, at in string.gmatch(h.bases, 's(%d+),(%d+),(%d+),(%d+),(%d+)') do
+    bases[#bases + 1] = {window = window + 0, q = q + 0, held = held + 0, added = added + 0, at = at + 0}
+  end
+  return bases
+end
+
+local function base_of(h, v)
+  for i = 1, #h.all do
+    if h.all[i].window == v.window and h.all[i].q == v.q then return h.all[i] end
+  end
+  -- Of two definitions only the one that came first had this noted. What was granted since and has left makes it less than it was.
+  local base = {window = v.window, q = v.q, held = max(0, v.total - h.granted), added = 0, at = 0}
+  h.all[#h.all + 1] = base
+  return base
+end
+
+local function print_bases(h)
+  local text = ''
+  for i = 1, #h.all do
+    local base = h.all[i]
+    text = text .. format('s%d,%d,%d,%d,%d', base.window, base.q, base.held, base.added, base.at)
+  end
+  return text
+end
+
+-- Takes what was asserted out of the entries of a window. It was merged into the newest entry if the clock was set back since.
+local function take_out(v, base, list)
+  local at, left = v.n > 0 and min(base.at, v.last) or 0, base.added
+  for i = 1, #list do
+    if list[i][1] == at then
+      list[i][2] = list[i][2] - min(list[i][2], left)
+    end
+  end
+end
+
+-- Where the aligned window began in which this state was first touched in the epoch: what is asserted is of then, or older.
+local function first_window(h, v)
+  return h.start - h.start % v.window
+end
+
+-- Joins `units` that were used in an aligned window before the epoch.
+local function join_count(v, h, start, units)
+  local first = first_window(h, v)
+  if units == 0 then return end
+  if start == first and v.start <= first then
+    v.cur = max(v.cur, min(units + h.granted, UNITS_MAX))
+  elseif v.kind == 'c' and start == first and v.start == first + v.window then
+    -- What of `granted` isn't in the window that has begun since was in that one.
+    v.prev = max(v.prev, min(units + max(0, h.granted - v.cur), UNITS_MAX))
+  elseif v.kind == 'c' and start == first - v.window and v.start <= first then
+    v.prev = max(v.prev, units)
+  end
+end
+
+-- Joins `units` that count from `at` at the latest, and were heard of at `heard`.
+local function join_window(v, h, units, at, heard)
+  local base = base_of(h, v)
+  -- A process may still have heard the old master when others had told this one what they know: what was inherited and has left
+  -- since isn't among these units.
+  local held = heard < h.start and base.held or min(base.held, max(0, v.total - h.granted - base.added))
+  local added = units - held
+  at = min(at + (-at) % v.q, reach_end(v))
+  if added <= 0 or at + v.window <= now then return end
+  added, at = max(added, base.added), max(at, base.at)
+  if added == base.added and at == base.at then return end
+  local list = entries_of(v)
+  take_out(v, base, list)
+  list[#list + 1] = {at, added}
+  set_entries(v, list)
+  base.added, base.at = added, at
+end
+
+-- What is asserted holds at the same time as what was granted since, on top of it: their sum is what the level would be now.
+local function join_bucket(v, h, ticks, most)
+  v.level = max(v.level, min(ticks + h.granted * v.unit, most))
+end
+
+-- Joins what a process knows of one definition, to its view and to the other one: as `read` derives a view, but all of it from when
+-- the state was first touched, so that to do it again changes nothing.
+local function join(rule, own, other, h, a, b, c)
+  local kind, units, at, heard = rule.kind, a, slot_end(other and other.q or 1, h.start), 0
+  if kind == 'b' then
+    join_bucket(own, h, a, 2 * rule.cap * own.unit)
+    units = floor((max(0, a) + own.unit - 1) / own.unit)
+  elseif kind == 's' then
+    at = now + b - own.window
+    heard = now - c
+    join_window(own, h, units, at, heard)
+  else
+    -- The nearest window: a process measures from when it heard of it, and servers' clocks differ.
+    local start = floor((now - b) / own.window + 0.5) * own.window
+    start = min(start, first_window(h, own))
+    join_count(own, h, start, a)
+    if kind == 'c' then join_count(own, h, start - own.window, c) end
+    units = (start >= own.start and a or 0) + (kind == 'c' and (start >= own.start and c or start == own.start - own.window and a) or 0)
+  end
+  if not other or units == 0 then return end
+  if other.kind == 'b' then
+    join_bucket(other, h, units * other.unit, other.cap * other.unit)
+  elseif other.kind == 's' then
+    join_window(other, h, units, at, heard)
+  else
+    join_count(other, h, first_window(h, other), units)
+  end
+end
+
+-- Leaves of a view only what was granted since, or more where that can't be told.
+local function forget(v, h)
+  local kind, granted = v.kind, h.granted
+  if kind == 'b' then
+    v.level = min(v.level, granted * v.unit)
+  elseif kind == 's' then
+    local base, list = base_of(h, v), entries_of(v)
+    take_out(v, base, list)
+    -- Nothing was granted since at an earlier place than what was there.
+    for i = #list, 1, -1 do
+      list[i][2] = min(list[i][2], granted)
+      granted = granted - list[i][2]
+    end
+    set_entries(v, list)
+    base.held, base.added, base.at = 0, 0, 0
+  else
+    local first = first_window(h, v)
+    if v.start <= first then
+      v.cur, v.prev = min(v.cur, granted), 0
+    elseif v.start == first + v.window then
+      v.prev = min(v.prev, max(0, granted - v.cur))
+    end
+  end
+end
+
+-- Counts units of a view that were admitted elsewhere; returns how many of them a later assertion must come on top of.
+local function charge(v, h, charges)
+  local kind, counted = v.kind, 0
+  local list = kind == 's' and entries_of(v)
+  for i = 1, #charges do
+    local at, units = now - charges[i][1], charges[i][2]
+    if kind == 's' then
+      at = slot_end(v.q, at)
+      if at + v.window > now then list[#list + 1], counted = {at, units}, counted + units end
+    elseif kind ~= 'b' then
+      local start = at - at % v.window
+      if start == v.start then
+        v.cur = min(v.cur + units, UNITS_MAX)
+      elseif kind == 'c' and start == v.start - v.window then
+        v.prev = min(v.prev + units, UNITS_MAX)
+      end
+      if start >= first_window(h, v) then counted = counted + units end
+    else
+      counted = counted + units
+    end
+  end
+  if kind == 's' then set_entries(v, list) end
+  if kind == 'b' then v.level = min(v.level + min(counted, v.cap) * v.unit, max(v.level, v.cap * v.unit)) end
+  return counted
+end
+
+local function charge_bucket(v, h, rule, ticks)
+  v.level = min(v.level + ticks, max(v.level, 2 * rule.cap * v.unit))
+  return floor((ticks + v.unit - 1) / v.unit)
+end
+
+local KEYS, ARGV, refuse = KEYS, ARGV, redis.error_reply
+local request, mode, charges = ARGV[1], ARGV[2], ARGV[2] == 'charge'
+local key_count = #KEYS - (charges and 2 or 1)
+local rule_count, entry_count = number(ARGV[4], 1, 128), number(ARGV[5], 1, 128)
+if not request or request == '' then return refuse('RATETHROTTLE no request id') end
+if mode ~= 'assert' and not charges then return refuse('RATETHROTTLE mode is assert or charge') end
+if not (rule_count and entry_count) then return refuse('RATETHROTTLE the counts of rules and of entries are from 1 to 128') end
+if not (key_count >= 1 and key_count <= 128) then return refuse('RATETHROTTLE the count of keys is from 1 to 128') end
+local seen = {}
+for k = 1, #KEYS do
+  if seen[KEYS[k]] then return refuse('RATETHROTTLE a key is given twice') end
+  seen[KEYS[k]] = true
+end
+local rules, wrong = read_rules(5, rule_count)
+if not rules then return refuse(wrong) end
+
+local entries, at = {}, 5 + 8 * rule_count
+for i = 1, entry_count do
+  local key, rule = number(ARGV[at + 1], 1, key_count), rules[number(ARGV[at + 2], 1, rule_count) or 0]
+  local entry = {key = key and key + 1, rule = rule}
+  if not (key and rule) then return refuse('RATETHROTTLE a number of an entry is out of range') end
+  local kind = rule.kind
+  if charges then
+    local count = number(ARGV[at + 3], 1, kind == 'b' and 1 or 128)
+    if not count then return refuse('RATETHROTTLE a number of an entry is out of range') end
+    at = at + 3
+    for j = 1, count do
+      local age, units = number(ARGV[at + 1], 0, kind == 'b' and 0 or 9007199254740991), number(ARGV[at + 2], 1, kind == 'b' and TICKS or UNITS_MAX)
+      if not (age and units) then return refuse('RATETHROTTLE a number of a charge is out of range') end
+      entry[j], at = {age, units}, at + 2
+    end
+  else
+    entry.generation = number(ARGV[at + 3], 0, 9007199254740991)
+    entry.a = number(ARGV[at + 4], kind == 'b' and -TICKS or 0, kind == 'b' and 2 * TICKS or UNITS_MAX)
+    entry.b = number(ARGV[at + 5], kind == 's' and 1 or 0, kind == 'b' and 0 or 9007199254740991)
+    entry.c = number(ARGV[at + 6], 0, kind == 'c' and UNITS_MAX or kind == 's' and 9007199254740991 or 0)
+    if not (entry.generation and entry.a and entry.b and entry.c) then return refuse('RATETHROTTLE a number of an entry is out of range') end
+    at = at + 6
+  end
+  entries[i] = entry
+end
+if #ARGV ~= at then return refuse('RATETHROTTLE the number of arguments is wrong') end
+
+local states = call('MGET', unpack(KEYS))
+if states[1] ~= ARGV[3] then return {request, -1} end
+if not enter(ARGV[3]) then return refuse('RATETHROTTLE the epoch is none') end
+headers()
+local marker = charges and KEYS[key_count + 2]
+if charges and states[key_count + 2] or not charges and repair_us == 0 then return {request, now, 0} end
+
+local applied, keeps = 0, {}
+for i = 1, entry_count do
+  local entry = entries[i]
+  local k, rule = entry.key, entry.rule
+  local head, own, other = read(states[k] or '1;', rule)
+  -- A state of another version stays as it is: the other keys have to be repaired all the same.
+  if head then
+    roll(own)
+    local h = read_header(head, own, other)
+    h.all = h.since and bases_of(h) or {}
+    local taken = charges or entry.generation >= h.generation
+    if charges then
+      local counted = rule.kind == 'b' and charge_bucket(own, h, rule, entry[1][2]) or charge(own, h, entry)
+      if other then charge(other, h, rule.kind == 'b' and {{0, counted}} or entry) end
+      h.granted = min(h.granted + counted, UNITS_MAX)
+    elseif taken then
+      if entry.generation > h.generation then
+        forget(own, h)
+        if other then forget(other, h) end
+        h.generation, h.keep = entry.generation, max(h.keep, reach(own), other and reach(other) or 0)
+      end
+      join(rule, own, other, h, entry.a, entry.b, entry.c)
+    end
+    if taken then
+      applied, h.bases = applied + 1, print_bases(h)
+      local reset, text = print_state(print_header(h), own, other)
+      states[k], keeps[k] = text, max(reset, h.keep)
+    end
+  end
+end
+
+if charges then call('SET', marker, '1', 'PX', 60000) end
+for k = 2, key_count + 1 do
+  local keep_us = keeps[k]
+  -- Until then it counts, or its header does.
+  if keep_us and keep_us > 0 then
+    local expiry_ms = format('%d', floor((keep_us + 999) / 1000) + 1)
+    call('PSETEX', KEYS[k], expiry_ms, states[k])
+  end
+end
+return {request, now, applied}

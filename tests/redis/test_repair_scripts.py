@@ -1,0 +1,567 @@
+"""What comes back after a loss, held against a true log: never less than what was used and is known, and as little more as is promised."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import fakeredis
+import pytest
+import redis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ratethrottle._core import CompiledRule
+from ratethrottle.storage.redis.scripts import script
+from tests import intervals
+from tests.clocked import EPOCH, EPOCH_KEY, RUN, ClockedScript, Lease, clocked, epoch_text, make_call, read_state
+from tests.strategies import START_US, STRATEGIES, make_rule
+
+REPAIR_US, LEARN_US, LAPSE_US = 10_000_000, 250_000, 3_000_000
+UNKNOWN = -(2**52)
+MINUTE_US = 60_000_000
+NOW_US = START_US - START_US % MINUTE_US + 20_000_000
+NUMBERS = [(strategy, limit) for strategy in STRATEGIES for limit in (20, 1_000)]
+
+
+class Log:
+    """All that was granted, in order: the truth. One account of one rule, in rational time as the promise has it."""
+
+    def __init__(self, rule: CompiledRule, grants: list[tuple[int, int]]) -> None:
+        self.rule, self.grants = rule, grants
+
+    def level(self, now_us: int) -> int:
+        """Of a bucket, in ticks; below zero by what has drained since it was empty."""
+        level, seen_us = UNKNOWN, now_us
+        for at_us, units in self.grants:
+            level = max(0, level - self.rule.drain_ticks * (at_us - seen_us)) + units * self.rule.unit_ticks
+            seen_us = at_us
+        return level - self.rule.drain_ticks * (now_us - seen_us)
+
+    def counted(self, now_us: int) -> int:
+        """Of a sliding window, in units."""
+        return sum(units for at_us, units in self.grants if self.slot(at_us) + self.rule.window_us > now_us)
+
+    def slot(self, at_us: int) -> int:
+        q = self.rule.slot_us
+        return at_us if q == 1 else (at_us // q + 1) * q
+
+    def window(self, start_us: int) -> int:
+        """Of an aligned window, in units."""
+        return sum(units for at_us, units in self.grants if at_us // self.rule.window_us == start_us // self.rule.window_us)
+
+    def known(self, now_us: int) -> tuple[int, int, int]:
+        """What a process says now that has heard of just these grants when the last of them was made."""
+        rule = self.rule
+        if rule.kind == "b":
+            return max(UNKNOWN, self.level(now_us)), 0, 0
+        if not self.grants:
+            return 0, int(rule.kind == "s"), 0
+        heard_us = self.grants[-1][0]
+        if rule.kind == "s":
+            leaves_us = self.slot(heard_us) + rule.window_us - now_us
+            return (self.counted(heard_us), leaves_us, now_us - heard_us) if leaves_us > 0 else (0, 1, 0)
+        start_us = heard_us - heard_us % rule.window_us
+        before = self.window(start_us - rule.window_us) if rule.kind == "c" else 0
+        return self.window(start_us), now_us - start_us, before
+
+
+class Server:
+    """The scripts at times of the test's choice."""
+
+    def __init__(self, client: Any, began_us: int) -> None:
+        self.client, self.epoch = client, epoch_text(began_us, began_us)
+        client.flushall()
+        self.decide = ClockedScript(client)
+        self.decide.client.set(EPOCH_KEY, self.epoch)
+        self.scripts = {name: client.script_load(clocked(name)) for name in ("repair", "reset", "beat")}
+
+    def run(self, name: str, keys: list[str], now_us: int, *args: Any) -> list[Any]:
+        reply: list[Any] = self.client.evalsha(self.scripts[name], 1 + len(keys), EPOCH_KEY, *keys, "id", *args, now_us)
+        assert reply[0] == b"id"
+        return reply[1:]
+
+    def repair(self, mode: str, now_us: int, rule: CompiledRule, *entry: int, keys: tuple[str, ...] = ("k",)) -> int:
+        """How many entries were taken in."""
+        words = [getattr(rule, word) for word in script("repair").header["rule"]]
+        at_us, applied = self.run("repair", list(keys), now_us, mode, self.epoch, 1, 1, *words, 1, 1, *entry)
+        assert at_us == now_us
+        return int(applied)
+
+    def tell(self, now_us: int, rule: CompiledRule, known: tuple[int, int, int], generation: int = 0) -> int:
+        return self.repair("assert", now_us, rule, generation, *known)
+
+    def charge(self, now_us: int, rule: CompiledRule, marker: str, *charges: int) -> int:
+        return self.repair("charge", now_us, rule, len(charges) // 2, *charges, keys=("k", f"charged:{marker}"))
+
+    def check(self, now_us: int, rule: CompiledRule, cost: int = 1, mode: str = "check") -> list[int]:
+        call = make_call([(rule, "k", cost)], mode)
+        call.args[1] = self.epoch
+        reply = self.decide.send(self.client, now_us, call)
+        return call.raw(reply)[0]
+
+    def left(self, now_us: int, rule: CompiledRule) -> int:
+        call = make_call([(rule, "k", 1)], "peek")
+        call.args[1] = self.epoch
+        return call.answers(self.decide.send(self.client, now_us, call))[0][1]
+
+    def state(self) -> Any:
+        return read_state(self.decide.state("k"))
+
+
+def scenario(seed: int, strategy: str, limit: int) -> Any:
+    rng = random.Random(seed)
+    rule = make_rule(strategy, limit, rng.choice((400_000, 2_000_000, MINUTE_US)))
+    return rng, rule, rule.compiled
+
+
+def spend(rng: random.Random, server: Server, rule: CompiledRule, now_us: int, step_us: int, count: int) -> tuple[int, list[Any]]:
+    """Checks of random costs at random times; what was granted, and when the last was asked."""
+    grants = []
+    for _ in range(count):
+        now_us += rng.randrange(step_us)
+        cost = rng.choice((1, 1, 2, max(1, rule.capacity // 7)))
+        if server.check(now_us, rule, cost)[0]:
+            grants.append((now_us, cost))
+    return now_us, grants
+
+
+def hold_against(strategy: str, server: Server, rule: CompiledRule, log: Log, now_us: int, told: bool) -> None:
+    """Exact for buckets and aligned windows. A sliding window holds no less than the truth, and lets all of it go a window later."""
+    if rule.kind == "b":
+        # Of before the loss all are told, so the level is what it would be without one.
+        assert server.check(now_us, rule, mode="peek")[1] == max(0, log.level(now_us))
+    elif rule.kind == "s":
+        counted = log.counted(now_us)
+        total = server.check(now_us, rule, mode="peek")[1]
+        assert counted <= total if told else counted == total
+    else:
+        start_us = now_us - now_us % rule.window_us
+        held = server.check(now_us, rule, mode="peek")
+        assert held[1] == log.window(start_us)
+        if rule.kind == "c":
+            assert held[2] == log.window(start_us - rule.window_us)
+
+
+def play(client: Any, strategy: str, limit: int, seed: int, repair: Callable[..., Any] = Server.tell) -> None:
+    """Lose the newest part of the writes, or all; be told of it in any order, by whom it may, while others are granted units."""
+    rng, whole, rule = scenario(seed, strategy, limit)
+    server = Server(client, NOW_US - 10**9)
+    step_us = max(2, rule.window_us // rng.choice((20, 60, 300)))
+    before_us, grants = spend(rng, server, rule, NOW_US, step_us, 40)
+    # What the replica had, and what each process had heard of: prefixes of the same history.
+    lost_at = rng.choice((0, 0, len(grants), rng.randint(0, len(grants))))
+    server, states = Server(client, NOW_US - 10**9), [None]
+    for at_us, units in grants:
+        assert server.check(at_us, rule, units)[0] == 1
+        states.append(client.get("k"))
+    began_us = before_us + rng.randrange(100_000)
+    server = Server(client, began_us)
+    if states[lost_at] is not None:
+        client.set("k", states[lost_at])
+    heard = [rng.randint(0, len(grants)) for _ in range(rng.randint(0, 4))]
+    heard += [i for i in heard if rng.random() < 0.5]
+    rng.shuffle(heard)
+    now_us, since, learning = began_us, [], rng.random() < 0.5
+    for upto in heard:
+        if learning:
+            now_us += rng.randrange(20_000)
+        elif rng.random() < 0.6:
+            now_us, more = spend(rng, server, rule, now_us, rng.choice((2, 5_000, 200_000)), rng.randint(1, 5))
+            since += more
+        assert repair(server, now_us, rule, Log(rule, grants[:upto]).known(now_us)) in (1, None)
+    in_time = not since
+    now_us, more = spend(rng, server, rule, now_us, 5_000, rng.randint(0, 5))
+    since += more
+    known = Log(rule, grants[: max([lost_at, *heard])] + since)
+    if now_us - began_us < REPAIR_US:
+        hold_against(strategy, server, rule, known, now_us, bool(heard))
+    # And from then on. Where nothing was granted before all had been told, the promise holds in every interval.
+    for _ in range(60):
+        now_us, more = spend(rng, server, rule, now_us, step_us, 1)
+        known.grants += more
+        total = server.check(now_us, rule, mode="peek")[1]
+        assert rule.kind != "s" or total >= known.counted(now_us)
+    if in_time:
+        intervals.check(whole, known.grants)
+    told_us = now_us + rule.window_us + rule.slot_us + 1
+    assert rule.kind != "s" or server.check(told_us, rule, mode="peek")[1] <= known.counted(told_us)
+
+
+@pytest.mark.parametrize(("strategy", "limit"), NUMBERS)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32))
+def test_what_was_known_before_a_loss_and_what_was_granted_since_are_added(
+    script_client: redis.Redis, strategy: str, limit: int, seed: int
+) -> None:
+    play(script_client, strategy, limit, seed)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_to_take_the_larger_of_the_two_would_not_do(fake_client: redis.Redis, strategy: str) -> None:
+    """A mutant, to see that the test above finds it: what is asserted is joined without what was granted since."""
+    naive = clocked("repair")
+    for added, alone in (
+        ("units + h.granted", "units"),
+        ("ticks + h.granted * v.unit", "ticks"),
+        ("units - held", "units - v.total"),
+    ):
+        assert added in naive
+        naive = naive.replace(added, alone)
+
+    def tell(server: Server, now_us: int, rule: CompiledRule, known: tuple[int, int, int]) -> int:
+        server.scripts["repair"] = server.client.script_load(naive)
+        return Server.tell(server, now_us, rule, known)
+
+    def play_all() -> None:
+        for seed in range(60):
+            play(fake_client, strategy, 20, seed, tell)
+
+    with pytest.raises(AssertionError):
+        play_all()
+
+
+@pytest.fixture
+def fake_client(fake_server: Any) -> redis.Redis:
+    return fakeredis.FakeRedis(server=fake_server)
+
+
+@pytest.mark.parametrize(("strategy", "limit"), NUMBERS)
+def test_what_is_asserted_does_it_in_any_order_and_once(script_client: redis.Redis, strategy: str, limit: int) -> None:
+    """Overlapping knowledge of three, generations before and after a reset, each once or more, with grants before, or none."""
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")
+    rng, _, rule = scenario(seed, strategy, limit)
+    grants = [(NOW_US + i * rule.window_us // 70, rng.randint(1, 1 + limit // 20)) for i in range(15)]
+    now_us = grants[-1][0] + 1_000
+    for case in range(20):
+        told = [
+            (Log(rule, grants[: rng.randint(0, 15)]).known(now_us), rng.choice((0, 0, now_us - 5, now_us - 9))) for _ in range(3)
+        ]
+        reset_us = max(generation for _, generation in told)
+        ends = set()
+        costs = [rng.randint(1, 1 + limit // 40) for _ in range(case % 4)]
+        for _ in range(6):
+            server = Server(script_client, now_us - 100)
+            for cost in costs:
+                server.check(now_us, rule, cost)
+            order = [*told, *rng.choices(told, k=2)]
+            rng.shuffle(order)
+            for known, generation in order:
+                server.tell(now_us, rule, known, generation)
+            before = server.state()
+            for known, generation in order:
+                server.tell(now_us, rule, known, generation)
+            assert server.state() == before, "again, nothing changes"
+            ends.add(str(before))
+        assert len(ends) == 1, (case, reset_us)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_knowledge_of_before_a_reset_is_refused_by_who_knows_of_it(script_client: redis.Redis, strategy: str) -> None:
+    rule = make_rule(strategy, 100, MINUTE_US).compiled
+    log = Log(rule, [(NOW_US, 60)])
+    now_us = NOW_US + 1_000
+    # The reset comes after the loss.
+    server = Server(script_client, NOW_US + 500)
+    assert server.run("reset", ["k"], now_us, server.epoch) == [now_us, now_us]
+    assert server.tell(now_us, rule, log.known(now_us)) == 0
+    assert server.left(now_us, rule) == 100
+    assert server.check(now_us, rule, 3)[0] == 1
+    assert server.tell(now_us, rule, log.known(now_us), now_us) == 1
+    assert server.left(now_us + 1, rule) <= 37
+    # Or before it: who knows of it comes first, or last. Those granted since stay in both cases.
+    for first in (True, False):
+        server = Server(script_client, NOW_US + 500)
+        server.check(now_us, rule, 7)
+        nothing = {"b": (UNKNOWN, 0, 0), "s": (0, 1, 0)}.get(rule.kind, (0, 0, 0))
+        if first:
+            assert server.tell(now_us, rule, nothing, now_us - 100) == 1
+        assert server.tell(now_us, rule, log.known(now_us)) == (0 if first else 1)
+        if not first:
+            assert server.left(now_us, rule) == 33
+            assert server.tell(now_us, rule, nothing, now_us - 100) == 1
+        assert server.left(now_us, rule) == 93
+        assert server.tell(now_us, rule, nothing, now_us - 101) == 0
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_reset_undoes_what_a_replica_brought_back(script_client: redis.Redis, strategy: str) -> None:
+    rule = make_rule(strategy, 100, MINUTE_US).compiled
+    server = Server(script_client, NOW_US - 10**9)
+    server.check(NOW_US, rule, 60)
+    stale = script_client.get("k")
+    server = Server(script_client, NOW_US + 500)
+    script_client.set("k", stale or b"")
+    server.check(NOW_US + 600, rule, 5)
+    known = {"b": (UNKNOWN, 0, 0), "s": (0, 1, 0)}.get(rule.kind, (0, 0, 0))
+    assert server.tell(NOW_US + 700, rule, known, NOW_US + 400) == 1
+    assert server.left(NOW_US + 700, rule) == 95
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("ahead_us", [-5_000_000, -300_000, 300_000, 5_000_000])
+def test_a_new_clock_ahead_or_behind_loses_nothing_but_its_step(script_client: redis.Redis, strategy: str, ahead_us: int) -> None:
+    rule = make_rule(strategy, 100, MINUTE_US).compiled
+    log = Log(rule, [(NOW_US + i * 1_000_000, 4) for i in range(15)])
+    told_us = NOW_US + 15_000_000
+    server = Server(script_client, told_us + ahead_us)
+    assert server.tell(told_us + ahead_us, rule, log.known(told_us)) == 1
+    assert server.left(told_us + ahead_us, rule) <= 100 - 60 + (15_000_000 * 100 // MINUTE_US + 1) * (rule.kind == "b")
+    assert server.left(told_us + ahead_us + 2 * MINUTE_US + rule.slot_us, rule) == 100
+
+
+@pytest.mark.parametrize("strategy", ["fixed_window", "sliding_counter"])
+def test_a_window_that_has_ended_since_is_joined_where_it_was(script_client: redis.Redis, strategy: str) -> None:
+    rule = make_rule(strategy, 100, 1_000_000).compiled
+    before_us = NOW_US + 999_000
+    log = Log(rule, [(before_us, 50)])
+    server = Server(script_client, before_us + 100)
+    assert server.check(before_us + 200, rule, 7)[0] == 1
+    now_us = NOW_US + 1_000_500
+    assert server.check(now_us, rule, 3)[0] == 1
+    for _ in range(2):
+        assert server.tell(now_us, rule, log.known(now_us)) == 1
+    assert server.check(now_us, rule, mode="peek")[1:3] == ([3, 57] if rule.kind == "c" else [3, 500])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_was_admitted_alone_is_charged_once(script_client: redis.Redis, strategy: str) -> None:
+    rule = make_rule(strategy, 100, MINUTE_US).compiled
+    for began_us in (NOW_US - 10**9, NOW_US):
+        server = Server(script_client, began_us)
+        server.check(NOW_US + 1, rule, 10)
+        charges = (0, 5 * rule.unit_ticks) if rule.kind == "b" else (2_000_000, 3, 1_000_000, 2)
+        assert [server.charge(NOW_US + 1, rule, marker, *charges) for marker in ("one", "one", "two")] == [1, 0, 1]
+        assert server.left(NOW_US + 1, rule) == 80
+        if began_us == NOW_US:
+            # What others knew comes on top.
+            server.tell(NOW_US + 1, rule, Log(rule, [(NOW_US - 10, 30)]).known(NOW_US + 1))
+            assert server.left(NOW_US + 1, rule) == 50
+        assert script_client.pttl("charged:one") > 0
+        if rule.kind == "s":
+            assert server.left(NOW_US + 1 + MINUTE_US - 1_000_000 + 2 * rule.slot_us, rule) >= 90
+
+
+@pytest.mark.parametrize("first", STRATEGIES)
+@pytest.mark.parametrize("second", STRATEGIES)
+def test_two_definitions_both_count_what_is_asserted_to_one(script_client: redis.Redis, first: str, second: str) -> None:
+    old, new = make_rule(first, 1_000, MINUTE_US).compiled, make_rule(second, 500, 50_000_000).compiled
+    log = Log(old, [(NOW_US - 1_000, 200)])
+    server = Server(script_client, NOW_US - 10)
+    server.check(NOW_US, old, 1)
+    server.check(NOW_US, new, 1)
+    for _ in range(2):
+        assert server.tell(NOW_US, old, log.known(NOW_US)) == 1
+        state = server.state()
+    assert server.left(NOW_US, old) <= 798
+    assert server.left(NOW_US, new) <= 298
+    assert server.left(NOW_US, new) >= 500 - 205
+    assert server.state() == state
+    # And what is asserted to the other, of the same past, isn't added again.
+    assert server.tell(NOW_US, new, Log(new, [(NOW_US - 1_000, 200)]).known(NOW_US)) == 1
+    assert server.left(NOW_US, new) >= 500 - 205
+    assert server.left(NOW_US, old) >= 1_000 - 205
+
+
+def test_leases_ahead_of_now_keep_their_place(script_client: redis.Redis) -> None:
+    rule = make_rule("sliding_window", 1_000, MINUTE_US).compiled
+    server = Server(script_client, NOW_US - 10**9)
+    lease = Lease(rule, "k", count=5, ahead=5)
+    call = make_call([], leases=[lease])
+    call.args[1], call.args[12] = server.epoch, MINUTE_US // 8
+    server.decide.send(script_client, NOW_US, call)
+    ahead, inherited = server.state()[1][1], script_client.get("k") or b""
+    assert [units for _, units in ahead] == [5, 5]
+    server = Server(script_client, NOW_US + 10)
+    script_client.set("k", inherited)
+    for leaves_us, units in ((MINUTE_US - 5_000_000, 40), (MINUTE_US + MINUTE_US // 8 + 10**9, 45), (MINUTE_US, 13)):
+        for _ in range(2):
+            assert server.tell(NOW_US + 30, rule, (units, leaves_us, 10_000)) == 1
+    entries = dict(server.state()[1][1])
+    # What is asserted goes as far ahead as units may be at most, and the lease's were there already.
+    assert entries == {ahead[0][0]: 5, ahead[1][0]: 5 + 35}
+    assert server.check(NOW_US + 40, rule)[1] == 46
+
+
+def test_what_the_old_master_granted_after_the_new_one_was_told_is_not_taken_for_what_has_left(
+    script_client: redis.Redis,
+) -> None:
+    """Two units are inherited, and one of them leaves; then the old master, which others have left, grants one more."""
+    rule = make_rule("sliding_window", 3, MINUTE_US).compiled
+    server = Server(script_client, NOW_US - 10**9)
+    server.check(NOW_US - MINUTE_US + 10, rule)
+    server.check(NOW_US - 1_000, rule)
+    inherited = script_client.get("k") or b""
+    server = Server(script_client, NOW_US)
+    script_client.set("k", inherited)
+    assert server.tell(NOW_US, rule, (2, MINUTE_US - 1_000, 1_000)) == 1
+    for _ in range(2):
+        # Heard at NOW_US + 20, when the first had left: of these two the store knows one.
+        assert server.tell(NOW_US + 30, rule, (2, MINUTE_US - 10, 10)) == 1
+        assert server.left(NOW_US + 30, rule) == 1
+
+
+def test_too_late_nothing_is_asserted_and_headers_go(script_client: redis.Redis) -> None:
+    rule = make_rule("token_bucket", 100, 1000 * MINUTE_US).compiled
+    server = Server(script_client, NOW_US)
+    server.check(NOW_US, rule, 3)
+    assert (script_client.get("k") or b"").startswith(b"1e%016d,%d,3;" % (NOW_US, NOW_US))
+    late_us = NOW_US + REPAIR_US
+    assert server.tell(late_us - 1, rule, (10 * rule.unit_ticks, 0, 0)) == 1
+    assert server.left(late_us - 1, rule) == 87
+    assert server.tell(late_us, rule, (50 * rule.unit_ticks, 0, 0)) == 0
+    assert server.left(late_us, rule) == 87
+    server.check(late_us, rule)
+    assert (script_client.get("k") or b"").startswith(b"1;b")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_keys_outlive_their_views_while_others_may_assert(redis_client: redis.Redis, strategy: str) -> None:
+    """On the server's own clock."""
+    rule = make_rule(strategy, 1_000, 10_000).compiled
+    seconds, micros = redis_client.time()
+    began_us = seconds * 10**6 + micros
+    epoch = epoch_text(began_us, began_us)
+    redis_client.set(EPOCH_KEY, epoch)
+    call = make_call([(rule, "k", 1)])
+    call.args[1] = epoch
+    redis_client.eval(script("decide").text, 2, EPOCH_KEY, "k", "id", *call.args)
+    assert 0 <= redis_client.pexpiretime("k") * 1_000 - began_us - REPAIR_US <= 3_000
+    assert redis_client.eval(script("reset").text, 3, EPOCH_KEY, "k", "l", "id", epoch)[2] > began_us
+    for key in ("k", "l"):
+        assert 0 <= redis_client.pexpiretime(key) * 1_000 - began_us - REPAIR_US <= 3_000
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_generation_lives_as_long_as_what_it_undid(redis_client: redis.Redis, strategy: str) -> None:
+    rule = make_rule(strategy, 1_000, MINUTE_US).compiled
+    redis_client.set(EPOCH_KEY, EPOCH)
+    call = make_call([(rule, "k", 500)])
+    redis_client.eval(script("decide").text, 2, EPOCH_KEY, "k", "id", *call.args)
+    ends_ms = redis_client.pexpiretime("k")
+    _, at_us, generation = redis_client.eval(script("reset").text, 2, EPOCH_KEY, "k", "id", EPOCH)
+    assert generation == at_us
+    assert abs(redis_client.pexpiretime("k") - ends_ms) <= 1
+    assert redis_client.get("k") == b"1g%d;" % generation
+    one = make_call([(rule, "k", 1)])
+    reply = redis_client.eval(script("decide").text, 2, EPOCH_KEY, "k", "id", *one.args)
+    assert reply[-2:] == [1, generation]
+    assert redis_client.pexpiretime("k") >= ends_ms - 1
+    _, _, again = redis_client.eval(script("reset").text, 2, EPOCH_KEY, "k", "id", EPOCH)
+    assert again > generation
+
+
+def test_another_epoch_refuses_everything_and_touches_nothing(script_client: redis.Redis) -> None:
+    rule = make_rule("fixed_window", 10, MINUTE_US).compiled
+    server = Server(script_client, NOW_US)
+    server.check(NOW_US, rule)
+    before = script_client.get("k")
+    for stored in (epoch_text(NOW_US, NOW_US + 1), None, "x", [1]):
+        script_client.delete(EPOCH_KEY)
+        if isinstance(stored, list):
+            script_client.rpush(EPOCH_KEY, *stored)
+        elif stored:
+            script_client.set(EPOCH_KEY, stored)
+        call = make_call([(rule, "k", 1)])
+        call.args[1] = server.epoch
+        assert server.decide.send(script_client, NOW_US, call) == [b"id", -1]
+        assert server.run("reset", ["k"], NOW_US, server.epoch) == [-1]
+        words = [getattr(rule, word) for word in script("repair").header["rule"]]
+        assert server.run("repair", ["k"], NOW_US, "assert", server.epoch, 1, 1, *words, 1, 1, 0, 5, 0, 0) == [-1]
+        assert server.run("repair", ["k", "m"], NOW_US, "charge", server.epoch, 1, 1, *words, 1, 1, 1, 5, 1) == [-1]
+        assert script_client.get("k") == before
+        assert not script_client.exists("m")
+
+
+class Beats:
+    def __init__(self, client: Any) -> None:
+        self.server, self.client = Server(client, NOW_US), client
+        client.delete(EPOCH_KEY)
+
+    def __call__(self, now_us: int, known: int, run: str = RUN, process: str = "p", leaves: int = 0) -> list[int]:
+        reply = self.server.run("beat", ["processes"], now_us, run, known, process, leaves)
+        assert reply[0] == now_us
+        assert self.client.get(EPOCH_KEY) == f"{run}{reply[1]:016}{reply[2]:016}".encode()
+        return reply[1:-1]  # the last is of evicted keys, which no server here has
+
+
+def test_an_epoch_is_named_by_the_first_beat_and_learnt_where_one_was_before(script_client: redis.Redis) -> None:
+    beat = Beats(script_client)
+    assert beat(NOW_US, 0) == [NOW_US, 0, 0, 1, 0]
+    assert beat(NOW_US + 5, NOW_US) == [NOW_US, 0, 0, 1, 0]
+    # A process that knew an older one.
+    assert beat(NOW_US + 9, NOW_US - 7, process="q") == [NOW_US, NOW_US + 9, LEARN_US, 2, 1]
+    assert beat(NOW_US + 10, NOW_US, process="a") == [NOW_US, NOW_US + 9, LEARN_US - 1, 3, 0]
+    assert beat(NOW_US + 9 + LEARN_US, NOW_US - 7)[2] == 0
+    # Another run, of a clock that is behind.
+    other = RUN[::-1]
+    assert beat(NOW_US - 50, NOW_US, other)[:3] == [NOW_US + 1, NOW_US - 50, LEARN_US]
+    assert beat(NOW_US - 40, 0, other)[:3] == [NOW_US + 1, NOW_US - 50, LEARN_US - 10]
+    # A flush, found by one who knew; and one who comes back from a later epoch that this server never saw.
+    script_client.delete(EPOCH_KEY)
+    assert beat(NOW_US + 100, NOW_US + 1, other)[:3] == [NOW_US + 100, NOW_US + 100, LEARN_US]
+    assert beat(NOW_US + 200, NOW_US + 900, other)[:3] == [NOW_US + 901, NOW_US + 200, LEARN_US]
+    # Of one that began long ago nothing is learnt any more.
+    script_client.delete(EPOCH_KEY)
+    beat(NOW_US, 0)
+    assert beat(NOW_US + REPAIR_US, 5)[:3] == [NOW_US, 0, 0]
+
+
+def test_processes_lapse_leave_and_have_a_rank(script_client: redis.Redis) -> None:
+    beat = Beats(script_client)
+    assert [beat(NOW_US + i, 0, process=name)[3:] for i, name in enumerate("cab")] == [[1, 0], [2, 0], [3, 1]]
+    assert beat(NOW_US + 10, 0, process="c")[3:] == [3, 2]
+    assert beat(NOW_US + 20, 0, process="a", leaves=1)[3:] == [2, 0]
+    assert beat(NOW_US + 10 + LAPSE_US, 0, process="d")[3:] == [2, 1]
+    assert beat(NOW_US + 11 + LAPSE_US, 0, process="d")[3:] == [1, 0]
+    assert beat(NOW_US - 10**9, 0, process="e")[3:] == [1, 0], "the clock was set back"
+    assert 0 < script_client.pttl("processes") <= LAPSE_US // 1_000
+
+
+def test_what_is_no_epoch_or_no_set_is_replaced(script_client: redis.Redis) -> None:
+    beat = Beats(script_client)
+    for junk in ("", "x", RUN, epoch_text(5, 5) + "0", epoch_text(5, 5)[:-1] + "x"):
+        script_client.set(EPOCH_KEY, junk)
+        assert beat(NOW_US, 7)[:3] == [NOW_US, NOW_US, LEARN_US]
+    script_client.delete(EPOCH_KEY, "processes")
+    script_client.rpush(EPOCH_KEY, 1)
+    script_client.rpush("processes", 1)
+    assert beat(NOW_US, 0) == [NOW_US, 0, 0, 1, 0]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_bad_arguments_of_a_repair_are_refused_and_nothing_is_written(script_client: redis.Redis, strategy: str) -> None:
+    rule = make_rule(strategy, 10, MINUTE_US).compiled
+    server = Server(script_client, NOW_US)
+    server.check(NOW_US, rule, 2)
+    before = script_client.get("k")
+    words = [getattr(rule, word) for word in script("repair").header["rule"]]
+    own = {"b": (9, 0, 0), "s": (3, 5, 0), "f": (3, 5, 0), "c": (3, 5, 2)}[rule.kind]
+    for mode, entry, keys in (("assert", (1, 1, 0, *own), ["k"]), ("charge", (1, 1, 1, 0, 3), ["k", "m"])):
+        good = [mode, server.epoch, 1, 1, *words, *entry]
+        for place in (0, 2, 3, *range(12, len(good))):
+            for value in ("nan", "-inf", "1.5", "", "x", "1e30"):
+                wrong = list(good)
+                wrong[place] = value
+                with pytest.raises(redis.ResponseError, match="RATETHROTTLE"):
+                    server.run("repair", keys, NOW_US, *wrong)
+        for wrong in (good[:-1], [*good, 1]):
+            with pytest.raises(redis.ResponseError, match="RATETHROTTLE"):
+                server.run("repair", keys, NOW_US, *wrong)
+        assert script_client.get("k") == before
+        assert not script_client.exists("m")
+        assert server.run("repair", keys, NOW_US, *good) == [NOW_US, 1]
+        script_client.set("k", before or b"")
+
+
+def test_a_key_of_another_version_does_not_stand_in_the_way_of_others(script_client: redis.Redis) -> None:
+    rule = make_rule("fixed_window", 10, MINUTE_US).compiled
+    server = Server(script_client, NOW_US)
+    script_client.set("k", "2;whatever")
+    words = [getattr(rule, word) for word in script("repair").header["rule"]]
+    entries = (1, 1, 0, 4, 0, 0, 2, 1, 0, 4, 0, 0)
+    assert server.run("repair", ["k", "l"], NOW_US, "assert", server.epoch, 1, 2, *words, *entries) == [NOW_US, 1]
+    assert script_client.get("k") == b"2;whatever"
+    assert script_client.exists("l")
