@@ -8,7 +8,7 @@ import os
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-EXTENSIONS = ["_core", "_calls"]
+EXTENSIONS = ["_core", "_layout", "_outage", "_repair", "_calls"]
 
 STRICT = ["-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-Wno-missing-field-initializers"]
 INVARIANTS = {"define_macros": [("RATETHROTTLE_DEBUG", "1")], "undef_macros": ["NDEBUG"]}

@@ -433,6 +433,13 @@ cdef inline int view_derive(View* own, const Terms* rule, const View* source, in
     return KEEP
 
 
+cdef inline int64_t view_reach(const Terms* terms) noexcept nogil:
+    """For how long at most something that a view of these terms holds may count."""
+    if terms.kind == c"b":
+        return ceil_div(terms.capacity * terms.unit_ticks, terms.drain_ticks)
+    return terms.window_us + terms.reach_us if terms.kind == c"s" else 2 * terms.window_us
+
+
 cdef inline void view_free(View* view) noexcept nogil:
     if view.terms.kind == c"s":
         free(view.amount.window)

@@ -8,28 +8,33 @@ from libc.stdint cimport int64_t, uint32_t
 from libc.stdlib cimport free
 
 from ratethrottle._arithmetic cimport (
-    Counts, judge, KEEP, NO_MEMORY, Outcome, report, same_definition, Terms, Units, View, view_free, view_roll, Window, window_live,
-    window_new,
+    Counts, judge, KEEP, NO_MEMORY, Outcome, report, same_definition, Terms, Units, View, view_free, view_reach, view_roll, Window,
+    window_live, window_new,
 )
 from ratethrottle._table cimport Slot
 
 
 cdef enum:
     KNOWN_ENTRIES = 3
+    LATE_US = 10_000_000                   # for so long after an epoch began the store takes assertions
     # Two clocks may differ by a 64th before a bound says more than the store would.
     DRIFT_SHARE = 64
 
-cdef struct Bound:                         # a slot of a table of bounds
+cdef struct Bound:                         # a slot of a table of bounds; begins as a NamedSlot does
     Slot slot                              # whose view is `known`
+    char* name                             # of the state's key
+    size_t name_size
     int64_t sent_us                        # when the call that confirmed it was sent: it ages from then
     int64_t received_us                    # and when its reply came
     int64_t server_us                      # the server's time in that reply
+    int64_t epoch                          # and of which life of its data it spoke
     int64_t asked_us                       # when a check left to ask again; 0 once it was answered
     void* asked_by                         # the gathering that it left from: no other one hears the answer
     int64_t lease_units                    # left to spend
     int64_t lease_until_us                 # before this, in this process's time
     int64_t lease_at_us                    # the server's time of the grant, or that from which a sliding window counts it
     const Terms* lease_terms
+    int64_t lease_epoch
     int64_t lease_size                     # units of that grant
     bint leasing                           # a call that asks for the next one is on its way
 
@@ -44,6 +49,44 @@ cdef inline int64_t aged(const Bound* bound, int64_t now_us) noexcept nogil:
     """What time it may be at most in the store, in the time that `known` is kept in."""
     cdef int64_t past_us = max(<int64_t>0, now_us - bound.sent_us)
     return bound.sent_us + past_us + past_us // DRIFT_SHARE + 1
+
+
+cdef inline int64_t aged_late(const Bound* bound, int64_t now_us) noexcept nogil:
+    """What time it is at least in the store, in the time that `known` is kept in: for what stands in for the store itself."""
+    cdef int64_t past_us = max(<int64_t>0, now_us - bound.received_us)
+    return bound.sent_us + past_us - past_us // DRIFT_SHARE
+
+
+cdef inline bint bound_assertion(const Bound* bound, int64_t now_us, int64_t* numbers) noexcept nogil:
+    """What a store that has lost it is told of a key, as `assert` of repair.lua takes it; False if nothing of it counts any more.
+
+    Held too long rather than too short: it ages from when the reply came, and all of a window's units leave with the last.
+    """
+    cdef const View* known = &bound.slot.view
+    cdef const Terms* rule = known.terms
+    cdef const Window* window
+    cdef int64_t then_us = aged_late(bound, now_us)
+    cdef int64_t past_us = then_us - known.at_us
+    numbers[1] = numbers[2] = 0
+    if rule.kind == c"b":
+        # Below zero it still says by how much, for a store that has begun to drain earlier.
+        past_us = min(past_us, view_reach(rule) + LATE_US)
+        numbers[0] = known.amount.level_ticks - past_us * rule.drain_ticks
+        return numbers[0] > -LATE_US * rule.drain_ticks
+    if rule.kind == c"s":
+        window = known.amount.window
+        if window.count == 0:
+            return False
+        numbers[0] = window.total
+        numbers[2] = then_us - bound.sent_us   # how long ago that was heard, at least
+        numbers[1] = window.entries[window.first + window.count - 1].at_us + rule.window_us - then_us
+        return numbers[1] > 0
+    numbers[0] = known.amount.counts.cur
+    numbers[1] = past_us
+    if rule.kind == c"f":
+        return numbers[0] > 0 and past_us < rule.window_us
+    numbers[2] = known.amount.counts.prev
+    return numbers[0] > 0 and past_us < 2 * rule.window_us or numbers[2] > 0 and past_us < rule.window_us
 
 
 cdef inline int bound_verdict(Bound* bound, const Terms* rule, bint leases, int64_t now_us, int64_t units, int64_t ttl_us,

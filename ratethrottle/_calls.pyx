@@ -9,30 +9,31 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcmp, memset
+from libc.string cimport memchr, memcmp, memcpy, memset
 
 from ratethrottle._arithmetic cimport (
     answer_length, KEEP, Outcome, same_definition, take_answer, Terms, UNITS_MAX, view_free, view_fresh_at,
 )
-from ratethrottle._bound cimport Bound, bound_learn, bound_verdict, DENIED, DRIFT_SHARE, LEASED, OPEN
+from ratethrottle._bound cimport aged_late, Bound, bound_learn, bound_verdict, DENIED, DRIFT_SHARE, LEASED, OPEN
 from ratethrottle._core cimport (
-    CHECK, CompiledRule, COMPLETE, Decision, decision_new, Entry, GIVE_BACK, Group, KeyTable, LEASE, Mode, NEW, PARKED, PEEK,
-    PendingDecision, PREFILTER, REDIS, Remote, RESET, SENT, Waiter, WAITING,
+    ALLOW, CHECK, CompiledRule, COMPLETE, Decision, decision_new, DENY, GIVE_BACK, Group, KeyTable, LEASE, Mode, OF_STORAGE, OUTAGE,
+    PARKED, PEEK, PendingDecision, Policy, policy_of, PREFILTER, RAISE, REDIS, Remote, RESET, SENT, Waiter, WAITING,
 )
+from ratethrottle._layout cimport Layout, pending_of
+from ratethrottle._repair cimport Errand, Knowledge
 from ratethrottle._resp cimport (
-    BROKEN, Buffer, buffer_room, digits, INCOMPLETE, put, put_bulk, put_head, put_number, read_line, read_number,
+    BROKEN, Buffer, buffer_room, INCOMPLETE, put_bulk, put_head, put_number, read_line, read_number,
 )
-from ratethrottle._table cimport Hash128, Shard, shard_find, slot_at
+from ratethrottle._table cimport Hash128, Place, Shard, shard_find, slot_at
 
 from asyncio import _get_running_loop as running_loop
 from asyncio import current_task
 from collections import deque
 from contextvars import Context
-from hashlib import blake2b
 from heapq import heappop, heappush
 from os import urandom
 
-from ratethrottle.errors import StorageProtocolError, StorageTimeout, StorageUnavailable
+from ratethrottle.errors import StorageProtocolError, StorageRefused, StorageTimeout, StorageUnavailable
 
 
 cdef extern from "Python.h":
@@ -45,40 +46,21 @@ cdef enum:
     ENTRIES_MAX = 128                        # of a call: the store is held for well under a millisecond
     IN_FLIGHT_MAX = 2
     HALVED_MIN = 32
-    KEY_BYTES_MAX = 128                      # longer keys are digested
     PLACES = 512                             # of the map from keys to entries: a power of two, at least twice ENTRIES_MAX
-    NUMBERS_MAX = 6                          # of an answer
+    NUMBERS_MAX = 8                          # of an answer, and the generation of its key
     REPLY_BYTES_MAX = 1 << 16                # of what is kept of a reply that hasn't come whole
+    EPOCH_SIZE = 72                          # what an epoch is called: the server's run id, its beginning, that of learning
+    ERRAND_NUMBERS_MAX = 16
+    BEAT_US = 500_000                        # between two beats of a process that is busy
+    IDLE_BEAT_US = 1_000_000                 # and of one that isn't
+    WATCH_US = 100_000                       # while what an idle one knows still counts: it must hear of a loss within LEARN
+    MOVED = -1                               # instead of numbers: it wasn't run, this is another epoch than it expected
 
 cdef int64_t LEVEL_MAX = (<int64_t>1 << 53) - 1
-
-cdef uint32_t[256] CRC_TABLE
-
 
 cdef inline int64_t lead(CompiledRule rule) noexcept:
     """How far ahead of now units of a sliding window are counted from that are taken ahead."""
     return rule.lease_us if rule.terms.kind == c"s" else 0
-
-
-cdef void fill_crc_table() noexcept:
-    """CRC-32 of ISO 3309, reflected: what zlib.crc32 computes."""
-    cdef uint32_t i, value
-    cdef int _bit
-    for i in range(256):
-        value = i
-        for _bit in range(8):
-            value = (value >> 1) ^ 0xEDB88320U if value & 1 else value >> 1
-        CRC_TABLE[i] = value
-
-fill_crc_table()
-
-
-cdef inline uint32_t crc32(const char* data, Py_ssize_t size) noexcept nogil:
-    cdef uint32_t value = 0xFFFFFFFFU
-    cdef Py_ssize_t i
-    for i in range(size):
-        value = CRC_TABLE[(value ^ <unsigned char>data[i]) & 0xFF] ^ (value >> 8)
-    return value ^ 0xFFFFFFFFU
 
 
 # ------------------------------------------------------------------------------------------------------------- queues
@@ -175,6 +157,10 @@ cdef inline int complete_with(PendingDecision pending, Decision decision) except
     return complete(pending, None)
 
 
+cdef object repairing():
+    return StorageUnavailable("Redis has lost its data, or is another server now; it is being told what was used")
+
+
 cdef object twin_of(object error):
     """Each caller raises an exception of its own: a shared one would collect all their tracebacks."""
     twin = type(error)(*error.args)
@@ -232,78 +218,6 @@ cdef class Call:
         return count + 1
 
 
-@cython.final
-cdef class Layout:
-    """What keys are called in Redis: `prefix:{tag}:rule:=key` (DESIGN: key layout).
-
-    The tag is of the key alone, so that all rules of a key share a slot of a cluster. The key comes last and is marked `=` (as it
-    is), `(` (a tuple, joined) or `#` (a digest of a long one), so that no two keys collide.
-    """
-
-    cdef bytes opening                       # of every key, up to its tag
-    cdef uint32_t tags
-
-    def __init__(self, bytes prefix not None, uint32_t tags):
-        self.opening = prefix + b":{"
-        self.tags = tags
-
-    cdef int address(self, PendingDecision pending) except -1:
-        """Find the key's tag; digest a long key."""
-        pending.tag = crc32(pending.data, pending.size) % self.tags
-        if pending.size > KEY_BYTES_MAX:
-            whole = (b"=" if pending.mark == c"=" else b"(") + pending.data[:pending.size]
-            pending.text = blake2b(whole, digest_size=16).hexdigest().encode()
-            pending.data = PyBytes_AS_STRING(pending.text)
-            pending.size = PyBytes_GET_SIZE(pending.text)
-            pending.mark = c"#"
-        return 0
-
-    cdef int put_key(self, Buffer* buffer, PendingDecision pending) except -1:
-        cdef Py_ssize_t name_size
-        cdef const char* name = PyUnicode_AsUTF8AndSize(pending.rule.name, &name_size)
-        cdef char[20] tag
-        cdef int tag_size = digits(pending.tag, tag)
-        cdef size_t size = PyBytes_GET_SIZE(self.opening) + tag_size + 2 + name_size + 2 + pending.size
-        if not buffer_room(buffer, size + 32):
-            raise MemoryError
-        put_head(buffer, c"$", size)
-        put(buffer, PyBytes_AS_STRING(self.opening), PyBytes_GET_SIZE(self.opening))
-        put(buffer, tag, tag_size)
-        put(buffer, "}:", 2)
-        put(buffer, name, name_size)
-        put(buffer, ":", 1)
-        put(buffer, &pending.mark, 1)
-        put(buffer, pending.data, pending.size)
-        put(buffer, "\r\n", 2)
-        return 0
-
-    def state_key(self, Entry entry not None):
-        """What the entry's state is called."""
-        cdef PendingDecision pending = pending_of(entry, CHECK)
-        cdef Buffer buffer
-        memset(&buffer, 0, sizeof(Buffer))
-        self.address(pending)
-        try:
-            self.put_key(&buffer, pending)
-            return (<bytes>buffer.bytes[:buffer.used]).partition(b"\r\n")[2].removesuffix(b"\r\n")
-        finally:
-            free(buffer.bytes)
-
-
-cdef PendingDecision pending_of(Entry entry, Mode mode):
-    cdef PendingDecision pending = PendingDecision.__new__(PendingDecision)
-    pending.stage = NEW
-    pending.mode = mode
-    pending.rule = entry.rule
-    pending.key = entry.key
-    pending.units = entry.cost
-    pending.text = entry.canonical
-    pending.mark = PyBytes_AS_STRING(entry.canonical)[0]
-    pending.data = PyBytes_AS_STRING(entry.canonical) + 1
-    pending.size = PyBytes_GET_SIZE(entry.canonical) - 1
-    return pending
-
-
 cdef object loop_here():
     loop = running_loop()
     if loop is None:
@@ -315,19 +229,28 @@ cdef class Calls(Remote):
     """The compiled part of a storage: which gathering a check belongs to. One for all event loops of a process.
 
     layout: names the keys. deadline_us: how long a check may wait. ttl_us: how long a bound denies before it is asked again.
+    on_outage: who decides while Redis is away, where a rule doesn't say. expected: how many processes share the limits (0: unknown)
+    until the store has counted them. deny_overload: what is too much for the queue is denied, instead of an error.
     """
 
     cdef readonly Layout layout
+    cdef readonly Knowledge knowledge
     cdef readonly int64_t deadline_us
+    cdef Policy on_outage
+    cdef bint deny_overload
     cdef object here                         # the event loop that asked last, and its gatherings
     cdef tuple here_gatherings
     cdef unsigned here_forks
 
-    def __init__(self, Layout layout not None, KeyTable bounds not None, int64_t deadline_us, int64_t ttl_us):
+    def __init__(self, Layout layout not None, KeyTable bounds not None, int64_t deadline_us, int64_t ttl_us,
+                 str on_outage not None="raise", int64_t expected=0, *, bint deny_overload=False):
         self.layout = layout
         self.bounds = bounds
         self.deadline_us = deadline_us
         self.ttl_us = ttl_us
+        self.on_outage = policy_of(on_outage)
+        self.deny_overload = deny_overload
+        self.knowledge = Knowledge(bounds, layout, expected)
 
     def _gatherings_here(self):
         """The gatherings of the running loop and this process, as a tuple."""
@@ -344,6 +267,7 @@ cdef class Calls(Remote):
                 return picked
         # Kept in `found`: before this goes on, another thread may have put its own here.
         found = self._gatherings_here()
+        self.knowledge.forked()
         self.here_gatherings = found
         self.here = loop
         self.here_forks = self.bounds.forks
@@ -391,6 +315,17 @@ def _raised(error):
     raise error
 
 
+cdef bint possible_beat(const int64_t* numbers, int count) noexcept:
+    """Whether this may be the reply to a beat: now, epoch, when learning began, what is left of it, processes, rank, keys evicted."""
+    cdef int i
+    if count != 7:
+        return False
+    for i in range(7):
+        if numbers[i] < 0:
+            return False
+    return numbers[1] > 0 and numbers[4] > 0
+
+
 cdef class Gathering:
     """What waits for one connection of one event loop, and what is on its way there. The base of `Line`, which has the connection.
 
@@ -400,8 +335,11 @@ cdef class Gathering:
 
     cdef Layout layout
     cdef KeyTable bounds
+    cdef readonly Knowledge knowledge
     cdef int64_t deadline_us
     cdef int64_t ttl_us
+    cdef Policy on_outage
+    cdef bint deny_overload
     cdef readonly object loop
     cdef object call_soon
     cdef object context                      # an empty one: what is called by the loop belongs to no request
@@ -409,7 +347,7 @@ cdef class Gathering:
     cdef bint receiving
     cdef Queue waiting
     cdef Queue parked                        # they ask what is being asked already
-    cdef object in_flight                    # Calls in the order of their replies, and None for that to SCRIPT LOAD
+    cdef object in_flight                    # Calls and Errands in the order of their replies, and None for that to SCRIPT LOAD
     cdef readonly bint _open                 # there is a connection
     cdef bint ended
     cdef object write
@@ -422,7 +360,21 @@ cdef class Gathering:
     cdef uint64_t requests
     cdef uint64_t turns                      # how many have entered
     cdef bint by_value                       # the server has lost the scripts: the next call brings its own
+    cdef dict scripts                        # name -> (sha, text)
     cdef bytes decide_sha, decide_text, reset_sha, reset_text
+    cdef readonly bint ready                 # checks may be sent: the epoch is the one that we know, and was told what it must be
+    cdef readonly bint away                  # Redis doesn't answer in time: policies decide
+    cdef readonly object reason              # the error that says why, or how it refuses us; None while it serves us
+    cdef bint refused                        # whatever the policies, until it doesn't any more
+    cdef bytes run                           # the server's
+    cdef bytes epoch_text                    # what calls expect the epoch to be called
+    cdef int64_t epoch                       # that of the last beat on this connection; 0 before it
+    cdef bint beating
+    cdef int64_t beaten_us                   # when the last beat was answered
+    cdef int64_t heard_us                    # when anything was
+    cdef int64_t evicted                     # keys that this run of the server has evicted; −1 before the first beat
+    cdef int64_t evicted_before
+    cdef int64_t told_evictions
     cdef Buffer buffer
     cdef uint16_t* places
     cdef list leases                         # a heap of (until_us, turn, PendingDecision): what may have to be given back
@@ -438,8 +390,11 @@ cdef class Gathering:
         # Not the storage itself: that closes its gatherings when nobody holds it any more.
         self.layout = calls.layout
         self.bounds = calls.bounds
+        self.knowledge = calls.knowledge
         self.deadline_us = calls.deadline_us
         self.ttl_us = calls.ttl_us
+        self.on_outage = calls.on_outage
+        self.deny_overload = calls.deny_overload
         self.loop = loop
         self.call_soon = loop.call_soon
         self.context = Context()
@@ -476,11 +431,22 @@ cdef class Gathering:
         """Drop the connection, on which nothing came in time."""
         raise NotImplementedError
 
+    def _retry_us(self):
+        """How long until Redis is asked again, while it is away."""
+        raise NotImplementedError
+
+    def _answered(self):
+        """Redis has answered a beat."""
+        raise NotImplementedError
+
     @property
     def _waiting_count(self): return self.waiting.count + self.parked.count
 
     @property
     def _in_flight_count(self): return len(self.in_flight)
+
+    @property
+    def _lease_count(self): return len(self.leases)
 
     # Entering and leaving:
 
@@ -519,12 +485,15 @@ cdef class Gathering:
         cdef Waiter waiter
         if (pending.stale or pending.group is not None) and self.decided_here(pending, now_us, &asked):
             return 0
-        if self.waiting.count + self.parked.count >= self.max_waiting:
-            raise StorageUnavailable(
-                f"{self.max_waiting} checks are waiting for Redis already; that is this process's load, not an outage"
-            )
         self.layout.address(pending)
         pending.place = self
+        if not self.ready and (self.refused or self.by_policies(now_us)):
+            self.fall_back(pending, self.reason or repairing(), now_us)
+            self.schedule_connection()
+            return 0
+        if self.waiting.count + self.parked.count >= self.max_waiting:
+            self.overflow(pending)
+            return 0
         pending.deadline_us = now_us + self.deadline_us
         pending.turn = self.turns
         self.turns += 1
@@ -565,6 +534,225 @@ cdef class Gathering:
             self._flush()
             self.schedule()                  # where there is no connection, or there was none left to send on
 
+    # While Redis is away, or has lost something and is still being told what:
+
+    cdef inline bint by_policies(self, int64_t now_us) noexcept:
+        return self.away or now_us < self.knowledge.learning_until_us
+
+    cdef int fall_back(self, PendingDecision pending, error, int64_t now_us) except -1:
+        """Decide by the outage policy what Redis has not; an error for what is no check, and where the policy is to raise."""
+        cdef Policy policy = pending.rule.policy if pending.rule.policy != OF_STORAGE else self.on_outage
+        cdef Outcome out
+        cdef Shard* shard
+        cdef uint32_t index
+        cdef Bound* bound
+        cdef int64_t retry_us
+        if policy == RAISE or (pending.mode != CHECK and pending.mode != PEEK) or self.ended or isinstance(error, StorageRefused):
+            return complete(pending, twin_of(error))
+        retry_us = max(self._retry_us(), self.knowledge.learning_until_us - now_us, 1)
+        if policy == DENY:
+            out = Outcome(False, False, 0, retry_us, retry_us)
+        else:
+            bound = self.bound_of(pending.hashed, &shard, &index)
+            self.knowledge.shares.decide(
+                pending.rule, pending.text, pending.mark, pending.tag, &bound.slot.view if bound != NULL else NULL,
+                aged_late(bound, now_us) if bound != NULL else 0, now_us + self.knowledge.ahead_us, pending.units, retry_us,
+                policy == ALLOW, pending.mode == CHECK, &out)
+        self.knowledge.by_policy += 1
+        return complete_with(pending, decision_new(pending.rule, pending.key, pending.units, OUTAGE, &out))
+
+    cdef int overflow(self, PendingDecision pending) except -1:
+        """More waits already than may: that is this process's load, and no outage of Redis."""
+        cdef Outcome out
+        if not self.deny_overload or pending.mode == RESET:
+            raise StorageUnavailable(
+                f"{self.max_waiting} checks are waiting for Redis already; that is this process's load, not an outage"
+            )
+        out = Outcome(False, False, 0, self.deadline_us, self.deadline_us)
+        return complete_with(pending, decision_new(pending.rule, pending.key, pending.units, OUTAGE, &out))
+
+    def _go_away(self, error):
+        """Redis doesn't answer, or not in time: from now on policies decide, until it does."""
+        self.reason = error
+        self.refused = isinstance(error, StorageRefused)
+        if self.refused:
+            self._notice("refused", error)
+        elif not self.away:
+            self.away = True
+            self.knowledge.shares.begin()
+            self._notice("outage", error)
+        self._answer_waiting(error)
+        self.schedule_connection()
+
+    def _answer_waiting(self, error):
+        """Decide by policy, or give an error to, everything that hasn't been sent."""
+        cdef PendingDecision pending
+        cdef Queue* queue
+        cdef int which
+        cdef int64_t now_us = self.bounds.now_us()
+        self.scheduled = False
+        for which in range(2):
+            queue = &self.parked if which else &self.waiting
+            while queue.first != NULL:
+                pending = <PendingDecision>queue.first
+                take(queue, pending)
+                self.fall_back(pending, error, now_us)
+
+    def _notice(self, what, fact):
+        """Tell of something that happened."""
+        if self.knowledge.noticed is not None:
+            self.knowledge.noticed(what, self, fact)
+
+    cdef inline int schedule_connection(self) except -1:
+        if not self._open and not self.ended:
+            self._connect()
+        return 0
+
+    # Beats, and what the store is told before it is asked again:
+
+    cdef int run_errand(self, Errand errand) except -1:
+        """Send an errand."""
+        cdef Buffer* buffer = &self.buffer
+        cdef bytes word, text
+        cdef list words
+        cdef int64_t now_us = self.bounds.now_us()
+        errand.request = self._session + b"%d" % self.requests
+        self.requests += 1
+        errand.deadline_us = now_us + self.deadline_us
+        name, text = self.scripts[errand.script]
+        # By value, where the server may have lost the scripts: what is run is cached by it too.
+        words = [b"EVAL", text] if self.by_value else [b"EVALSHA", name]
+        self.by_value = False
+        words += [b"%d" % (len(errand.keys) + 1), self.layout.epoch_key, *errand.keys, errand.request]
+        if errand.script == "beat":
+            words += [self.run, b"%d" % self.knowledge.epoch, *errand.args]
+        else:
+            words += [errand.args[0], self.epoch_text, *errand.args[1:]]
+        buffer.used = 0
+        if not buffer_room(buffer, 32):
+            raise MemoryError
+        put_head(buffer, c"*", len(words))
+        for word in words:
+            if not buffer_room(buffer, PyBytes_GET_SIZE(word) + 32):
+                raise MemoryError
+            put_bulk(buffer, PyBytes_AS_STRING(word), PyBytes_GET_SIZE(word))
+        self.write(PyBytes_FromStringAndSize(buffer.bytes, buffer.used))
+        self.in_flight.append(errand)
+        self.wind(now_us, errand.deadline_us)
+        return 0
+
+    cdef int beat(self) except -1:
+        """Say that this process is there, and hear which epoch this is."""
+        if not self.beating:
+            self.beating = True
+            self.run_errand(Errand("beat", [self.layout.processes_key], [self.knowledge.process_id, b"0"], self._beaten))
+        return 0
+
+    def _leave(self):
+        """Say that this process goes, so that the shares of the others needn't wait for that."""
+        if self._open and self.epoch:
+            self.run_errand(Errand("beat", [self.layout.processes_key], [self.knowledge.process_id, b"1"], self._left))
+
+    def _left(self, numbers):
+        """Nobody is there any more to hear it."""
+
+    def _beaten(self, numbers):
+        """Take up the reply to a beat."""
+        cdef int64_t epoch = numbers[1], learning_from_us = numbers[2], now_us = self.bounds.now_us()
+        self.beating = False
+        self.beaten_us = now_us
+        self.epoch = epoch
+        self.epoch_text = b"%b%016d%016d" % (self.run, epoch, learning_from_us)
+        self.refused = False
+        self._answered()
+        if self.knowledge.meet(epoch, numbers[3], numbers[4], numbers[5], now_us):
+            self._notice("state_lost", len(self.bounds))
+        if self.bounds.evictions != self.told_evictions:
+            self.told_evictions = self.bounds.evictions
+            self._notice("bounds_evicted", self.bounds.evictions)
+        if self.evicted < 0:
+            self.evicted_before = self.evicted = numbers[6]
+        if numbers[6] > self.evicted:
+            self.evicted = numbers[6]
+            self._notice("evicted", self.evicted - self.evicted_before)
+        self.tell()
+        self.wind_beat(now_us)
+
+    cdef int tell(self) except -1:
+        """Tell the store what it has to be told; once that is done, and others had their time too, it is asked again."""
+        cdef Errand errand
+        cdef Knowledge knowledge = self.knowledge
+        cdef int64_t now_us = self.bounds.now_us()
+        cdef int mine = 0
+        if not self._open or self.epoch == 0:
+            return 0
+        if self.epoch != knowledge.epoch:    # another line has met a later one meanwhile
+            self.ready = False
+            return self.beat()
+        while len(self.in_flight) < IN_FLIGHT_MAX:
+            errand = knowledge.next_errand(now_us)
+            if errand is None:
+                break
+            self.run_errand(errand)
+        # What was sent on this very connection comes before the checks that follow it.
+        for sent in self.in_flight:
+            mine += isinstance(sent, Errand) and (<Errand>sent).again
+        self.ready = knowledge.errands_out == mine and knowledge.idle()
+        if now_us < knowledge.learning_until_us:
+            self.ready = False
+            self._answer_waiting(repairing())
+            self.wind(now_us, knowledge.learning_until_us)
+        if self.ready:
+            self.reason = None
+            if self.away:
+                self.away = False
+                self._notice("recovery", None)
+            self.schedule()
+        return 0
+
+    cdef int look_at(self, list charged) except -1:
+        """Ask what the store says of keys that were charged, so that this too is known if it loses them."""
+        cdef PendingDecision pending
+        cdef CompiledRule rule
+        cdef Place place
+        cdef int64_t now_us = self.bounds.now_us()
+        for rule, text, mark, tag, _ in charged:
+            if mark == "#":                  # of a long key the digest is all that is left, and it is remembered by its text
+                continue
+            pending = PendingDecision.__new__(PendingDecision)
+            pending.stage = WAITING
+            pending.mode = PEEK
+            pending.place = self
+            pending.rule = rule
+            pending.text = text
+            pending.mark = ord(mark)
+            if mark == "=":
+                pending.data = PyUnicode_AsUTF8AndSize(text, &pending.size)
+            else:
+                pending.data = PyBytes_AS_STRING(text) + 1
+                pending.size = PyBytes_GET_SIZE(text) - 1
+            pending.tag = tag
+            self.bounds.locate(rule, mark == "(", pending.data, pending.size, &place)
+            pending.hashed = place.hashed
+            pending.units = 1
+            pending.deadline_us = now_us + self.deadline_us
+            pending.turn = self.turns
+            self.turns += 1
+            push(&self.waiting, pending)
+        return 0
+
+    cdef int wind_beat(self, int64_t now_us) except -1:
+        return self.wind(now_us, now_us + (WATCH_US if now_us < self.knowledge.live_until_us else IDLE_BEAT_US))
+
+    cdef int beat_if_due(self, int64_t now_us) except -1:
+        """Nothing else has been said for a while: see that the store is still there, and still the same."""
+        if not self._open or self.epoch == 0 or self.beating:
+            return 0
+        if now_us - max(self.heard_us, self.beaten_us) >= (WATCH_US if now_us < self.knowledge.live_until_us else IDLE_BEAT_US) - 1000:
+            self.beat()
+        self.wind_beat(now_us)
+        return 0
+
     cdef int drop(self, PendingDecision pending) except -1:
         take(&self.parked if pending.stage == PARKED else &self.waiting, pending)
         pending.stage = COMPLETE
@@ -577,7 +765,7 @@ cdef class Gathering:
         if not self._open:
             self.scheduled = True
             self._connect()
-        elif len(self.in_flight) < IN_FLIGHT_MAX:
+        elif self.ready and len(self.in_flight) < IN_FLIGHT_MAX:
             self.scheduled = True
             self.call_soon(self._flush, context=self.context)
         return 0
@@ -586,7 +774,9 @@ cdef class Gathering:
         """Send what waits, as far as there is room."""
         cdef Call call
         self.scheduled = False
-        while self._open and self.waiting.count and len(self.in_flight) < IN_FLIGHT_MAX:
+        if self.ready and self.knowledge.shares.owing:
+            self.tell()
+        while self.ready and self.waiting.count and len(self.in_flight) < IN_FLIGHT_MAX:
             # Two calls of half the size keep both sides busy: one is decided while the other's checks are woken and asked anew.
             halved = (not self.in_flight and self.waiting.count >= HALVED_MIN
                       and (<PendingDecision>self.waiting.first).group is None)
@@ -595,6 +785,8 @@ cdef class Gathering:
                 self.gather(call, min(<Py_ssize_t>ENTRIES_MAX, (self.waiting.count + 1) // 2) if halved else ENTRIES_MAX)
                 if call.size:
                     self.send(call)
+                    if call.sent_us - self.beaten_us >= BEAT_US:
+                        self.beat()
             except BaseException:
                 self._fail(call, StorageUnavailable("the check could not be sent"))
                 raise
@@ -612,21 +804,28 @@ cdef class Gathering:
 
     def _ring(self):
         """Fail what has waited too long."""
-        cdef int64_t now_us = self.bounds.now_us(), next_us = 0
-        cdef Call call
+        cdef int64_t now_us = self.bounds.now_us(), next_us = 0, deadline_us
         cdef bint late = False
         self.timer = None
         self.expire(&self.waiting, now_us)
         self.expire(&self.parked, now_us)
         for call in self.in_flight:
-            if call is not None and call.deadline_us <= now_us:
-                late = self.expire_call(call, now_us) or late
+            if isinstance(call, Errand):
+                late = late or (<Errand>call).deadline_us <= now_us
+            elif call is not None and (<Call>call).deadline_us <= now_us:
+                late = self.expire_call(<Call>call, now_us) or late
         if late:
             self._late()
         self.give_back(now_us)
+        if not self.ready or self.knowledge.shares.owing:
+            self.tell()
+        self.beat_if_due(now_us)
         for call in self.in_flight:
-            if call is not None and call.size and (next_us == 0 or call.deadline_us < next_us):
-                next_us = call.deadline_us
+            if call is None:
+                continue
+            deadline_us = (<Errand>call).deadline_us if isinstance(call, Errand) else (<Call>call).deadline_us
+            if next_us == 0 or deadline_us < next_us:
+                next_us = deadline_us
         if self.waiting.first != NULL:
             next_us = min(next_us or (<PendingDecision>self.waiting.first).deadline_us,
                           (<PendingDecision>self.waiting.first).deadline_us)
@@ -643,7 +842,7 @@ cdef class Gathering:
         while queue.first != NULL and (<PendingDecision>queue.first).deadline_us <= now_us:
             pending = <PendingDecision>queue.first
             take(queue, pending)
-            complete(pending, self._unsent())
+            self.fall_back(pending, self._unsent(), now_us)
         return 0
 
     def _unsent(self):
@@ -664,7 +863,7 @@ cdef class Gathering:
                 if pending.stage == COMPLETE:
                     continue
                 if pending.deadline_us <= now_us:
-                    complete(pending, StorageTimeout(self.deadline_us / 1e6))
+                    self.fall_back(pending, StorageTimeout(self.deadline_us / 1e6), now_us)
                 elif next_us == 0 or pending.deadline_us < next_us:
                     next_us = pending.deadline_us
         call.deadline_us = next_us if next_us else call.deadline_us
@@ -692,7 +891,7 @@ cdef class Gathering:
                 continue
             if pending.deadline_us <= now_us:
                 take(&self.waiting, pending)
-                complete(pending, self._unsent())
+                self.fall_back(pending, self._unsent(), now_us)
                 continue
             call.mode = mode
             began = True
@@ -766,12 +965,13 @@ cdef class Gathering:
         if not buffer_room(buffer, 4096 + self.script_size(call)):
             raise MemoryError
         if call.mode == RESET:
-            call.numbers = 0
-            put_head(buffer, c"*", 3 + keys + 1)
+            call.numbers = keys
+            put_head(buffer, c"*", 3 + keys + 1 + 2)
         else:
-            put_head(buffer, c"*", 3 + keys + 5 + 8 * len(call.rules) + 5 * runs + 7 * leases)
+            put_head(buffer, c"*", 3 + keys + 1 + 6 + 8 * len(call.rules) + 5 * runs + 7 * leases)
         self.put_script(call)
-        put_number(buffer, keys)
+        put_number(buffer, keys + 1)
+        put_bulk(buffer, PyBytes_AS_STRING(self.layout.epoch_key), PyBytes_GET_SIZE(self.layout.epoch_key))
         for i in range(call.size):
             entry = &call.entries[i]
             if entry.key_index > known:
@@ -780,8 +980,11 @@ cdef class Gathering:
         if not buffer_room(buffer, 1024):
             raise MemoryError
         put_bulk(buffer, PyBytes_AS_STRING(call.request), PyBytes_GET_SIZE(call.request))
-        if call.mode != RESET:
+        if call.mode == RESET:
+            put_bulk(buffer, PyBytes_AS_STRING(self.epoch_text), EPOCH_SIZE)
+        else:
             put_bulk(buffer, "peek" if call.mode == PEEK else "check", 4 if call.mode == PEEK else 5)
+            put_bulk(buffer, PyBytes_AS_STRING(self.epoch_text), EPOCH_SIZE)
             put_number(buffer, len(call.rules))
             put_number(buffer, runs)
             put_number(buffer, leases)
@@ -920,18 +1123,25 @@ cdef class Gathering:
         """Read the reply to the oldest call; returns where the next one begins, INCOMPLETE or BROKEN."""
         cdef const char* text = PyBytes_AS_STRING(data)
         cdef Py_ssize_t size = PyBytes_GET_SIZE(data), end
-        cdef Call call = self.in_flight[0]
+        cdef Call call
+        cdef Errand errand = None
+        cdef bytes request
         cdef int64_t number
         cdef int64_t[ENTRIES_MAX * NUMBERS_MAX + 1] numbers
         cdef int i, count
+        oldest = self.in_flight[0]
+        call = <Call>oldest if isinstance(oldest, Call) else None
+        errand = <Errand>oldest if isinstance(oldest, Errand) else None
         if text[at] == c"-":
             end = read_line(text, at, size)
             if end < 0:
                 return end
             self.in_flight.popleft()
-            self._refused(call, data[at + 1:end])
+            self._refused(oldest, data[at + 1:end])
+            if errand is not None and not self.ready:
+                self.tell()
             return end + 2
-        if call is None:                     # the reply to SCRIPT LOAD
+        if oldest is None:                   # the reply to SCRIPT LOAD
             at = read_number(text, at, size, c"$", &number)
             if at < 0 or number != 40:
                 return at if at < 0 else BROKEN
@@ -942,43 +1152,79 @@ cdef class Gathering:
         at = read_number(text, at, size, c"*", &number)
         if at < 0:
             return at
-        count = call.numbers + 1 if call.mode != RESET else 0
-        if number != 1 + count:
+        request = errand.request if errand is not None else call.request
+        count = <int>min(max(number - 1, <int64_t>0), <int64_t>(ENTRIES_MAX * NUMBERS_MAX + 1))
+        if count != number - 1:
             return BROKEN
         at = read_number(text, at, size, c"$", &number)
         if at < 0:
             return at
-        if number != PyBytes_GET_SIZE(call.request):
+        if number != PyBytes_GET_SIZE(request):
             return BROKEN
         if at + number + 2 > size:
             return INCOMPLETE
-        if memcmp(text + at, PyBytes_AS_STRING(call.request), number) or text[at + number] != c"\r" or text[at + number + 1] != c"\n":
+        if memcmp(text + at, PyBytes_AS_STRING(request), number) or text[at + number] != c"\r" or text[at + number + 1] != c"\n":
             return BROKEN
         at += number + 2
         for i in range(count):
             at = read_number(text, at, size, c":", &numbers[i])
             if at < 0:
                 return at
-        if not self.possible(call, numbers):
+        if count == 1 and numbers[0] == MOVED:
+            self.in_flight.popleft()
+            self.moved(oldest)
+            return at
+        if errand is not None:
+            if errand.script == "beat" and not possible_beat(numbers, count):
+                return BROKEN
+            self.in_flight.popleft()
+            self.heard_us = self.bounds.now_us()
+            errand.done([numbers[i] for i in range(count)])
+            if errand.owed is not None:
+                self.look_at(errand.owed)
+            if not self.ready:
+                self.tell()
+            return at
+        if not self.possible(call, numbers, count):
             return BROKEN
         self.in_flight.popleft()
+        if self.epoch != self.knowledge.epoch:
+            # Another line has met a later epoch: what this one counts is lost, and was not asserted there.
+            self._fail(call, StorageUnavailable("this Redis was replaced by another one meanwhile"))
+            return at
         try:
-            self.settle(call, numbers)
+            self.settle(call, numbers, count)
         except BaseException:
             # Whatever it was, nobody may be left waiting.
             self._fail(call, StorageProtocolError("the reply could not be taken in; the check may have been counted"))
             raise
         return at
 
-    cdef bint possible(self, Call call, const int64_t* numbers) noexcept:
+    cdef int moved(self, oldest) except -1:
+        """The call wasn't run, since this is another epoch than it expected: it waits, and the epoch is looked at."""
+        self.ready = False
+        if isinstance(oldest, Call):
+            self.take_back(<Call>oldest)
+        else:
+            self.knowledge.forget_errand(<Errand>oldest)
+            self.beating = self.beating and (<Errand>oldest).script != "beat"
+        return self.beat()
+
+    cdef bint possible(self, Call call, const int64_t* numbers, int count) noexcept:
         """Whether the script can have given this answer: nothing else is taken in, whoever wrote it."""
         cdef const int64_t* answer = numbers + 1
+        cdef int pair
         cdef const Terms* terms
         cdef CallEntry* entry
         cdef int i, j, leases, length
         cdef int64_t most
+        if count < 1 + call.numbers or (count - 1 - call.numbers) % 2:
+            return False
         if call.mode == RESET:
-            return True
+            return count == 1 + call.numbers
+        for pair in range(1 + call.numbers, count, 2):
+            if not 1 <= numbers[pair] <= call.size:
+                return False
         for leases in range(2):
             for i in range(call.size):
                 entry = &call.entries[i]
@@ -1004,18 +1250,24 @@ cdef class Gathering:
                 answer += length + leases
         return True
 
-    cdef int settle(self, Call call, const int64_t* numbers) except -1:
+    cdef int settle(self, Call call, const int64_t* numbers, int count) except -1:
         """Give everybody in a call its decision, and remember what the store has said."""
         cdef int64_t now_us = self.bounds.now_us()
         cdef const int64_t* answer = numbers + 1
+        cdef const int64_t* generations = numbers + 1 + call.numbers
+        cdef const int64_t* end = numbers + count
         cdef CallEntry* entry
         cdef CompiledRule rule
         cdef PendingDecision sample
-        cdef int i, leases
+        cdef int i, leases, place = 0
+        self.heard_us = now_us
+        self.knowledge.ahead_us = numbers[0] - now_us
         if call.mode == RESET:
             for i in range(call.size):
-                self.forget(call.entries[i].hashed)
-                self.settle_entry(call, &call.entries[i], NULL, 0)
+                entry = &call.entries[i]
+                self.forget(entry.hashed)
+                self.note_generation(entry, answer[entry.key_index - 1], now_us)
+                self.settle_entry(call, entry, NULL, 0)
             return 0
         for leases in range(2):              # as the call has them: first those of rules without leases
             for i in range(call.size):
@@ -1027,7 +1279,17 @@ cdef class Gathering:
                 self.settle_entry(call, entry, answer, answer[answer_length(&rule.terms)] if leases else 0)
                 self.learn(call, entry, sample, answer, numbers[0], now_us)
                 answer += answer_length(&rule.terms) + leases
+                place += 1
+                if generations < end and generations[0] == place:
+                    self.note_generation(entry, generations[1], now_us, sample)
+                    generations += 2
         return 0
+
+    cdef int note_generation(self, CallEntry* entry, int64_t generation, int64_t now_us, PendingDecision sample=None) except -1:
+        if sample is None:
+            sample = <PendingDecision>entry.waiters.first
+        return self.knowledge.note_generation(entry.hashed, generation, self.layout.name(sample),
+                                              self.bounds.terms_of(<CompiledRule>entry.rule), now_us)
 
     cdef int settle_entry(self, Call call, CallEntry* entry, const int64_t* answer, int64_t ahead) except -1:
         cdef PendingDecision pending
@@ -1068,16 +1330,34 @@ cdef class Gathering:
             if view_fresh_at(&fresh.slot.view) <= now_us and rule.lease_units == 0:
                 view_free(&fresh.slot.view)
                 return 0
+            self.name_bound(&fresh, sample)
             bound = <Bound*>self.bounds.insert(shard, &fresh.slot, now_us)
         else:
             if bound_learn(bound, terms, answer, entry.cost, call.sent_us, now_us, server_us) != KEEP:
                 raise MemoryError
             bound.asked_us = 0
             bound.leasing = bound.leasing and entry.ahead == 0
+        self.knowledge.live_until_us = max(self.knowledge.live_until_us, view_fresh_at(&bound.slot.view))
+        bound.epoch = self.epoch
         if rule.lease_units and answer[answer_length(terms)] > 0:
             self.take_lease(bound, sample, rule, answer, call.sent_us, server_us, now_us)
         elif view_fresh_at(&bound.slot.view) <= now_us and rule.lease_units == 0:
             self.forget(entry.hashed)
+        return 0
+
+    cdef int name_bound(self, Bound* bound, PendingDecision sample) except -1:
+        """Keep what the key is called: in an epoch that has lost it, it must be told by name."""
+        cdef Buffer* buffer = &self.buffer
+        cdef const char* name
+        buffer.used = 0
+        self.layout.put_key(buffer, sample)
+        name = <const char*>memchr(buffer.bytes, c"\n", buffer.used) + 1
+        bound.name_size = buffer.bytes + buffer.used - name - 2
+        bound.name = <char*>malloc(bound.name_size)
+        if bound.name == NULL:
+            view_free(&bound.slot.view)
+            raise MemoryError
+        memcpy(bound.name, name, bound.name_size)
         return 0
 
     cdef int forget(self, Hash128 hashed) except -1:
@@ -1129,7 +1409,8 @@ cdef class Gathering:
         if rule.lease_units == 0 or bound.leasing:
             return 0
         # Another definition's account knows nothing of it; under another lead it is still the same units that must go back.
-        if bound.lease_units and same_definition(bound.lease_terms, &rule.terms):
+        # And what was taken in another life of the store's data may be lost there: what goes back would be others' units.
+        if bound.lease_units and bound.lease_epoch == self.epoch and same_definition(bound.lease_terms, &rule.terms):
             entry.back = bound.lease_units
             entry.back_us = bound.lease_at_us - lead(rule)
         size = bound.lease_size
@@ -1158,6 +1439,7 @@ cdef class Gathering:
         bound.lease_until_us = sent_us + for_us - for_us // DRIFT_SHARE - 2
         bound.lease_at_us = server_us + lead(rule)
         bound.lease_terms = rule.home_terms  # which `learn` has just met
+        bound.lease_epoch = self.epoch
         ends_us = bound.lease_until_us
         heappush(self.leases, (ends_us, self.turns, sample))
         self.turns += 1                      # so that no two are equal
@@ -1196,37 +1478,53 @@ cdef class Gathering:
 
     # The end of a connection, and of everything:
 
-    def _opened(self, write, scripts):
-        """There is a connection now: `write` sends bytes on it. `scripts` are loaded there: decide's name and text, and reset's."""
+    def _opened(self, write, dict scripts not None, bytes run not None):
+        """There is a connection now, to that run of a server: `write` sends bytes on it.
+
+        scripts: what is loaded there, name -> (sha, text).
+        """
         self.write = write
-        self.decide_sha, self.decide_text, self.reset_sha, self.reset_text = scripts
+        self.scripts = scripts
+        self.decide_sha, self.decide_text = scripts["decide"]
+        self.reset_sha, self.reset_text = scripts["reset"]
+        self.run = run
         self.rest = b""
+        self.evicted = -1
         self._open = True
-        self._flush()
+        self.beat()
 
     def _shut(self, error):
         """The connection is gone. What was on its way may have been run, and gets `error`; what waits goes on waiting."""
-        cdef Call call
-        self._open = False
+        self._open = self.ready = self.beating = False
+        self.epoch = 0
         self.write = None
         self.rest = b""
         self.by_value = False
-        calls, self.in_flight = self.in_flight, deque()
-        for call in calls:
-            if call is not None:
-                self._fail(call, error)
+        in_flight, self.in_flight = self.in_flight, deque()
+        for sent in in_flight:
+            if sent is not None:
+                self._fail(sent, error)
         self.unpark()
         self.scheduled = False
         self.schedule()
+        if self.away or self.bounds.now_us() < self.knowledge.live_until_us:
+            # What is known here may be lost there: then it has to be told in time.
+            self.schedule_connection()
 
-    def _fail(self, Call call not None, error):
-        """Give an error to everybody in a call."""
+    def _fail(self, sent not None, error, *, bint whatever=False):
+        """Give everybody in a call what their outage policy says, or an error, `whatever` that is. An errand is run again later."""
+        cdef Call call
         cdef int i
         cdef CallEntry* entry
         cdef PendingDecision pending
         cdef Shard* shard
         cdef uint32_t index
         cdef Bound* bound
+        cdef int64_t now_us = self.bounds.now_us()
+        if isinstance(sent, Errand):
+            self.knowledge.forget_errand(<Errand>sent)
+            return
+        call = <Call?>sent
         for i in range(call.size):
             entry = &call.entries[i]
             bound = self.bound_of(entry.hashed, &shard, &index)
@@ -1236,24 +1534,29 @@ cdef class Gathering:
             while entry.waiters.first != NULL:
                 pending = <PendingDecision>entry.waiters.first
                 take(&entry.waiters, pending)
-                if pending.stage != COMPLETE:
+                if pending.stage == COMPLETE:
+                    continue
+                if whatever:
                     complete(pending, twin_of(error))
+                else:
+                    self.fall_back(pending, error, now_us)
 
-    def _fail_waiting(self, error):
-        """Give an error to everything that hasn't been sent."""
-        cdef PendingDecision pending
-        cdef Queue* queue
-        cdef int which
-        self.scheduled = False
-        for which in range(2):
-            queue = &self.parked if which else &self.waiting
-            while queue.first != NULL:
-                pending = <PendingDecision>queue.first
-                take(queue, pending)
-                complete(pending, twin_of(error))
+    def _send_again(self, oldest):
+        """A reply has proved that it wasn't run, because the server has lost its script: send it, script and all."""
+        cdef bytes text
+        if isinstance(oldest, Errand):
+            self.by_value = True
+            self.run_errand(oldest)
+            return
+        self.take_back(oldest)
+        # By value, since nothing can be flushed in between; and loaded too, since what is only evaluated may be let go.
+        text = self.reset_text if (<Call>oldest).mode == RESET else self.decide_text
+        self.in_flight.append(None)
+        self.write(b"*3\r\n$6\r\nSCRIPT\r\n$4\r\nLOAD\r\n$%d\r\n%b\r\n" % (len(text), text))
+        self.by_value = True
 
-    def _send_again(self, Call call not None):
-        """A reply has proved that the call wasn't run, because the server has lost its script: send it, script and all."""
+    cdef int take_back(self, Call call) except -1:
+        """What was not run waits again, each where it was."""
         cdef int i
         cdef PendingDecision pending
         cdef CallEntry* entry
@@ -1281,18 +1584,15 @@ cdef class Gathering:
             bound.leasing = bound.leasing and entry.ahead == 0
             if entry.back and bound.lease_units == 0:
                 bound.lease_units = bound.lease_size = entry.back
+                bound.lease_epoch = self.epoch
                 bound.lease_at_us = entry.back_us + lead(<CompiledRule>entry.rule)
                 bound.lease_terms = terms
-        # By value, since nothing can be flushed in between; and loaded too, since what is only evaluated may be let go.
-        text = self.reset_text if call.mode == RESET else self.decide_text
-        self.in_flight.append(None)
-        self.write(b"*3\r\n$6\r\nSCRIPT\r\n$4\r\nLOAD\r\n$%d\r\n%b\r\n" % (len(text), text))
-        self.by_value = True
+        return 0
 
     def _end(self, error):
         """Give `error` to everybody, and leave nothing behind."""
         self.ended = True
-        self._fail_waiting(error)
+        self._answer_waiting(error)
         self._shut(error)
         timer, self.timer = self.timer, None
         if timer is not None:

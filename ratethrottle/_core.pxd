@@ -7,12 +7,24 @@ from ratethrottle._arithmetic cimport Outcome, Terms, View
 from ratethrottle._table cimport Hash128, Place, Shard, Slot
 
 
+cdef enum Policy:                            # what answers while the storage can't
+    OF_STORAGE                               # what the storage is told
+    LOCAL
+    ALLOW
+    DENY
+    RAISE
+
+
+cdef Policy policy_of(object word) except *
+
+
 cdef class CompiledRule:
     cdef readonly str name
     cdef readonly str strategy
     cdef readonly int64_t limit
     cdef readonly int64_t lease_us           # for how long units taken ahead may be spent
     cdef readonly int64_t lease_units        # the most that are taken ahead at once; 0: none ever
+    cdef Policy policy
     cdef Terms terms
     # Where the table that saw this rule last keeps its terms: spares the hot path a look-up.
     cdef uint64_t home

@@ -2,13 +2,14 @@ from asyncio import AbstractEventLoop, Future
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from contextvars import Context
 from types import TracebackType
-from typing import Any, Never, Protocol, Self, TypeAlias, TypeVar, final, overload
+from typing import Any, Literal, Never, Protocol, Self, TypeAlias, TypeVar, final, overload
 
 from typing_extensions import disjoint_base, override
 
 __pyx_capi__: dict[str, object]
 
 _Key: TypeAlias = str | tuple[str | int, ...]
+_OnOutage: TypeAlias = Literal["local", "allow", "deny", "raise"]
 _L = TypeVar("_L", bound=Limiter)
 
 class _Decides(Protocol):
@@ -31,6 +32,7 @@ class CompiledRule:
         coarse_us: int,
         lease_us: int = 0,
         lease_units: int = 0,
+        on_outage: _OnOutage | None = None,
     ) -> None: ...
     @property
     def name(self) -> str: ...
@@ -58,6 +60,8 @@ class CompiledRule:
     def lease_units(self) -> int: ...
     @property
     def lead_us(self) -> int: ...
+    @property
+    def on_outage(self) -> _OnOutage | None: ...
     @override
     def __eq__(self, other: object, /) -> bool: ...
     @override

@@ -149,13 +149,20 @@ cdef extern from *:
 
 # ---------------------------------------------------------------------------------------------------------------- rules
 
+cdef tuple POLICIES = (None, "local", "allow", "deny", "raise")
+
+
+cdef Policy policy_of(object word) except *:
+    return <Policy><int>POLICIES.index(word)
+
+
 @cython.final
 cdef class CompiledRule:
     """A rule as the arithmetic uses it: exact integers only. Made by `RateThrottleRule`, compared by value."""
 
     def __init__(self, str name not None, str strategy not None, str kind not None, int64_t limit, int64_t capacity,
                  int64_t window_us, int64_t unit_ticks, int64_t drain_ticks, int64_t slot_us, int64_t coarse_us,
-                 int64_t lease_us=0, int64_t lease_units=0):
+                 int64_t lease_us=0, int64_t lease_units=0, str on_outage=None):
         if kind not in ("b", "s", "c", "f"):
             raise ValueError(f"kind is one of b, s, c and f, not {kind!r}")
         if capacity < 1 or window_us < 1 or limit < 1 or (kind == "b" and (unit_ticks < 1 or drain_ticks < 1)):
@@ -167,6 +174,7 @@ cdef class CompiledRule:
         self.limit = limit
         self.lease_us = lease_us
         self.lease_units = lease_units
+        self.policy = policy_of(on_outage)
         self.terms = Terms(<char>ord(kind), capacity, window_us, unit_ticks, drain_ticks, slot_us, coarse_us,
                            ceil_div(window_us, coarse_us) if coarse_us else 0,
                            window_us // 8 + (slot_us if slot_us > 1 else 0))
@@ -197,12 +205,18 @@ cdef class CompiledRule:
         """How far ahead of now units of a sliding window may be counted from."""
         return self.lease_us if self.terms.kind == c"s" else 0
 
+    @property
+    def on_outage(self):
+        """What answers while the storage can't; None: what the storage is told."""
+        return POLICIES[self.policy]
+
     cdef tuple shape(self):
         return (self.kind, self.terms.capacity, self.terms.window_us, self.terms.unit_ticks, self.terms.drain_ticks,
                 self.terms.slot_us, self.terms.coarse_us)
 
     cdef tuple facts(self):
-        return (self.name, self.strategy, self.kind, self.limit, *self.shape()[1:], self.lease_us, self.lease_units)
+        return (self.name, self.strategy, self.kind, self.limit, *self.shape()[1:], self.lease_us, self.lease_units,
+                self.on_outage)
 
     def __eq__(self, other):
         if not isinstance(other, CompiledRule):
@@ -279,7 +293,7 @@ cdef class KeyTable:
             for i in range(self.shard_count):
                 for j in range(self.shards[i].room):
                     if self.shards[i].tags[j]:
-                        slot_free(slot_at(&self.shards[i], j))
+                        slot_free(&self.shards[i], slot_at(&self.shards[i], j))
                 free(self.shards[i].slots)
             free(self.shards)
         if self.known is not None:

@@ -31,6 +31,11 @@ cdef struct Slot:
     uint64_t hash_hi
     View view                              # terms == NULL: amount.pair holds two views
 
+cdef struct NamedSlot:                     # of a table that can tell others what its keys are called
+    Slot slot
+    char* name                             # owned; NULL without
+    size_t name_size
+
 cdef struct Shard:
     uint32_t room
     uint32_t used
@@ -160,10 +165,12 @@ cdef inline int64_t slot_used_share(const Slot* slot, int64_t now_us) noexcept n
     return share
 
 
-cdef inline void slot_free(Slot* slot) noexcept nogil:
+cdef inline void slot_free(const Shard* shard, Slot* slot) noexcept nogil:
     """Give back what hangs from a slot; the slot itself stays as it is."""
     cdef View[2] views
     cdef int i, count = slot_views(slot, views)
+    if shard.slot_bytes != sizeof(Slot):
+        free((<NamedSlot*>slot).name)
     for i in range(count):
         view_free(&views[i])
     if slot.view.terms == NULL:
@@ -205,7 +212,7 @@ cdef inline uint32_t shard_place(Shard* shard, const Slot* slot) noexcept nogil:
 cdef inline void shard_remove(Shard* shard, uint32_t hole) noexcept nogil:
     """Take a slot out and close the gap, so that no probe needs tombstones."""
     cdef uint32_t i = hole, home
-    slot_free(slot_at(shard, hole))
+    slot_free(shard, slot_at(shard, hole))
     while True:
         i += 1
         if i == shard.room:
@@ -244,7 +251,7 @@ cdef inline int shard_rebuild(Shard* shard, int64_t now_us) noexcept nogil:
         if slot_fresh_at(slot_at(shard, i)) > now_us:
             shard_place(&rebuilt, slot_at(shard, i))
         else:
-            slot_free(slot_at(shard, i))
+            slot_free(shard, slot_at(shard, i))
     free(shard.slots)
     shard[0] = rebuilt
     return KEEP

@@ -127,10 +127,10 @@ class Desync(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class Evicted(Event):
+class BoundsEvicted(Event):
     """The table of bounds is full and forgets keys that weren't fresh. bounds: how many in all since the storage was made."""
 
-    kind: ClassVar[str] = "evicted"
+    kind: ClassVar[str] = "bounds_evicted"
     every_s: ClassVar[float] = 60.0
     bounds: int
 
@@ -138,6 +138,23 @@ class Evicted(Event):
     def message(self) -> str:
         """What happened and what to look at, in one line."""
         return f"the table of bounds is full and forgot {self.bounds} keys so far; raise max_bounds, or look for a flood of keys"
+
+
+@dataclass(frozen=True, slots=True)
+class Evicted(Event):
+    """Redis evicts keys, and with them what was used: limits don't hold. keys: how many since this process has connected."""
+
+    kind: ClassVar[str] = "evicted"
+    every_s: ClassVar[float] = 60.0
+    keys: int
+
+    @property
+    def message(self) -> str:
+        """What happened and what to look at, in one line."""
+        return (
+            f"Redis evicted {self.keys} keys, perhaps ours: limits may not hold; set maxmemory-policy to noeviction, or give it more "
+            "memory"
+        )
 
 
 @dataclass(frozen=True, slots=True)

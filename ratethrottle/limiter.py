@@ -37,6 +37,8 @@ OPTIONS: Final[Mapping[str, tuple[str, str, str, str]]] = MappingProxyType(
         "on_outage": ("redis", '"local"', "", '"local", "allow", "deny" or "raise"'),
         "expected_processes": ("redis", "None", "processes", "1 to 100,000, or None"),
         "on_overload": ("redis", '"deny"', "", '"deny" or "raise"'),
+        "sentinels": ("redis", "None", "addresses", '1 to 32 of (host, port) or "host:port"'),
+        "master_name": ("redis", "None", "", "what the sentinels call the master; with sentinels only"),
     }
 )
 STORAGES: Final = ("memory", "redis")
@@ -207,7 +209,10 @@ def create_limiter(
     | on_outage | redis | "local" | | "local", "allow", "deny" or "raise" |
     | expected_processes | redis | None | processes | 1 to 100,000, or None |
     | on_overload | redis | "deny" | | "deny" or "raise" |
+    | sentinels | redis | None | addresses | 1 to 32 of (host, port) or "host:port" |
+    | master_name | redis | None | | what the sentinels call the master; with sentinels only |
 
+    With `sentinels` a `redis_url` may be left out, or says how to reach the data nodes: redis://user:password@/db, without a host.
     require_storage: as in RateThrottleCore. Nothing connects here. Raises ConfigurationError, for an unknown option too.
     """
     if storage not in STORAGES:
@@ -223,8 +228,10 @@ def create_limiter(
         if redis_url is not None:
             raise ConfigurationError('redis_url was given, but the storage is "memory"; pass storage="redis" too')
         return RateThrottleCore(InMemoryStorage(**options), rules=rules, require_storage=require_storage)
-    if redis_url is None:
-        raise ConfigurationError('storage="redis" needs redis_url, such as "redis://localhost:6379/0"')
+    if redis_url is None and "sentinels" not in options and "master_name" not in options:
+        raise ConfigurationError(
+            'storage="redis" needs redis_url, such as "redis://localhost:6379/0", or sentinels and master_name'
+        )
     return RateThrottleCore(RedisStorage.from_url(redis_url, **options), rules=rules, require_storage=require_storage)
 
 

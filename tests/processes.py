@@ -19,10 +19,12 @@ from typing import Any
 
 import redis
 
-from ratethrottle._calls import Calls, Gathering, Layout
+from ratethrottle._calls import Calls, Gathering
 from ratethrottle._core import CompiledRule, Decision, KeyTable, Limiter, PendingDecision
+from ratethrottle._layout import Layout
 from ratethrottle.errors import StorageError, StorageUnavailable
 from ratethrottle.storage.redis.wire import written
+from tests.clocked import RUN
 from tests.store import SCRIPTS, START_US, Item, Request, Store
 
 prefixes = itertools.count()
@@ -148,6 +150,7 @@ class Connection(Gathering):
         self.unsettled: deque[Request] = deque()
         self.requests: list[Request] = []
         self.tamper: Callable[[Request, Any], Any] = lambda request, reply: reply
+        self.mute = False  # what it would tell the store of what it knows is taken for told
 
     def _connect(self) -> None:
         self.wanted = True
@@ -159,11 +162,11 @@ class Connection(Gathering):
         if call is None:
             return
         assert text.startswith(b"NOSCRIPT"), text
-        request = next(request for request in self.unsettled if request.refused)
-        self.unsettled.remove(request)
-        for item in request.items:
-            for check in item.members:
-                check.item = None
+        for request in [request for request in self.unsettled if request.refused][:1]:
+            self.unsettled.remove(request)
+            for item in request.items:
+                for check in item.members:
+                    check.item = None
         self._send_again(call)
 
     def _broken(self, what: str) -> None:
@@ -171,18 +174,27 @@ class Connection(Gathering):
 
     def _late(self) -> None:
         self.lose()
+        self._go_away(StorageUnavailable("late"))
+
+    def _retry_us(self) -> int:
+        return 500_000
+
+    def _answered(self) -> None:
+        pass
 
     def _write(self, data: bytes) -> None:
         request = Request(data)
-        self.requests.append(request)
         self.unserved.append(request)
+        if request.mode in {"beat", "repair"}:
+            return
+        self.requests.append(request)
         if not request.loads:
             self.unsettled.append(request)
             self.process.world.sent(self.process, request)
 
     def open(self) -> None:
         self.wanted = False
-        self._opened(self._write, SCRIPTS)
+        self._opened(self._write, SCRIPTS, self.process.world.run.encode())
 
     def lose(self) -> None:
         """The connection breaks. What was sent may still be run."""
@@ -198,6 +210,9 @@ class Connection(Gathering):
         if self.unserved:
             request = self.unserved.popleft()
             world = self.process.world
+            if self.mute and request.mode == "repair":
+                self.unread += written([request.id, world.server_us(), 0])
+                return
             self.unread += written(self.tamper(request, world.store.run(request, world.server_us())))
 
     def deliver(self, size: int | None = None) -> None:
@@ -279,10 +294,12 @@ class Process(Calls):
         self.poll()
 
     def connect(self) -> None:
-        """A connection is made, if one is wanted."""
+        """A connection is made, if one is wanted, and the first beat answered."""
         if self.line.wanted and not self.line._open:
             with running(self.loop):
                 self.line.open()
+            self.line.serve()
+            self.line.deliver()
 
     def poll(self) -> None:
         """Let those go on whose wait is over."""
@@ -303,13 +320,22 @@ class World:
 
     def __init__(self, client: redis.Redis, *, oracle: bool = False) -> None:
         self.t_us = 0
+        self.run = RUN  # of the server
         self.step_us = 0  # by which the server's clock has been set
-        self.layout = Layout(b"w%d" % next(prefixes), 4)
-        self.store = Store(client, oracle=oracle)
+        prefix = b"w%d" % next(prefixes)
+        self.layout = Layout(prefix, 4)
+        self.store = Store(client, prefix, oracle=oracle)
         self.processes: list[Process] = []
         self.adrift: list[Request] = []
         self.when_ended: Callable[[Check], None] = lambda check: None
         self.when_sent: Callable[[Process, Request], None] = lambda process, request: None
+
+    def fail_over(self, kept: dict[bytes, bytes]) -> None:
+        """Another server is the master from now on, which has only this; connections end."""
+        self.store.lose(kept)
+        self.run = self.run[::-1]
+        for process in self.processes:
+            process.line.lose()
 
     def server_us(self) -> int:
         return START_US + self.t_us + self.step_us

@@ -13,13 +13,13 @@ import redis
 
 from ratethrottle._core import CompiledRule
 from ratethrottle.storage.redis.scripts import script
-from tests.clocked import ClockedScript
+from tests.clocked import EPOCH, EPOCH_KEY, ClockedScript, clocked
 from tests.oracle import Answer, Oracle
 
 START_US = 1_800_000_000_000_000
 NEVER_US = 2**63 - 1
-DECIDE, RESET = script("decide"), script("reset")
-SCRIPTS = (DECIDE.sha(False), DECIDE.body(False), RESET.sha(False), RESET.body(False))
+SCRIPTS = {name: (script(name).sha(False), script(name).body(False)) for name in ("beat", "decide", "repair", "reset")}
+NAMES = {word: name for name, words in SCRIPTS.items() for word in words}
 prefixes = itertools.count()
 
 
@@ -73,17 +73,18 @@ class Request:
         if self.loads:
             return
         assert words[0] in {b"EVAL", b"EVALSHA"}
-        self.resets = words[1] in SCRIPTS[2:]
-        assert words[1] in SCRIPTS[self.by_value :: 2]
+        self.script = NAMES[words[1]]
+        assert words[1] == SCRIPTS[self.script][self.by_value]
         keys = words[3 : 3 + int(words[2])]
-        assert 1 <= len(keys) == len(set(keys)) <= 128
-        self.keys, self.id, rest = keys, words[3 + len(keys)], words[4 + len(keys) :]
-        self.mode = "reset" if self.resets else rest[0].decode()
-        if self.resets:
-            assert not rest
+        assert 2 <= len(keys) == len(set(keys)) <= 129
+        self.id, rest = words[3 + len(keys)], words[4 + len(keys) :]
+        self.keys = keys = keys[1:]  # the first is the epoch's
+        if self.script != "decide":
+            self.mode = self.script
             return
-        rules, runs, leases = map(int, rest[1:4])
-        rest = rest[4:]
+        self.mode = rest[0].decode()
+        rules, runs, leases = map(int, rest[2:5])
+        rest = rest[5:]
         known = [rule_of(*rest[8 * i : 8 * i + 8]) for i in range(rules)]
         rest = rest[8 * rules :]
         for i in range(runs):
@@ -100,9 +101,12 @@ class Request:
 class Store:
     """The scripts on a server, in the world's time. With `oracle`, it says what each check must hear (not for leases)."""
 
-    def __init__(self, client: redis.Redis, *, oracle: bool) -> None:
+    def __init__(self, client: redis.Redis, prefix: bytes, *, oracle: bool) -> None:
         self.client = client
         self.script = ClockedScript(client)
+        self.shas = {name: client.script_load(clocked(name)) for name in SCRIPTS}
+        self.prefix = prefix
+        client.set(prefix + b":epoch", EPOCH)
         self.accounts: defaultdict[bytes, Oracle] | None = defaultdict(Oracle) if oracle else None
         self.forgot_scripts = False
         self.forgave: Callable[[bytes], None] = lambda key: None  # told of a reset, or of units that came back
@@ -117,9 +121,8 @@ class Store:
             request.refused = True
             return redis.exceptions.NoScriptError("none")
         self.forgot_scripts = False
-        if request.resets:
-            self.reset(request.keys)
-            return [request.id]
+        if request.mode == "reset":
+            self.forget(request.keys)
         for item in request.items:
             item.served_us = now_us
             self.note(item)
@@ -128,16 +131,32 @@ class Store:
                 consume = request.mode == "check"
                 item.answers = [account.check(item.rule, now_us, item.cost, consume=consume) for _ in range(item.count)]
         try:
-            return self.client.execute_command("EVALSHA", self.script.sha, *request.words[2:], now_us)
+            return self.client.execute_command("EVALSHA", self.shas[request.script], *request.words[2:], now_us)
         except redis.ResponseError as error:
             raise AssertionError(f"the script refused a call: {error}") from error
 
-    def reset(self, keys: Sequence[bytes]) -> None:
-        self.client.delete(*keys)
+    def reset(self, keys: Sequence[bytes], now_us: int) -> None:
+        """A reset by somebody else."""
+        self.client.evalsha(self.shas["reset"], 1 + len(keys), EPOCH_KEY, *keys, "id", EPOCH, now_us)
+        self.forget(keys)
+
+    def forget(self, keys: Sequence[bytes]) -> None:
         for key in keys:
             self.forgave(key)
             if self.accounts is not None:
                 self.accounts[key] = Oracle()
+
+    def keep(self) -> dict[bytes, bytes]:
+        """What a replica would have now."""
+        keys = [key for key in self.client.keys(self.prefix + b":*") if self.client.type(key) == b"string"]
+        return {key: value for key in keys if (value := self.client.get(key)) is not None}
+
+    def lose(self, kept: dict[bytes, bytes]) -> None:
+        """Hold nothing but this any more."""
+        if keys := self.client.keys(self.prefix + b":*"):
+            self.client.delete(*keys)
+        for key, value in kept.items():
+            self.client.set(key, value)
 
     def note(self, item: Item) -> None:
         rule = item.rule

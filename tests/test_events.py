@@ -36,6 +36,7 @@ ONE_OF_EACH = [
     events.MasterMoved("10.0.0.1:6379", "10.0.0.2:6379"),
     events.StateLost(5, True),
     events.Desync("a reply to another request"),
+    events.BoundsEvicted(8),
     events.Evicted(8),
     events.Refused("Redis refused the user or the password"),
 ]
@@ -112,7 +113,7 @@ def test_one_of_a_kind_a_second_and_the_next_one_counts_the_others(told: Told) -
     assert event.suppressed == 0
 
 
-@pytest.mark.parametrize("event", [ONE_OF_EACH[5], ONE_OF_EACH[6]], ids=lambda event: event.kind)
+@pytest.mark.parametrize("event", ONE_OF_EACH[5:8], ids=lambda event: event.kind)
 def test_what_goes_on_for_hours_is_told_once_a_minute(event: Event, told: Told) -> None:
     heard = 0
     for _ in range(3_600):
@@ -158,7 +159,7 @@ def test_each_one_goes_to_the_log_at_its_level(told: Told, caplog: pytest.LogCap
     assert [record.getMessage() for record in caplog.records] == [event.message for event in ONE_OF_EACH]
     assert {record.name for record in caplog.records} == {"ratethrottle"}
     levels = [record.levelname for record in caplog.records]
-    assert levels == ["WARNING", "INFO", "WARNING", "WARNING", "WARNING", "WARNING", "ERROR"]
+    assert levels == ["WARNING", "INFO", *["WARNING"] * 5, "ERROR"]
 
 
 def test_nothing_is_printed_unasked() -> None:

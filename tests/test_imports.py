@@ -18,9 +18,14 @@ CYTHON_IMPORT = re.compile(r"^\s*(?:from\s+(\S+)\s+c?import\s|c?import\s+(\S+))"
 # What the compiled modules are put together from.
 COMPILED = ("_arithmetic", "_bound", "_resp", "_table")
 # A layer may import itself and what stands above it in this list. The core raises the errors and an error carries a decision, so
-# those are one layer. The package's own __init__ only gathers the public names.
+# those are one layer, with what both rules and a process's shares of them compile to. The package's own __init__ only gathers
+# the public names.
 LAYERS = [
-    ["ratethrottle.errors", "ratethrottle._core", "ratethrottle._calls", *(f"ratethrottle.{part}" for part in COMPILED)],
+    [
+        *("ratethrottle.errors", "ratethrottle.terms", "ratethrottle._core", "ratethrottle._calls", "ratethrottle._layout"),
+        *("ratethrottle._outage", "ratethrottle._repair"),
+        *(f"ratethrottle.{part}" for part in COMPILED),
+    ],
     ["ratethrottle.rule", "ratethrottle.events"],
     ["ratethrottle.storage"],
     ["ratethrottle.limiter"],

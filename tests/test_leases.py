@@ -512,12 +512,11 @@ def test_units_taken_under_another_definition_do_not_go_back_to_what_it_has_coun
     world.end()
 
 
-@pytest.mark.xfail(strict=True, reason="units taken before somebody else's reset are given back to what was used since")
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_units_of_before_a_reset_are_not_given_back_after_it(world: World, strategy: str) -> None:
     what = leased(strategy, 1_000, 1_000)
     process = grant(world, what, 10)
-    world.store.reset([process.state_key("k", what.rule)])
+    world.store.reset([process.state_key("k", what.rule)], world.server_us())
     for _ in range(20):
         world.store.consume(process.state_key("k", what.rule), what.rule, 1, world.server_us())
     world.t_us += what.rule.lease_us

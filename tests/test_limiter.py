@@ -120,7 +120,7 @@ def test_rules_are_added_once_replaced_on_request_and_removed_by_name() -> None:
         (lambda: create_limiter("redis"), "needs redis_url"),
         (lambda: create_limiter(redis_url="redis://localhost"), 'pass storage="redis"'),
         (lambda: create_limiter("redis", redis_url="http://localhost"), "redis://, rediss:// or unix://"),
-        (lambda: create_limiter("redis", redis_url="redis+sentinel://a:1/m/0"), "later version"),
+        (lambda: create_limiter("redis", redis_url="redis+sentinel://a:1"), "names no master"),
         (lambda: create_limiter("redis", redis_url="redis://localhost", deadline=0), "0.005 to 60"),
         (lambda: create_limiter("redis", redis_url="redis://localhost", prefix="a{b}"), "braces"),
         (lambda: InMemoryStorage(max_keys=0), "max_keys"),
@@ -323,7 +323,7 @@ def test_all_public_names_are_there_and_documented() -> None:
 
 def nowhere() -> RateThrottleCore:
     """A limiter whose Redis isn't there: what raises anything but a StorageError has done no I/O."""
-    return create_limiter("redis", redis_url="redis://127.0.0.1:1/0", rules=[RULE])
+    return create_limiter("redis", redis_url="redis://127.0.0.1:1/0", rules=[RULE], on_outage="raise")
 
 
 @pytest.mark.parametrize(("key", "options", "kind", "words"), BAD_CALLS, ids=[f"{key!r:.20}-{o}" for key, o, _, _ in BAD_CALLS])
@@ -388,13 +388,15 @@ def test_a_mistake_is_named_and_a_password_is_not(make: Callable[[], object], wo
 
 def test_the_defaults_of_the_table_of_options_are_those_of_the_storages() -> None:
     def default(storage: type, name: str) -> str:
-        value = inspect.signature(storage).parameters[name].default
-        return f'"{value}"' if isinstance(value, str) else f"{value:,}" if value is not None else "None"
+        parameters = {**inspect.signature(RedisStorage.from_url).parameters, **inspect.signature(storage).parameters}
+        value = parameters[name].default
+        return f'"{value}"' if isinstance(value, str) else "None" if value is None else f"{value:,}"
 
     storages = {"memory": InMemoryStorage, "redis": RedisStorage}
     for name, (storage, told, _, _) in OPTIONS.items():
         assert told == default(storages[storage], name), name
     taken = {name for storage in storages.values() for name in inspect.signature(storage).parameters}
+    taken |= set(inspect.signature(RedisStorage.from_url).parameters) - {"url", "options"}
     assert taken - set(OPTIONS) == {"client", "clock_us"}  # an argument of its own, and a clock for tests
 
 

@@ -10,7 +10,7 @@ PACKAGE = "ratethrottle"
 SHIPPED = {".py", ".pyi", ".lua", ".typed"}
 # Built, or built from: of these the wheel takes only the extension module.
 SOURCES = {".pyx", ".pxd", ".c"}
-COMPILED = ("_core", "_calls")
+COMPILED = ("_core", "_layout", "_outage", "_repair", "_calls")
 
 
 def problems(wheel: Path, tree: Path) -> list[str]:

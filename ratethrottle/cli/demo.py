@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
-import secrets
 import signal
 import sys
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
-from ratethrottle.cli.processes import NoRedis, probe, redis_server, server
+from ratethrottle.cli.processes import NoRedis, clear, demo_prefix, probe, redis_server, server
 from ratethrottle.cli.screen import Screen, say, table
 from ratethrottle.errors import ConfigurationError, StorageError
 from ratethrottle.limiter import create_limiter
 from ratethrottle.rule import RateThrottleRule
+from ratethrottle.storage.redis import RedisStorage
 
 REDRAW_S = 0.1
 LATE_S = 30.0  # a server that takes so much longer than it was given is stuck
@@ -63,7 +63,7 @@ async def with_redis(plan: Plan, url: str, stack: AsyncExitStack) -> int:
     loop = asyncio.get_running_loop()
     order = {
         "redis_url": url,
-        "prefix": f"ratethrottle-demo-{secrets.token_hex(4)}",  # a demo never meets the counts of an earlier one
+        "prefix": demo_prefix(),  # it never meets the counts of an earlier one
         "key": KEY,
         "limit": plan.limit,
         "window": plan.window,
@@ -108,14 +108,9 @@ async def with_redis(plan: Plan, url: str, stack: AsyncExitStack) -> int:
 
 async def clean(order: dict[str, object]) -> None:
     """Leave nothing behind in a Redis that isn't ours."""
-    limiter = create_limiter("redis", redis_url=str(order["redis_url"]), prefix=order["prefix"], deadline=5.0)
-    limiter.add_rule(RateThrottleRule("api_limit", 1, 1))
-    try:
-        await limiter.reset(KEY)
-    except StorageError:
-        pass  # the counts expire with the window
-    finally:
-        await limiter.aclose()
+    storage = RedisStorage.from_url(str(order["redis_url"]), prefix=order["prefix"], deadline=5.0)
+    await clear(storage)
+    await storage.aclose()
 
 
 async def without_redis(plan: Plan, reason: str) -> int:

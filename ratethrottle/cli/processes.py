@@ -16,9 +16,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ratethrottle.errors import StorageUnavailable
-from ratethrottle.limiter import RateThrottleCore
-from ratethrottle.rule import RateThrottleRule
+from ratethrottle.errors import StorageError, StorageUnavailable
 from ratethrottle.storage.redis import RedisStorage
 
 START_S = 10.0  # for a redis-server to answer
@@ -87,13 +85,24 @@ async def answers(url: str, process: Process) -> bool:
 
 
 async def probe(url: str) -> None:
-    """Ask a Redis for anything. Raises StorageError, ConfigurationError."""
-    limiter = RateThrottleCore(RedisStorage.from_url(url, prefix="ratethrottle-demo", deadline=5.0))
-    limiter.add_rule(RateThrottleRule("probe", 1, 1))
+    """Ask a Redis for anything, and leave nothing there. Raises StorageError, ConfigurationError."""
+    storage = RedisStorage.from_url(url, prefix=demo_prefix(), deadline=5.0)
     try:
-        await limiter.peek("probe")
+        await storage.open(required=True)
     finally:
-        await limiter.aclose()
+        await storage.aclose()
+    await clear(storage)
+
+
+def demo_prefix() -> str:
+    """Make a prefix that no demo ever had."""
+    return f"ratethrottle-demo-{secrets.token_hex(4)}"
+
+
+async def clear(storage: RedisStorage) -> None:
+    """Leave nothing behind in a Redis that isn't ours, where it lets us."""
+    with suppress(StorageError):
+        await storage.clear()
 
 
 def free_port() -> int:

@@ -19,8 +19,9 @@ TOGETHER_MAX = 32  # checks offered at once when this process has fallen behind
 
 async def serve(*, redis_url: str, prefix: str, key: str, limit: int, window: float, offers: int, seconds: float) -> None:
     """Set up as on the reference page, wait for a line on stdin, then offer `offers` checks evenly over `seconds`."""
-    # A machine too busy to answer in a quarter of a second is no outage here: it would lose admissions from the count.
-    limiter = create_limiter(storage="redis", redis_url=redis_url, prefix=prefix, deadline=10.0)
+    # A machine too busy to answer in a quarter of a second is no outage here: it would lose admissions from the count. Nor is any
+    # other policy: what is shown is decided by Redis.
+    limiter = create_limiter(storage="redis", redis_url=redis_url, prefix=prefix, deadline=10.0, on_outage="raise")
     limiter.add_rule(RateThrottleRule(name="api_limit", limit=limit, window=window))
     loop = asyncio.get_running_loop()
     async with limiter:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ratethrottle import InMemoryStorage, RateThrottleCore, RateThrottleRule
-from ratethrottle._calls import Layout
+from ratethrottle._layout import Layout
 
 LIMITER = RateThrottleCore(InMemoryStorage(), rules=[RateThrottleRule("a", 5, 60), RateThrottleRule("b.c-d_E", 5, 60)])
 LAYOUT = Layout(b"ratethrottle", 64)

@@ -14,6 +14,8 @@ import redis
 
 from ratethrottle import (
     ConfigurationError,
+    Decision,
+    RateThrottleCore,
     RateThrottleRule,
     RedisStorage,
     Statistics,
@@ -23,6 +25,7 @@ from ratethrottle import (
 )
 from ratethrottle.storage.redis.failures import failure
 from tests.redis.certificates import make_certificates
+from tests.redis.recovery import healed
 from tests.redis.wire import Relay
 from tests.servers import RedisServer
 
@@ -96,7 +99,9 @@ async def test_tls_to_somebody_who_answers_in_plain_text_is_refused() -> None:
 
 
 async def test_no_tls_to_a_port_that_wants_it_looks_like_an_outage_and_hints_at_it(secure: RedisServer) -> None:
-    async with create_limiter("redis", redis_url=f"redis://127.0.0.1:{secure.port}", rules=[RULE], deadline=5) as limiter:
+    async with create_limiter(
+        "redis", redis_url=f"redis://127.0.0.1:{secure.port}", rules=[RULE], deadline=5, on_outage="raise"
+    ) as limiter:
         with pytest.raises(StorageUnavailable, match=r"want TLS \(rediss://\)") as unavailable:
             await limiter.check("user")
     assert type(unavailable.value) is StorageUnavailable
@@ -140,11 +145,37 @@ def test_decisions_alone_may_not_need_more_connections_than_there_may_be() -> No
         RedisStorage.from_url("redis://127.0.0.1", connections=3, max_connections=2)
 
 
-@pytest.mark.parametrize("on_outage", ["local", "allow", "deny", "raise"])
-def test_each_policy_is_taken(on_outage: Any) -> None:
-    storage = RedisStorage.from_url("redis://127.0.0.1", on_outage=on_outage, expected_processes=4, on_overload="raise")
-    assert storage._on_outage == on_outage
-    assert (storage._expected_processes, storage._on_overload, storage._max_connections) == (4, "raise", 8)
+@pytest.mark.parametrize(("on_outage", "admitted"), [("local", 2), ("allow", 7), ("deny", 0), ("raise", None)])
+async def test_each_policy_is_taken(on_outage: Any, admitted: int | None) -> None:
+    storage = RedisStorage.from_url("redis://127.0.0.1:1", on_outage=on_outage, expected_processes=2, on_overload="raise")
+    async with RateThrottleCore(storage, rules=[RULE]) as limiter:
+        decided = await asyncio.gather(*(limiter.check("user") for _ in range(7)), return_exceptions=True)
+    if admitted is None:
+        assert {type(error) for error in decided} == {StorageUnavailable}
+    else:
+        assert sum(isinstance(decision, Decision) and decision.allowed for decision in decided) == admitted
+        assert {isinstance(decision, Decision) and decision.source for decision in decided} == {"outage"}
+
+
+def test_connections_are_opened_up_to_their_bound_and_no_further(redis_server: RedisServer) -> None:
+    """A second loop, where the first has all that this process may have: what goes there is decided by policy."""
+    limiter = create_limiter("redis", redis_url=redis_server.url, rules=[RULE], deadline=5, max_connections=1, on_outage="raise")
+
+    async def first() -> None:
+        await limiter.check("user")
+        with pytest.raises(StorageUnavailable, match=r"its max_connections \(1\) to Redis already"):
+            await asyncio.to_thread(asyncio.run, another())
+        assert limiter.statistics().connections == 1
+
+    async def another() -> None:
+        await limiter.check("user")
+
+    async def later() -> None:
+        await healed(limiter)
+
+    asyncio.run(first())
+    asyncio.run(later())  # the first loop's has been closed with it
+    asyncio.run(limiter.aclose())
 
 
 # A start that waits

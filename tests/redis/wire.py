@@ -30,6 +30,11 @@ class Relay:
         """Where clients find it."""
         return f"redis://127.0.0.1:{self.port}"
 
+    @property
+    def commands(self) -> int:
+        """How many commands clients sent, but for beats, which come by time."""
+        return self.heard.count(b"*") - self.heard.count(b":processes\r\n")
+
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
         self.port = self._server.sockets[0].getsockname()[1]

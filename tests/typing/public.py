@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, assert_type
+from typing import Any, Literal, assert_type
 
 from ratethrottle import (
     Decision,
@@ -71,3 +71,10 @@ def watched(limiter: RateThrottleCore) -> None:
     assert_type(limiter.statistics(), Statistics)
     assert_type(limiter.statistics().away, bool)
     create_limiter("redis", redis_url="redis://a", require_storage=True, on_outage="deny")
+
+
+def outages() -> None:
+    """What a rule does while its storage can't answer is one of four words, or left to the storage."""
+    rule = RateThrottleRule("rule", 10, 1, on_outage="deny")
+    assert_type(rule.on_outage, Literal["local", "allow", "deny", "raise"] | None)
+    RateThrottleRule("rule", 10, 1, on_outage="ignore")  # type: ignore[arg-type]

@@ -13,6 +13,10 @@ from redis import exceptions as theirs
 
 from ratethrottle.errors import StorageError, StorageProtocolError, StorageRefused, StorageTimeout, StorageUnavailable
 
+MISUNDERSTOOD = "Redis and this process don't understand each other; is it Redis that listens there?"
+# What redis-py says to any answer to AUTH but OK and an error: that refuses nobody, it is nonsense.
+NOT_OK = "Invalid Username or Password"
+
 # The first that matches decides, so what redis-py derives from something else stands before it.
 WORDS: tuple[tuple[tuple[str, ...], type[StorageUnavailable | StorageProtocolError], str], ...] = (
     (
@@ -25,7 +29,7 @@ WORDS: tuple[tuple[tuple[str, ...], type[StorageUnavailable | StorageProtocolErr
     (
         ("NoPermissionError",),
         StorageRefused,
-        "the Redis user may not run our scripts; allow it EVAL, EVALSHA, SCRIPT LOAD and our prefix",
+        "the Redis user may not run our scripts; allow it EVAL, EVALSHA, SCRIPT LOAD, INFO and our prefix",
     ),
     (("MasterDownError",), StorageUnavailable, "Redis is a replica without its master; connect to the master"),
     (
@@ -39,7 +43,7 @@ WORDS: tuple[tuple[tuple[str, ...], type[StorageUnavailable | StorageProtocolErr
     (
         ("InvalidResponse", "DataError"),
         StorageProtocolError,
-        "Redis and this process don't understand each other; is it Redis that listens there?",
+        MISUNDERSTOOD,
     ),
 )
 # The first word of an error reply. redis-py takes it away where it has a class for it.
@@ -97,6 +101,8 @@ def _failure(error: BaseException, deadline_s: float, sent: bool) -> StorageErro
         return type(error)(*error.args)
     if isinstance(error, (TimeoutError, redis.TimeoutError)):
         return StorageTimeout(deadline_s) if sent else no_connection(deadline_s)
+    if isinstance(error, theirs.AuthenticationError) and str(error) == NOT_OK:
+        return StorageProtocolError(MISUNDERSTOOD)
     for names, ours, words in WORDS:
         # By name, since some are younger than the oldest redis-py that we run on.
         if any(kind.__name__ in names and kind.__module__ == theirs.__name__ for kind in type(error).__mro__):
@@ -121,9 +127,19 @@ def _lost(cause: BaseException, sent: bool) -> StorageUnavailable:
     return StorageUnavailable(f"Redis can't be reached ({kind}); is it up, and is the address right?")
 
 
+def lost_again(wait_s: float) -> StorageUnavailable:
+    """Make the error of a call that can't wait until connections are tried again."""
+    return StorageUnavailable(f"the connection to Redis was lost twice in a second; it is tried again in {wait_s:.2g} s")
+
+
 def no_connection(deadline_s: float) -> StorageUnavailable:
     """Make the error of a call whose deadline passed before there was a connection."""
     return StorageUnavailable(f"no connection to Redis within {deadline_s} s; is it up, and is the address right?")
+
+
+def was_reset(error: BaseException) -> bool:
+    """Whether the other side has dropped a connection without a word."""
+    return isinstance(_cause(error), (ConnectionResetError, BrokenPipeError))
 
 
 def _refused(error: redis.ResponseError) -> StorageError:

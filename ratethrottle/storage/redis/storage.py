@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import re
+import time
 import weakref
 from collections.abc import Sequence
 from typing import Any, Literal, Self, get_args
 
-import redis.asyncio
+import redis
 
-from ratethrottle._calls import Calls, Layout
+from ratethrottle._calls import Calls
 from ratethrottle._core import Decision, Entry, KeyTable, Limiter
-from ratethrottle.errors import ConfigurationError, StorageUnavailable, shown
+from ratethrottle._layout import Layout
+from ratethrottle.errors import ConfigurationError, StorageError, StorageUnavailable, shown
 from ratethrottle.events import Events
 from ratethrottle.rule import RateThrottleRule
 from ratethrottle.storage import Statistics
+from ratethrottle.storage.redis import topology
+from ratethrottle.storage.redis.attempts import EVERY_S, JITTER_S, Attempts
+from ratethrottle.storage.redis.failures import failure
 from ratethrottle.storage.redis.line import Line
-from ratethrottle.storage.redis.settings import Settings
+from ratethrottle.storage.redis.notices import Notices
+from ratethrottle.storage.redis.settings import Settings, close
+from ratethrottle.storage.redis.urls import client_of
 
 OnOutage = Literal["local", "allow", "deny", "raise"]
 OnOverload = Literal["deny", "raise"]
 
 TAGS_MAX = 16_384  # the slots of a cluster
+ASK_AGAIN_S = 0.01
 PREFIX = re.compile(r"[^{}\s\ud800-\udfff]{1,64}\Z")
-SCHEMES = ("redis", "rediss", "unix")
-SENTINEL_SCHEMES = ("redis+sentinel", "rediss+sentinel")
 # What a forked child holds of its parent's lines, kept for ever: to collect a transport is to close it, and that takes the
 # descriptor out of the selector, which the two processes share, so that the parent would never hear from Redis again.
 _INHERITED: list[Line] = []
@@ -93,41 +98,39 @@ class RedisStorage(Calls):
             KeyTable(max_bounds, bounds=True),
             round(deadline * 1_000_000),
             round(prefilter_ttl * 1_000_000),
+            on_outage,
+            expected_processes or 0,
+            deny_overload=on_overload == "deny",
         )
+        self._attempts = Attempts(max_connections)
         self._deadline_s = deadline
         self._connections = connections
         self._max_waiting = max_waiting
-        self._max_connections = max_connections
-        self._on_outage = on_outage
-        self._expected_processes = expected_processes
-        self._on_overload = on_overload
         self.events = Events()
+        self.knowledge.noticed = self._notices = Notices(self.events, on_outage)
         self._sent_before = (0, 0)  # script calls and entries, by lines that are gone
-        self._leases = self._reconnections = self._attempts = self._desyncs = self._epoch_changes = 0
-        self._processes = self._owed = 0
-        self._away = False
         self._lines: dict[asyncio.AbstractEventLoop, tuple[Line, ...]] = {}
         self._closed = False
         # Also what keeps a line's task alive as long as the storage: a loop holds its tasks weakly.
         weakref.finalize(self, abandon, self._lines).atexit = False
 
     @classmethod
-    def from_url(cls, url: str, **options: Any) -> Self:
-        """Make a storage from redis://, rediss:// (TLS) or unix://. Raises ConfigurationError, without the URL's password."""
-        # No message repeats a part of the URL: in a malformed one the password may stand anywhere.
-        client = None
-        scheme = url.partition("://")[0] if isinstance(url, str) else ""
-        if scheme in SENTINEL_SCHEMES:
-            raise ConfigurationError(f"{scheme}:// comes in a later version; pass a Sentinel's master_for(...) to RedisStorage")
-        if scheme not in SCHEMES:
-            raise ConfigurationError("redis_url must begin with redis://, rediss:// or unix://")
-        with contextlib.suppress(ValueError, TypeError):  # their messages quote the URL
-            client = redis.asyncio.Redis.from_url(url)
-        if client is None:
-            raise ConfigurationError(
-                "redis_url is no valid URL; write redis://user:password@host:port/db, with anything odd in a password as %xx"
-            )
-        return cls(client, **options)
+    def from_url(
+        cls,
+        url: str | None = None,
+        *,
+        sentinels: Sequence[tuple[str, int] | str] | None = None,
+        master_name: str | None = None,
+        **options: Any,
+    ) -> Self:
+        """Make a storage from redis://, rediss:// (TLS), unix://, redis+sentinel:// or rediss+sentinel://.
+
+        sentinels, master_name: find the master through these; then `url` has no host, and may be left out. In a URL the user and
+        the password are those of the data nodes; for sentinels there are the parameters sentinel_username and sentinel_password.
+
+        Raises ConfigurationError, without the URL's password.
+        """
+        return cls(client_of(url, sentinels, master_name), **options)
 
     def statistics(self) -> Statistics:
         """Count what there is to count in this process, in all of its loops."""
@@ -135,20 +138,20 @@ class RedisStorage(Calls):
         calls, entries = self._sent_before
         return Statistics(
             bounds=len(self.bounds),
-            leases=self._leases,
+            leases=sum(line._lease_count for line in lines),
             connections=sum(line._open for line in lines),
             waiting=sum(line._waiting_count for line in lines),
             in_flight=sum(line._in_flight_count for line in lines),
-            away=self._away,
-            processes=self._processes,
-            owed=self._owed,
+            away=any(line.away for line in lines),
+            processes=self.knowledge.processes,
+            owed=self.knowledge.owed,
             calls=calls + sum(line.sent_calls for line in lines),
             entries=entries + sum(line.sent_entries for line in lines),
-            reconnections=self._reconnections,
-            attempts=self._attempts,
-            desyncs=self._desyncs,
+            reconnections=self._attempts.reconnections,
+            attempts=self._attempts.count,
+            desyncs=self._notices.desyncs,
             evictions=self.bounds.evictions,
-            epoch_changes=self._epoch_changes,
+            epoch_changes=self.knowledge.epochs,
         )
 
     async def decide(self, entries: Sequence[Entry]) -> list[Decision]:
@@ -171,15 +174,47 @@ class RedisStorage(Calls):
             group.leave()
         return group.decisions()
 
+    async def clear(self) -> None:
+        """Delete every key of our prefix, those of all limiters that share it: for tests and demos. Raises StorageError."""
+        pattern = re.sub(rb"([*?\[\]\\^-])", rb"\\\1", self.layout.epoch_key.removesuffix(b"epoch")) + b"*"
+        try:
+            connection = await self._settings.connect()
+            try:
+                cursor = b"0"
+                while True:
+                    await connection.send_command("SCAN", cursor, "MATCH", pattern, "COUNT", 1000)
+                    cursor, keys = await connection.read_response(disable_decoding=True)
+                    if keys:
+                        await connection.send_command("DEL", *keys)
+                        await connection.read_response()
+                    if cursor == b"0":
+                        return
+            finally:
+                await close(connection)
+        except (redis.RedisError, OSError) as error:
+            raise failure(error, self._deadline_s, sent=False) from None
+
     async def open(self, required: bool = False) -> None:
         """Connect; if it is required, wait for an answer, and raise StorageError when none comes within the deadline."""
-        for line in self._gatherings_here():
+        lines = self._gatherings_here()
+        # Who was told of an outage before is answered by that until the next attempt to connect: here that one is waited for.
+        known = any(line.reason is not None for line in lines)
+        for line in lines:
             line.connect()
         if required:
             # To read a key that nobody writes takes all that a check does: a connection, our scripts and the right to run them.
             probe = Limiter(self)
-            probe._install(RateThrottleRule("probe", 1, 1).compiled)
-            await self.peek(probe._entry("probe"))
+            probe._install(RateThrottleRule("probe", 1, 1, on_outage="raise").compiled)
+            give_up_s = time.monotonic() + (EVERY_S + JITTER_S + self._deadline_s if known else 0)
+            while True:
+                try:
+                    await self.peek(probe._entry("probe"))
+                except StorageError:
+                    if time.monotonic() >= give_up_s:
+                        raise
+                    await asyncio.sleep(ASK_AGAIN_S)
+                else:
+                    return
 
     async def aclose(self) -> None:
         """Close our connections for good, those of other loops too. The client that was passed in stays as it is."""
@@ -192,6 +227,7 @@ class RedisStorage(Calls):
         for line in lines:
             if line.process == os.getpid():
                 await line.aclose()
+                await line.master.aclose()
 
     def _gatherings_here(self) -> tuple[Line, ...]:
         """Find or make the lines of this process and this loop."""
@@ -209,8 +245,9 @@ class RedisStorage(Calls):
                 if known is loop or known.is_closed() or old[0].process != os.getpid():
                     self._remember_sent(old)
                     self._lines.pop(known, None)
+            found = topology.master(self._settings, self._notices.moved)
             lines = self._lines[loop] = tuple(
-                Line(self, self._settings, self._deadline_s, self._max_waiting) for _ in range(self._connections)
+                Line(self, found, self._attempts, self._deadline_s, self._max_waiting) for _ in range(self._connections)
             )
         return lines
 
@@ -245,5 +282,6 @@ def abandon(lines: dict[asyncio.AbstractEventLoop, tuple[Line, ...]]) -> None:
         for line in lines.popitem()[1]:
             if line.process == os.getpid():
                 line.abandon()
+                line.master.abandon()
             else:
                 _INHERITED.append(line)

@@ -1,0 +1,22 @@
+"""What keys are called in Redis: see `_layout.pyx`."""
+
+from libc.stdint cimport uint32_t
+
+from ratethrottle._core cimport CompiledRule, Entry, Mode, PendingDecision
+from ratethrottle._resp cimport Buffer
+
+
+cdef class Layout:
+    cdef bytes opening                       # of every key, up to its tag
+    cdef uint32_t tags
+    cdef readonly bytes epoch_key
+    cdef readonly bytes processes_key
+    cdef readonly bytes charged_key          # and what was charged
+
+    cdef int address(self, PendingDecision pending) except -1
+    cdef int put_key(self, Buffer* buffer, PendingDecision pending) except -1
+    cdef bytes name(self, PendingDecision pending)
+    cdef bytes named(self, CompiledRule rule, object text, char mark, uint32_t tag)
+
+
+cdef PendingDecision pending_of(Entry entry, Mode mode)

@@ -1,0 +1,16 @@
+from typing import final
+
+from ratethrottle._core import Entry
+
+__pyx_capi__: dict[str, object]
+
+@final
+class Layout:
+    def __init__(self, prefix: bytes, tags: int) -> None: ...
+    @property
+    def epoch_key(self) -> bytes: ...
+    @property
+    def processes_key(self) -> bytes: ...
+    @property
+    def charged_key(self) -> bytes: ...
+    def state_key(self, entry: Entry) -> bytes: ...

@@ -1,0 +1,133 @@
+# cython: auto_pickle=False, autotestdict=False
+"""What keys are called in Redis."""
+
+cimport cython
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from libc.stdint cimport uint32_t
+from libc.stdlib cimport free
+from libc.string cimport memset
+
+from ratethrottle._core cimport CHECK, CompiledRule, Entry, Mode, NEW, PendingDecision
+from ratethrottle._resp cimport Buffer, buffer_room, digits, put, put_head
+
+from hashlib import blake2b
+
+
+cdef extern from "Python.h":
+    const char* PyUnicode_AsUTF8AndSize(object, Py_ssize_t*) except NULL
+
+
+cdef enum:
+    KEY_BYTES_MAX = 128                      # longer keys are digested
+
+cdef uint32_t[256] CRC_TABLE
+
+
+cdef void fill_crc_table() noexcept:
+    """CRC-32 of ISO 3309, reflected: what zlib.crc32 computes."""
+    cdef uint32_t i, value
+    cdef int _bit
+    for i in range(256):
+        value = i
+        for _bit in range(8):
+            value = (value >> 1) ^ 0xEDB88320U if value & 1 else value >> 1
+        CRC_TABLE[i] = value
+
+fill_crc_table()
+
+
+cdef inline uint32_t crc32(const char* data, Py_ssize_t size) noexcept nogil:
+    cdef uint32_t value = 0xFFFFFFFFU
+    cdef Py_ssize_t i
+    for i in range(size):
+        value = CRC_TABLE[(value ^ <unsigned char>data[i]) & 0xFF] ^ (value >> 8)
+    return value ^ 0xFFFFFFFFU
+
+
+@cython.final
+cdef class Layout:
+    """What keys are called in Redis: `prefix:{tag}:rule:=key` (DESIGN: key layout).
+
+    The tag is of the key alone, so that all rules of a key share a slot of a cluster. The key comes last and is marked `=` (as it
+    is), `(` (a tuple, joined) or `#` (a digest of a long one), so that no two keys collide.
+    """
+
+    def __init__(self, bytes prefix not None, uint32_t tags):
+        self.opening = prefix + b":{"
+        self.tags = tags
+        self.epoch_key = prefix + b":epoch"
+        self.processes_key = prefix + b":processes"
+        self.charged_key = prefix + b":charged:"
+
+    cdef int address(self, PendingDecision pending) except -1:
+        """Find the key's tag; digest a long key."""
+        pending.tag = crc32(pending.data, pending.size) % self.tags
+        if pending.size > KEY_BYTES_MAX:
+            whole = (b"=" if pending.mark == c"=" else b"(") + pending.data[:pending.size]
+            pending.text = blake2b(whole, digest_size=16).hexdigest().encode()
+            pending.data = PyBytes_AS_STRING(pending.text)
+            pending.size = PyBytes_GET_SIZE(pending.text)
+            pending.mark = c"#"
+        return 0
+
+    cdef int put_key(self, Buffer* buffer, PendingDecision pending) except -1:
+        cdef Py_ssize_t name_size
+        cdef const char* name = PyUnicode_AsUTF8AndSize(pending.rule.name, &name_size)
+        cdef char[20] tag
+        cdef int tag_size = digits(pending.tag, tag)
+        cdef size_t size = PyBytes_GET_SIZE(self.opening) + tag_size + 2 + name_size + 2 + pending.size
+        if not buffer_room(buffer, size + 32):
+            raise MemoryError
+        put_head(buffer, c"$", size)
+        put(buffer, PyBytes_AS_STRING(self.opening), PyBytes_GET_SIZE(self.opening))
+        put(buffer, tag, tag_size)
+        put(buffer, "}:", 2)
+        put(buffer, name, name_size)
+        put(buffer, ":", 1)
+        put(buffer, &pending.mark, 1)
+        put(buffer, pending.data, pending.size)
+        put(buffer, "\r\n", 2)
+        return 0
+
+    cdef bytes name(self, PendingDecision pending):
+        """What the state of an addressed check is called."""
+        cdef Buffer buffer
+        memset(&buffer, 0, sizeof(Buffer))
+        try:
+            self.put_key(&buffer, pending)
+            return (<bytes>buffer.bytes[:buffer.used]).partition(b"\r\n")[2].removesuffix(b"\r\n")
+        finally:
+            free(buffer.bytes)
+
+    cdef bytes named(self, CompiledRule rule, object text, char mark, uint32_t tag):
+        """What the state of a key is called, from what an addressed check has of it."""
+        cdef PendingDecision pending = PendingDecision.__new__(PendingDecision)
+        pending.rule = rule
+        pending.mark = mark
+        pending.tag = tag
+        if isinstance(text, bytes):
+            pending.data = PyBytes_AS_STRING(text) + (mark != c"#")  # which stands before it, but not before a digest
+            pending.size = PyBytes_GET_SIZE(text) - (mark != c"#")
+        else:
+            pending.data = PyUnicode_AsUTF8AndSize(text, &pending.size)
+        return self.name(pending)
+
+    def state_key(self, Entry entry not None):
+        """What the entry's state is called."""
+        cdef PendingDecision pending = pending_of(entry, CHECK)
+        self.address(pending)
+        return self.name(pending)
+
+
+cdef PendingDecision pending_of(Entry entry, Mode mode):
+    cdef PendingDecision pending = PendingDecision.__new__(PendingDecision)
+    pending.stage = NEW
+    pending.mode = mode
+    pending.rule = entry.rule
+    pending.key = entry.key
+    pending.units = entry.cost
+    pending.text = entry.canonical
+    pending.mark = PyBytes_AS_STRING(entry.canonical)[0]
+    pending.data = PyBytes_AS_STRING(entry.canonical) + 1
+    pending.size = PyBytes_GET_SIZE(entry.canonical) - 1
+    return pending

@@ -1,0 +1,51 @@
+"""What is known of the store, and what it has to be told: see `_repair.pyx`."""
+
+from libc.stdint cimport int64_t, uint32_t
+
+from ratethrottle._arithmetic cimport Terms
+from ratethrottle._core cimport KeyTable
+from ratethrottle._layout cimport Layout
+from ratethrottle._outage cimport Shares
+from ratethrottle._table cimport Hash128
+
+
+cdef class Errand:
+    cdef readonly str script
+    cdef readonly list keys
+    cdef readonly list args                  # what follows the request id
+    cdef readonly object done                # is given the numbers of the reply
+    cdef readonly bint again                 # may be run twice without harm, and so is sent until it was answered
+    cdef list owed                           # what it charges
+    cdef bytes request
+    cdef int64_t deadline_us
+
+
+cdef class Knowledge:
+    cdef readonly KeyTable bounds
+    cdef readonly Shares shares
+    cdef readonly int64_t epoch              # which life of the store's data the bounds are of; 0 before the first one
+    cdef readonly int64_t epochs             # how many came after it
+    cdef readonly int64_t processes          # that share the limits; 0: unknown
+    cdef readonly int64_t by_policy          # checks that were decided here, without the store
+    cdef readonly bytes process_id
+    cdef public object noticed               # is told what happened, for events
+    cdef int64_t learning_until_us           # in this process's time: others may still tell the store what they know
+    cdef int64_t live_until_us               # so long does something that is known count
+    cdef int64_t ahead_us                    # by how much the store's clock is ahead of this process's
+    cdef int64_t fewer_since_us              # since when the store counts fewer processes than we do
+    cdef Layout layout
+    cdef object errands                      # to be done before anything is asked
+    cdef int errands_out
+    cdef object asserting                    # an iterator over the errands that tell what is known
+    cdef dict generations                    # hash -> (generation, until_us, name, address of terms): of keys that were reset
+    cdef unsigned forks
+
+    cdef bint meet(self, int64_t epoch, int64_t learning_us, int64_t count, int64_t rank, int64_t now_us) except -1
+    cdef Errand next_errand(self, int64_t now_us)
+    cdef bint idle(self) noexcept
+    cdef list known_in(self, uint32_t index, int64_t now_us)
+    cdef Errand assertion(self, list rows)
+    cdef Errand charge(self, list owed)
+    cdef int forget_errand(self, Errand errand) except -1
+    cdef int note_generation(self, Hash128 hashed, int64_t generation, bytes name, const Terms* terms, int64_t now_us) except -1
+    cdef int forked(self) except -1

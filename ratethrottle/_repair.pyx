@@ -1,0 +1,216 @@
+# cython: auto_pickle=False, autotestdict=False
+"""What a storage knows of its store, and what the store has to be told when it has lost something (DESIGN: repair).
+
+An epoch is one run of one server over one data set. A process that finds itself in another one than before asserts what it knows,
+charges what it admitted meanwhile, and leaves the others time to do the same. docs/arithmetic.md («Repair») has what the store
+makes of it. No I/O.
+"""
+
+cimport cython
+from libc.stdint cimport int64_t, uint32_t
+
+from ratethrottle._arithmetic cimport Terms, view_reach
+from ratethrottle._bound cimport Bound, bound_assertion
+from ratethrottle._core cimport KeyTable
+from ratethrottle._layout cimport Layout
+from ratethrottle._outage cimport Shares
+from ratethrottle._table cimport Hash128, Shard, slot_at
+
+from collections import deque
+from os import urandom
+
+
+cdef enum:
+    ROWS_MAX = 128                           # keys of an errand
+    GENERATIONS_MAX = 10_000
+    LAPSE_US = 3_000_000                     # for so long the store counts a process that isn't heard of
+
+cdef int64_t LEVEL_MAX = <int64_t>1 << 52
+
+
+cdef tuple rule_words(const Terms* terms):
+    """A rule as scripts take it, but for its leases."""
+    return (chr(terms.kind).encode(), *[b"%d" % number for number in (
+        terms.capacity, terms.window_us, terms.unit_ticks, terms.drain_ticks, terms.slot_us, terms.coarse_us, 0)])
+
+
+cdef tuple nothing_known(const Terms* terms):
+    """The numbers of an assertion that tells a generation only."""
+    if terms.kind == c"b":
+        return -LEVEL_MAX, 0, 0
+    return 0, 1, 0
+
+
+@cython.final
+cdef class Errand:
+    """A script call that isn't a check's: a beat, or what the store has to be told. `done` gets the numbers of its reply."""
+
+    def __init__(self, str script not None, list keys not None, list args not None, done, *, bint again=False):
+        self.script = script
+        self.keys = keys
+        self.args = args
+        self.done = done
+        self.again = again
+
+
+@cython.final
+cdef class Knowledge:
+    """What the gatherings of a storage share."""
+
+    def __init__(self, KeyTable bounds not None, Layout layout not None, int64_t expected=0):
+        self.bounds = bounds
+        self.layout = layout
+        self.shares = Shares(bounds.max_keys)
+        # Of a rank that isn't known: no more than what each of them may have.
+        self.shares.set_share(expected, max(expected - 1, 0))
+        self.errands = deque()
+        self.generations = {}
+        self.process_id = urandom(8).hex().encode()
+        self.forks = bounds.forks
+        self.noticed = None
+
+    cdef int forked(self) except -1:
+        """Give up what belongs to the process that forked this one: what it has to tell, and what it owes."""
+        if self.forks != self.bounds.forks:
+            self.forks = self.bounds.forks
+            self.process_id = urandom(8).hex().encode()
+            self.errands = deque()
+            self.errands_out = 0
+            self.asserting = None
+            self.shares.clear()
+        return 0
+
+    @property
+    def owed(self):
+        """For how many keys there is something left to charge."""
+        return self.shares.owing
+
+    cdef bint meet(self, int64_t epoch, int64_t learning_us, int64_t count, int64_t rank, int64_t now_us) except -1:
+        """Take up what a beat has told. True in another epoch: the store may have lost what is known here, and is told it."""
+        cdef bint another = self.epoch and self.epoch != epoch
+        if another:
+            self.epochs += 1
+            # What is still to be charged is charged here. An assertion that waits speaks of the epoch before.
+            self.errands = deque([errand for errand in self.errands if (<Errand>errand).args[0] == b"charge"])
+            self.asserting = self.assertions()
+            self.shares.begin()
+        self.epoch = epoch
+        if learning_us > 0:
+            self.learning_until_us = max(self.learning_until_us, now_us + learning_us)
+        if count >= self.processes:
+            self.fewer_since_us = 0
+        elif self.fewer_since_us == 0:
+            # They may have been forgotten only, by a store that lost its data.
+            self.fewer_since_us = now_us
+        if self.fewer_since_us == 0 or now_us - self.fewer_since_us > LAPSE_US:
+            self.processes = count
+            self.fewer_since_us = 0
+            self.shares.set_share(count, rank)
+        return another
+
+    cdef Errand next_errand(self, int64_t now_us):
+        """What the store has to be told next, or None."""
+        cdef Errand errand = None
+        if self.errands:
+            errand = self.errands.popleft()
+        elif self.asserting is not None:
+            errand = next(self.asserting, None)
+            if errand is None:
+                self.asserting = None
+        while errand is None and self.shares.owing:
+            owed = self.shares.take_owed(ROWS_MAX, now_us + self.ahead_us)
+            if owed:
+                errand = self.charge(owed)
+        if errand is not None:
+            self.errands_out += 1
+        return errand
+
+    cdef bint idle(self) noexcept:
+        """Whether there is nothing left to be told."""
+        return self.asserting is None and not self.errands
+
+    cdef int forget_errand(self, Errand errand) except -1:
+        """Its reply is lost: it is told again, if that does no harm."""
+        if errand.again:
+            self.errands_out -= 1
+            self.errands.append(errand)
+        return 0
+
+    def told(self, numbers):
+        """The store has heard an errand."""
+        self.errands_out -= 1
+
+    def assertions(self):
+        """Errands that assert what is known, shard by shard."""
+        cdef uint32_t i
+        cdef list rows = []
+        cdef set told = set()
+        for i in range(self.bounds.shard_count):
+            rows += self.known_in(i, self.bounds.now_us())
+            if self.generations:
+                told.update([row[0] for row in rows])
+            while len(rows) >= ROWS_MAX:
+                yield self.assertion(rows[:ROWS_MAX])
+                del rows[:ROWS_MAX]
+        for generation, until_us, name, address in list(self.generations.values()):
+            # That a key was reset has to be told even if nothing else is known of it.
+            if until_us > self.bounds.now_us() and name not in told:
+                rows.append((name, rule_words(<Terms*><size_t>address), generation, *nothing_known(<Terms*><size_t>address)))
+        while rows:
+            yield self.assertion(rows[:ROWS_MAX])
+            del rows[:ROWS_MAX]
+
+    cdef list known_in(self, uint32_t index, int64_t now_us):
+        """What a shard of the bounds knows: rows of name, rule, generation, and the three numbers of an assertion."""
+        cdef Shard* shard = &self.bounds.shards[index]
+        cdef const Bound* bound
+        cdef int64_t[3] numbers
+        cdef uint32_t i
+        cdef list rows = []
+        for i in range(shard.room):
+            if not shard.tags[i]:
+                continue
+            bound = <Bound*>slot_at(shard, i)
+            # What was heard in this very epoch, the store knows.
+            if bound.name == NULL or bound.epoch == self.epoch or not bound_assertion(bound, now_us, numbers):
+                continue
+            found = self.generations.get((bound.slot.hash_lo, bound.slot.hash_hi))
+            rows.append((bound.name[:bound.name_size], rule_words(bound.slot.view.terms), 0 if found is None else found[0],
+                         numbers[0], numbers[1], numbers[2]))
+        return rows
+
+    cdef Errand assertion(self, list rows):
+        cdef list rules = list(dict.fromkeys([row[1] for row in rows]))
+        cdef list args = [b"assert", b"%d" % len(rules), b"%d" % len(rows), *[word for rule in rules for word in rule]]
+        cdef int place = 0
+        for row in rows:
+            place += 1
+            args += [b"%d" % number for number in (place, rules.index(row[1]) + 1, *row[2:])]
+        return Errand("repair", [row[0] for row in rows], args, self.told, again=True)
+
+    cdef Errand charge(self, list owed):
+        """Charge what was admitted here while the store was away. The marker has it charged once, however often it is told."""
+        cdef Errand errand
+        cdef bytes marker = self.process_id + urandom(8).hex().encode()
+        cdef list names = []
+        cdef list words = [rule_words(self.bounds.terms_of(item[0])) for item in owed]
+        cdef list rules = list(dict.fromkeys(words))
+        cdef list args = [b"charge", b"%d" % len(rules), b"%d" % len(owed), *[word for rule in rules for word in rule]]
+        cdef int place = 0
+        for rule, text, mark, tag, units in owed:
+            names.append(self.layout.named(rule, text, ord(mark), tag))
+            place += 1
+            args += [b"%d" % number for number in (place, rules.index(words[place - 1]) + 1, len(units))]
+            args += [b"%d" % number for pair in units for number in pair]
+        errand = Errand("repair", names + [self.layout.charged_key + marker], args, self.told, again=True)
+        errand.owed = owed
+        return errand
+
+    cdef int note_generation(self, Hash128 hashed, int64_t generation, bytes name, const Terms* terms, int64_t now_us) except -1:
+        """Remember that a key was reset, for as long as somebody may know what it had used before."""
+        if len(self.generations) >= GENERATIONS_MAX:
+            self.generations = {key: entry for key, entry in self.generations.items() if entry[1] > now_us}
+            while len(self.generations) >= GENERATIONS_MAX:
+                del self.generations[next(iter(self.generations))]
+        self.generations[hashed.lo, hashed.hi] = (generation, now_us + view_reach(terms), name, <size_t>terms)
+        return 0

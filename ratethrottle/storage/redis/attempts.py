@@ -1,0 +1,79 @@
+"""When to connect: at once after a loss, and while Redis is away at most twice a second in this process."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+# Between two attempts while Redis is away. Those of all processes fall together, each up to JITTER_S later: so they come back within
+# the time that the store leaves them to tell what they know, and yet don't knock at the very same moment.
+EVERY_S = 0.5
+JITTER_S = 0.1
+
+
+class Attempts:
+    """Paces and counts the connections of a storage, of which there are `most` at once. The lines of all its loops share it."""
+
+    def __init__(self, most: int) -> None:
+        self.count = 0  # how many connections were tried
+        self.reconnections = 0
+        self.open = 0
+        self.most = most
+        self._jitter_s = random.random() * JITTER_S  # noqa: S311  # no secret
+        self._failing = False
+        self._next_s = 0.0  # the turn that was taken last, by the wall clock
+        self._waiting: set[Callable[[], None]] = set()
+        self._losses: deque[float] = deque(maxlen=2)
+
+    def wait_s(self) -> float:
+        """Take the next turn; returns how many seconds away it is."""
+        self.count += 1
+        if not self._failing:
+            return 0.0
+        now_s = time.time()
+        slot = int((now_s - self._jitter_s) / EVERY_S) + 1
+        if now_s <= self._next_s < now_s + 1000 * EVERY_S:  # another line's turn; further away only if the clock was set back
+            slot = max(slot, round((self._next_s - self._jitter_s) / EVERY_S) + 1)
+        self._next_s = slot * EVERY_S + self._jitter_s
+        return self._next_s - now_s
+
+    def until_next_s(self) -> float:
+        """How many seconds it is until the next turn: before that it isn't worth asking again."""
+        now_s = time.time()
+        return min(self._next_s - now_s, EVERY_S) if self._failing and self._next_s > now_s else EVERY_S
+
+    def opened(self, again: bool) -> None:
+        """There is a connection; `again` in the place of one that the line had before."""
+        self.open += 1
+        self.reconnections += again
+
+    def failed(self) -> None:
+        """There is no connection, or Redis doesn't serve us on it."""
+        self._failing = True
+
+    def lost(self) -> None:
+        """Take note that a connection was lost. That may happen; twice in a second it is no better than no connection."""
+        now_s = time.monotonic()
+        self._losses.append(now_s)
+        if len(self._losses) == 2 and now_s - self._losses[0] < 2 * EVERY_S:
+            self._failing = True
+
+    def succeeded(self) -> None:
+        """Redis has answered: who waits for a turn needn't."""
+        if self._failing:
+            self._failing = False
+            self._next_s = 0.0
+            for hurry in list(self._waiting):
+                hurry()
+
+    @contextmanager
+    def waiting(self, hurry: Callable[[], None]) -> Iterator[None]:
+        """Have `hurry` called if Redis answers somebody else meanwhile, from any thread."""
+        self._waiting.add(hurry)
+        try:
+            yield
+        finally:
+            self._waiting.discard(hurry)

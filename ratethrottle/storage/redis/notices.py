@@ -1,0 +1,50 @@
+"""What the lines of a storage notice, as events."""
+
+from __future__ import annotations
+
+import time
+import weakref
+
+from ratethrottle._calls import Gathering
+from ratethrottle.events import BoundsEvicted, Desync, Events, Evicted, MasterMoved, OutageBegan, OutageEnded, Refused, StateLost
+
+
+class Notices:
+    """Told by any line; tells the events. An outage lasts from when the first line goes away until the last one is back."""
+
+    def __init__(self, events: Events, policy: str) -> None:
+        self.desyncs = 0
+        self._events = events
+        self._policy = policy
+        self._away: weakref.WeakSet[Gathering] = weakref.WeakSet()
+        self._since_s = 0.0
+        self._decided = 0
+
+    def moved(self, before: str, after: str) -> None:
+        """Take note that the sentinels name another master."""
+        self._events.emit(MasterMoved(before, after))
+
+    def __call__(self, what: str, line: Gathering, fact: object) -> None:
+        """Take note of what a line has noticed."""
+        match what:
+            case "outage":
+                if not self._away:
+                    self._since_s, self._decided = time.monotonic(), line.knowledge.by_policy
+                self._away.add(line)
+                self._events.emit(OutageBegan(str(fact), self._policy))
+            case "recovery":
+                self._away.discard(line)
+                if not self._away:
+                    took_s, decided = time.monotonic() - self._since_s, line.knowledge.by_policy - self._decided
+                    self._events.emit(OutageEnded(took_s, decided))
+            case "state_lost":
+                self._events.emit(StateLost(int(str(fact))))
+            case "desync":
+                self.desyncs += 1
+                self._events.emit(Desync(str(fact)))
+            case "refused":
+                self._events.emit(Refused(str(fact)))
+            case "bounds_evicted":
+                self._events.emit(BoundsEvicted(int(str(fact))))
+            case "evicted":
+                self._events.emit(Evicted(int(str(fact))))

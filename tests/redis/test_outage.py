@@ -1,0 +1,340 @@
+"""Redis is away, late, or has lost what it held: what checks are meanwhile, and what holds afterwards. On real servers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+
+from ratethrottle import Decision, RateThrottleCore, RateThrottleRule, RedisStorage, create_limiter
+from ratethrottle.errors import StorageError, StorageRefused, StorageUnavailable
+from ratethrottle.events import Event
+from tests.redis.recovery import served, until
+from tests.redis.wire import Relay
+from tests.servers import RedisServer, free_port
+from tests.strategies import STRATEGIES
+
+LIMIT = 40
+RULE = RateThrottleRule("r", LIMIT, 60)
+
+
+def limiter_of(url: str, rule: RateThrottleRule = RULE, **options: Any) -> RateThrottleCore:
+    return create_limiter("redis", redis_url=url, rules=[rule], **options)
+
+
+def admitted(decisions: list[Decision]) -> int:
+    return sum(decision.allowed for decision in decisions)
+
+
+# While it is away
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({}, 0), ({"expected_processes": 4}, 10), ({"on_outage": "deny"}, 0), ({"on_outage": "allow"}, 100)],
+)
+async def test_without_redis_the_policy_decides(options: dict[str, Any], expected: int) -> None:
+    """By default a share of the limit, and nothing as long as it isn't known what a share is."""
+    async with limiter_of(f"redis://127.0.0.1:{free_port()}", **options) as limiter:
+        decisions = [await limiter.check("user") for _ in range(100)]
+        assert {decision.source for decision in decisions} == {"outage"}
+        assert admitted(decisions) == expected
+        assert all(0 < decision.retry_after <= 60 for decision in decisions if not decision.allowed)
+        assert limiter.statistics().away
+
+
+async def test_a_rule_has_a_policy_of_its_own() -> None:
+    async with limiter_of(f"redis://127.0.0.1:{free_port()}", on_outage="allow") as limiter:
+        limiter.add_rule(RateThrottleRule("strict", LIMIT, 60, on_outage="deny"))
+        limiter.add_rule(RateThrottleRule("loud", LIMIT, 60, on_outage="raise"))
+        assert (await limiter.check("user", "r")).allowed
+        assert not (await limiter.check("user", "strict")).allowed
+        with pytest.raises(StorageUnavailable, match="can't be reached"):
+            await limiter.check("user", "loud")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+async def test_the_shares_of_all_processes_are_the_limit_once(strategy: str) -> None:
+    """Three that know of each other, when Redis dies: what they admit on their own is one limit, whoever has the remainder."""
+    rule = RateThrottleRule("r", LIMIT, 3600, strategy=strategy)  # 40 of three is 13, 13 and 14
+    with RedisServer() as server:
+        limiters = [limiter_of(server.url, rule) for _ in range(3)]
+        for limiter in limiters:
+            assert await served(limiter)
+
+        async def known() -> bool:
+            for limiter in limiters:
+                await limiter.peek("user")
+            return all(limiter.statistics().processes == 3 for limiter in limiters)
+
+        await until(known)
+        server.stop()
+        decisions = [await limiter.check("user") for _ in range(LIMIT) for limiter in limiters]
+        assert {decision.source for decision in decisions} == {"outage"}
+        assert LIMIT <= admitted(decisions) <= LIMIT + (2 if strategy.endswith("bucket") else 0)
+        for limiter in limiters:
+            await limiter.aclose()
+
+
+async def test_a_share_begins_with_what_is_known_to_be_used() -> None:
+    with RedisServer() as server:
+        async with limiter_of(server.url) as limiter:
+            assert admitted([await limiter.check("user") for _ in range(30)]) == 30
+            server.stop()
+            assert admitted([await limiter.check("user") for _ in range(30)]) == LIMIT - 30
+
+
+async def test_decisions_cost_little_and_redis_is_asked_twice_a_second_at_most() -> None:
+    with RedisServer() as server:
+        async with limiter_of(server.url, expected_processes=2) as limiter:
+            await limiter.check("user")
+            server.stop()
+            await limiter.check("user")
+            before, began, calls = limiter.statistics().attempts, time.monotonic(), 0
+            slowest_s = 0.0
+            while time.monotonic() - began < 1.5:
+                at = time.perf_counter()
+                await limiter.check(f"user:{calls}")
+                slowest_s = max(slowest_s, time.perf_counter() - at)
+                calls += 1
+                if calls % 100 == 0:
+                    await asyncio.sleep(0)
+            assert limiter.statistics().attempts - before <= 4
+            assert calls > 2_000
+            assert slowest_s < 0.2  # a machine that is busy; what it costs is a benchmark's
+
+
+async def test_a_redis_that_comes_late_is_taken_up() -> None:
+    server = RedisServer()
+    try:
+        told: list[Event] = []
+        async with limiter_of(server.url, expected_processes=1) as limiter:
+            limiter.on_event(told.append)
+            assert (await limiter.check("user")).source == "outage"
+            server.start()
+            assert await until(lambda: served(limiter)) < 1.2
+            # What was admitted without it, it has been told.
+            assert (await limiter.check("user")).remaining == LIMIT - 2
+            assert [event.kind for event in told] == ["outage_began", "outage_ended"]
+    finally:
+        server.close()
+
+
+async def test_a_frozen_redis_is_an_outage_and_nothing_is_run_twice() -> None:
+    with RedisServer() as server:
+        async with limiter_of(server.url, RateThrottleRule("r", 1000, 3600)) as limiter:
+            await limiter.check("user")
+            server.pause()
+            began = time.monotonic()
+            late = await asyncio.gather(*(limiter.check("user") for _ in range(10)))
+            assert 0.2 < time.monotonic() - began < 0.6
+            assert {decision.source for decision in late} == {"outage"}
+            server.resume()
+            await until(lambda: served(limiter))
+            # They were run when it went on, or not; and what was admitted here was charged.
+            remaining = (await limiter.check("user")).remaining
+            assert 1000 - 2 - 20 <= remaining <= 1000 - 2 - 10
+
+
+async def test_all_connections_come_back_with_the_first_one() -> None:
+    """Attempts are at most two a second for all of them, but once Redis answers there is nothing to wait for."""
+    with RedisServer() as server:
+        async with limiter_of(server.url, deadline=0.1, connections=8, expected_processes=1) as limiter:
+            keys = [f"user:{number}" for number in range(50)]
+            assert len(await limiter.check_many(keys)) == 50
+            server.pause()
+            assert {decision.source for decision in await limiter.check_many(keys)} == {"outage"}
+            server.resume()
+
+            async def all_served() -> bool:
+                return {(await limiter.peek(key)).source for key in keys} == {"redis"}
+
+            await until(all_served, 1.5)
+            assert not limiter.statistics().away
+
+
+# What it has lost
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("lost", ["flushed", "restarted"])
+async def test_what_living_processes_know_is_not_lost(strategy: str, lost: str) -> None:
+    """Two know overlapping parts of the past; after the loss no more than the rest is granted."""
+    rule = RateThrottleRule("r", LIMIT, 3600, strategy=strategy)
+    with RedisServer() as server:
+        async with limiter_of(server.url, rule) as one, limiter_of(server.url, rule) as other:
+            granted = admitted([await one.check("user") for _ in range(15)] + [await other.check("user") for _ in range(10)])
+            assert granted == 25
+            if lost == "flushed":
+                with server.client() as client:
+                    client.flushall()
+            else:
+                server.stop()
+                server.start()
+            for limiter in (one, other):
+                await until(lambda limiter=limiter: settled(limiter))  # type: ignore[misc]  # the default binds the loop's value
+            assert one.statistics().epoch_changes == 1
+            granted += admitted([await limiter.check("user") for _ in range(LIMIT) for limiter in (one, other)])
+            assert LIMIT <= granted <= LIMIT + (2 if strategy.endswith("bucket") else 0)
+
+
+async def settled(limiter: RateThrottleCore) -> bool:
+    """Whether the loss was noticed, and Redis answers again."""
+    return await served(limiter) and limiter.statistics().epoch_changes > 0
+
+
+async def test_an_idle_process_tells_what_it_knows_in_time() -> None:
+    """Nobody asks it anything, but it looks after what it knows."""
+    with RedisServer() as server:
+        async with limiter_of(server.url) as idle, limiter_of(server.url, on_outage="deny") as busy:
+            assert admitted([await idle.check("user") for _ in range(LIMIT)]) == LIMIT
+            await busy.check("another")
+            with server.client() as client:
+                client.flushall()
+            granted = 0
+            ends = time.monotonic() + 1
+            while time.monotonic() < ends:
+                granted += (await busy.check("user")).allowed
+                await asyncio.sleep(0.01)
+            assert granted == 0
+            assert idle.statistics().epoch_changes == 1
+
+
+async def test_units_that_a_newcomer_was_granted_are_added() -> None:
+    """It knows of no epoch before, and is served at once; what was used before the loss comes on top."""
+    with RedisServer() as server:
+        async with limiter_of(server.url) as old:
+            assert admitted([await old.check("user") for _ in range(30)]) == 30
+            with server.client() as client:
+                client.flushall()
+                async with limiter_of(server.url) as newcomer:
+                    granted = admitted([await newcomer.check("user") for _ in range(5)])
+                    await until(lambda: settled(old))
+                    await until(lambda: served(newcomer))
+                    granted += admitted([await newcomer.check("user") for _ in range(LIMIT)])
+                    assert granted == 10
+
+
+async def test_a_reset_just_before_the_loss_stays_a_reset() -> None:
+    with RedisServer() as server:
+        async with limiter_of(server.url) as one, limiter_of(server.url) as other:
+            assert admitted([await other.check("user") for _ in range(LIMIT)]) == LIMIT
+            await one.reset("user")
+            with server.client() as client:
+                client.flushall()
+            for limiter in (other, one):
+                await until(lambda limiter=limiter: settled(limiter))  # type: ignore[misc]  # the default binds the loop's value
+            assert admitted([await one.check("user") for _ in range(LIMIT + 10)]) == LIMIT
+
+
+async def test_what_was_admitted_alone_is_charged_once(redis_server: RedisServer) -> None:
+    """The reply to the charge is lost, so it is sent again."""
+    async with Relay(redis_server.socket) as relay, limiter_of(relay.url, expected_processes=1) as limiter:
+        await limiter.check("user")
+        relay.tamper = lambda reply: b""  # runs, but is never heard of
+        assert (await limiter.check("user")).source == "outage"
+        lost = 0
+
+        def lose_one_charge(reply: bytes) -> bytes:
+            nonlocal lost
+            if b"$6\r\ncharge" in relay.heard and not lost:
+                lost += 1
+                return b""
+            return reply
+
+        relay.heard = b""
+        relay.tamper = lose_one_charge
+        await until(lambda: served(limiter), 4)
+        assert lost == 1
+        assert relay.heard.count(b"$6\r\ncharge") == 2
+        # One at first, one that was run although nobody heard of it, and one that was admitted here instead.
+        assert (await limiter.peek("user")).remaining == LIMIT - 3
+
+
+@pytest.mark.parametrize("answer", [b"-OOM x\r\n", b"-READONLY x\r\n", b"-NOSCRIPT x\r\n"])
+async def test_what_was_admitted_alone_is_charged_when_redis_refuses_it_at_first(
+    redis_server: RedisServer, answer: bytes
+) -> None:
+    """A charge that was refused is still owed, and Redis is asked again once it has taken it."""
+    async with Relay(redis_server.socket) as relay, limiter_of(relay.url, expected_processes=1) as limiter:
+        await limiter.check("user")
+        relay.tamper = lambda reply: b""
+        assert (await limiter.check("user")).source == "outage"
+        refused = 0
+
+        def refuse_one_charge(reply: bytes) -> bytes:
+            nonlocal refused
+            if b"$6\r\ncharge" in relay.heard and not refused:
+                refused += 1
+                return answer
+            return reply
+
+        relay.heard = b""
+        relay.tamper = refuse_one_charge
+        await until(lambda: served(limiter), 4)
+        assert refused == 1
+        assert (await limiter.peek("user")).remaining == LIMIT - 3
+        assert limiter.statistics().owed == 0
+
+
+async def test_a_charge_that_no_script_of_ours_takes_keeps_nobody_away(redis_server: RedisServer) -> None:
+    async with Relay(redis_server.socket) as relay, limiter_of(relay.url, expected_processes=1) as limiter:
+        told: list[Event] = []
+        limiter.on_event(told.append)
+        await limiter.check("user")
+        relay.tamper = lambda reply: b""
+        assert (await limiter.check("user")).source == "outage"
+
+        def refuse_each_charge(reply: bytes) -> bytes:
+            return b"-RATETHROTTLE x\r\n" if relay.heard.rpartition(b"EVALSHA")[2].count(b"$6\r\ncharge") else reply
+
+        relay.heard = b""
+        relay.tamper = refuse_each_charge
+        await until(lambda: served(limiter))
+        assert {event.kind for event in told} == {"outage_began", "desync", "outage_ended"}
+
+
+async def test_an_error_of_the_outage_says_nothing_of_checks_that_were_not_sent() -> None:
+    with RedisServer() as server:
+        async with limiter_of(server.url, on_outage="raise") as limiter:
+            await limiter.check("user")
+            server.pause()
+            with pytest.raises(StorageError, match=r"within 0\.25 s"):
+                await limiter.check("user")
+            with pytest.raises(StorageUnavailable, match=r"didn't answer within 0\.25 s") as unsent:
+                await limiter.check("user")
+            assert "may have been counted" not in str(unsent.value)
+            server.resume()
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(("spoiled", "mended"), [("-evalsha", "+evalsha"), ("~other:*", "~*"), ("<pa55", ">pa55"), ("off", "on")])
+async def test_a_refusal_is_raised_under_each_policy_until_it_is_mended(spoiled: str, mended: str) -> None:
+    with RedisServer() as server, server.client() as client:
+        client.execute_command("ACL", "SETUSER", "service", "on", ">pa55", "~*", "+@all")
+        async with limiter_of(f"redis://service:pa55@127.0.0.1:{server.port}", on_outage="allow") as limiter:
+            told: list[Event] = []
+            limiter.on_event(told.append)
+            assert (await limiter.check("user")).allowed
+            client.execute_command("ACL", "SETUSER", "service", *(["resetkeys"] if "~" in spoiled else []), spoiled)
+            client.execute_command("CLIENT", "KILL", "USER", "service")
+            await asyncio.sleep(0.05)
+            ends = time.monotonic() + 0.7  # there are attempts to connect meanwhile, and in between
+            while time.monotonic() < ends:
+                with pytest.raises(StorageRefused):
+                    await limiter.check("user")
+                await asyncio.sleep(0.01)
+            client.execute_command("ACL", "SETUSER", "service", mended)
+            await until(lambda: served(limiter))
+            assert (await limiter.check("user")).source == "redis"
+            assert [event.kind for event in told] == ["refused"]
+
+
+async def test_a_storage_takes_options_by_either_way() -> None:
+    storage = RedisStorage.from_url(f"redis://127.0.0.1:{free_port()}", on_outage="allow")
+    async with RateThrottleCore(storage, rules=[RULE]) as limiter:
+        assert (await limiter.check("user")).allowed

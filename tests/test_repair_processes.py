@@ -1,0 +1,115 @@
+"""Redis loses what it held, wholly or in part, and the processes put it back: simulated, with the real scripts and the compiled core."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import redis
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ratethrottle import RateThrottleRule
+from tests.intervals import PromiseBrokenError, check
+from tests.processes import Check, Process, World
+from tests.strategies import STRATEGIES
+
+pytestmark = pytest.mark.redis
+
+LEARN_US = 250_000
+
+
+class Losing:
+    """Processes that ask at random, on a store that loses everything, or all since a while ago, when all of them have heard it."""
+
+    def __init__(self, client: redis.Redis, seed: int, strategy: str) -> None:
+        self.rng = rng = random.Random(seed)
+        limit, window = rng.choice(((3, 1.0), (20, 2.0), (64, 4.0), (100, 4.0), (500, 8.0)))
+        self.public = RateThrottleRule("r", limit, window, strategy=strategy)
+        self.rule = self.public.compiled
+        self.world = World(client)
+        self.world.when_ended = self.note
+        for _ in range(rng.randint(1, 3)):
+            Process(self.world, rate=rng.randint(990_100, 1_009_900), offset_us=rng.randrange(10**15, 10**16))
+        self.admitted: list[tuple[int, int]] = []
+        self.allowed_again = 0
+        self.lost_at_us = 0
+
+    def note(self, ended: Check) -> None:
+        if ended.decision is not None and ended.decision.allowed:
+            # Nothing passes between the decision and its reply here but the steps of `turn`.
+            self.admitted.append((self.world.server_us(), ended.cost))
+            self.allowed_again += self.lost_at_us > 0 and self.world.t_us - self.lost_at_us > LEARN_US
+
+    def turn(self, ask: bool) -> None:
+        """Every process has its turn, and then some time passes: less than that in which a loss must be heard of."""
+        for process in self.rng.sample(self.world.processes, len(self.world.processes)):
+            for _ in range(self.rng.choice((0, 1, 1, 4)) if ask else 0):
+                process.check("k", self.rule, self.rng.choice((1, 1, 2)))
+            process.round_trip()
+            process.round_trip()
+        self.world.t_us += self.rng.randint(1, 60_000)
+
+    def run(self) -> None:
+        """Use it up, lose it, and ask on."""
+        kept = self.world.store.keep()
+        for _ in range(self.rng.randint(5, 40)):
+            self.turn(ask=True)
+            if self.rng.random() < 0.2:
+                kept = self.world.store.keep()
+        if self.rng.random() < 0.5:
+            self.world.store.lose({})
+        else:
+            self.world.fail_over(kept)
+        self.lost_at_us = self.world.t_us
+        for _ in range(60):
+            self.turn(ask=True)
+        for process in self.world.processes:
+            assert process.knowledge.epochs == 1
+            assert process.line.ready
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@settings(max_examples=25)
+@given(seed=st.integers(0, 2**32))
+def test_nothing_that_a_living_process_knew_is_granted_again(shared_redis_server, strategy: str, seed: int) -> None:
+    with shared_redis_server.client() as client:
+        losing = Losing(client, seed, strategy)
+        losing.run()
+        check(losing.public, losing.admitted)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_nobody_is_locked_out_by_it(redis_client: redis.Redis, strategy: str) -> None:
+    """However much was known, something is granted again once it has left."""
+    allowed = 0
+    for seed in range(8):
+        losing = Losing(redis_client, seed, strategy)
+        losing.run()
+        losing.world.t_us += 3 * losing.rule.window_us
+        for _ in range(5):
+            losing.turn(ask=True)
+        allowed += losing.allowed_again
+    assert allowed > 0
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_without_telling_it_the_promise_is_broken(
+    redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    """What the test above would find."""
+
+    def mute(world: World) -> None:
+        for process in world.processes:
+            process.line.mute = True
+
+    broken = 0
+    for seed in range(12):
+        losing = Losing(redis_client, seed, strategy)
+        mute(losing.world)
+        losing.run()
+        try:
+            check(losing.public, losing.admitted)
+        except PromiseBrokenError:
+            broken += 1
+    assert broken > 0
