@@ -1,0 +1,33 @@
+"""`python -m tests.model --processes 3 --limit 3 --faults 2`: search a model of any size, with progress."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+
+from .protocol import Config
+from .search import search
+
+
+def main() -> int:
+    """Search, and say what was found; 1 if something is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m tests.model")
+    for field in dataclasses.fields(Config):
+        name = f"--{field.name}"
+        if isinstance(field.default, bool):
+            parser.add_argument(name, action="store_true")
+        else:
+            parser.add_argument(name, type=type(field.default), default=field.default)
+    result = search(Config(**vars(parser.parse_args())), progress=show)
+    sys.stdout.write(f"{result}\n")
+    return bool(result.broken)
+
+
+def show(depth: int, new: int, states: int) -> None:
+    """Print how far the search has come."""
+    sys.stderr.write(f"depth {depth}: {new} new, {states} states\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""Every state of small models keeps the promise, and each thing that the protocol does for it is needed."""
+
+from __future__ import annotations
+
+import pytest
+
+from .protocol import Config
+from .search import search
+
+SOUND = {
+    "two faults": Config(),
+    "a reset": Config(resets=1, faults=1),
+    "local shares": Config(local=True, faults=1),
+    "leases": Config(limit=3, lease=True, faults=1),
+    "two lines": Config(limit=1, lines=2),
+    "three processes": Config(processes=3, faults=1),
+}
+MUTANTS = [
+    Config(mutant="max-merge"),
+    Config(mutant="base stays", limit=1),
+    Config(mutant="no learning", faults=1),
+    Config(mutant="epoch unchecked"),
+    Config(mutant="generation ignored", resets=1, faults=1),
+    Config(mutant="generation untold", resets=1, faults=1),
+    Config(mutant="no marker", local=True, losses=0),
+    Config(mutant="charge forgotten", local=True, faults=1),
+    Config(mutant="late grant", limit=1, lines=2),
+]
+
+
+@pytest.mark.parametrize("config", SOUND.values(), ids=SOUND)
+def test_every_state_keeps_the_promise_and_lets_everybody_in_again(config):
+    result = search(config)
+    assert not result.broken, str(result)
+
+
+@pytest.mark.parametrize("config", MUTANTS, ids=lambda config: config.mutant)
+def test_a_protocol_without_one_of_its_parts_is_caught(config):
+    result = search(config)
+    assert result.broken
+    assert result.trace, "a mutant that is wrong from the start shows nothing"
+    print(result)
