@@ -1,0 +1,190 @@
+"""What the logs of a fleet hold: how long the slowest call took, when normal decisions came back, and by how much promises were exceeded.
+
+**In time** is judged fairly and reported raw: from a call's time is taken what its own loop was late by meanwhile (a timer of 5 ms
+that came later than 2 ms after its time), since on a busy machine nothing in the process ran then. Both figures are kept.
+
+**Over** is counted by brackets (tests/intervals.py): only what is certainly too much, whatever the true instants. What Redis granted
+must keep the promise by itself, over all intervals, those that span the fault included: what is admitted while Redis is away is
+charged on return, and what an empty Redis forgot is asserted before it is asked. What `m` of `N` processes admitted by themselves
+must keep m/N of it. Together that is the promise · (1 + m/N) of DESIGN, and it is stricter than their sum.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+from ratethrottle import RateThrottleRule
+from tests.faults.records import ERRORS, Call, Log
+from tests.intervals import STRETCH, Bracketed, most_in
+
+GRACE_US = 50_000
+STEADY_US = 1_000_000  # by so much before the end everything is normal again
+CHUNK_US = 20_000_000  # two windows of the rules in use
+GROWTH_FILES = 2  # while running; after `aclose` none at all
+
+
+@dataclass
+class Verdict:
+    """What was measured of a row, and what is wrong with it."""
+
+    row: str
+    slowest_us: int = 0
+    slowest_fair_us: int = 0
+    healed_us: int | None = None
+    over: float | None = None
+    admitted: Counter[str] = field(default_factory=Counter)
+    told: int = 0  # log lines, events, errors and reprs that were searched for secrets
+    limits: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    skipped: str = ""
+
+    @property
+    def word(self) -> str:
+        """PASS, FAIL or SKIP."""
+        return "FAIL" if self.problems else "SKIP" if self.skipped else "PASS"
+
+    def expect(self, true: object, otherwise: str) -> None:
+        """Take note of a problem unless it is true."""
+        if not true:
+            self.problems.append(otherwise)
+
+
+def excess(rule: RateThrottleRule, admissions: Iterable[Bracketed], share: Fraction = Fraction(1)) -> Fraction:
+    """The most units by which any interval certainly exceeds `share` of the rule's promise; 0 when none does. In O(n²)."""
+    log = sorted(admissions, key=lambda admission: admission[1])
+    ends = [after_us for _, after_us, _ in log]
+    most, least = Fraction(0), rule.capacity * share  # no interval's promise is below the capacity
+    # Where none shorter than a window is over, no longer one is.
+    longest_us = rule.window_us if rule.strategy == "sliding_window" else ends[-1] if ends else 0
+    total = sum(units for *_, units in log)
+    for begin_us in sorted({before_us for before_us, _, _ in log}):
+        if total <= least + most:
+            break
+        units = 0
+        for place in range(bisect_left(ends, begin_us), len(log)):
+            before_us, after_us, more = log[place]
+            if after_us - begin_us > longest_us:
+                break
+            if before_us < begin_us:
+                continue
+            units += more
+            if units > least + most:
+                most = max(most, units - share * most_in(rule, (after_us - begin_us) * STRETCH))
+    return most
+
+
+def excess_of_long(rule: RateThrottleRule, admissions: Iterable[Bracketed], share: Fraction = Fraction(1)) -> Fraction:
+    """The same for a log of any length: intervals of up to CHUNK_US each, longer ones where both ends are multiples of it."""
+    log = sorted(admissions)
+    if not log or log[-1][1] - log[0][0] <= 2 * CHUNK_US:
+        return excess(rule, log, share)
+    most = Fraction(0)
+    # Each chunk overlaps half of the next, so that no short interval is cut.
+    grid = range(log[0][0], log[-1][1], CHUNK_US)
+    units = [0] * len(grid)
+    for number, start_us in enumerate(grid):
+        low, high = (bisect_left(log, (at_us,)) for at_us in (start_us, start_us + 2 * CHUNK_US))
+        most = max(most, excess(rule, log[low:high], share))
+        units[number] = sum(more for _, after_us, more in log[low:high] if after_us <= start_us + CHUNK_US)
+    if rule.strategy != "sliding_window":
+        for first in range(len(grid)):
+            total = 0
+            for last in range(first, len(grid)):
+                total += units[last]
+                most = max(most, total - share * most_in(rule, (last + 1 - first) * CHUNK_US * STRETCH))
+    return most
+
+
+def over(rules: Sequence[RateThrottleRule], calls: Iterable[Call], cut: Fraction, *, local: bool) -> float:
+    """The most by which any key went over what DESIGN allows, where `cut` of the processes were cut off."""
+    granted: defaultdict[tuple[int, int, bool], list[Bracketed]] = defaultdict(list)
+    for call in calls:
+        if call.allowed and rules[call.rule].name != "wide":
+            granted[call.rule, call.key, call.kind == "outage"].append((call.before_us, call.after_us, 1))
+    most = Fraction(0)
+    for (rule, _, by_policy), log in granted.items():
+        if by_policy and not local:
+            continue  # what `allow` admits is not limited, and what `deny` admits is a problem of its own
+        most = max(most, excess_of_long(rules[rule], log, cut if by_policy else Fraction(1)))
+    return float(most)
+
+
+def late_us(log: Log, before_us: int, after_us: int) -> int:
+    """For how long the loop was late between two instants."""
+    return sum(max(0, min(after_us, woke) - max(before_us, due)) for due, woke in log.late)
+
+
+def slowest(logs: Iterable[Log]) -> tuple[int, int]:
+    """The longest call as it was, and the longest after taking away what its loop was late by."""
+    raw = fair = 0
+    for log in logs:
+        for call in sorted(log.calls, key=lambda call: call.before_us - call.after_us):
+            took_us = call.after_us - call.before_us
+            raw = max(raw, took_us)
+            if took_us <= fair:
+                break
+            fair = max(fair, took_us - late_us(log, call.before_us, call.after_us))
+    return raw, fair
+
+
+def healed_us(logs: Iterable[Log], ended_us: int) -> int | None:
+    """How long after the end of a fault the last process had a normal decision again; None if one never had."""
+    times = []
+    for log in logs:
+        if log.calls and min(call.before_us for call in log.calls) > ended_us:
+            continue  # a process that was started in the place of one that was killed, later
+        normal = [call.after_us for call in log.calls if call.kind == "redis" and call.after_us >= ended_us]
+        if not normal:
+            return None
+        times.append(min(normal) - ended_us)
+    return max(times, default=None)
+
+
+def attempts_over(log: Log, began_us: int, ended_us: int) -> float:
+    """By how many the attempts to connect between two instants exceed two a second, the one at once after the loss apart."""
+    times = [at_us for at_us, _ in sorted(log.connects) if began_us <= at_us < ended_us]
+    worst = 0.0
+    for place, at_us in enumerate(times):
+        for end in range(place + 2, len(times)):  # what came in any interval of a second or more
+            length_s = (times[end] - at_us) / 1e6
+            if length_s >= 1 or end == len(times) - 1:
+                worst = max(worst, end - place + 1 - 2 - 2 * max(1.0, length_s))
+    return worst
+
+
+def share_slower(calls: Sequence[Call], logs: Sequence[Log], limit_us: int) -> float:
+    """The share of calls that took longer than that, what their loops were late by taken away."""
+    by_process = {log.process: log for log in logs}
+    slow = sum(
+        call.after_us - call.before_us - late_us(by_process[call.process], call.before_us, call.after_us) > limit_us
+        for call in calls
+        if call.after_us - call.before_us > limit_us
+    )
+    return slow / max(1, len(calls))
+
+
+def between(logs: Iterable[Log], began_us: int, ended_us: int) -> list[Call]:
+    """The calls that began between two instants, in the order in which they ended."""
+    calls = [call for log in logs for call in log.calls if began_us <= call.before_us < ended_us]
+    return sorted(calls, key=lambda call: call.after_us)
+
+
+def kinds(calls: Iterable[Call]) -> Counter[str]:
+    """How many calls ended how."""
+    return Counter(call.kind for call in calls)
+
+
+def errors(calls: Iterable[Call]) -> Counter[str]:
+    """How many calls ended with which error."""
+    return Counter(call.kind for call in calls if call.kind in ERRORS)
+
+
+def first_at_us(calls: Sequence[Call], kind: str, began_us: int) -> int | None:
+    """When after an instant a call ended so for the first time. `calls` as `between` gives them."""
+    place = bisect_left(calls, began_us, key=lambda call: call.after_us)
+    return next((call.after_us - began_us for call in calls[place:] if call.kind == kind), None)

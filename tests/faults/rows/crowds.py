@@ -1,0 +1,127 @@
+"""Too many at once: checks, keys, and checks of one key that is denied."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import time
+
+from ratethrottle import Decision, RateThrottleRule, create_limiter
+from tests.faults.board import Run, row
+from tests.faults.fleet import DEADLINE_S
+from tests.faults.judge import GRACE_US
+from tests.faults.worker import open_files, resident_bytes
+from tests.servers import RedisServer
+
+MAX_CONNECTIONS = 8
+WIDE = RateThrottleRule("wide", 10**9, 3600, strategy="fixed_window")
+TIGHT = RateThrottleRule("tight", 100, 10)
+
+
+@row(short=True)
+def crowd_50_000(run: Run) -> None:
+    """50,000 concurrent checks in one gather: no error, at most `max_connections` sockets, the rest by policy in time"""
+    count = run.count(50_000, 20_000)
+
+    async def main(url: str) -> None:
+        limiter = create_limiter("redis", redis_url=url, rules=[WIDE], deadline=DEADLINE_S, expected_processes=1)
+        await limiter.peek("user")
+        gc.collect()
+        files, memory, most = open_files(), resident_bytes(), 0
+        began_s = time.monotonic()
+        latest_s = 0.0
+
+        async def one(number: int) -> Decision:
+            nonlocal latest_s
+            started_s = time.monotonic()
+            decision = await limiter.check(f"user:{number % 1000}")
+            latest_s = max(latest_s, time.monotonic() - started_s)
+            return decision
+
+        waiting = asyncio.gather(*(one(number) for number in range(count)), return_exceptions=True)
+        while not waiting.done():
+            most = max(most, open_files() - files)
+            await asyncio.sleep(0.01)
+        results = await waiting
+        took_s = time.monotonic() - began_s
+        grown = resident_bytes() - memory
+        decisions = [result for result in results if isinstance(result, Decision)]
+        run.verdict.admitted.update(decision.source for decision in decisions if decision.allowed)
+        run.verdict.slowest_us = round(latest_s * 1e6)
+        run.expect(
+            len(decisions) == count, f"{count - len(decisions)} errors: {[r for r in results if not isinstance(r, Decision)][:1]}"
+        )
+        run.expect(most + 1 <= MAX_CONNECTIONS, f"{most + 1} connections")
+        run.expect(grown <= 200_000_000, f"memory grew by {grown / 1e6:.0f} MB")
+        # All share one loop: each is late by what the others take, which is this process's own CPU time and no wait.
+        run.note(f"all answered after {took_s:.2f} s; {grown / 1e6:.0f} MB more, {most} connections more")
+        own_s = os.times().user + os.times().system
+        run.expect(latest_s <= DEADLINE_S + GRACE_US / 1e6 + own_s, f"the slowest took {latest_s:.2f} s")
+        await limiter.aclose()
+
+    with RedisServer() as server:
+        asyncio.run(main(server.url))
+
+
+@row()
+def cardinality_attack(run: Run) -> None:
+    """Random keys, millions of them: the table stays within its bound, and keys known to be blocked stay blocked"""
+    seconds, bound = run.seconds(30, 3), 20_000
+
+    async def main(url: str) -> None:
+        limiter = create_limiter(
+            "redis", redis_url=url, rules=[TIGHT], deadline=5, on_outage="raise", max_bounds=bound, prefilter_ttl=60
+        )
+        blocked = [f"blocked:{number}" for number in range(100)]
+        for key in blocked:
+            await limiter.check_many([key] * 101)
+        flooded, end_s, most, missed = 0, time.monotonic() + seconds, 0, 0
+        memory = resident_bytes()
+        looked_s = time.monotonic()
+        while time.monotonic() < end_s:
+            await asyncio.gather(*(limiter.check(os.urandom(8).hex()) for _ in range(2_000)))
+            flooded += 2_000
+            most = max(most, limiter.statistics().bounds)
+            if time.monotonic() > looked_s + 1:
+                looked_s = time.monotonic()
+                # Nobody else uses these keys, so that the answer is known; from memory is where it has to come from.
+                answers = [await limiter.check(key) for key in blocked]
+                missed += sum(not decision.allowed and decision.source != "prefilter" for decision in answers)
+                for key in blocked:
+                    await limiter.check_many([key] * 101)  # blocked again where time has passed
+        grown = resident_bytes() - memory
+        run.note(f"{flooded} keys, {most} bounds of {bound}, {grown / 1e6:.0f} MB more; blocked keys asked again {missed} times")
+        run.expect(most <= bound, f"{most} bounds are kept, not {bound}")
+        run.expect(grown <= 50_000_000, f"memory grew by {grown / 1e6:.0f} MB")
+        run.expect(missed <= len(blocked) // 10, f"{missed} times a blocked key's bound was gone")
+        await limiter.aclose()
+
+    with RedisServer() as server:
+        asyncio.run(main(server.url))
+
+
+@row(short=True)
+def hot_key(run: Run) -> None:
+    """100,000 checks a second on one denied key: at most 20 script calls a second and process"""
+    seconds = run.seconds(5, 2)
+
+    async def main(url: str) -> None:
+        limiter = create_limiter(
+            "redis", redis_url=url, rules=[RateThrottleRule("tight", 10, 3600)], deadline=1, on_outage="raise"
+        )
+        await limiter.check_many(["user"] * 11)
+        before, checks, began_s = limiter.statistics().calls, 0, time.monotonic()
+        while time.monotonic() < began_s + seconds:
+            for _ in range(500):
+                assert not await limiter.check("user")
+            checks += 500
+            await asyncio.sleep(0)
+        took_s = time.monotonic() - began_s
+        calls = limiter.statistics().calls - before
+        run.note(f"{checks / took_s:,.0f} checks/s, {calls / took_s:.1f} calls/s")
+        run.expect(calls <= 20 * took_s, f"{calls / took_s:.0f} calls a second")
+        await limiter.aclose()
+
+    with RedisServer() as server:
+        asyncio.run(main(server.url))

@@ -1,0 +1,231 @@
+"""A worker process: 50 tasks that check at a steady pace, told what to do through a pipe. It imports little: many are started."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import random
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from ratethrottle import RateThrottleCore, RateThrottleRule, create_limiter
+from ratethrottle.errors import RateThrottleError
+from tests.faults.records import CONNECTS, KINDS, LATE, RECORD, monotonic_us
+
+KEYS = 32
+SECRET = "raw-k3y"  # no log, repr or exception may show it
+PASSWORD = "pa55word"  # nor this
+WIDE = 2  # the index of a rule that never denies, so that something always has to be asked
+LATE_US, BEAT_S = 2_000, 0.005
+UNREADY_S = 5.0
+
+
+def keys() -> list[str]:
+    """The keys that all workers share; the first are the busiest."""
+    return [f"{SECRET}:{number}" for number in range(KEYS)]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one process does. every_s: how often each task checks, on average."""
+
+    number: int
+    url: str
+    rules: tuple[RateThrottleRule, ...]
+    log: Path
+    options: dict[str, Any] = field(default_factory=dict)
+    tasks: int = 50
+    every_s: float = 0.05
+    processes: int = 4
+    seed: int = 1
+
+
+class Noise:
+    """Collects what nobody else hears: exceptions that no one retrieved, unraisable ones, warnings, log lines."""
+
+    def __init__(self) -> None:
+        self.noise: list[str] = []
+        self.told: list[str] = []  # whatever a log, an event, an error or a repr said
+
+    def listen(self) -> None:
+        """From here on, in this process."""
+        asyncio.get_running_loop().set_exception_handler(self._unretrieved)
+        sys.unraisablehook = lambda what: self.noise.append(f"unraisable {what.exc_value!r} in {what.object!r}")
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *_: self.noise.append(f"{type(message).__name__}: {message}")
+        handler = logging.Handler()
+        handler.emit = lambda record: self.tell(handler.format(record))  # type: ignore[method-assign]
+        logging.getLogger().addHandler(handler)
+        logging.getLogger().setLevel(logging.DEBUG)
+
+    def _unretrieved(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        places = traceback.extract_tb(error.__traceback__)[-3:] if error else []
+        where = " < ".join(f"{place.name}:{place.lineno}" for place in reversed(places))
+        self.noise.append(f"{context.get('message')}: {error!r} {where}".rstrip())
+
+    def tell(self, what: str) -> None:
+        """Keep what was said, each thing once."""
+        if len(self.told) < 10_000 and what not in self.told[-100:]:
+            self.told.append(what)
+
+
+def open_files() -> int:
+    """How many descriptors this process has."""
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def resident_bytes() -> int:
+    """How much memory it takes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class Worker:
+    """The tasks, and what they write."""
+
+    def __init__(self, work: Work, pipe: Connection) -> None:
+        self.work, self.pipe, self.noise = work, pipe, Noise()
+        self.told: asyncio.Queue[Any] = asyncio.Queue()
+        self.log = os.open(work.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self.random = random.Random(f"{work.seed} {work.number}")
+        self.keys = keys()
+        self.weights = list(accumulate(1 / (1 + number) for number in range(KEYS)))
+        self.events: list[dict[str, Any]] = []
+        self.running = asyncio.Event()
+        self.ended = False
+
+    def write(self, kind: int, before_us: int, after_us: int, *, allowed: bool = False, rule: int = 0, key: int = 0) -> None:
+        os.write(self.log, RECORD.pack(kind, allowed, rule, key, before_us, after_us))
+
+    async def client(self, limiter: RateThrottleCore) -> None:
+        """One task. Every fourth check is under the rule that never denies."""
+        rules = [rule.name for rule in self.work.rules]
+        turn = self.random.randrange(4)
+        while not self.ended:
+            await asyncio.sleep(self.random.uniform(0, 2 * self.work.every_s))
+            await self.running.wait()
+            turn += 1
+            rule = WIDE if turn % 4 == 0 else self.random.randrange(WIDE)
+            key = self.random.choices(range(KEYS), cum_weights=self.weights)[0]
+            allowed, before_us = False, monotonic_us()
+            try:
+                decision = await limiter.check(self.keys[key], rules[rule])
+                kind, allowed = decision.source, decision.allowed
+            except RateThrottleError as error:
+                kind = type(error).__name__
+                self.noise.tell(f"{error!r} {error} {error.__cause__!r}")
+            except Exception as error:  # noqa: BLE001  # an error that isn't ours is what this looks for
+                kind = "other error"
+                self.noise.noise.append(f"check raised {error!r}")
+            known = kind if kind in KINDS else "other error"
+            self.write(KINDS.index(known), before_us, monotonic_us(), allowed=allowed, rule=rule, key=key)
+
+    async def watch_loop(self) -> None:
+        """Write down when a timer was late by more than 2 ms: what a call took beyond that is not the loop's fault."""
+        while True:
+            due_us = monotonic_us() + round(BEAT_S * 1e6)
+            await asyncio.sleep(BEAT_S)
+            now_us = monotonic_us()
+            if now_us > due_us + LATE_US:
+                self.write(LATE, due_us, now_us)
+
+    def sample(self, limiter: RateThrottleCore) -> dict[str, Any]:
+        """What may not grow, and what the limiter says of itself."""
+        statistics = asdict(limiter.statistics())
+        self.noise.tell(f"{statistics} {limiter!r}")
+        return {
+            "files": open_files(),
+            "bytes": resident_bytes(),
+            "tasks": len(asyncio.all_tasks()),
+            "statistics": statistics,
+            "events": list(self.events),
+        }
+
+    def take_note(self, event: Any) -> None:
+        self.noise.tell(repr(event))
+        self.events.append({"kind": event.kind, "at_us": monotonic_us()})
+
+    async def ready(self, limiter: RateThrottleCore) -> None:
+        """Until it is connected and knows of all the others."""
+        give_up_us = monotonic_us() + round(UNREADY_S * 1e6)
+        while limiter.statistics().processes < self.work.processes and monotonic_us() < give_up_us:
+            with contextlib.suppress(RateThrottleError):
+                await limiter.peek("warm", self.work.rules[WIDE].name)
+            await asyncio.sleep(0.02)
+
+    async def run(self) -> None:
+        """Serve the pipe until it is told to end."""
+        loop = asyncio.get_running_loop()
+        self.noise.listen()
+        loop.add_reader(self.pipe.fileno(), self._hear)
+        before = {"files": open_files(), "tasks": len(asyncio.all_tasks())}
+        sys.addaudithook(self._audit)
+        limiter = create_limiter("redis", redis_url=self.work.url, rules=self.work.rules, **self.work.options)
+        forget: Callable[[], None] = limiter.on_event(self.take_note)
+        await self.ready(limiter)
+        self.running.set()
+        watch = asyncio.create_task(self.watch_loop())
+        self.pipe.send({"ready": self.sample(limiter)})
+        clients: list[asyncio.Task[None]] = []
+        while (word := await self.told.get()) != "end":
+            if word == "go":
+                clients = [asyncio.create_task(self.client(limiter)) for _ in range(self.work.tasks)]
+            elif word == "rest":
+                self.running.clear()
+            elif word == "resume":
+                self.running.set()
+            elif word == "sample":
+                self.pipe.send(self.sample(limiter))
+        self.ended = True
+        self.running.set()
+        # A call that hangs is what the deadline forbids: give each a multiple of it, and say so.
+        pending = (await asyncio.wait(clients, timeout=5))[1] if clients else set()
+        hangs = len(pending)
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*clients, return_exceptions=True)
+        last = self.sample(limiter)
+        forget()
+        await limiter.aclose()
+        watch.cancel()
+        await asyncio.gather(watch, return_exceptions=True)
+        del limiter, clients, watch, pending
+        for _ in range(3):
+            await asyncio.sleep(0.01)
+            gc.collect()
+        after = {"files": open_files(), "tasks": len(asyncio.all_tasks())}
+        secrets = [told for told in self.noise.told if SECRET in told or PASSWORD in told]
+        lines = {"noise": self.noise.noise, "secrets": secrets, "told": len(self.noise.told)}
+        self.pipe.send({"before": before, "last": last, "after": after, "hangs": hangs, **lines})
+
+    def _hear(self) -> None:
+        try:
+            self.told.put_nowait(self.pipe.recv())
+        except EOFError:  # whoever started us has gone
+            os._exit(1)
+
+    def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "socket.connect":
+            now_us = monotonic_us()
+            address = arguments[1]
+            port = address[1] if isinstance(address, tuple) else 0
+            self.write(CONNECTS, now_us, now_us, key=port)
+
+
+def run_worker(work: Work, pipe: Connection) -> None:
+    """Be a worker process."""
+
+    async def main() -> None:
+        await Worker(work, pipe).run()
+
+    asyncio.run(main())
