@@ -2,10 +2,14 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n auto
 BENCH_ARGS ?=
 PYTHONS ?= 3.11 3.12 3.13
 AGREE_STEPS ?= 1000000
+MODEL_ARGS ?= --faults 3
+FAULTS_ARGS ?=
+SOAK_MINUTES ?= 10
+SOAK_ARGS ?=
 
 BIN := $(VENV)/bin
 PY := $(BIN)/python
@@ -26,7 +30,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test demo check ci matrix floor bench instructions instructions-record agree agree-short trace sanitize debug format wheel clean redis valgrind FORCE
+.PHONY: help test demo check ci matrix floor bench instructions instructions-record agree agree-short model faults faults-short soak trace sanitize debug format wheel clean redis valgrind FORCE
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,19 +46,31 @@ check: $(BUILT) $(PEERS) ## Everything static: format, lint, types, stubs, spell
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy ratethrottle benchmarks tests/typing tools/check_wheel.py
-	$(PY) -m mypy.stubtest ratethrottle._core ratethrottle._calls
+	$(PY) -m mypy.stubtest $(addprefix ratethrottle.,_core _layout _outage _repair _calls)
 	@# It calls pycodestyle by name.
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cython-lint ratethrottle
 	$(BIN)/codespell
 	$(BIN)/validate-pyproject pyproject.toml
 
-ci: check test agree-short instructions ## check, test, the short agreement run, the instruction counts: what .ci/run calls
+ci: check test agree-short faults-short instructions ## check, test, short runs of agreement and faults, the instruction counts: what .ci/run calls
+
+faults: $(BUILT) redis ## The fault board: each fault on real servers, a table (FAULTS_ARGS="--row server-killed --short")
+	$(PY) -m tests.faults $(FAULTS_ARGS)
+
+faults-short: $(BUILT) redis
+	$(PY) -m tests.faults --short
+
+soak: $(BUILT) redis ## Faults at random on a fleet that works, SOAK_MINUTES=10 (SOAK_ARGS="--seed 7")
+	$(PY) -m tests.faults.soak --minutes $(SOAK_MINUTES) $(SOAK_ARGS)
 
 agree: $(BUILT) redis ## Oracle, core and Lua over 10^6 random steps (AGREE_STEPS=…)
 	$(PY) -m tests.agree --steps $(AGREE_STEPS)
 
 agree-short: $(BUILT) redis
 	$(PY) -m tests.agree --steps 30000
+
+model: $(BUILT) ## Every state of a small model of bound, outage and repair (MODEL_ARGS="--processes 3")
+	$(PY) -m tests.model $(MODEL_ARGS)
 
 bench: $(BUILT) $(PEERS) $(STRANGER) redis ## Benchmarks, beside the peers in one run (BENCH_ARGS="--quick redis")
 	$(PY) -m benchmarks $(BENCH_ARGS)
@@ -80,7 +96,7 @@ sanitize: $(TOOLS) redis ## The suite under the address and undefined behaviour 
 	tools/mode sanitize $(abspath $(PY)) -m pytest $(PYTEST_ARGS)
 
 trace: $(TOOLS) redis ## Coverage, that of the .pyx included
-	tools/mode trace $(abspath $(PY)) -m coverage run -m pytest $(PYTEST_ARGS)
+	tools/mode trace $(abspath $(PY)) -m coverage run -m pytest $(PYTEST_ARGS) -n 0
 	cd build/trace && $(abspath $(PY)) -m coverage combine -q && $(abspath $(PY)) -m coverage report
 
 wheel: $(TOOLS) ## A checked wheel in dist/
