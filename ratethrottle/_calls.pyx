@@ -707,16 +707,18 @@ cdef class Gathering:
             if self.away:
                 self.away = False
                 self._notice("recovery", None)
+            self.look_at_charged()
             self.schedule()
         return 0
 
-    cdef int look_at(self, list charged) except -1:
+    cdef int look_at_charged(self) except -1:
         """Ask what the store says of keys that were charged, so that this too is known if it loses them."""
         cdef PendingDecision pending
         cdef CompiledRule rule
         cdef Place place
         cdef int64_t now_us = self.bounds.now_us()
-        for rule, text, mark, tag, _ in charged:
+        charged, self.knowledge.charged = self.knowledge.charged, []
+        for rule, text, mark, tag, _ in charged[-self.bounds.max_keys:]:
             if mark == "#":                  # of a long key the digest is all that is left, and it is remembered by its text
                 continue
             pending = PendingDecision.__new__(PendingDecision)
@@ -1181,8 +1183,10 @@ cdef class Gathering:
             self.heard_us = self.bounds.now_us()
             errand.done([numbers[i] for i in range(count)])
             if errand.owed is not None:
-                self.look_at(errand.owed)
-            if not self.ready:
+                self.knowledge.charged += errand.owed
+            if self.ready:
+                self.look_at_charged()
+            else:
                 self.tell()
             return at
         if not self.possible(call, numbers, count):

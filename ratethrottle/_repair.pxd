@@ -36,6 +36,7 @@ cdef class Knowledge:
     cdef Layout layout
     cdef object errands                      # to be done before anything is asked
     cdef int errands_out
+    cdef list charged                        # and not looked at since
     cdef object asserting                    # an iterator over the errands that tell what is known
     cdef dict generations                    # hash -> (generation, until_us, name, address of terms): of keys that were reset
     cdef unsigned forks

@@ -64,6 +64,7 @@ cdef class Knowledge:
         # Of a rank that isn't known: no more than what each of them may have.
         self.shares.set_share(expected, max(expected - 1, 0))
         self.errands = deque()
+        self.charged = []
         self.generations = {}
         self.process_id = urandom(8).hex().encode()
         self.forks = bounds.forks
@@ -77,6 +78,7 @@ cdef class Knowledge:
             self.errands = deque()
             self.errands_out = 0
             self.asserting = None
+            self.charged = []
             self.shares.clear()
         return 0
 

@@ -334,6 +334,26 @@ async def test_a_refusal_is_raised_under_each_policy_until_it_is_mended(spoiled:
             assert [event.kind for event in told] == ["refused"]
 
 
+@pytest.mark.parametrize("key", ["user", ("user", 7)])
+async def test_what_was_charged_is_known_from_then_on(key: str | tuple[str | int, ...]) -> None:
+    """Nobody has asked about the key since, and Redis loses its data again."""
+    with RedisServer() as server:
+        async with limiter_of(server.url, expected_processes=1) as limiter:
+            await limiter.check("another")
+            server.stop()
+            assert admitted([await limiter.check(key) for _ in range(10)]) == 10
+            server.start()
+            await until(lambda: settled(limiter))
+            with server.client() as client:
+                client.flushall()
+
+            async def again() -> bool:
+                return limiter.statistics().epoch_changes == 2 and await served(limiter)
+
+            await until(again)
+            assert (await limiter.peek(key)).remaining == LIMIT - 10
+
+
 async def test_a_storage_takes_options_by_either_way() -> None:
     storage = RedisStorage.from_url(f"redis://127.0.0.1:{free_port()}", on_outage="allow")
     async with RateThrottleCore(storage, rules=[RULE]) as limiter:
