@@ -34,6 +34,12 @@ LEASE_TICKS = 1
 NEWCOMER = -1  # of Unit.alone
 
 
+MUTANTS = frozenset({
+    "", "max-merge", "base stays", "no learning", "epoch unchecked", "generation ignored", "generation untold", "no marker",
+    "charge forgotten", "late grant", "kept for ever",
+})  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Config:
     """The size of a model, its budgets of faults, and what is wrong in it on purpose. Times in ticks."""
@@ -50,6 +56,10 @@ class Config:
     local: bool = False
     lines: int = 1
     mutant: str = ""
+
+    def __post_init__(self) -> None:
+        if self.mutant not in MUTANTS:
+            raise ValueError(f"there is no mutant {self.mutant!r}; there are {', '.join(sorted(MUTANTS - {''}))}")
 
     def share(self, process: int) -> int:
         """Return what a process may admit alone."""
@@ -527,8 +537,11 @@ def tick(config: Config, state: State, faults: int) -> State:
     if not old:
         units = [u._replace(held=u.held & ~OLD) for u in units]
     replica = aged(state.replica) if state.replica else None
+    master = aged(state.master)
+    if config.mutant == "kept for ever":
+        master = master._replace(inherited=tuple(map(max, master.inherited, state.master.inherited)))
     return excuse(state._replace(
-        master=aged(state.master), old=old, replica=replica, procs=procs, units=tuple(units), faults=state.faults - faults,
+        master=master, old=old, replica=replica, procs=procs, units=tuple(units), faults=state.faults - faults,
     ))  # fmt: skip
 
 

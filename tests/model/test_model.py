@@ -34,6 +34,11 @@ def test_every_state_keeps_the_promise_and_lets_everybody_in_again(config):
     assert not result.broken, str(result)
 
 
+def test_a_store_that_lets_nothing_go_locks_everybody_out():
+    """It keeps every promise, so that only the search for a way back in can find it."""
+    assert search(Config(mutant="kept for ever", limit=1, faults=0)).broken == "somebody is locked out"
+
+
 @pytest.mark.parametrize("config", MUTANTS, ids=lambda config: config.mutant)
 def test_a_protocol_without_one_of_its_parts_is_caught(config):
     result = search(config)
