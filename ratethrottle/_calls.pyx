@@ -19,7 +19,7 @@ from ratethrottle._core cimport (
     ALLOW, CHECK, CompiledRule, COMPLETE, Decision, decision_new, DENY, GIVE_BACK, Group, KeyTable, LEASE, Mode, OF_STORAGE, OUTAGE,
     PARKED, PEEK, PendingDecision, Policy, policy_of, PREFILTER, RAISE, REDIS, Remote, RESET, SENT, Waiter, WAITING,
 )
-from ratethrottle._layout cimport Layout, pending_of
+from ratethrottle._layout cimport Layout, pending_for, pending_of
 from ratethrottle._repair cimport Errand, Knowledge
 from ratethrottle._resp cimport (
     BROKEN, Buffer, buffer_room, INCOMPLETE, put_bulk, put_head, put_number, read_line, read_number,
@@ -39,7 +39,6 @@ from ratethrottle.errors import StorageProtocolError, StorageRefused, StorageTim
 cdef extern from "Python.h":
     void Py_INCREF(PyObject*)
     void Py_DECREF(PyObject*)
-    const char* PyUnicode_AsUTF8AndSize(object, Py_ssize_t*) except NULL
 
 
 cdef enum:
@@ -509,6 +508,16 @@ cdef class Gathering:
         self.schedule()
         return 0
 
+    cdef int queue(self, PendingDecision pending, int64_t now_us) except -1:
+        """Queue what nobody waits for."""
+        pending.stage = WAITING
+        pending.place = self
+        pending.deadline_us = now_us + self.deadline_us
+        pending.turn = self.turns
+        self.turns += 1
+        push(&self.waiting, pending)
+        return 0
+
     cdef inline int wake(self, Waiter waiter) except -1:
         waiter.is_done = True
         waiter.pending = None
@@ -721,26 +730,10 @@ cdef class Gathering:
         for rule, text, mark, tag, _ in charged[-self.bounds.max_keys:]:
             if mark == "#":                  # of a long key the digest is all that is left, and it is remembered by its text
                 continue
-            pending = PendingDecision.__new__(PendingDecision)
-            pending.stage = WAITING
-            pending.mode = PEEK
-            pending.place = self
-            pending.rule = rule
-            pending.text = text
-            pending.mark = ord(mark)
-            if mark == "=":
-                pending.data = PyUnicode_AsUTF8AndSize(text, &pending.size)
-            else:
-                pending.data = PyBytes_AS_STRING(text) + 1
-                pending.size = PyBytes_GET_SIZE(text) - 1
-            pending.tag = tag
+            pending = pending_for(rule, text, ord(mark), tag, PEEK)
             self.bounds.locate(rule, mark == "(", pending.data, pending.size, &place)
             pending.hashed = place.hashed
-            pending.units = 1
-            pending.deadline_us = now_us + self.deadline_us
-            pending.turn = self.turns
-            self.turns += 1
-            push(&self.waiting, pending)
+            self.queue(pending, now_us)
         return 0
 
     cdef int wind_beat(self, int64_t now_us) except -1:
@@ -1461,22 +1454,9 @@ cdef class Gathering:
             bound = self.bound_of(sample.hashed, &shard, &index)
             if bound == NULL or bound.lease_units == 0 or bound.lease_until_us > now_us:
                 continue
-            pending = PendingDecision.__new__(PendingDecision)
-            pending.stage = WAITING
-            pending.mode = GIVE_BACK
-            pending.place = self
-            pending.rule = sample.rule
-            pending.text = sample.text
-            pending.data = sample.data
-            pending.size = sample.size
-            pending.mark = sample.mark
-            pending.tag = sample.tag
+            pending = pending_for(sample.rule, sample.text, sample.mark, sample.tag, GIVE_BACK)
             pending.hashed = sample.hashed
-            pending.units = 1
-            pending.deadline_us = now_us + self.deadline_us
-            pending.turn = self.turns
-            self.turns += 1
-            push(&self.waiting, pending)
+            self.queue(pending, now_us)
         self.schedule()
         return 0
 

@@ -20,3 +20,4 @@ cdef class Layout:
 
 
 cdef PendingDecision pending_of(Entry entry, Mode mode)
+cdef PendingDecision pending_for(CompiledRule rule, object text, char mark, uint32_t tag, Mode mode)

@@ -101,16 +101,7 @@ cdef class Layout:
 
     cdef bytes named(self, CompiledRule rule, object text, char mark, uint32_t tag):
         """What the state of a key is called, from what an addressed check has of it."""
-        cdef PendingDecision pending = PendingDecision.__new__(PendingDecision)
-        pending.rule = rule
-        pending.mark = mark
-        pending.tag = tag
-        if isinstance(text, bytes):
-            pending.data = PyBytes_AS_STRING(text) + (mark != c"#")  # which stands before it, but not before a digest
-            pending.size = PyBytes_GET_SIZE(text) - (mark != c"#")
-        else:
-            pending.data = PyUnicode_AsUTF8AndSize(text, &pending.size)
-        return self.name(pending)
+        return self.name(pending_for(rule, text, mark, tag, CHECK))
 
     def state_key(self, Entry entry not None):
         """What the entry's state is called."""
@@ -130,4 +121,22 @@ cdef PendingDecision pending_of(Entry entry, Mode mode):
     pending.mark = PyBytes_AS_STRING(entry.canonical)[0]
     pending.data = PyBytes_AS_STRING(entry.canonical) + 1
     pending.size = PyBytes_GET_SIZE(entry.canonical) - 1
+    return pending
+
+
+cdef PendingDecision pending_for(CompiledRule rule, object text, char mark, uint32_t tag, Mode mode):
+    """Ask about a key, with what an addressed check has of it. Nobody waits for the answer."""
+    cdef PendingDecision pending = PendingDecision.__new__(PendingDecision)
+    pending.stage = NEW
+    pending.mode = mode
+    pending.rule = rule
+    pending.units = 1
+    pending.text = text
+    pending.mark = mark
+    pending.tag = tag
+    if isinstance(text, bytes):
+        pending.data = PyBytes_AS_STRING(text) + (mark != c"#")  # which stands before it, but not before a digest
+        pending.size = PyBytes_GET_SIZE(text) - (mark != c"#")
+    else:
+        pending.data = PyUnicode_AsUTF8AndSize(text, &pending.size)
     return pending
