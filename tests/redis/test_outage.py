@@ -45,6 +45,15 @@ async def test_without_redis_the_policy_decides(options: dict[str, Any], expecte
         assert limiter.statistics().away
 
 
+async def test_who_denies_for_want_of_a_number_says_so() -> None:
+    for options, silent in (({}, False), ({"expected_processes": 2}, True), ({"on_outage": "deny"}, True)):
+        told: list[Event] = []
+        async with limiter_of(f"redis://127.0.0.1:{free_port()}", **options) as limiter:
+            limiter.on_event(told.append)
+            await limiter.check("user")
+        assert ("expected_processes" not in str(told[0])) == silent
+
+
 async def test_a_rule_has_a_policy_of_its_own() -> None:
     async with limiter_of(f"redis://127.0.0.1:{free_port()}", on_outage="allow") as limiter:
         limiter.add_rule(RateThrottleRule("strict", LIMIT, 60, on_outage="deny"))

@@ -12,10 +12,11 @@ from ratethrottle.events import BoundsEvicted, Desync, Events, Evicted, MasterMo
 class Notices:
     """Told by any line; tells the events. An outage lasts from when the first line goes away until the last one is back."""
 
-    def __init__(self, events: Events, policy: str) -> None:
+    def __init__(self, events: Events, policy: str, expected: int | None) -> None:
         self.desyncs = 0
         self._events = events
         self._policy = policy
+        self._expected = expected
         self._away: weakref.WeakSet[Gathering] = weakref.WeakSet()
         self._since_s = 0.0
         self._decided = 0
@@ -31,7 +32,10 @@ class Notices:
                 if not self._away:
                     self._since_s, self._decided = time.monotonic(), line.knowledge.by_policy
                 self._away.add(line)
-                self._events.emit(OutageBegan(str(fact), self._policy))
+                reason = str(fact)
+                if self._policy == "local" and not (self._expected or line.knowledge.processes):
+                    reason += "; how many processes share the limits isn't known (expected_processes), so that all is denied"
+                self._events.emit(OutageBegan(reason, self._policy))
             case "recovery":
                 self._away.discard(line)
                 if not self._away:

@@ -107,7 +107,7 @@ class RedisStorage(Calls):
         self._connections = connections
         self._max_waiting = max_waiting
         self.events = Events()
-        self.knowledge.noticed = self._notices = Notices(self.events, on_outage)
+        self.knowledge.noticed = self._notices = Notices(self.events, on_outage, expected_processes)
         self._sent_before = (0, 0)  # script calls and entries, by lines that are gone
         self._lines: dict[asyncio.AbstractEventLoop, tuple[Line, ...]] = {}
         self._closed = False
