@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
+import weakref
+from asyncio import AbstractEventLoop
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 # Between two attempts while Redis is away. Those of all processes fall together, each up to JITTER_S later: so they come back within
 # the time that the store leaves them to tell what they know, and yet don't knock at the very same moment.
 EVERY_S = 0.5
 JITTER_S = 0.1
+
+
+class Connected(Protocol):
+    """A line, as far as it is counted."""
+
+    process: int
+
+    @property
+    def loop(self) -> AbstractEventLoop:
+        """The loop that it is of."""
 
 
 class Attempts:
@@ -20,8 +34,8 @@ class Attempts:
     def __init__(self, most: int) -> None:
         self.count = 0  # how many connections were tried
         self.reconnections = 0
-        self.open = 0
         self.most = most
+        self._open: weakref.WeakSet[Connected] = weakref.WeakSet()
         self._jitter_s = random.random() * JITTER_S  # noqa: S311  # no secret
         self._failing = False
         self._next_s = 0.0  # the turn that was taken last, by the wall clock
@@ -45,10 +59,19 @@ class Attempts:
         now_s = time.time()
         return min(self._next_s - now_s, EVERY_S) if self._failing and self._next_s > now_s else EVERY_S
 
-    def opened(self, again: bool) -> None:
-        """There is a connection; `again` in the place of one that the line had before."""
-        self.open += 1
+    @property
+    def full(self) -> bool:
+        """Whether there are as many connections as there may be: those of a forked parent and of loops that are gone don't count."""
+        return sum(line.process == os.getpid() and not line.loop.is_closed() for line in list(self._open)) >= self.most
+
+    def opened(self, line: Connected, again: bool) -> None:
+        """There is a connection of the line's; `again` in the place of one that it had before."""
+        self._open.add(line)
         self.reconnections += again
+
+    def closed(self, line: Connected) -> None:
+        """Take note that it has none any more."""
+        self._open.discard(line)
 
     def failed(self) -> None:
         """There is no connection, or Redis doesn't serve us on it."""

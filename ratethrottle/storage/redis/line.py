@@ -134,7 +134,7 @@ class Line(Gathering):
             self._attempts.failed()
             self._go_away(failure(error, self._deadline_s, sent=False))
             return
-        self._attempts.opened(again=self._connected)
+        self._attempts.opened(self, again=self._connected)
         self._connected = True
         self._connection = connection
         self._receiver = Receiver(self._received, self._lost)
@@ -163,9 +163,10 @@ class Line(Gathering):
         raise AssertionError
 
     def _check_room(self) -> None:
-        most = self._attempts.most
-        if self._attempts.open >= most:
-            raise StorageUnavailable(f"this process has its max_connections ({most}) to Redis already, for its other event loops")
+        if self._attempts.full:
+            raise StorageUnavailable(
+                f"this process has its max_connections ({self._attempts.most}) to Redis already, for its other event loops"
+            )
 
     def _check_stale(self) -> None:
         if self._stale:
@@ -261,7 +262,7 @@ class Line(Gathering):
         if receiver is not None:
             receiver.let_go()
         if connection is not None:
-            self._attempts.open -= 1
+            self._attempts.closed(self)
             abort(connection)
             self._dropped.append(connection)
             self._woken.set()
