@@ -52,6 +52,7 @@ cdef enum:
     ERRAND_NUMBERS_MAX = 16
     BEAT_US = 500_000                        # between two beats of a process that is busy
     IDLE_BEAT_US = 1_000_000                 # and of one that isn't
+    EVICTED_US = 5_000_000                   # between two questions whether Redis evicts keys
     WATCH_US = 100_000                       # while what an idle one knows still counts: it must hear of a loss within LEARN
     MOVED = -1                               # instead of numbers: it wasn't run, this is another epoch than it expected
 
@@ -320,9 +321,9 @@ cdef bint possible_beat(const int64_t* numbers, int count) noexcept:
     if count != 7:
         return False
     for i in range(7):
-        if numbers[i] < 0:
+        if numbers[i] < (-1 if i == 6 else 0):
             return False
-    return numbers[1] > 0 and numbers[4] > 0
+    return numbers[1] > 0
 
 
 cdef class Gathering:
@@ -373,6 +374,8 @@ cdef class Gathering:
     cdef int64_t heard_us                    # when anything was
     cdef int64_t evicted                     # keys that this run of the server has evicted; −1 before the first beat
     cdef int64_t evicted_before
+    cdef int64_t asked_evicted_us
+    cdef int64_t counted_us
     cdef int64_t told_evictions
     cdef Buffer buffer
     cdef uint16_t* places
@@ -652,15 +655,21 @@ cdef class Gathering:
 
     cdef int beat(self) except -1:
         """Say that this process is there, and hear which epoch this is."""
+        cdef int64_t now_us = self.bounds.now_us()
         if not self.beating:
             self.beating = True
-            self.run_errand(Errand("beat", [self.layout.processes_key], [self.knowledge.process_id, b"0"], self._beaten))
+            counts = now_us - self.counted_us >= BEAT_US - 1000
+            asks = now_us - self.asked_evicted_us >= EVICTED_US
+            self.counted_us = now_us if counts else self.counted_us
+            self.asked_evicted_us = now_us if asks else self.asked_evicted_us
+            self.run_errand(Errand("beat", [self.layout.processes_key], [
+                self.knowledge.process_id if counts else b"", b"0", b"1" if asks else b"0"], self._beaten))
         return 0
 
     def _leave(self):
         """Say that this process goes, so that the shares of the others needn't wait for that."""
         if self._open and self.epoch:
-            self.run_errand(Errand("beat", [self.layout.processes_key], [self.knowledge.process_id, b"1"], self._left))
+            self.run_errand(Errand("beat", [self.layout.processes_key], [self.knowledge.process_id, b"1", b"0"], self._left))
 
     def _left(self, numbers):
         """Nobody is there any more to hear it."""
@@ -681,7 +690,7 @@ cdef class Gathering:
             self._notice("bounds_evicted", self.bounds.evictions)
         if self.evicted < 0:
             self.evicted_before = self.evicted = numbers[6]
-        if numbers[6] > self.evicted:
+        elif numbers[6] > self.evicted:
             self.evicted = numbers[6]
             self._notice("evicted", self.evicted - self.evicted_before)
         self.tell()
@@ -1474,6 +1483,7 @@ cdef class Gathering:
         self.run = run
         self.rest = b""
         self.evicted = -1
+        self.asked_evicted_us = self.counted_us = 0
         self._open = True
         self.beat()
 

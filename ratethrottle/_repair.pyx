@@ -99,6 +99,8 @@ cdef class Knowledge:
         self.epoch = epoch
         if learning_us > 0:
             self.learning_until_us = max(self.learning_until_us, now_us + learning_us)
+        if count == 0:                       # it was only looked at
+            return another
         if count >= self.processes:
             self.fewer_since_us = 0
         elif self.fewer_since_us == 0:

@@ -481,7 +481,7 @@ class Beats:
         client.delete(EPOCH_KEY)
 
     def __call__(self, now_us: int, known: int, run: str = RUN, process: str = "p", leaves: int = 0) -> list[int]:
-        reply = self.server.run("beat", ["processes"], now_us, run, known, process, leaves)
+        reply = self.server.run("beat", ["processes"], now_us, run, known, process, leaves, 0)
         assert reply[0] == now_us
         assert self.client.get(EPOCH_KEY) == f"{run}{reply[1]:016}{reply[2]:016}".encode()
         return reply[1:-1]  # the last is of evicted keys, which no server here has
