@@ -38,7 +38,7 @@ class Attempts:
         self._open: weakref.WeakSet[Connected] = weakref.WeakSet()
         self._jitter_s = random.random() * JITTER_S  # noqa: S311  # no secret
         self._failing = False
-        self._next_s = 0.0  # the turn that was taken last, by the wall clock
+        self._next_s = 0.0  # the turn that was taken last, by the monotonic clock
         self._waiting: set[Callable[[], None]] = set()
         self._losses: deque[float] = deque(maxlen=2)
 
@@ -47,16 +47,17 @@ class Attempts:
         self.count += 1
         if not self._failing:
             return 0.0
-        now_s = time.time()
-        slot = int((now_s - self._jitter_s) / EVERY_S) + 1
-        if now_s <= self._next_s < now_s + 1000 * EVERY_S:  # another line's turn; further away only if the clock was set back
-            slot = max(slot, round((self._next_s - self._jitter_s) / EVERY_S) + 1)
-        self._next_s = slot * EVERY_S + self._jitter_s
+        now_s = time.monotonic()
+        last_s = max(now_s, self._next_s)  # another line's turn, if that is still to come
+        # By the wall clock, which processes share; but what is kept isn't, or a clock that is set back would make us wait as long.
+        phase_s = time.time() - now_s - self._jitter_s
+        slot = int((last_s + phase_s) / EVERY_S + 0.01) + 1  # the last turn is itself such an instant, but for rounding
+        self._next_s = slot * EVERY_S - phase_s
         return self._next_s - now_s
 
     def until_next_s(self) -> float:
         """How many seconds it is until the next turn: before that it isn't worth asking again."""
-        now_s = time.time()
+        now_s = time.monotonic()
         return min(self._next_s - now_s, EVERY_S) if self._failing and self._next_s > now_s else EVERY_S
 
     @property
