@@ -212,9 +212,9 @@ cdef class Knowledge:
 
     cdef int note_generation(self, Hash128 hashed, int64_t generation, bytes name, const Terms* terms, int64_t now_us) except -1:
         """Remember that a key was reset, for as long as somebody may know what it had used before."""
-        if len(self.generations) >= GENERATIONS_MAX:
-            self.generations = {key: entry for key, entry in self.generations.items() if entry[1] > now_us}
-            while len(self.generations) >= GENERATIONS_MAX:
-                del self.generations[next(iter(self.generations))]
+        if len(self.generations) >= GENERATIONS_MAX and (hashed.lo, hashed.hi) not in self.generations:
+            # Of those that count the newest, and room for many: to look through them all for each that comes would stop the loop.
+            counting = [item for item in self.generations.items() if item[1][1] > now_us]
+            self.generations = dict(counting[-(GENERATIONS_MAX - GENERATIONS_MAX // 8):])
         self.generations[hashed.lo, hashed.hi] = (generation, now_us + view_reach(terms), name, <size_t>terms)
         return 0
