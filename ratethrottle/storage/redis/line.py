@@ -68,12 +68,12 @@ class Line(Gathering):
         self._wanted = True
         self._woken.set()
 
-    async def aclose(self) -> None:
-        """Close the connection and fail what is waiting."""
+    def end(self) -> asyncio.Task[None]:
+        """Fail what is waiting, and have the connection closed: that is done when the task is that it returns."""
         self._leave()
         self._end(closed())  # a task that is cancelled before it began wouldn't
         self._owner.cancel()
-        await asyncio.wait([self._owner])
+        return self._owner
 
     def abandon(self) -> None:
         """Have the line closed by its own loop. From any thread, and from a destructor."""

@@ -52,8 +52,15 @@ class Master:
     def suspect(self) -> None:
         """Look for the master again: its answer (READONLY, NOREPLICAS) says that it may be none any more."""
 
+    def end(self) -> list[asyncio.Task[Any]]:
+        """Have what runs here end: these tasks. Connections that were handed out stay with whoever has them."""
+        return []
+
     async def aclose(self) -> None:
-        """End what runs here. Connections that were handed out stay with whoever has them."""
+        """End what runs here, and wait for that."""
+        tasks = self.end()
+        if tasks:
+            await asyncio.wait(tasks)
 
     def abandon(self) -> None:
         """Have its own loop close it. From any thread, and from a destructor."""
@@ -118,18 +125,13 @@ class FollowedMaster(Master):
             self._ask()
             self._loop.call_soon(self._tell)  # not from within the reply that led here
 
-    async def aclose(self) -> None:
-        """End what runs here. Connections that were handed out stay with whoever has them."""
-        tasks = self._cancel()
-        if tasks:
-            await asyncio.wait(tasks)
-
     def abandon(self) -> None:
         """Have its own loop close it. From any thread, and from a destructor."""
         with contextlib.suppress(RuntimeError):  # the loop is closed, and has cancelled the tasks before that
-            self._loop.call_soon_threadsafe(self._cancel)
+            self._loop.call_soon_threadsafe(self.end)
 
-    def _cancel(self) -> list[asyncio.Task[Any]]:
+    def end(self) -> list[asyncio.Task[Any]]:
+        """Have what runs here end: these tasks. Connections that were handed out stay with whoever has them."""
         self._closed = True
         self._drop_spare()
         owned: list[asyncio.Task[Any] | None] = [self._finding, self._following, *(sentinel.task for sentinel in self._sentinels)]
