@@ -260,18 +260,21 @@ cdef class Calls(Remote):
         cdef tuple found = self.here_gatherings
         cdef Gathering picked
         loop = loop_here()
-        # Every check looks its key up in the bounds first, and that is where a fork is noticed.
+        # Every check looks its key up in the bounds first, and that notices a fork.
         if loop is self.here and self.here_forks == self.bounds.forks:
             picked = <Gathering>found[<Py_ssize_t>(hashed.lo % <uint64_t>len(found))]
             if not picked.ended:             # it ends with its loop's tasks, whoever cancelled them
                 return picked
         # Kept in `found`: before this goes on, another thread may have put its own here.
         found = self._gatherings_here()
-        self.knowledge.forked()
         self.here_gatherings = found
         self.here = loop
         self.here_forks = self.bounds.forks
         return <Gathering>found[<Py_ssize_t>(hashed.lo % <uint64_t>len(found))]
+
+    def _forked(self):
+        """Whether this is the first call in a process that was forked; what belonged to the other one is given up then."""
+        return self.knowledge.forked()
 
     def _forget_here(self):
         """Ask for the gatherings anew."""
@@ -364,6 +367,7 @@ cdef class Gathering:
     cdef bytes decide_sha, decide_text, reset_sha, reset_text
     cdef readonly bint ready                 # checks may be sent: the epoch is the one that we know, and was told what it must be
     cdef readonly bint away                  # Redis doesn't answer in time: policies decide
+    cdef bint served                         # has it ever been ready
     cdef readonly object reason              # the error that says why, or how it refuses us; None while it serves us
     cdef bint refused                        # whatever the policies, until it doesn't any more
     cdef bytes run                           # the server's
@@ -722,8 +726,9 @@ cdef class Gathering:
             self.wind(now_us, knowledge.learning_until_us)
         if self.ready:
             self.reason = None
-            if self.away:
+            if self.away or not self.served:  # an outage may have outlived the loop that met it
                 self.away = False
+                self.served = True
                 self._notice("recovery", None)
             self.look_at_charged()
             self.schedule()
@@ -1586,6 +1591,7 @@ cdef class Gathering:
     def _end(self, error):
         """Give `error` to everybody, and leave nothing behind."""
         self.ended = True
+        self._notice("end", None)
         self._answer_waiting(error)
         self._shut(error)
         timer, self.timer = self.timer, None

@@ -336,6 +336,11 @@ cdef class KeyTable:
         clock_gettime(CLOCK_MONOTONIC, &monotonic)
         return monotonic.tv_sec * 1_000_000 + monotonic.tv_nsec // 1000 + self.clock_offset_us
 
+    cdef void notice_fork(self) noexcept:
+        """As the first look-up of a key does."""
+        if self.forks != forks:
+            self.forked()
+
     cdef void forked(self) noexcept:
         """Give up what belongs to the process that forked this one: its leases, and the answers that it waits for."""
         cdef Shard* shard

@@ -49,4 +49,4 @@ cdef class Knowledge:
     cdef Errand charge(self, list owed)
     cdef int forget_errand(self, Errand errand) except -1
     cdef int note_generation(self, Hash128 hashed, int64_t generation, bytes name, const Terms* terms, int64_t now_us) except -1
-    cdef int forked(self) except -1
+    cdef bint forked(self) except -1

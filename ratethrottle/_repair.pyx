@@ -70,17 +70,19 @@ cdef class Knowledge:
         self.forks = bounds.forks
         self.noticed = None
 
-    cdef int forked(self) except -1:
-        """Give up what belongs to the process that forked this one: what it has to tell, and what it owes."""
-        if self.forks != self.bounds.forks:
-            self.forks = self.bounds.forks
-            self.process_id = urandom(8).hex().encode()
-            self.errands = deque()
-            self.errands_out = 0
-            self.asserting = None
-            self.charged = []
-            self.shares.clear()
-        return 0
+    cdef bint forked(self) except -1:
+        """In a process that was forked give up what belongs to the other: what it has to tell, and what it owes. True there, once."""
+        self.bounds.notice_fork()
+        if self.forks == self.bounds.forks:
+            return False
+        self.forks = self.bounds.forks
+        self.process_id = urandom(8).hex().encode()
+        self.errands = deque()
+        self.errands_out = 0
+        self.asserting = None
+        self.charged = []
+        self.shares.clear()
+        return True
 
     @property
     def owed(self):

@@ -233,6 +233,10 @@ class Events:
         self._told_s[kind] = now_s
         self._tell(replace(event, suppressed=self._left_out.pop(kind, 0)))
 
+    def forget(self) -> None:
+        """Know of no outage: in a process that was forked it is for this one's own storage to find out."""
+        self._outage, self._outage_told = None, False
+
     def _tell(self, event: Event) -> None:
         _log(event.level, str(event))
         for callback in tuple(self._subscribers.values()):

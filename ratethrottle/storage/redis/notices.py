@@ -10,7 +10,7 @@ from ratethrottle.events import BoundsEvicted, Desync, Events, Evicted, MasterMo
 
 
 class Notices:
-    """Told by any line; tells the events. An outage lasts from when the first line goes away until the last one is back."""
+    """Told by any line; tells the events. An outage lasts from when the first line goes away until none is away and one is served."""
 
     def __init__(self, events: Events, policy: str, expected: int | None) -> None:
         self.desyncs = 0
@@ -18,8 +18,14 @@ class Notices:
         self._policy = policy
         self._expected = expected
         self._away: weakref.WeakSet[Gathering] = weakref.WeakSet()
-        self._since_s = 0.0
+        self._since_s: float | None = None  # when the outage that is going on began
         self._decided = 0
+
+    def forget(self) -> None:
+        """Give up the lines and the outage of the process that forked this one."""
+        self._away.clear()
+        self._since_s = None
+        self._events.forget()
 
     def moved(self, before: str, after: str) -> None:
         """Take note that the sentinels name another master."""
@@ -29,7 +35,7 @@ class Notices:
         """Take note of what a line has noticed."""
         match what:
             case "outage":
-                if not self._away:
+                if self._since_s is None:
                     self._since_s, self._decided = time.monotonic(), line.knowledge.by_policy
                 self._away.add(line)
                 reason = str(fact)
@@ -38,9 +44,12 @@ class Notices:
                 self._events.emit(OutageBegan(reason, self._policy))
             case "recovery":
                 self._away.discard(line)
-                if not self._away:
+                if not self._away and self._since_s is not None:
                     took_s, decided = time.monotonic() - self._since_s, line.knowledge.by_policy - self._decided
+                    self._since_s = None
                     self._events.emit(OutageEnded(took_s, decided))
+            case "end":
+                self._away.discard(line)
             case "state_lost":
                 self._events.emit(StateLost(int(str(fact))))
             case "desync":

@@ -232,6 +232,9 @@ class RedisStorage(Calls):
         """Find or make the lines of this process and this loop."""
         if self._closed:
             raise StorageUnavailable("the storage is closed")
+        if self._forked():
+            self._attempts = Attempts(self._attempts.most)  # the other one's connections aren't this one's, nor its turns
+            self._notices.forget()
         loop = asyncio.get_running_loop()
         lines = self._lines.get(loop)
         if lines is None or any(line.closed for line in lines) or lines[0].process != os.getpid():
