@@ -711,6 +711,7 @@ cdef class Gathering:
         if self.epoch != knowledge.epoch:    # another line has met a later one meanwhile
             self.ready = False
             return self.beat()
+        knowledge.take_over(now_us)
         while len(self.in_flight) < IN_FLIGHT_MAX:
             errand = knowledge.next_errand(now_us)
             if errand is None:
@@ -718,8 +719,8 @@ cdef class Gathering:
             self.run_errand(errand)
         # What was sent on this very connection comes before the checks that follow it.
         for sent in self.in_flight:
-            mine += isinstance(sent, Errand) and (<Errand>sent).again
-        self.ready = knowledge.errands_out == mine and knowledge.idle()
+            mine += sent in knowledge.out
+        self.ready = len(knowledge.out) == mine and knowledge.idle()
         if now_us < knowledge.learning_until_us:
             self.ready = False
             self._answer_waiting(repairing())
@@ -1188,6 +1189,7 @@ cdef class Gathering:
                 return BROKEN
             self.in_flight.popleft()
             self.heard_us = self.bounds.now_us()
+            self.knowledge.heard(errand)
             errand.done([numbers[i] for i in range(count)])
             if errand.owed is not None:
                 self.knowledge.charged += errand.owed
@@ -1539,6 +1541,10 @@ cdef class Gathering:
                     complete(pending, twin_of(error))
                 else:
                     self.fall_back(pending, error, now_us)
+
+    def _give_up(self, Errand errand not None):
+        """The store will never take it: nothing waits for it any more."""
+        self.knowledge.heard(errand)
 
     def _send_again(self, oldest):
         """A reply has proved that it wasn't run, because the server has lost its script: send it, script and all."""

@@ -15,7 +15,9 @@ cdef class Errand:
     cdef readonly list args                  # what follows the request id
     cdef readonly object done                # is given the numbers of the reply
     cdef readonly bint again                 # may be run twice without harm, and so is sent until it was answered
-    cdef list owed                           # what it charges
+    cdef list owed                           # what it charges, of ages at `owed_us`
+    cdef int64_t owed_us
+    cdef bytes marker
     cdef bytes request
     cdef int64_t deadline_us
 
@@ -35,7 +37,7 @@ cdef class Knowledge:
     cdef int64_t fewer_since_us              # since when the store counts fewer processes than we do
     cdef Layout layout
     cdef object errands                      # to be done before anything is asked
-    cdef int errands_out
+    cdef set out                             # errands that were sent and have no answer yet
     cdef list charged                        # and not looked at since
     cdef object asserting                    # an iterator over the errands that tell what is known
     cdef dict generations                    # hash -> (generation, until_us, name, address of terms): of keys that were reset
@@ -46,7 +48,10 @@ cdef class Knowledge:
     cdef bint idle(self) noexcept
     cdef list known_in(self, uint32_t index, int64_t now_us)
     cdef Errand assertion(self, list rows)
-    cdef Errand charge(self, list owed)
+    cdef Errand charge(self, list owed, bytes marker, int64_t now_us)
     cdef int forget_errand(self, Errand errand) except -1
+    cdef int take_over(self, int64_t now_us) except -1
+    cdef Errand aged(self, Errand errand, int64_t now_us)
+    cdef int heard(self, Errand errand) except -1
     cdef int note_generation(self, Hash128 hashed, int64_t generation, bytes name, const Terms* terms, int64_t now_us) except -1
     cdef bint forked(self) except -1

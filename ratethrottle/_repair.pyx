@@ -11,7 +11,7 @@ from libc.stdint cimport int64_t, uint32_t
 
 from ratethrottle._arithmetic cimport Terms, view_reach
 from ratethrottle._bound cimport Bound, bound_assertion
-from ratethrottle._core cimport KeyTable
+from ratethrottle._core cimport CompiledRule, KeyTable
 from ratethrottle._layout cimport Layout
 from ratethrottle._outage cimport Shares
 from ratethrottle._table cimport Hash128, Shard, slot_at
@@ -24,6 +24,7 @@ cdef enum:
     ROWS_MAX = 128                           # keys of an errand
     GENERATIONS_MAX = 10_000
     LAPSE_US = 3_000_000                     # for so long the store counts a process that isn't heard of
+    STALLED_US = 250_000                     # after its deadline an errand is another line's to run, if its own is stalled
 
 cdef int64_t LEVEL_MAX = <int64_t>1 << 52
 
@@ -39,6 +40,11 @@ cdef tuple nothing_known(const Terms* terms):
     if terms.kind == c"b":
         return -LEVEL_MAX, 0, 0
     return 0, 1, 0
+
+
+cdef bint age_counts(CompiledRule rule) noexcept:
+    """A bucket is told what it holds, not since when: that stays, which is too strict by what has drained meanwhile."""
+    return rule.terms.kind != c"b"
 
 
 @cython.final
@@ -65,6 +71,7 @@ cdef class Knowledge:
         self.shares.set_share(expected, max(expected - 1, 0))
         self.errands = deque()
         self.charged = []
+        self.out = set()
         self.generations = {}
         self.process_id = urandom(8).hex().encode()
         self.forks = bounds.forks
@@ -78,7 +85,7 @@ cdef class Knowledge:
         self.forks = self.bounds.forks
         self.process_id = urandom(8).hex().encode()
         self.errands = deque()
-        self.errands_out = 0
+        self.out = set()
         self.asserting = None
         self.charged = []
         self.shares.clear()
@@ -118,7 +125,7 @@ cdef class Knowledge:
         """What the store has to be told next, or None."""
         cdef Errand errand = None
         if self.errands:
-            errand = self.errands.popleft()
+            errand = self.aged(self.errands.popleft(), now_us)
         elif self.asserting is not None:
             errand = next(self.asserting, None)
             if errand is None:
@@ -126,9 +133,10 @@ cdef class Knowledge:
         while errand is None and self.shares.owing:
             owed = self.shares.take_owed(ROWS_MAX, now_us + self.ahead_us)
             if owed:
-                errand = self.charge(owed)
+                errand = self.charge(owed, self.process_id + urandom(8).hex().encode(), now_us)
         if errand is not None:
-            self.errands_out += 1
+            errand.deadline_us = now_us
+            self.out.add(errand)
         return errand
 
     cdef bint idle(self) noexcept:
@@ -137,14 +145,38 @@ cdef class Knowledge:
 
     cdef int forget_errand(self, Errand errand) except -1:
         """Its reply is lost: it is told again, if that does no harm."""
-        if errand.again:
-            self.errands_out -= 1
+        if errand in self.out:
+            self.out.discard(errand)
             self.errands.append(errand)
         return 0
 
+    cdef int take_over(self, int64_t now_us) except -1:
+        """Have errands run again whose line hasn't looked for an answer in time: its loop stands still, or isn't run any more."""
+        cdef Errand errand, twin
+        for errand in list(self.out):
+            if errand.deadline_us + STALLED_US <= now_us:
+                self.out.discard(errand)
+                # Another one, since the first is still in the line's hands.
+                twin = Errand(errand.script, errand.keys, errand.args, errand.done, again=True)
+                twin.owed, twin.owed_us, twin.marker = errand.owed, errand.owed_us, errand.marker
+                self.errands.append(twin)
+        return 0
+
+    cdef int heard(self, Errand errand) except -1:
+        """The store has answered an errand."""
+        self.out.discard(errand)
+        return 0
+
     def told(self, numbers):
-        """The store has heard an errand."""
-        self.errands_out -= 1
+        """Nothing in the answer matters."""
+
+    cdef Errand aged(self, Errand errand, int64_t now_us):
+        """What is charged is as old as it is by now, however late it is told again."""
+        cdef int64_t past_us = now_us - errand.owed_us
+        if errand.owed is None or past_us <= 0:
+            return errand
+        return self.charge([(rule, text, mark, tag, [(age + past_us if age_counts(rule) else age, units) for age, units in ages])
+                            for rule, text, mark, tag, ages in errand.owed], errand.marker, now_us)
 
     def assertions(self):
         """Errands that assert what is known, shard by shard."""
@@ -194,10 +226,9 @@ cdef class Knowledge:
             args += [b"%d" % number for number in (place, rules.index(row[1]) + 1, *row[2:])]
         return Errand("repair", [row[0] for row in rows], args, self.told, again=True)
 
-    cdef Errand charge(self, list owed):
+    cdef Errand charge(self, list owed, bytes marker, int64_t now_us):
         """Charge what was admitted here while the store was away. The marker has it charged once, however often it is told."""
         cdef Errand errand
-        cdef bytes marker = self.process_id + urandom(8).hex().encode()
         cdef list names = []
         cdef list words = [rule_words(self.bounds.terms_of(item[0])) for item in owed]
         cdef list rules = list(dict.fromkeys(words))
@@ -209,7 +240,7 @@ cdef class Knowledge:
             args += [b"%d" % number for number in (place, rules.index(words[place - 1]) + 1, len(units))]
             args += [b"%d" % number for pair in units for number in pair]
         errand = Errand("repair", names + [self.layout.charged_key + marker], args, self.told, again=True)
-        errand.owed = owed
+        errand.owed, errand.owed_us, errand.marker = owed, now_us, marker
         return errand
 
     cdef int note_generation(self, Hash128 hashed, int64_t generation, bytes name, const Terms* terms, int64_t now_us) except -1:

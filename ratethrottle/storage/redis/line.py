@@ -230,7 +230,7 @@ class Line(Gathering):
         if isinstance(call, Errand) and call.script != "beat" and ours:
             # A key of somebody else's must not keep us away for ever.
             self._notice("desync", error)
-            call.done([])
+            self._give_up(call)
         else:
             self._fail(call, error, whatever=ours)
         if not ours or (isinstance(call, Errand) and call.script == "beat"):
