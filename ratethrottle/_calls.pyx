@@ -553,7 +553,7 @@ cdef class Gathering:
     # While Redis is away, or has lost something and is still being told what:
 
     cdef inline bint by_policies(self, int64_t now_us) noexcept:
-        return self.away or now_us < self.knowledge.learning_until_us
+        return self.away or now_us < self.knowledge.learning_until_us or self.knowledge.asserting is not None
 
     cdef int fall_back(self, PendingDecision pending, error, int64_t now_us) except -1:
         """Decide by the outage policy what Redis has not; an error for what is no check, and where the policy is to raise."""
@@ -563,6 +563,8 @@ cdef class Gathering:
         cdef uint32_t index
         cdef Bound* bound
         cdef int64_t retry_us
+        if pending.mode == PEEK and pending.group is None:
+            return complete(pending, error)  # our own look at what was charged
         if policy == RAISE or (pending.mode != CHECK and pending.mode != PEEK) or self.ended or isinstance(error, StorageRefused):
             return complete(pending, twin_of(error))
         retry_us = max(self._retry_us(), self.knowledge.learning_until_us - now_us, 1)
@@ -814,22 +816,29 @@ cdef class Gathering:
 
     def _ring(self):
         """Fail what has waited too long."""
-        cdef int64_t now_us = self.bounds.now_us(), next_us = 0, deadline_us
+        cdef int64_t now_us = self.bounds.now_us()
         cdef bint late = False
         self.timer = None
-        self.expire(&self.waiting, now_us)
-        self.expire(&self.parked, now_us)
-        for call in self.in_flight:
-            if isinstance(call, Errand):
-                late = late or (<Errand>call).deadline_us <= now_us
-            elif call is not None and (<Call>call).deadline_us <= now_us:
-                late = self.expire_call(<Call>call, now_us) or late
-        if late:
-            self._late()
-        self.give_back(now_us)
-        if not self.ready or self.knowledge.shares.owing:
-            self.tell()
-        self.beat_if_due(now_us)
+        try:
+            self.expire(&self.waiting, now_us)
+            self.expire(&self.parked, now_us)
+            for call in self.in_flight:
+                if isinstance(call, Errand):
+                    late = late or (<Errand>call).deadline_us <= now_us
+                elif call is not None and (<Call>call).deadline_us <= now_us:
+                    late = self.expire_call(<Call>call, now_us) or late
+            if late:
+                self._late()
+            self.give_back(now_us)
+            if not self.ready or self.knowledge.shares.owing:
+                self.tell()
+            self.beat_if_due(now_us)
+        finally:                             # whatever it was, nobody may be left waiting
+            self.wind_again(now_us)
+
+    cdef int wind_again(self, int64_t now_us) except -1:
+        """Ring when the next one of all that waits has waited too long, or the next lease ends."""
+        cdef int64_t next_us = 0, deadline_us
         for call in self.in_flight:
             if call is None:
                 continue
@@ -846,6 +855,7 @@ cdef class Gathering:
             next_us = min(next_us or self.leases[0][0], self.leases[0][0])
         if next_us:
             self.wind(now_us, next_us)
+        return 0
 
     cdef int expire(self, Queue* queue, int64_t now_us) except -1:
         cdef PendingDecision pending

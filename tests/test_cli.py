@@ -144,8 +144,8 @@ def test_it_ends_its_processes_when_it_is_stopped(number: signal.Signals) -> Non
         started = children(process)
         assert len(started) == 4  # redis and three servers
         process.send_signal(number)
-        _, said = process.communicate(timeout=20)
-        assert process.returncode in (130, 143)
+        shown, said = process.communicate(timeout=20)
+        assert process.returncode in (130, 143), shown + said
         assert said == "\nStopped.\n"
     assert all(map(gone, started))
 

@@ -104,15 +104,15 @@ async def test_decisions_cost_little_and_redis_is_asked_twice_a_second_at_most()
             before, began, calls = limiter.statistics().attempts, time.monotonic(), 0
             slowest_s = 0.0
             while time.monotonic() - began < 1.5:
-                at = time.perf_counter()
+                at = time.thread_time()
                 await limiter.check(f"user:{calls}")
-                slowest_s = max(slowest_s, time.perf_counter() - at)
+                slowest_s = max(slowest_s, time.thread_time() - at)
                 calls += 1
                 if calls % 100 == 0:
                     await asyncio.sleep(0)
             assert limiter.statistics().attempts - before <= 4
             assert calls > 2_000
-            assert slowest_s < 0.2  # a machine that is busy; what it costs is a benchmark's
+            assert slowest_s < 0.02  # of CPU, whatever else runs here
 
 
 async def test_a_redis_that_comes_late_is_taken_up() -> None:
@@ -240,7 +240,7 @@ async def test_a_reset_just_before_the_loss_stays_a_reset() -> None:
 
 async def test_what_was_admitted_alone_is_charged_once(redis_server: RedisServer) -> None:
     """The reply to the charge is lost, so it is sent again."""
-    async with Relay(redis_server.socket) as relay, limiter_of(relay.url, expected_processes=1) as limiter:
+    async with Relay(redis_server.socket) as relay, limiter_of(relay.url, expected_processes=1, deadline=1) as limiter:
         await limiter.check("user")
         relay.tamper = lambda reply: b""  # runs, but is never heard of
         assert (await limiter.check("user")).source == "outage"
@@ -267,7 +267,7 @@ async def test_what_was_admitted_alone_is_charged_when_redis_refuses_it_at_first
     redis_server: RedisServer, answer: bytes
 ) -> None:
     """A charge that was refused is still owed, and Redis is asked again once it has taken it."""
-    async with Relay(redis_server.socket) as relay, limiter_of(relay.url, expected_processes=1) as limiter:
+    async with Relay(redis_server.socket) as relay, limiter_of(relay.url, expected_processes=1, deadline=1) as limiter:
         await limiter.check("user")
         relay.tamper = lambda reply: b""
         assert (await limiter.check("user")).source == "outage"
@@ -289,7 +289,7 @@ async def test_what_was_admitted_alone_is_charged_when_redis_refuses_it_at_first
 
 
 async def test_a_charge_that_no_script_of_ours_takes_keeps_nobody_away(redis_server: RedisServer) -> None:
-    async with Relay(redis_server.socket) as relay, limiter_of(relay.url, expected_processes=1) as limiter:
+    async with Relay(redis_server.socket) as relay, limiter_of(relay.url, expected_processes=1, deadline=1) as limiter:
         told: list[Event] = []
         limiter.on_event(told.append)
         await limiter.check("user")

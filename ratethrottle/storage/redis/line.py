@@ -18,7 +18,7 @@ from redis.asyncio.connection import AbstractConnection
 from ratethrottle._calls import Call, Calls, Gathering
 from ratethrottle._repair import Errand
 from ratethrottle.errors import StorageError, StorageProtocolError, StorageRefused, StorageUnavailable
-from ratethrottle.storage.redis.attempts import Attempts
+from ratethrottle.storage.redis.attempts import EVERY_S, Attempts
 from ratethrottle.storage.redis.failures import failure, lost_again, no_connection, refusal, was_reset
 from ratethrottle.storage.redis.scripts import SHEBANG, script
 from ratethrottle.storage.redis.settings import abort, close
@@ -126,8 +126,11 @@ class Line(Gathering):
                 async with asyncio.timeout(wait_s):
                     await self._hurry.wait()
         self._hurry.clear()
+        if self._attempts.full:
+            self._go_away(self._no_room())  # that is no failure of Redis, and doesn't slow the others down
+            await asyncio.sleep(EVERY_S)
+            return
         try:
-            self._check_room()
             async with asyncio.timeout(self._deadline_s):
                 connection, run = await self._reach()
         except Exception as error:  # noqa: BLE001  # whatever redis-py or a credential provider raises, the callers get ours
@@ -162,11 +165,10 @@ class Line(Gathering):
                 return connection, run
         raise AssertionError
 
-    def _check_room(self) -> None:
-        if self._attempts.full:
-            raise StorageUnavailable(
-                f"this process has its max_connections ({self._attempts.most}) to Redis already, for its other event loops"
-            )
+    def _no_room(self) -> StorageUnavailable:
+        return StorageUnavailable(
+            f"this process has its max_connections ({self._attempts.most}) to Redis already, for its other event loops"
+        )
 
     def _check_stale(self) -> None:
         if self._stale:
