@@ -675,10 +675,7 @@ cdef class Gathering:
     def _leave(self):
         """Say that this process goes, so that the shares of the others needn't wait for that."""
         if self._open and self.epoch:
-            self.run_errand(Errand("beat", [self.layout.processes_key], [self.knowledge.process_id, b"1", b"0"], self._left))
-
-    def _left(self, numbers):
-        """Nobody is there any more to hear it."""
+            self.run_errand(Errand("beat", [self.layout.processes_key], [self.knowledge.process_id, b"1", b"0"]))
 
     def _beaten(self, numbers):
         """Take up the reply to a beat."""
@@ -1200,7 +1197,8 @@ cdef class Gathering:
             self.in_flight.popleft()
             self.heard_us = self.bounds.now_us()
             self.knowledge.heard(errand)
-            errand.done([numbers[i] for i in range(count)])
+            if errand.done is not None:
+                errand.done([numbers[i] for i in range(count)])
             if errand.owed is not None:
                 self.knowledge.charged += errand.owed
             if self.ready:

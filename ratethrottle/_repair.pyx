@@ -49,9 +49,9 @@ cdef bint age_counts(CompiledRule rule) noexcept:
 
 @cython.final
 cdef class Errand:
-    """A script call that isn't a check's: a beat, or what the store has to be told. `done` gets the numbers of its reply."""
+    """A script call that isn't a check's: a beat, or what the store has to be told. `done` gets its reply's numbers, if they matter."""
 
-    def __init__(self, str script not None, list keys not None, list args not None, done, *, bint again=False):
+    def __init__(self, str script not None, list keys not None, list args not None, done=None, *, bint again=False):
         self.script = script
         self.keys = keys
         self.args = args
@@ -157,7 +157,7 @@ cdef class Knowledge:
             if errand.deadline_us + STALLED_US <= now_us:
                 self.out.discard(errand)
                 # Another one, since the first is still in the line's hands.
-                twin = Errand(errand.script, errand.keys, errand.args, errand.done, again=True)
+                twin = Errand(errand.script, errand.keys, errand.args, again=True)
                 twin.owed, twin.owed_us, twin.marker = errand.owed, errand.owed_us, errand.marker
                 self.errands.append(twin)
         return 0
@@ -166,9 +166,6 @@ cdef class Knowledge:
         """The store has answered an errand."""
         self.out.discard(errand)
         return 0
-
-    def told(self, numbers):
-        """Nothing in the answer matters."""
 
     cdef Errand aged(self, Errand errand, int64_t now_us):
         """What is charged is as old as it is by now, however late it is told again."""
@@ -224,7 +221,7 @@ cdef class Knowledge:
         for row in rows:
             place += 1
             args += [b"%d" % number for number in (place, rules.index(row[1]) + 1, *row[2:])]
-        return Errand("repair", [row[0] for row in rows], args, self.told, again=True)
+        return Errand("repair", [row[0] for row in rows], args, again=True)
 
     cdef Errand charge(self, list owed, bytes marker, int64_t now_us):
         """Charge what was admitted here while the store was away. The marker has it charged once, however often it is told."""
@@ -239,7 +236,7 @@ cdef class Knowledge:
             place += 1
             args += [b"%d" % number for number in (place, rules.index(words[place - 1]) + 1, len(units))]
             args += [b"%d" % number for pair in units for number in pair]
-        errand = Errand("repair", names + [self.layout.charged_key + marker], args, self.told, again=True)
+        errand = Errand("repair", names + [self.layout.charged_key + marker], args, again=True)
         errand.owed, errand.owed_us, errand.marker = owed, now_us, marker
         return errand
 

@@ -193,6 +193,7 @@ class SentinelTopology:
     def master(self) -> RedisServer:
         """The node that the first sentinel names that answers."""
         for sentinel in self.sentinels:
+            # One that is stopped or paused: the next one is asked.
             with sentinel.client(socket_timeout=1) as client, contextlib.suppress(redis.ConnectionError, redis.TimeoutError):
                 _, port = client.sentinel_get_master_addr_by_name(self.name)
                 return next(node for node in self.nodes if node.port == int(port))
@@ -256,13 +257,14 @@ class SentinelTopology:
         """Ask one sentinel for it, once all that answer are through with the last one; refused while no replica is good."""
         named = set()
         for sentinel in self.sentinels:
-            away = contextlib.suppress(redis.ConnectionError, redis.TimeoutError)
+            away = contextlib.suppress(redis.ConnectionError, redis.TimeoutError)  # one that is stopped or paused has no say
             with sentinel.client(socket_timeout=1, decode_responses=True) as client, away:
                 state = client.sentinel_master(self.name)
                 named.add(state["port"])
                 if "failover" in str(state["flags"]):
                     return False
         for sentinel in self.sentinels:
+            # As above.
             with sentinel.client(socket_timeout=1) as client, contextlib.suppress(redis.ConnectionError, redis.TimeoutError):
                 try:
                     return len(named) == 1 and bool(client.execute_command("SENTINEL", "FAILOVER", self.name))

@@ -101,7 +101,7 @@ def demo_prefix() -> str:
 
 async def clear(storage: RedisStorage) -> None:
     """Leave nothing behind in a Redis that isn't ours, where it lets us."""
-    with suppress(StorageError):
+    with suppress(StorageError):  # what is left expires, but for a key of a few bytes
         await storage.clear()
 
 
@@ -175,12 +175,12 @@ async def end(process: Process, *, leaving: bool = False) -> None:
     """End a process that we started, and wait for it. One that is leaving by itself is only waited for."""
     # A signal to a process that has just ended would take its exit status away from asyncio, which complains on stderr.
     if process.returncode is None and not leaving:
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError):  # it ended just now
             process.terminate()
     try:
         async with asyncio.timeout(END_S):
             await process.wait()
     except TimeoutError:
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError):  # it ended just now
             process.kill()
         await process.wait()

@@ -100,7 +100,7 @@ class Between:
             for _ in range(4):  # the kernel takes one or two more than it was told
                 filler = socket.socket()
                 filler.setblocking(False)
-                with contextlib.suppress(BlockingIOError):
+                with contextlib.suppress(BlockingIOError):  # it is under way, which is all that it is for
                     filler.connect(("127.0.0.1", self.port))
                 self.fillers.append(filler)
             return

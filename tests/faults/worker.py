@@ -64,7 +64,7 @@ class Noise:
         warnings.simplefilter("always")
         warnings.showwarning = lambda message, *_: self.noise.append(f"{type(message).__name__}: {message}")
         handler = logging.Handler()
-        handler.emit = lambda record: self.tell(handler.format(record))  # type: ignore[method-assign]
+        handler.emit = lambda record: self.tell(handler.format(record))  # type: ignore[method-assign]  # for one use
         logging.getLogger().addHandler(handler)
         logging.getLogger().setLevel(logging.DEBUG)
 
@@ -159,7 +159,7 @@ class Worker:
         """Until it is connected and knows of all the others."""
         give_up_us = monotonic_us() + round(UNREADY_S * 1e6)
         while limiter.statistics().processes < self.work.processes and monotonic_us() < give_up_us:
-            with contextlib.suppress(RateThrottleError):
+            with contextlib.suppress(RateThrottleError):  # under `raise` it may not be there yet
                 await limiter.peek("warm", self.work.rules[WIDE].name)
             await asyncio.sleep(0.02)
 

@@ -367,3 +367,24 @@ async def test_a_storage_takes_options_by_either_way() -> None:
     storage = RedisStorage.from_url(f"redis://127.0.0.1:{free_port()}", on_outage="allow")
     async with RateThrottleCore(storage, rules=[RULE]) as limiter:
         assert (await limiter.check("user")).allowed
+
+
+# Clearing a prefix
+
+
+async def test_clearing_a_prefix_leaves_others_alone_and_waits_for_nobody_for_ever() -> None:
+    with RedisServer() as server, server.client() as client:
+        client.set("theirs", "1")
+        storage = RedisStorage.from_url(server.url, prefix="a*", deadline=0.2)
+        async with RateThrottleCore(storage, rules=[RULE]) as limiter:
+            await limiter.check("user")
+            client.set("ab:theirs", "1")
+            await storage.clear()
+            assert set(client.keys("[^a]*") + client.keys("ab*")) == {b"theirs", b"ab:theirs"}
+            assert not client.keys("*=user")
+            server.pause()
+            began = time.monotonic()
+            with pytest.raises(StorageUnavailable):
+                await storage.clear()
+            assert time.monotonic() - began < 2
+            server.resume()

@@ -108,7 +108,7 @@ class FakeSentinel:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
         self._writers.add(writer)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # whoever asked has gone
             while asked := await reader.read(65536):
                 if self.reply is not None:
                     writer.write(
@@ -254,7 +254,7 @@ async def test_a_sentinel_that_is_away_is_tried_at_most_twice_a_second() -> None
     async with FakeSentinel(b"-ERR go away\r\n") as fake, following([fake.address]) as followed:
         until_s = time.monotonic() + 1.9
         while time.monotonic() < until_s:
-            with contextlib.suppress(StorageUnavailable):
+            with contextlib.suppress(StorageUnavailable):  # what is counted are the connections
                 await followed.connect()
             await asyncio.sleep(0.005)
         assert 2 <= fake.connections <= 4
@@ -507,3 +507,15 @@ async def test_a_single_server_never_moves(redis_server: RedisServer) -> None:
     single.suspect()
     single.abandon()
     await single.aclose()
+
+
+async def test_a_prefix_is_cleared_on_the_master_that_sentinels_name(calm: SentinelTopology) -> None:
+    """And not on whatever listens on the usual port."""
+    storage = RedisStorage.from_url(sentinels=calm.addresses, master_name="mymaster", prefix="cleared", deadline=2)
+    async with RateThrottleCore(storage, rules=[RateThrottleRule("r", 5, 60)]) as limiter:
+        assert (await limiter.check("user")).source == "redis"
+        with calm.master.client() as client:
+            assert client.keys("cleared:*=user")
+            await storage.clear()
+            assert not client.keys("cleared:*=user")
+    assert not ours()

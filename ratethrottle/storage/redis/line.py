@@ -122,7 +122,7 @@ class Line(Gathering):
             # Where the deadline leaves it the time, a check waits rather than being decided without Redis. A refusal stays one.
             if not self.away and not isinstance(self.reason, StorageRefused) and wait_s > self._deadline_s / 2:
                 self._go_away(lost_again(wait_s))
-            with self._attempts.waiting(self._hurry_up), contextlib.suppress(TimeoutError):
+            with self._attempts.waiting(self._hurry_up), contextlib.suppress(TimeoutError):  # then it is this line's turn
                 async with asyncio.timeout(wait_s):
                     await self._hurry.wait()
         self._hurry.clear()

@@ -85,7 +85,7 @@ class Sentinel:
                     self._heard()
                     if listening is None:
                         listening = self._loop.create_task(self._listen(), name="ratethrottle subscription")
-                    with contextlib.suppress(TimeoutError):
+                    with contextlib.suppress(TimeoutError):  # nobody asked meanwhile, and it is time to look
                         async with asyncio.timeout(POLL_S):
                             await self._asked.wait()
                     self._wait()

@@ -48,8 +48,8 @@ class RedisStorage(Calls):
     1 to 16,384. connections: on which decisions travel, for each event loop, 1 to 8; a key always takes the same one.
     max_waiting: checks that may wait for each of them, 1 to 1,000,000. prefilter_ttl: for how many seconds a denial may be
     repeated without asking Redis again, 0 to 60: so much later is it felt elsewhere that a key was reset. max_bounds: keys of
-    which this process remembers what Redis said last, 1 to 10^8. max_connections: of this process, those for other things than
-    decisions included, `connections` to 64.
+    which this process remembers what Redis said last, 1 to 10^8. max_connections: for decisions in all event loops of this
+    process together, `connections` to 64; sentinels are asked on connections beside them.
 
     on_outage: what a check is when Redis doesn't answer within the deadline: "local" is decided here, by this process's share of
     the limit; "allow" is allowed, "deny" denied, and "raise" raises the StorageError. expected_processes: how many share the
@@ -175,24 +175,32 @@ class RedisStorage(Calls):
         return group.decisions()
 
     async def clear(self) -> None:
-        """Delete every key of our prefix, those of all limiters that share it: for tests and demos. Raises StorageError."""
+        """Delete every key of our prefix, those of all limiters that share it: for tests and demos.
+
+        Raises StorageError, also when one step of it isn't answered within the deadline; cancelled or failed, it may be half done.
+        """
         pattern = re.sub(rb"([*?\[\]\\^-])", rb"\\\1", self.layout.epoch_key.removesuffix(b"epoch")) + b"*"
+        found = topology.master(self._settings, self._notices.moved)  # not that of the lines, which may be of another loop
         try:
-            connection = await self._settings.connect()
+            async with asyncio.timeout(self._deadline_s):
+                connection = await found.connect()
             try:
                 cursor = b"0"
                 while True:
-                    await connection.send_command("SCAN", cursor, "MATCH", pattern, "COUNT", 1000)
-                    cursor, keys = await connection.read_response(disable_decoding=True)
-                    if keys:
-                        await connection.send_command("DEL", *keys)
-                        await connection.read_response()
+                    async with asyncio.timeout(self._deadline_s):
+                        await connection.send_command("SCAN", cursor, "MATCH", pattern, "COUNT", 1000)
+                        cursor, keys = await connection.read_response(disable_decoding=True)
+                        if keys:
+                            await connection.send_command("DEL", *keys)
+                            await connection.read_response()
                     if cursor == b"0":
                         return
             finally:
                 await close(connection)
         except (redis.RedisError, OSError) as error:
             raise failure(error, self._deadline_s, sent=False) from None
+        finally:
+            await found.aclose()
 
     async def open(self, required: bool = False) -> None:
         """Connect; if it is required, wait for an answer, and raise StorageError when none comes within the deadline."""

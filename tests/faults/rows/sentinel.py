@@ -123,7 +123,7 @@ async def liar(port: int) -> AsyncIterator[int]:
     address = b"*2\r\n$9\r\n127.0.0.1\r\n$%d\r\n%d\r\n" % (len(str(port)), port)
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):  # whoever asked has gone
             while True:
                 words = []
                 for _ in range(int((await reader.readuntil(b"\r\n"))[1:])):
