@@ -46,7 +46,7 @@ class Event(ABC):
 
 @dataclass(frozen=True, slots=True)
 class OutageBegan(Event):
-    """Redis doesn't answer in time: from now on policies decide.
+    """Redis doesn't answer in time: the circuit breaker opens, and from now on policies decide.
 
     reason: the error, in our words. policy: the storage's `on_outage`; a rule may have its own.
     """
@@ -63,7 +63,7 @@ class OutageBegan(Event):
 
 @dataclass(frozen=True, slots=True)
 class OutageEnded(Event):
-    """Redis answers again, and knows what this process knew and admitted.
+    """Redis answers again, and knows what this process knew and admitted: the circuit breaker closes.
 
     seconds: how long the outage took. decisions: how many checks were decided by policy.
     """
@@ -95,22 +95,31 @@ class MasterMoved(Event):
 
 @dataclass(frozen=True, slots=True)
 class StateLost(Event):
-    """Redis has lost state (failover, flush or restart), and this process told it what it still knew.
+    """Redis has lost state (failover, flush or restart), and this process tells it what it still knows.
 
-    bounds_asserted: of how many keys. whole: whether Redis had nothing left; None where that isn't known.
+    bounds: how many keys × rules this process knows of; of those in use Redis is told before it is asked again.
     """
 
     kind: ClassVar[str] = "state_lost"
-    bounds_asserted: int
-    whole: bool | None = None
+    bounds: int
 
     @property
     def message(self) -> str:
         """What happened and what to look at, in one line."""
-        lost = {True: "all of its state", False: "a part of its state", None: "state"}[self.whole]
-        return (
-            f"Redis lost {lost} (failover, flush or restart); this process gave back what it knew of {self.bounds_asserted} keys"
-        )
+        return f"Redis lost state (failover, flush or restart); this process gives back what it knows of {self.bounds} keys"
+
+
+@dataclass(frozen=True, slots=True)
+class RepairRefused(Event):
+    """Redis didn't take what this process knew or admitted: of some keys that is forgotten. reason: the error, in our words."""
+
+    kind: ClassVar[str] = "repair_refused"
+    reason: str
+
+    @property
+    def message(self) -> str:
+        """What happened and what to look at, in one line."""
+        return f"Redis didn't take back what this process knew of some keys: {self.reason}"
 
 
 @dataclass(frozen=True, slots=True)

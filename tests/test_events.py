@@ -34,7 +34,8 @@ ONE_OF_EACH = [
     events.OutageBegan("Redis can't be reached (OSError)", "local"),
     events.OutageEnded(12.345, 67),
     events.MasterMoved("10.0.0.1:6379", "10.0.0.2:6379"),
-    events.StateLost(5, True),
+    events.StateLost(5),
+    events.RepairRefused("the key holds a hash"),
     events.Desync("a reply to another request"),
     events.BoundsEvicted(8),
     events.Evicted(8),
@@ -92,8 +93,8 @@ def test_an_event_is_a_fact_in_one_line(event: Event) -> None:
         (ONE_OF_EACH[0], """outage: Redis can't be reached (OSError); checks are decided by on_outage="local" until"""),
         (ONE_OF_EACH[1], "the outage ended after 12.3 s; 67 checks were decided by policy"),
         (ONE_OF_EACH[2], "failover: the master moved from 10.0.0.1:6379 to 10.0.0.2:6379"),
-        (events.StateLost(5, False), "Redis lost a part of its state (failover, flush or restart); this process gave back what"),
-        (events.StateLost(5), "Redis lost state ("),
+        (events.StateLost(5), "Redis lost state (failover, flush or restart); this process gives back what it knows of 5 keys"),
+        (events.RepairRefused("x"), "Redis didn't take back what this process knew of some keys: x"),
         (events.Desync("x", suppressed=3), "Redis sent x; the connection was dropped (is there a proxy in between?) (3 more"),
     ],
 )
@@ -113,7 +114,7 @@ def test_one_of_a_kind_a_second_and_the_next_one_counts_the_others(told: Told) -
     assert event.suppressed == 0
 
 
-@pytest.mark.parametrize("event", ONE_OF_EACH[5:8], ids=lambda event: event.kind)
+@pytest.mark.parametrize("event", ONE_OF_EACH[6:9], ids=lambda event: event.kind)
 def test_what_goes_on_for_hours_is_told_once_a_minute(event: Event, told: Told) -> None:
     heard = 0
     for _ in range(3_600):
@@ -159,7 +160,7 @@ def test_each_one_goes_to_the_log_at_its_level(told: Told, caplog: pytest.LogCap
     assert [record.getMessage() for record in caplog.records] == [event.message for event in ONE_OF_EACH]
     assert {record.name for record in caplog.records} == {"ratethrottle"}
     levels = [record.levelname for record in caplog.records]
-    assert levels == ["WARNING", "INFO", *["WARNING"] * 5, "ERROR"]
+    assert levels == ["WARNING", "INFO", *["WARNING"] * 6, "ERROR"]
 
 
 def test_nothing_is_printed_unasked() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from ratethrottle._core import Decision, Entry, KeyTable
 from ratethrottle.events import Events
@@ -17,8 +17,9 @@ class Statistics:
     How it is now:
     keys: keys × rules held in memory. bounds: keys × rules of which it is remembered what Redis said. leases: those of them with
     units taken ahead. connections: that are open for decisions. waiting: checks that are queued for a connection. in_flight:
-    script calls without a reply yet. away: whether Redis doesn't answer, so that policies decide. processes: how many share the
-    limits, by their heartbeats, this one included. owed: units admitted by policy that Redis has yet to be told of.
+    script calls without a reply yet. breaker: "closed" while Redis decides, "open" while it doesn't answer and policies decide,
+    "half_open" while an attempt is made meanwhile. processes: how many share the limits, by their heartbeats, this one included.
+    owed: units admitted by policy that Redis has yet to be told of.
 
     How often since the storage was made:
     calls: script calls sent. entries: entries sent in them, equal checks of a key being one. reconnections: connections that
@@ -32,7 +33,7 @@ class Statistics:
     connections: int = 0
     waiting: int = 0
     in_flight: int = 0
-    away: bool = False
+    breaker: Literal["closed", "open", "half_open"] = "closed"
     processes: int = 0
     owed: int = 0
     calls: int = 0

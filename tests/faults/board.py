@@ -98,8 +98,7 @@ class Run:
         self.judge_time(fleet)
         if heals_s is not None:
             verdict.limits.append(f"heals {heals_s:g} s")
-            for _, ended_us in fleet.faults:
-                healed = healed_us(living, ended_us)
+            for healed in healed_us(living, fleet.faults):
                 verdict.healed_us = max(verdict.healed_us or 0, healed) if healed is not None else verdict.healed_us
                 late = healed is None or healed > heals_s * 1e6
                 verdict.expect(not late, f"healed after {'the run' if healed is None else f'{healed / 1e6:.2f} s'}")
@@ -157,9 +156,8 @@ class Run:
                 verdict.expect(left <= 0, f"{who}: {left} {what} left after aclose")
             held = report["last"]["statistics"]
             if heals:
-                verdict.expect(
-                    not held["away"] and not held["owed"], f"{who} is away or still owes {held['owed']} units at the end"
-                )
+                well = held["breaker"] == "closed" and not held["owed"]
+                verdict.expect(well, f"{who} is {held['breaker']} and owes {held['owed']} units at the end")
             missing = set(events) - {event["kind"] for event in report["last"]["events"]}
             verdict.expect(not missing, f"{who} had no event {', '.join(sorted(missing))}")
 

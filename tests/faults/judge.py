@@ -6,14 +6,16 @@ that came later than 2 ms after its time), since on a busy machine nothing in th
 **Over** is counted by brackets (tests/intervals.py): only what is certainly too much, whatever the true instants. What Redis granted
 must keep the promise by itself, over all intervals, those that span the fault included: what is admitted while Redis is away is
 charged on return, and what an empty Redis forgot is asserted before it is asked. What `m` of `N` processes admitted by themselves
-must keep m/N of it. Together that is the promise · (1 + m/N) of DESIGN, and it is stricter than their sum.
+must keep m/N of it. Together that is the promise · (1 + m/N) of DESIGN, and it is stricter than their sum. And what was admitted
+by policy must keep the promise together with what Redis granted after all processes had come back: that it was charged.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -23,6 +25,7 @@ from tests.intervals import STRETCH, Bracketed, most_in
 
 GRACE_US = 50_000
 STEADY_US = 1_000_000  # by so much before the end everything is normal again
+BUCKETS = ("token_bucket", "leaky_bucket")
 CHUNK_US = 20_000_000  # two windows of the rules in use
 GROWTH_FILES = 2  # while running; after `aclose` none at all
 
@@ -55,8 +58,10 @@ class Verdict:
 
 
 def excess(rule: RateThrottleRule, admissions: Iterable[Bracketed], share: Fraction = Fraction(1)) -> Fraction:
-    """The most units by which any interval certainly exceeds `share` of the rule's promise; 0 when none does. In O(n²)."""
+    """The most units by which any interval certainly exceeds `share` of the rule's promise; 0 when none does. In O(n²) then."""
     log = sorted(admissions, key=lambda admission: admission[1])
+    if rule.strategy in BUCKETS and not may_exceed(rule, log, share):
+        return Fraction(0)
     ends = [after_us for _, after_us, _ in log]
     most, least = Fraction(0), rule.capacity * share  # no interval's promise is below the capacity
     # Where none shorter than a window is over, no longer one is.
@@ -76,6 +81,23 @@ def excess(rule: RateThrottleRule, admissions: Iterable[Bracketed], share: Fract
             if units > least + most:
                 most = max(most, units - share * most_in(rule, (after_us - begin_us) * STRETCH))
     return most
+
+
+def may_exceed(rule: RateThrottleRule, log: Sequence[Bracketed], share: Fraction) -> bool:
+    """Whether a bucket might be exceeded: as if all that ended in an interval had begun in it. In O(n), in integers; `log` by ends.
+
+    An interval's units are those of a run of the log at most, and it is as long as from the run's first beginning to its end at least.
+    """
+    unit = share.denominator * STRETCH.denominator * rule.window_us  # in parts, of which a unit is so many
+    rate = share.numerator * STRETCH.numerator * rule.limit  # parts in a µs
+    capacity = share.numerator * STRETCH.denominator * rule.window_us * rule.capacity
+    total, least = 0, math.inf
+    for before_us, after_us, more in log:
+        least = min(least, total - rate * before_us)
+        total += more * unit
+        if total - rate * after_us - least > capacity:
+            return True
+    return False
 
 
 def excess_of_long(rule: RateThrottleRule, admissions: Iterable[Bracketed], share: Fraction = Fraction(1)) -> Fraction:
@@ -103,15 +125,46 @@ def excess_of_long(rule: RateThrottleRule, admissions: Iterable[Bracketed], shar
 def over(rules: Sequence[RateThrottleRule], calls: Iterable[Call], cut: Fraction, *, local: bool) -> float:
     """The most by which any key went over what DESIGN allows, where `cut` of the processes were cut off."""
     granted: defaultdict[tuple[int, int, bool], list[Bracketed]] = defaultdict(list)
+    calls = list(calls)
     for call in calls:
         if call.allowed and rules[call.rule].name != "wide":
             granted[call.rule, call.key, call.kind == "outage"].append((call.before_us, call.after_us, 1))
     most = Fraction(0)
+    for (rule, _), log in charged(rules, calls) if local else ():
+        most = max(most, excess(rules[rule], log))
     for (rule, _, by_policy), log in granted.items():
         if by_policy and not local:
             continue  # what `allow` admits is not limited, and what `deny` admits is a problem of its own
         most = max(most, excess_of_long(rules[rule], log, cut if by_policy else Fraction(1)))
     return float(most)
+
+
+def charged(rules: Sequence[RateThrottleRule], calls: Iterable[Call]) -> Iterator[tuple[tuple[int, int], list[Bracketed]]]:
+    """For each outage and key: what policies admitted, and what Redis granted from when all were back until anybody was away again.
+
+    A process is back once it has asked Redis again and had an answer: it does so when everything that it owed has been charged.
+    """
+    away: dict[int, int] = {}  # when each process that isn't back had its last decision by policy
+    admitted: defaultdict[tuple[int, int], list[Bracketed]] = defaultdict(list)
+    returned_us: int | None = None
+    for call in sorted(calls, key=lambda call: call.after_us):
+        counts = call.allowed and rules[call.rule].name != "wide"
+        if call.kind == "outage":
+            if returned_us is not None:  # another outage
+                yield from admitted.items()
+                admitted.clear()
+                returned_us = None
+            away[call.process] = call.after_us
+            if counts:
+                admitted[call.rule, call.key].append((call.before_us, call.after_us, 1))
+        elif call.kind == "redis":
+            if away and call.before_us >= away.get(call.process, call.before_us + 1):
+                del away[call.process]
+                returned_us = None if away else call.after_us
+            elif counts and returned_us is not None and call.before_us >= returned_us and (call.rule, call.key) in admitted:
+                admitted[call.rule, call.key].append((call.before_us, call.after_us, 1))
+    if returned_us is not None:
+        yield from admitted.items()
 
 
 def late_us(log: Log, before_us: int, after_us: int) -> int:
@@ -132,17 +185,18 @@ def slowest(logs: Iterable[Log]) -> tuple[int, int]:
     return raw, fair
 
 
-def healed_us(logs: Iterable[Log], ended_us: int) -> int | None:
-    """How long after the end of a fault the last process had a normal decision again; None if one never had."""
-    times = []
+def healed_us(logs: Iterable[Log], faults: Iterable[tuple[int, int]]) -> list[int | None]:
+    """How long after the end of each fault the last process had a normal decision again; None if one never had."""
+    processes = []  # when each one began, and when it had its normal decisions
     for log in logs:
-        if log.calls and min(call.before_us for call in log.calls) > ended_us:
-            continue  # a process that was started in the place of one that was killed, later
-        normal = [call.after_us for call in log.calls if call.kind == "redis" and call.after_us >= ended_us]
-        if not normal:
-            return None
-        times.append(min(normal) - ended_us)
-    return max(times, default=None)
+        normal = sorted(call.after_us for call in log.calls if call.kind == "redis")
+        processes.append((min((call.before_us for call in log.calls), default=0), normal))
+    healed: list[int | None] = []
+    for _, ended_us in faults:
+        # But for processes that were started later, in the place of one that was killed.
+        after = [normal[bisect_left(normal, ended_us) :][:1] for began_us, normal in processes if began_us <= ended_us]
+        healed.append(max((first[0] - ended_us for first in after), default=None) if all(after) else None)
+    return healed
 
 
 def attempts_over(log: Log, began_us: int, ended_us: int) -> float:

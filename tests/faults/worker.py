@@ -9,6 +9,7 @@ import logging
 import os
 import random
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -27,6 +28,7 @@ SECRET = "raw-k3y"  # no log, repr or exception may show it
 PASSWORD = "pa55word"  # nor this
 WIDE = 2  # the index of a rule that never denies, so that something always has to be asked
 LATE_US, BEAT_S = 2_000, 0.005
+BUSY_MS = 50.0  # of its own CPU: longer, and the loop's lag is the library's fault
 UNREADY_S = 5.0
 
 
@@ -134,10 +136,14 @@ class Worker:
         """Write down when a timer was late by more than 2 ms: what a call took beyond that is not the loop's fault."""
         while True:
             due_us = monotonic_us() + round(BEAT_S * 1e6)
+            used_ns = time.thread_time_ns()
             await asyncio.sleep(BEAT_S)
             now_us = monotonic_us()
             if now_us > due_us + LATE_US:
                 self.write(LATE, due_us, now_us)
+            # A busy machine is no fault of ours, but what this very thread did is.
+            if (busy_ms := (time.thread_time_ns() - used_ns) / 1e6) > BUSY_MS:
+                self.noise.noise.append(f"the loop was kept busy for {busy_ms:.0f} ms")
 
     def sample(self, limiter: RateThrottleCore) -> dict[str, Any]:
         """What may not grow, and what the limiter says of itself."""

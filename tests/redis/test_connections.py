@@ -365,7 +365,7 @@ async def test_by_default_it_is_denied_there_and_that_is_no_outage(redis_url: st
         assert [decision.source for decision in decisions] == ["redis"] * 10 + ["outage"] * 40
         assert all(decision.allowed == (decision.source == "redis") for decision in decisions)
         assert all(decision.retry_after > 0 for decision in decisions if not decision.allowed)
-        assert not limiter.statistics().away
+        assert limiter.statistics().breaker == "closed"
         assert (await limiter.check("user")).remaining == 1_000_000 - 11
 
 

@@ -42,7 +42,7 @@ async def test_without_redis_the_policy_decides(options: dict[str, Any], expecte
         assert {decision.source for decision in decisions} == {"outage"}
         assert admitted(decisions) == expected
         assert all(0 < decision.retry_after <= 60 for decision in decisions if not decision.allowed)
-        assert limiter.statistics().away
+        assert limiter.statistics().breaker != "closed"
 
 
 async def test_who_denies_for_want_of_a_number_says_so() -> None:
@@ -161,7 +161,29 @@ async def test_all_connections_come_back_with_the_first_one() -> None:
                 return {(await limiter.peek(key)).source for key in keys} == {"redis"}
 
             await until(all_served, 1.5)
-            assert not limiter.statistics().away
+            assert limiter.statistics().breaker == "closed"
+
+
+async def test_the_breaker_is_half_open_while_an_attempt_is_made() -> None:
+    with RedisServer() as server:
+        async with limiter_of(server.url, deadline=0.2, expected_processes=1) as limiter:
+
+            async def breaker() -> str:
+                await limiter.check("user")
+                return limiter.statistics().breaker
+
+            assert await breaker() == "closed"
+            server.pause()  # an attempt to connect succeeds, and has no answer within the deadline
+            seen = [await breaker()]
+            give_up_s = time.monotonic() + 3
+            while seen[-3:] != ["open", "half_open", "open"] and time.monotonic() < give_up_s:
+                if (now := await breaker()) != seen[-1]:
+                    seen.append(now)
+                await asyncio.sleep(0.005)
+            assert seen[-3:] == ["open", "half_open", "open"]
+            server.resume()
+            await until(lambda: served(limiter), 1.5)
+            assert await breaker() == "closed"
 
 
 # What it has lost
@@ -302,7 +324,7 @@ async def test_a_charge_that_no_script_of_ours_takes_keeps_nobody_away(redis_ser
         relay.heard = b""
         relay.tamper = refuse_each_charge
         await until(lambda: served(limiter))
-        assert {event.kind for event in told} == {"outage_began", "desync", "outage_ended"}
+        assert {event.kind for event in told} == {"outage_began", "repair_refused", "outage_ended"}
 
 
 async def test_an_error_of_the_outage_says_nothing_of_checks_that_were_not_sent() -> None:

@@ -69,7 +69,7 @@ def watched(limiter: RateThrottleCore) -> None:
     assert_type(limiter.on_event(heard), Callable[[], None])
     limiter.on_event(print)
     assert_type(limiter.statistics(), Statistics)
-    assert_type(limiter.statistics().away, bool)
+    assert_type(limiter.statistics().breaker, Literal["closed", "open", "half_open"])
     create_limiter("redis", redis_url="redis://a", require_storage=True, on_outage="deny")
 
 

@@ -51,6 +51,7 @@ class Line(Gathering):
         self._woken = asyncio.Event()  # wakes the owner
         self._hurry = asyncio.Event()  # it needn't wait for its turn to connect: there is another master, or Redis answers
         self._wanted = False  # a connection, by somebody
+        self._reaching = False  # for it, at this moment
         self._connection: AbstractConnection | None = None
         self._receiver: Receiver | None = None
         self._dropped: list[AbstractConnection] = []  # not heard any more, and to be closed by the owner
@@ -62,6 +63,11 @@ class Line(Gathering):
     def closed(self) -> bool:
         """Whether its task has ended, with its loop's other tasks or by `aclose`."""
         return self._owner.done()
+
+    @property
+    def probing(self) -> bool:
+        """Whether Redis is being connected to, asked which epoch it is in, or told what it has missed."""
+        return self._reaching or self._open
 
     def connect(self) -> None:
         """Have the owner connect, before a check needs it."""
@@ -130,6 +136,7 @@ class Line(Gathering):
             self._go_away(self._no_room())  # that is no failure of Redis, and doesn't slow the others down
             await asyncio.sleep(EVERY_S)
             return
+        self._reaching = True
         try:
             async with asyncio.timeout(self._deadline_s):
                 connection, run = await self._reach()
@@ -137,6 +144,8 @@ class Line(Gathering):
             self._attempts.failed()
             self._go_away(failure(error, self._deadline_s, sent=False))
             return
+        finally:
+            self._reaching = False
         self._attempts.opened(self, again=self._connected)
         self._connected = True
         self._connection = connection
@@ -231,7 +240,7 @@ class Line(Gathering):
         ours = isinstance(error, StorageProtocolError)
         if isinstance(call, Errand) and call.script != "beat" and ours:
             # A key of somebody else's must not keep us away for ever.
-            self._notice("desync", error)
+            self._notice("repair_refused", error)
             self._give_up(call)
         else:
             self._fail(call, error, whatever=ours)

@@ -4,9 +4,28 @@ from __future__ import annotations
 
 import time
 import weakref
+from collections.abc import Callable
+from typing import Any, Final
 
 from ratethrottle._calls import Gathering
-from ratethrottle.events import BoundsEvicted, Desync, Events, Evicted, MasterMoved, OutageBegan, OutageEnded, Refused, StateLost
+from ratethrottle.events import (
+    BoundsEvicted,
+    Desync,
+    Event,
+    Events,
+    Evicted,
+    MasterMoved,
+    OutageBegan,
+    OutageEnded,
+    Refused,
+    RepairRefused,
+    StateLost,
+)
+
+# What is no more than a fact, by its kind.
+OF_A_FACT: Final[dict[str, Callable[[Any], Event]]] = {
+    event.kind: event for event in (BoundsEvicted, Desync, Evicted, Refused, RepairRefused, StateLost)
+}
 
 
 class Notices:
@@ -50,14 +69,6 @@ class Notices:
                     self._events.emit(OutageEnded(took_s, decided))
             case "end":
                 self._away.discard(line)
-            case "state_lost":
-                self._events.emit(StateLost(int(str(fact))))
-            case "desync":
-                self.desyncs += 1
-                self._events.emit(Desync(str(fact)))
-            case "refused":
-                self._events.emit(Refused(str(fact)))
-            case "bounds_evicted":
-                self._events.emit(BoundsEvicted(int(str(fact))))
-            case "evicted":
-                self._events.emit(Evicted(int(str(fact))))
+            case _:
+                self.desyncs += what == Desync.kind
+                self._events.emit(OF_A_FACT[what](fact if isinstance(fact, int) else str(fact)))

@@ -8,7 +8,7 @@ import os
 import re
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Self, get_args
 
 import redis
@@ -37,6 +37,14 @@ PREFIX = re.compile(r"[^{}\s\ud800-\udfff]{1,64}\Z")
 # What a forked child holds of its parent's lines, kept for ever: to collect a transport is to close it, and that takes the
 # descriptor out of the selector, which the two processes share, so that the parent would never hear from Redis again.
 _INHERITED: list[Line] = []
+
+
+def breaker_of(lines: Iterable[Line]) -> Literal["closed", "open", "half_open"]:
+    """Say how the circuit breaker of these lines stands: it is closed where none is away."""
+    away = [line for line in lines if line.away]
+    if not away:
+        return "closed"
+    return "half_open" if any(line.probing for line in away) else "open"
 
 
 class RedisStorage(Calls):
@@ -142,7 +150,7 @@ class RedisStorage(Calls):
             connections=sum(line._open for line in lines),
             waiting=sum(line._waiting_count for line in lines),
             in_flight=sum(line._in_flight_count for line in lines),
-            away=any(line.away for line in lines),
+            breaker=breaker_of(lines),
             processes=self.knowledge.processes,
             owed=self.knowledge.owed,
             calls=calls + sum(line.sent_calls for line in lines),
