@@ -380,6 +380,7 @@ cdef class Gathering:
     cdef int64_t evicted_before
     cdef int64_t asked_evicted_us
     cdef int64_t counted_us
+    cdef int64_t others_in_us
     cdef int64_t told_evictions
     cdef Buffer buffer
     cdef uint16_t* places
@@ -669,13 +670,15 @@ cdef class Gathering:
             self.counted_us = now_us if counts else self.counted_us
             self.asked_evicted_us = now_us if asks else self.asked_evicted_us
             self.run_errand(Errand("beat", [self.layout.processes_key], [
-                self.knowledge.process_id if counts else b"", b"0", b"1" if asks else b"0"], self._beaten))
+                self.knowledge.process_id if counts else b"", b"0", b"1" if asks else b"0", b"%d" % self.others_in_us],
+                self._beaten))
+            self.others_in_us = 0
         return 0
 
     def _leave(self):
         """Say that this process goes, so that the shares of the others needn't wait for that."""
         if self._open and self.epoch:
-            self.run_errand(Errand("beat", [self.layout.processes_key], [self.knowledge.process_id, b"1", b"0"]))
+            self.run_errand(Errand("beat", [self.layout.processes_key], [self.knowledge.process_id, b"1", b"0", b"0"]))
 
     def _beaten(self, numbers):
         """Take up the reply to a beat."""
@@ -1486,11 +1489,12 @@ cdef class Gathering:
 
     # The end of a connection, and of everything:
 
-    def _opened(self, write, dict scripts not None, bytes run not None):
+    def _opened(self, write, dict scripts not None, bytes run not None, int64_t others_in_us=0):
         """There is a connection now, to that run of a server: `write` sends bytes on it.
 
-        scripts: what is loaded there, name -> (sha, text).
+        scripts: what is loaded there, name -> (sha, text). others_in_us: when those may try that this connection was too early for.
         """
+        self.others_in_us = others_in_us
         self.write = write
         self.scripts = scripts
         self.decide_sha, self.decide_text = scripts["decide"]

@@ -480,8 +480,8 @@ class Beats:
         self.server, self.client = Server(client, NOW_US), client
         client.delete(EPOCH_KEY)
 
-    def __call__(self, now_us: int, known: int, run: str = RUN, process: str = "p", leaves: int = 0) -> list[int]:
-        reply = self.server.run("beat", ["processes"], now_us, run, known, process, leaves, 0)
+    def __call__(self, now_us: int, known: int, run: str = RUN, process: str = "p", leaves: int = 0, others_in: int = 0) -> list[int]:
+        reply = self.server.run("beat", ["processes"], now_us, run, known, process, leaves, 0, others_in)
         assert reply[0] == now_us
         assert self.client.get(EPOCH_KEY) == f"{run}{reply[1]:016}{reply[2]:016}".encode()
         return reply[1:-1]  # the last is of evicted keys, which no server here has
@@ -507,6 +507,24 @@ def test_an_epoch_is_named_by_the_first_beat_and_learnt_where_one_was_before(scr
     script_client.delete(EPOCH_KEY)
     beat(NOW_US, 0)
     assert beat(NOW_US + REPAIR_US, 5)[:3] == [NOW_US, 0, 0]
+
+
+def test_learning_waits_for_those_who_came_too_early(script_client: redis.Redis) -> None:
+    beat = Beats(script_client)
+    assert beat(NOW_US, 0, others_in=400_000) == [NOW_US, 0, 0, 1, 0], "nobody is known to know of anything"
+    for known, run in ((NOW_US - 1, RUN), (NOW_US, RUN[::-1]), (NOW_US + 10**6, RUN)):
+        epoch, began, learning_us = beat(NOW_US + 10, known, run, others_in=400_000)[:3]
+        assert (began, learning_us) == (NOW_US + 400_010, 400_000 + LEARN_US)
+        assert beat(NOW_US + 30, epoch, run)[2] == learning_us - 20
+        script_client.delete(EPOCH_KEY)
+        beat(NOW_US, 0)
+    epoch, _, learning_us = beat(NOW_US, 5, RUN[::-1], others_in=1_000_000)[:3]
+    assert learning_us == 1_000_000 + LEARN_US
+    # A clock that was set back far doesn't make it last.
+    assert beat(NOW_US - 1, epoch, RUN[::-1])[2] == 0
+    for others_in in (-1, 1_000_001, 0.5, "x", "nan"):
+        with pytest.raises(redis.ResponseError, match="RATETHROTTLE others"):
+            beat(NOW_US, 0, others_in=others_in)  # type: ignore[arg-type]  # the test
 
 
 def test_processes_lapse_leave_and_have_a_rank(script_client: redis.Redis) -> None:

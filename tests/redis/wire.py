@@ -13,12 +13,13 @@ from typing import Self
 class Relay:
     """Listens on a free loopback port and passes bytes to and from a server's Unix socket.
 
-    tamper: changes what the server says on its way back. heard: all that clients said. connections: how many came so far.
+    tamper: changes what the server says on its way back. refuses: breaks each new connection. heard: all that clients said. connections: how many came so far.
     """
 
     def __init__(self, target: Path) -> None:
         self.target = target
         self.tamper: Callable[[bytes], bytes] = lambda reply: reply
+        self.refuses = False
         self.heard = b""
         self.connections = 0
         self.port = 0
@@ -55,6 +56,9 @@ class Relay:
         assert task is not None
         self._tasks.add(task)
         self.connections += 1
+        if self.refuses:
+            writer.transport.abort()
+            return
         upstream_reader, upstream = await asyncio.open_unix_connection(str(self.target))
         self._writers |= {writer, upstream}
         forth = asyncio.create_task(self._pass(reader, upstream, self._listen))
