@@ -480,7 +480,9 @@ class Beats:
         self.server, self.client = Server(client, NOW_US), client
         client.delete(EPOCH_KEY)
 
-    def __call__(self, now_us: int, known: int, run: str = RUN, process: str = "p", leaves: int = 0, others_in: int = 0) -> list[int]:
+    def __call__(
+        self, now_us: int, known: int, run: str = RUN, process: str = "p", leaves: int = 0, others_in: int = 0
+    ) -> list[int]:
         reply = self.server.run("beat", ["processes"], now_us, run, known, process, leaves, 0, others_in)
         assert reply[0] == now_us
         assert self.client.get(EPOCH_KEY) == f"{run}{reply[1]:016}{reply[2]:016}".encode()
