@@ -584,9 +584,8 @@ cdef class Gathering:
         """More waits already than may: that is this process's load, and no outage of Redis."""
         cdef Outcome out
         if not self.deny_overload or pending.mode == RESET:
-            raise StorageUnavailable(
-                f"{self.max_waiting} checks are waiting for Redis already; that is this process's load, not an outage"
-            )
+            return complete(pending, StorageUnavailable(
+                f"{self.max_waiting} checks are waiting for Redis already; that is this process's load, not an outage"))
         out = Outcome(False, False, 0, self.deadline_us, self.deadline_us)
         return complete_with(pending, decision_new(pending.rule, pending.key, pending.units, OUTAGE, &out))
 

@@ -162,6 +162,7 @@ cdef class Remote:
 
     cdef readonly KeyTable bounds
     cdef int64_t ttl_us                      # how long a bound denies before it is asked again
+    cdef int complete                        # consecutive checks that had to ask, and were answered without a wait
 
     cdef int ask(self, PendingDecision pending) except -1
     cdef int leave(self, PendingDecision pending) except -1

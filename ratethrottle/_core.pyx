@@ -867,6 +867,9 @@ cdef class PendingDecision:
 
 ctypedef PyObject* (*Waits)(PyObject*) noexcept
 
+cdef enum:
+    YIELD_EVERY = 128                        # consecutive complete checks, then the loop gets a turn
+
 
 cdef object pending_wait(PendingDecision pending):
     """What the decision has to be waited for on; None once it, or what went wrong instead, is there."""
@@ -877,7 +880,14 @@ cdef object pending_wait(PendingDecision pending):
             pending.stage = COMPLETE
             raise
         if pending.stage != COMPLETE:
+            pending.remote.complete = 0
             return pending.waiter
+        # By a policy, without a wait: a task that goes on asking must not keep the loop from reaching the store again.
+        pending.remote.complete += 1
+        if pending.remote.complete >= YIELD_EVERY:
+            pending.remote.complete = 0
+            pending.lets_others_run = True
+            return None
     if pending.stage != COMPLETE:
         raise RuntimeError("this check is being awaited already, by another task; each `check(...)` gives one decision")
     if pending.error is not None:
@@ -901,7 +911,7 @@ cdef PySendResult pending_send(PyObject* this, PyObject* value, PyObject** resul
         if result[0] != <PyObject*>None:
             return PYGEN_NEXT
         Py_DECREF(result[0])
-    elif pending.lets_others_run:
+    if pending.lets_others_run:
         pending.lets_others_run = False
         Py_INCREF(None)
         result[0] = <PyObject*>None
@@ -1048,10 +1058,6 @@ cdef class Remote:
 
 
 # -------------------------------------------------------------------------------------------------------------- limiter
-
-cdef enum:
-    YIELD_EVERY = 128                        # consecutive complete checks, then the loop gets a turn
-
 
 @cython.final
 cdef class Entry:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from typing import Any
 
@@ -185,6 +186,48 @@ async def test_the_breaker_is_half_open_while_an_attempt_is_made() -> None:
             server.resume()
             await until(lambda: served(limiter), 1.5)
             assert await breaker() == "closed"
+
+
+@pytest.mark.parametrize("how", ["check", "check_many", "peek"])
+@pytest.mark.parametrize("options", [{"on_outage": policy} for policy in ("local", "deny", "raise")], ids=str)
+async def test_who_goes_on_asking_does_not_keep_the_loop_from_its_work(options: dict[str, Any], how: str) -> None:
+    """A task that spins on what policies answer at once would freeze all others, and Redis would never be reached again."""
+    async with limiter_of(f"redis://127.0.0.1:{free_port()}", **options) as limiter:
+        assert await turns_during(limiter, how, 12_800) >= 90
+
+
+@pytest.mark.parametrize("on_overload", ["deny", "raise"])
+async def test_nor_does_who_goes_on_asking_more_than_may_wait(on_overload: str) -> None:
+    with RedisServer() as server:
+        async with limiter_of(server.url, max_waiting=1, on_overload=on_overload, deadline=1) as limiter:
+            await limiter.check("user")
+            server.pause()
+            waiting = []
+            while not limiter.statistics().waiting:
+                waiting.append(asyncio.ensure_future(limiter.check(f"user:{len(waiting)}")))
+                await asyncio.sleep(0)
+            assert await turns_during(limiter, "check", 1_280) >= 9
+            server.resume()
+            await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def turns_during(limiter: RateThrottleCore, how: str, checks: int) -> int:
+    """How many turns another task has while one asks so often in a row."""
+    turns = 0
+
+    async def take_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    ask = {"check": limiter.check, "peek": limiter.peek, "check_many": lambda key: limiter.check_many([key])}[how]
+    other = asyncio.create_task(take_turns())
+    for _ in range(checks):
+        with contextlib.suppress(StorageUnavailable):
+            await ask("user")
+    other.cancel()
+    return turns
 
 
 # What it has lost

@@ -177,6 +177,8 @@ class RedisStorage(Calls):
     async def _together(self, entries: Sequence[Entry], mode: Literal["check", "peek", "reset"]) -> list[Decision]:
         group = self._ask_together(entries, mode)
         try:
+            if group.future.done():
+                await asyncio.sleep(0)  # decided without a wait: who goes on asking must not keep the loop from reaching Redis
             await group.future
         finally:
             group.leave()
