@@ -537,13 +537,16 @@ cdef class Gathering:
     def _step(self):
         """Step the tasks of all checks that were decided, in order, and send what they ask next."""
         cdef list woken = self.woken
-        cdef Py_ssize_t i = 0, count = len(woken)
+        cdef Py_ssize_t i = 0, count = len(woken), middle = count // 2 if count >= HALVED_MIN else 0
         self.woken = []
         self.scheduled = True                # what they ask is sent below, so none of them need see to that
         try:
             while i < count:
                 i += 1
                 (<Waiter>woken[i - 1]).call()
+                if i == middle and not self.in_flight:
+                    self._flush(whole=True)  # when all replies came at once, the store would wait for the last of these tasks
+                    self.scheduled = True
         finally:
             if i < count:                    # KeyboardInterrupt or SystemExit, which a task lets through
                 self.woken[:0] = woken[i:]
@@ -781,15 +784,15 @@ cdef class Gathering:
             self.call_soon(self._flush, context=self.context)
         return 0
 
-    def _flush(self):
-        """Send what waits, as far as there is room."""
+    def _flush(self, bint whole=False):
+        """Send what waits, as far as there is room. whole: in one call, as more is to come."""
         cdef Call call
         self.scheduled = False
         if self.ready and self.knowledge.shares.owing:
             self.tell()
         while self.ready and self.waiting.count and len(self.in_flight) < IN_FLIGHT_MAX:
             # Two calls of half the size keep both sides busy: one is decided while the other's checks are woken and asked anew.
-            halved = (not self.in_flight and self.waiting.count >= HALVED_MIN
+            halved = (not whole and not self.in_flight and self.waiting.count >= HALVED_MIN
                       and (<PendingDecision>self.waiting.first).group is None)
             call = Call.__new__(Call)
             try:

@@ -7,6 +7,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ import uvloop
 
 from ratethrottle import Decision, RateThrottleCore, RateThrottleRule, RedisStorage
 from ratethrottle.errors import StorageError, StorageProtocolError, StorageUnavailable
+from ratethrottle.storage.redis import line
+from ratethrottle.storage.redis.wire import take_over
 from tests.redis.wire import Relay
 from tests.servers import RedisServer
 from tests.strategies import STRATEGIES
@@ -64,6 +67,46 @@ def test_a_crowd_gets_exactly_the_limit_of_each_key(
     for i in range(KEYS):
         heard = [decision.remaining for decision in decisions if decision.key == f"user:{i}" and decision.allowed]
         assert heard == list(range(LIMIT))[::-1]
+
+
+def test_when_all_replies_come_at_once_half_of_the_tasks_are_enough_to_send_again(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the server would have nothing to do until the last task had its turn, and then both calls, and so on for ever."""
+    order = ""
+
+    def heard(*args: Any) -> SimpleNamespace:
+        wire = take_over(*args)
+
+        def write(data: bytes) -> None:
+            nonlocal order
+            order += "" if b":processes\r\n" in data else "w"  # a beat comes by time
+            wire.write(data)
+
+        return SimpleNamespace(write=write)
+
+    async def task(limiter: RateThrottleCore, number: int) -> None:
+        nonlocal order
+        await limiter.check(f"user:{number}")
+        order += "t"
+        await limiter.check(f"user:{number}")
+
+    async def crowd(server: RedisServer) -> None:
+        nonlocal order
+        async with limiter_of(server.url, RateThrottleRule("r", LIMIT, 3600)) as limiter:
+            await limiter.peek("somebody else")
+            order = ""
+            server.pause()
+            tasks = [asyncio.create_task(task(limiter, number)) for number in range(64)]
+            while order != "ww":
+                await asyncio.sleep(0)
+            server.resume()
+            await asyncio.gather(*tasks)
+
+    monkeypatch.setattr(line, "take_over", heard)
+    with RedisServer() as server:
+        run(crowd(server))
+    assert order == "ww" + 32 * "t" + "w" + 32 * "t" + "w"
 
 
 def test_check_many_takes_as_many_calls_as_it_has_to(run: Run, redis_server: RedisServer, redis_client: redis.Redis) -> None:
