@@ -280,25 +280,29 @@ async def test_an_idle_process_tells_what_it_knows_in_time() -> None:
 async def test_who_found_nobody_a_moment_ago_tells_in_time() -> None:
     """A server comes back between two attempts: one process is served at once, and the other one's turn is far away."""
     with RedisServer() as server, server.client() as client:
-        async with Relay(server.socket) as one, Relay(server.socket) as other:
-            async with limiter_of(one.url, on_outage="deny") as early, limiter_of(other.url) as late:
-                assert admitted([await late.check("user") for _ in range(LIMIT)]) == LIMIT
-                await early.check("another")
-                await asyncio.sleep(-time.time() % EVERY_S + JITTER_S + 0.01)
-                client.flushall()
-                other.refuses = True
-                one.cut()
-                other.cut()
-                await until(lambda: refused_by(other))
-                other.refuses = False
-                granted = 0
-                ends = time.monotonic() + 1.2
-                while time.monotonic() < ends:
-                    granted += (await early.check("user")).allowed
-                    await asyncio.sleep(0.01)
-                assert granted == 0
-                assert early.statistics().epoch_changes == late.statistics().epoch_changes == 1
-                assert early.statistics().breaker == "closed"
+        async with (
+            Relay(server.socket) as one,
+            Relay(server.socket) as other,
+            limiter_of(one.url, on_outage="deny") as early,
+            limiter_of(other.url) as late,
+        ):
+            assert admitted([await late.check("user") for _ in range(LIMIT)]) == LIMIT
+            await early.check("another")
+            await asyncio.sleep(-time.time() % EVERY_S + JITTER_S + 0.01)
+            client.flushall()
+            other.refuses = True
+            one.cut()
+            other.cut()
+            await until(lambda: refused_by(other))
+            other.refuses = False
+            granted = 0
+            ends = time.monotonic() + 1.2
+            while time.monotonic() < ends:
+                granted += (await early.check("user")).allowed
+                await asyncio.sleep(0.01)
+            assert granted == 0
+            assert early.statistics().epoch_changes == late.statistics().epoch_changes == 1
+            assert early.statistics().breaker == "closed"
 
 
 async def refused_by(relay: Relay) -> bool:

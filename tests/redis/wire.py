@@ -13,7 +13,8 @@ from typing import Self
 class Relay:
     """Listens on a free loopback port and passes bytes to and from a server's Unix socket.
 
-    tamper: changes what the server says on its way back. refuses: breaks each new connection. heard: all that clients said. connections: how many came so far.
+    tamper: changes what the server says on its way back. refuses: breaks each new connection.
+    heard: all that clients said. connections: how many came so far.
     """
 
     def __init__(self, target: Path) -> None:
