@@ -16,7 +16,7 @@ from ratethrottle._table cimport Slot
 
 cdef enum:
     KNOWN_ENTRIES = 3
-    LATE_US = 10_000_000                   # for so long after an epoch began the store takes assertions
+    LATE_US = 11_000_000                   # for so long after an epoch began the store may take assertions
     # Two clocks may differ by a 64th before a bound says more than the store would.
     DRIFT_SHARE = 64
 

@@ -369,7 +369,7 @@ cdef class Gathering:
     cdef readonly bint away                  # Redis doesn't answer in time: policies decide
     cdef bint served                         # has it ever been ready
     cdef readonly object reason              # the error that says why, or how it refuses us; None while it serves us
-    cdef bint refused                        # whatever the policies, until it doesn't any more
+    cdef readonly bint refused               # whatever the policies, until it doesn't any more
     cdef bytes run                           # the server's
     cdef bytes epoch_text                    # what calls expect the epoch to be called
     cdef int64_t epoch                       # that of the last beat on this connection; 0 before it
@@ -380,7 +380,8 @@ cdef class Gathering:
     cdef int64_t evicted_before
     cdef int64_t asked_evicted_us
     cdef int64_t counted_us
-    cdef int64_t others_in_us
+    cdef int64_t others_in_us                # for the next beat
+    cdef int last_size                       # how many entries the call had that was sent last
     cdef int64_t told_evictions
     cdef Buffer buffer
     cdef uint16_t* places
@@ -544,11 +545,13 @@ cdef class Gathering:
             while i < count:
                 i += 1
                 (<Waiter>woken[i - 1]).call()
-                if i == middle and not self.in_flight:
-                    self._flush(whole=True)  # when all replies came at once, the store would wait for the last of these tasks
+                # When all replies came at once, the store would wait for the last of these tasks; not for a few hot keys, of which
+                # two calls would hold what fits one.
+                if i == middle and not self.in_flight and self.last_size >= HALVED_MIN // 2:
+                    self._flush(whole=True)
                     self.scheduled = True
         finally:
-            if i < count:                    # KeyboardInterrupt or SystemExit, which a task lets through
+            if i < count:                    # KeyboardInterrupt or SystemExit, which a task lets through, or no memory
                 self.woken[:0] = woken[i:]
                 self.call_soon(self._step, context=self.context)
             self._flush()
@@ -587,8 +590,11 @@ cdef class Gathering:
         """More waits already than may: that is this process's load, and no outage of Redis."""
         cdef Outcome out
         if not self.deny_overload or pending.mode == RESET:
-            return complete(pending, StorageUnavailable(
-                f"{self.max_waiting} checks are waiting for Redis already; that is this process's load, not an outage"))
+            error = StorageUnavailable(
+                f"{self.max_waiting} checks are waiting for Redis already; that is this process's load, not an outage")
+            if pending.group is None:
+                return complete(pending, error)
+            raise error                      # nothing of the group that hasn't been sent is sent any more
         out = Outcome(False, False, 0, self.deadline_us, self.deadline_us)
         return complete_with(pending, decision_new(pending.rule, pending.key, pending.units, OUTAGE, &out))
 
@@ -785,7 +791,7 @@ cdef class Gathering:
         return 0
 
     def _flush(self, bint whole=False):
-        """Send what waits, as far as there is room. whole: in one call, as more is to come."""
+        """Send what waits, as far as there is room. whole: not in two halves, as more is to come."""
         cdef Call call
         self.scheduled = False
         if self.ready and self.knowledge.shares.owing:
@@ -798,6 +804,7 @@ cdef class Gathering:
             try:
                 self.gather(call, min(<Py_ssize_t>ENTRIES_MAX, (self.waiting.count + 1) // 2) if halved else ENTRIES_MAX)
                 if call.size:
+                    self.last_size = call.size
                     self.send(call)
                     if call.sent_us - self.beaten_us >= BEAT_US:
                         self.beat()
@@ -1287,7 +1294,8 @@ cdef class Gathering:
         cdef PendingDecision sample
         cdef int i, leases, place = 0
         self.heard_us = now_us
-        self.knowledge.ahead_us = numbers[0] - now_us
+        if not self.knowledge.shares.owing:  # what was admitted here is as old as this process's clock says
+            self.knowledge.ahead_us = numbers[0] - now_us
         if call.mode == RESET:
             for i in range(call.size):
                 entry = &call.entries[i]

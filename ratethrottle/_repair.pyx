@@ -93,8 +93,9 @@ cdef class Knowledge:
 
     @property
     def owed(self):
-        """For how many keys there is something left to charge."""
-        return self.shares.owing
+        """For how many keys × rules something is left to charge, or being charged."""
+        cdef Errand errand
+        return self.shares.owing + sum([len(errand.owed) for errand in (*self.errands, *self.out) if errand.owed is not None])
 
     cdef bint meet(self, int64_t epoch, int64_t learning_us, int64_t count, int64_t rank, int64_t now_us) except -1:
         """Take up what a beat has told. True in another epoch: the store may have lost what is known here, and is told it."""

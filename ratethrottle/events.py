@@ -63,7 +63,7 @@ class OutageBegan(Event):
 
 @dataclass(frozen=True, slots=True)
 class OutageEnded(Event):
-    """Redis answers again, and knows what this process knew and admitted: the circuit breaker closes.
+    """Redis answers again, and has been told what this process knew and admitted: the circuit breaker closes.
 
     seconds: how long the outage took. decisions: how many checks were decided by policy.
     """
@@ -106,7 +106,7 @@ class StateLost(Event):
     @property
     def message(self) -> str:
         """What happened and what to look at, in one line."""
-        return f"Redis lost state (failover, flush or restart); this process gives back what it knows of {self.bounds} keys"
+        return f"Redis lost state (failover, flush or restart); this process gives back what it knows of up to {self.bounds} keys"
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,7 +93,10 @@ def test_an_event_is_a_fact_in_one_line(event: Event) -> None:
         (ONE_OF_EACH[0], """outage: Redis can't be reached (OSError); checks are decided by on_outage="local" until"""),
         (ONE_OF_EACH[1], "the outage ended after 12.3 s; 67 checks were decided by policy"),
         (ONE_OF_EACH[2], "failover: the master moved from 10.0.0.1:6379 to 10.0.0.2:6379"),
-        (events.StateLost(5), "Redis lost state (failover, flush or restart); this process gives back what it knows of 5 keys"),
+        (
+            events.StateLost(5),
+            "Redis lost state (failover, flush or restart); this process gives back what it knows of up to 5 keys",
+        ),
         (events.RepairRefused("x"), "Redis didn't take back what this process knew of some keys: x"),
         (events.Desync("x", suppressed=3), "Redis sent x; the connection was dropped (is there a proxy in between?) (3 more"),
     ],

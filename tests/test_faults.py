@@ -16,12 +16,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ratethrottle import RateThrottleRule
+from ratethrottle import RateThrottleRule, create_limiter
 from tests.faults import board, judge
 from tests.faults.board import Row, Run, rows
 from tests.faults.fleet import RULES, Fleet
 from tests.faults.proxy import Proxy
-from tests.faults.records import KINDS, LATE, RECORD, Call, Log, read_log
+from tests.faults.records import KINDS, LATE, RECORD, Call, Log, monotonic_us, read_log
 from tests.faults.rows import load
 from tests.faults.worker import SECRET, Noise, Work, Worker
 from tests.intervals import PromiseBrokenError, check_bracketed
@@ -203,7 +203,7 @@ def test_it_fails_a_storm_of_connections() -> None:
         ({"secrets": [SECRET]}, "told a secret"),
         ({"after": {"files": 11, "tasks": 3}}, "1 files left"),
         ({"after": {"files": 10, "tasks": 4}}, "1 tasks left"),
-        ({"last": {**LAST, "statistics": {"breaker": "closed", "owed": 3}}}, "owes 3 units"),
+        ({"last": {**LAST, "statistics": {"breaker": "closed", "owed": 3}}}, "owes what it admitted of 3 keys"),
         ({"last": {**LAST, "statistics": {"breaker": "open", "owed": 0}}}, "is open"),
         ({"last": {**LAST, "files": 20}}, "9 open files more"),
     ],
@@ -280,6 +280,32 @@ def test_a_real_fleet_is_judged_and_a_leak_in_it_found(redis_server: RedisServer
 
 
 @pytest.mark.redis
+@pytest.mark.parametrize("forgotten", [False, True])
+async def test_a_real_charge_is_judged_and_one_that_redis_forgets_found(forgotten: bool) -> None:
+    calls: list[Call] = []
+    with RedisServer() as server, server.client() as client:
+        async with create_limiter("redis", redis_url=server.url, rules=RULES, expected_processes=1) as limiter:
+
+            async def ask(rule: int) -> None:
+                before_us = monotonic_us()
+                decision = await limiter.check("user", RULES[rule].name)
+                calls.append(Call(0, decision.source, decision.allowed, rule, 0, before_us, monotonic_us()))
+
+            await ask(WIDE)
+            server.pause()
+            for _ in range(60):
+                await ask(WINDOW)
+            server.resume()
+            while calls[-1].kind != "redis":
+                await ask(WIDE)
+                await asyncio.sleep(0.01)
+            if forgotten:  # as if nothing had been charged
+                client.delete(*client.keys("*window*"))
+            for _ in range(60):
+                await ask(WINDOW)
+    assert judge.over(RULES, calls, Fraction(1), local=True) == (20 if forgotten else 0)
+
+
 def test_a_fleet_whose_process_ends_by_itself_fails_at_once(redis_server: RedisServer) -> None:
     one = Fleet(redis_server.url, processes=1, tasks=1)
     try:

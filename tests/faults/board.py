@@ -157,7 +157,7 @@ class Run:
             held = report["last"]["statistics"]
             if heals:
                 well = held["breaker"] == "closed" and not held["owed"]
-                verdict.expect(well, f"{who} is {held['breaker']} and owes {held['owed']} units at the end")
+                verdict.expect(well, f"{who} is {held['breaker']} and owes what it admitted of {held['owed']} keys at the end")
             missing = set(events) - {event["kind"] for event in report["last"]["events"]}
             verdict.expect(not missing, f"{who} had no event {', '.join(sorted(missing))}")
 

@@ -1,7 +1,8 @@
 """What the logs of a fleet hold: how long the slowest call took, when normal decisions came back, and by how much promises were exceeded.
 
 **In time** is judged fairly and reported raw: from a call's time is taken what its own loop was late by meanwhile (a timer of 5 ms
-that came later than 2 ms after its time), since on a busy machine nothing in the process ran then. Both figures are kept.
+that came later than 2 ms after its time): on a busy machine nothing in the process ran then, and where its own CPU kept the loop, more
+than 50 ms of that are a problem of their own. Both figures are kept.
 
 **Over** is counted by brackets (tests/intervals.py): only what is certainly too much, whatever the true instants. What Redis granted
 must keep the promise by itself, over all intervals, those that span the fault included: what is admitted while Redis is away is
@@ -26,6 +27,7 @@ from tests.intervals import STRETCH, Bracketed, most_in
 GRACE_US = 50_000
 STEADY_US = 1_000_000  # by so much before the end everything is normal again
 BUCKETS = ("token_bucket", "leaky_bucket")
+LEARN_US = 250_000  # within it of each other all charge what they owe
 CHUNK_US = 20_000_000  # two windows of the rules in use
 GROWTH_FILES = 2  # while running; after `aclose` none at all
 
@@ -64,7 +66,7 @@ def excess(rule: RateThrottleRule, admissions: Iterable[Bracketed], share: Fract
         return Fraction(0)
     ends = [after_us for _, after_us, _ in log]
     most, least = Fraction(0), rule.capacity * share  # no interval's promise is below the capacity
-    # Where none shorter than a window is over, no longer one is.
+    # Where none shorter than a window is over, no longer one is, but for calls that took that long.
     longest_us = rule.window_us if rule.strategy == "sliding_window" else ends[-1] if ends else 0
     total = sum(units for *_, units in log)
     for begin_us in sorted({before_us for before_us, _, _ in log}):
@@ -130,8 +132,11 @@ def over(rules: Sequence[RateThrottleRule], calls: Iterable[Call], cut: Fraction
         if call.allowed and rules[call.rule].name != "wide":
             granted[call.rule, call.key, call.kind == "outage"].append((call.before_us, call.after_us, 1))
     most = Fraction(0)
-    for (rule, _), log in charged(rules, calls) if local else ():
-        most = max(most, excess(rules[rule], log))
+    for number, log, spread_us in charged(rules, calls) if local else ():
+        rule = rules[number]
+        # What the first one has charged drains by the whole rate, while others still admit by their share of it.
+        drained = spread_us * Fraction(rule.limit, rule.window_us) if rule.strategy in BUCKETS else 0
+        most = max(most, excess(rule, log) - drained)
     for (rule, _, by_policy), log in granted.items():
         if by_policy and not local:
             continue  # what `allow` admits is not limited, and what `deny` admits is a problem of its own
@@ -139,32 +144,39 @@ def over(rules: Sequence[RateThrottleRule], calls: Iterable[Call], cut: Fraction
     return float(most)
 
 
-def charged(rules: Sequence[RateThrottleRule], calls: Iterable[Call]) -> Iterator[tuple[tuple[int, int], list[Bracketed]]]:
+def charged(rules: Sequence[RateThrottleRule], calls: Iterable[Call]) -> Iterator[tuple[int, list[Bracketed], int]]:
     """For each outage and key: what policies admitted, and what Redis granted from when all were back until anybody was away again.
 
-    A process is back once it has asked Redis again and had an answer: it does so when everything that it owed has been charged.
+    With the rule's number before it, and behind it for how long at most some had charged what they owed and others not yet. A process
+    is back once it has asked Redis again and had an answer: it does so when everything that it owed has been charged.
     """
     away: dict[int, int] = {}  # when each process that isn't back had its last decision by policy
     admitted: defaultdict[tuple[int, int], list[Bracketed]] = defaultdict(list)
     returned_us: int | None = None
+    first_us: int | None = None
+    spread_us = 0
     for call in sorted(calls, key=lambda call: call.after_us):
         counts = call.allowed and rules[call.rule].name != "wide"
         if call.kind == "outage":
             if returned_us is not None:  # another outage
-                yield from admitted.items()
+                for (rule, _), log in admitted.items():
+                    yield rule, log, spread_us
                 admitted.clear()
-                returned_us = None
+                returned_us = first_us = None
             away[call.process] = call.after_us
             if counts:
                 admitted[call.rule, call.key].append((call.before_us, call.after_us, 1))
         elif call.kind == "redis":
             if away and call.before_us >= away.get(call.process, call.before_us + 1):
                 del away[call.process]
+                first_us = first_us or call.after_us
                 returned_us = None if away else call.after_us
+                spread_us = call.after_us - first_us + LEARN_US
             elif counts and returned_us is not None and call.before_us >= returned_us and (call.rule, call.key) in admitted:
                 admitted[call.rule, call.key].append((call.before_us, call.after_us, 1))
     if returned_us is not None:
-        yield from admitted.items()
+        for (rule, _), log in admitted.items():
+            yield rule, log, spread_us
 
 
 def late_us(log: Log, before_us: int, after_us: int) -> int:

@@ -28,7 +28,7 @@ SECRET = "raw-k3y"  # no log, repr or exception may show it
 PASSWORD = "pa55word"  # nor this
 WIDE = 2  # the index of a rule that never denies, so that something always has to be asked
 LATE_US, BEAT_S = 2_000, 0.005
-BUSY_MS = 50.0  # of its own CPU: longer, and the loop's lag is the library's fault
+BUSY_MS = 50.0  # of its own CPU, harness included: more at a stretch isn't forgiven as lag of a busy machine
 UNREADY_S = 5.0
 
 

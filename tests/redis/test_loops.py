@@ -96,6 +96,26 @@ def test_the_end_of_an_outage_is_told_though_the_loop_that_met_it_is_gone() -> N
     assert [event.kind for event in told] == ["outage_began", "outage_ended"]
 
 
+def test_a_loop_that_is_gone_keeps_no_breaker_open(loops: list[asyncio.AbstractEventLoop]) -> None:
+    with RedisServer() as server:
+        limiter = create_limiter("redis", redis_url=server.url, rules=[RULE], expected_processes=1)
+
+        async def until(source: str) -> None:
+            while (await limiter.check("user")).source != source:  # noqa: ASYNC110  # as above
+                await asyncio.sleep(0.05)
+
+        loops[0].run_until_complete(until("redis"))
+        server.stop()
+        loops[0].run_until_complete(until("outage"))
+        loops[0].run_until_complete(asyncio.sleep(0.1))  # in which the attempt at once fails
+        asyncio.run(until("outage"))
+        assert limiter.statistics().breaker != "closed"
+        server.start()
+        loops[0].run_until_complete(until("redis"))
+        assert limiter.statistics().breaker == "closed"
+        loops[0].run_until_complete(limiter.aclose())
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system can't fork")
 def test_a_forked_child_has_all_connections_to_itself(redis_server: RedisServer, loops: list[asyncio.AbstractEventLoop]) -> None:
     url = redis_server.url

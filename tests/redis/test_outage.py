@@ -277,19 +277,20 @@ async def test_an_idle_process_tells_what_it_knows_in_time() -> None:
             assert idle.statistics().epoch_changes == 1
 
 
-async def test_who_found_nobody_a_moment_ago_tells_in_time() -> None:
+@pytest.mark.parametrize("newcomer", [False, True])
+async def test_who_found_nobody_a_moment_ago_tells_in_time(newcomer: bool) -> None:
     """A server comes back between two attempts: one process is served at once, and the other one's turn is far away."""
     with RedisServer() as server, server.client() as client:
-        async with (
-            Relay(server.socket) as one,
-            Relay(server.socket) as other,
-            limiter_of(one.url, on_outage="deny") as early,
-            limiter_of(other.url) as late,
-        ):
+        async with Relay(server.socket) as one, Relay(server.socket) as other, limiter_of(other.url) as late:
             assert admitted([await late.check("user") for _ in range(LIMIT)]) == LIMIT
-            await early.check("another")
+            early = limiter_of(one.url, on_outage="deny")
+            if not newcomer:
+                await early.check("another")
             await asyncio.sleep(-time.time() % EVERY_S + JITTER_S + 0.01)
+            epoch = client.get("ratethrottle:epoch")
             client.flushall()
+            if newcomer:  # only the data's age tells it that there was something before
+                client.set("ratethrottle:epoch", b"0" * 40 + epoch[40:])
             other.refuses = True
             one.cut()
             other.cut()
@@ -301,8 +302,10 @@ async def test_who_found_nobody_a_moment_ago_tells_in_time() -> None:
                 granted += (await early.check("user")).allowed
                 await asyncio.sleep(0.01)
             assert granted == 0
-            assert early.statistics().epoch_changes == late.statistics().epoch_changes == 1
+            assert late.statistics().epoch_changes == 1
+            assert early.statistics().epoch_changes == (not newcomer)
             assert early.statistics().breaker == "closed"
+            await early.aclose()
 
 
 async def refused_by(relay: Relay) -> bool:

@@ -60,10 +60,6 @@ class Attempts:
         now_s = time.monotonic()
         return min(self._next_s - now_s, EVERY_S) if self._failing and self._next_s > now_s else EVERY_S
 
-    def others_in_us(self) -> int:
-        """How many µs it is until processes try to connect that wait for their turn now."""
-        return round((EVERY_S - time.time() % EVERY_S) * 1_000_000)
-
     @property
     def full(self) -> bool:
         """Whether there are as many connections as there may be: those of a forked parent and of loops that are gone don't count."""

@@ -124,9 +124,8 @@ class Line(Gathering):
 
     async def _open_connection(self) -> None:
         wait_s = self._attempts.wait_s()
-        # At once after a loss, another process may have found nobody a moment ago, and now waits for its turn; unless all came for a
-        # new master.
-        early = self._connected and not wait_s and not self._stale
+        # At once: then another process may have found nobody a moment ago, and waits for its turn now; unless all come for a new master.
+        early = not wait_s and not self._stale
         if wait_s:
             # Where the deadline leaves it the time, a check waits rather than being decided without Redis. A refusal stays one.
             if not self.away and not isinstance(self.reason, StorageRefused) and wait_s > self._deadline_s / 2:
@@ -155,7 +154,7 @@ class Line(Gathering):
         self._receiver = Receiver(self._received, self._lost)
         wire = take_over(connection, self._receiver)
         scripts = {name: (script(name).sha(self._shebang), script(name).body(self._shebang)) for name in SCRIPTS}
-        self._opened(wire.write, scripts, run, self._attempts.others_in_us() if early else 0)
+        self._opened(wire.write, scripts, run, round(EVERY_S * 1e6) if early else 0)
 
     async def _reach(self) -> tuple[AbstractConnection, bytes]:
         """Connect and load the scripts; returns the connection, and which run of the server this is."""

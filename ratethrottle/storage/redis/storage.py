@@ -33,6 +33,7 @@ OnOverload = Literal["deny", "raise"]
 
 TAGS_MAX = 16_384  # the slots of a cluster
 ASK_AGAIN_S = 0.01
+ANSWERS_MAX = 128  # without a wait, one after the other; then the loop gets a turn
 PREFIX = re.compile(r"[^{}\s\ud800-\udfff]{1,64}\Z")
 # What a forked child holds of its parent's lines, kept for ever: to collect a transport is to close it, and that takes the
 # descriptor out of the selector, which the two processes share, so that the parent would never hear from Redis again.
@@ -40,11 +41,11 @@ _INHERITED: list[Line] = []
 
 
 def breaker_of(lines: Iterable[Line]) -> Literal["closed", "open", "half_open"]:
-    """Say how the circuit breaker of these lines stands: it is closed where none is away."""
-    away = [line for line in lines if line.away]
-    if not away:
+    """Say how the circuit breaker of these lines stands: it is closed where each of them asks Redis."""
+    apart = [line for line in lines if not line.closed and (line.away or line.refused)]
+    if not apart:
         return "closed"
-    return "half_open" if any(line.probing for line in away) else "open"
+    return "half_open" if any(line.probing for line in apart) else "open"
 
 
 class RedisStorage(Calls):
@@ -117,6 +118,7 @@ class RedisStorage(Calls):
         self.events = Events()
         self.knowledge.noticed = self._notices = Notices(self.events, on_outage, expected_processes)
         self._sent_before = (0, 0)  # script calls and entries, by lines that are gone
+        self._without_wait = 0
         self._lines: dict[asyncio.AbstractEventLoop, tuple[Line, ...]] = {}
         self._closed = False
         # Also what keeps a line's task alive as long as the storage: a loop holds its tasks weakly.
@@ -175,14 +177,25 @@ class RedisStorage(Calls):
         await self._together([entry], "reset")
 
     async def _together(self, entries: Sequence[Entry], mode: Literal["check", "peek", "reset"]) -> list[Decision]:
-        group = self._ask_together(entries, mode)
+        try:
+            group = self._ask_together(entries, mode)
+        except StorageUnavailable:  # more waits already than may
+            await self._let_others_run(len(entries))
+            raise
         try:
             if group.future.done():
-                await asyncio.sleep(0)  # decided without a wait: who goes on asking must not keep the loop from reaching Redis
+                await self._let_others_run(len(entries))
             await group.future
         finally:
             group.leave()
         return group.decisions()
+
+    async def _let_others_run(self, answers: int) -> None:
+        """Who goes on asking, and is answered without a wait, must not keep the loop from reaching Redis."""
+        self._without_wait += answers
+        if self._without_wait >= ANSWERS_MAX:
+            self._without_wait = 0
+            await asyncio.sleep(0)
 
     async def clear(self) -> None:
         """Delete every key of our prefix, those of all limiters that share it: for tests and demos.

@@ -3,7 +3,7 @@
 --- ARGV: request run known_epoch process_id leaves statistics others_in_us
 --- reply: request server_us epoch learning_began learning_us processes rank evicted_keys
 -- An epoch is one run of one server over one data set. Its key holds the server's run id (40 characters), E (16 digits: its name, us,
--- always greater than those before it) and M (16 digits: when processes began to tell what they knew of before, by this server's
+-- always greater than those before it) and M (16 digits: by when processes begin to tell what they knew of before, by this server's
 -- clock; 0 while nobody is known to know of anything). docs/arithmetic.md specifies it under "Repair". `others_in_us`: when others
 -- may try to connect that found nobody a moment ago; they begin to tell then.
 -- Without a process_id nobody is counted, and the numbers of processes and rank are 0: so somebody looks who was counted only just.
@@ -56,7 +56,7 @@ if process ~= '' then
     if all[i] < process then rank = rank + 1 end
   end
 end
--- Unless the clock was set back.
+-- Unless the clock was set back by more than that.
 local learning = began > 0 and began <= now + OTHERS_US and max(0, began + LEARN_US - now) or 0
 -- Who runs Redis with eviction loses what was used, without a word from Redis. To ask costs several times as much as all the rest, so
 -- it is only done now and then. fakeredis has no INFO.
