@@ -27,7 +27,7 @@ from tests.intervals import STRETCH, Bracketed, most_in
 GRACE_US = 50_000
 STEADY_US = 1_000_000  # by so much before the end everything is normal again
 BUCKETS = ("token_bucket", "leaky_bucket")
-LEARN_US = 250_000  # within it of each other all charge what they owe
+LEARN_US = 750_000  # within it of each other all charge what they owe: the first at once, others at their turn
 CHUNK_US = 20_000_000  # two windows of the rules in use
 GROWTH_FILES = 2  # while running; after `aclose` none at all
 

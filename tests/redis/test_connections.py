@@ -149,6 +149,21 @@ async def test_a_certificate_that_nobody_vouches_for_is_refused(secure: RedisSer
             await limiter.check("user")
 
 
+async def test_a_huge_reply_while_connecting_takes_no_time_of_the_loop(redis_server: RedisServer) -> None:
+    """hiredis would make, and give back, a list of 10^9 elements: 2 s in which nothing else runs."""
+    async with Relay(redis_server.socket) as relay:
+        relay.tamper = lambda reply: b"*1000000000\r\n"
+        async with create_limiter(
+            "redis", redis_url=relay.url, rules=[RateThrottleRule("r", 5, 60)], on_outage="deny", deadline=0.1
+        ) as limiter:
+            used_s = time.thread_time()
+            for _ in range(3):
+                assert (await limiter.check("user")).source == "outage"
+                await asyncio.sleep(0.5)
+            assert relay.connections >= 2
+    assert time.thread_time() - used_s < 2  # what hiredis made is given back at the latest when all is closed
+
+
 async def test_an_outage_reads_the_certificates_once(secure: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading them takes tens of milliseconds, in which a loop does nothing else."""
     made: list[Any] = []

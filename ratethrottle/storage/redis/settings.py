@@ -14,6 +14,7 @@ from typing import Any
 import redis
 import redis.asyncio
 import redis.asyncio.sentinel
+from redis._parsers import _AsyncRESP2Parser
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -186,6 +187,9 @@ def own_kwargs(connection_class: type, theirs: Mapping[str, Any], deadline_s: fl
         # a cancellation: the task that was told to end goes on, and who waits for its end waits for ever.
         socket_timeout=None,
     )
+    if not fake:
+        # hiredis makes a list of as many elements as a reply announces, before one has come: of 10^9, seconds of the loop's time.
+        kwargs["parser_class"] = _AsyncRESP2Parser
     for name in ("driver_info", "lib_name", "lib_version", "maint_notifications_config"):
         if name in accepted:
             kwargs[name] = None
