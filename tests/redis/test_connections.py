@@ -161,7 +161,8 @@ async def test_a_huge_reply_while_connecting_takes_no_time_of_the_loop(redis_ser
                 assert (await limiter.check("user")).source == "outage"
                 await asyncio.sleep(0.5)
             assert relay.connections >= 2
-    assert time.thread_time() - used_s < 2  # what hiredis made is given back at the latest when all is closed
+    gc.collect()  # what hiredis made is given back when it pleases the collector
+    assert time.thread_time() - used_s < 2
 
 
 async def test_an_outage_reads_the_certificates_once(secure: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:

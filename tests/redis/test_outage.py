@@ -224,7 +224,7 @@ async def turns_during(limiter: RateThrottleCore, how: str, checks: int) -> int:
     ask = {"check": limiter.check, "peek": limiter.peek, "check_many": lambda key: limiter.check_many([key])}[how]
     other = asyncio.create_task(take_turns())
     for _ in range(checks):
-        with contextlib.suppress(StorageUnavailable):
+        with contextlib.suppress(StorageUnavailable):  # under `raise` it is the answer
             await ask("user")
     other.cancel()
     return turns

@@ -188,7 +188,8 @@ def own_kwargs(connection_class: type, theirs: Mapping[str, Any], deadline_s: fl
         socket_timeout=None,
     )
     if not fake:
-        # hiredis makes a list of as many elements as a reply announces, before one has come: of 10^9, seconds of the loop's time.
+        # For connecting; redis-py has no public name for it. hiredis makes a list of as many elements as a reply announces, before one
+        # has come: to collect one of 10^9 takes seconds of the loop's time.
         kwargs["parser_class"] = _AsyncRESP2Parser
     for name in ("driver_info", "lib_name", "lib_version", "maint_notifications_config"):
         if name in accepted:

@@ -17,7 +17,9 @@ if #KEYS ~= 2 or #ARGV ~= 7 then return refuse('RATETHROTTLE the number of keys 
 if #run ~= 40 or match(run, '%W') then return refuse('RATETHROTTLE a run is 40 letters and digits') end
 if not (known and known >= 0 and known < 9999999999999999 and known % 1 == 0) then return refuse('RATETHROTTLE the epoch is none') end
 if leaves ~= '0' and leaves ~= '1' then return refuse('RATETHROTTLE a process leaves or not') end
-if not (others_in and others_in >= 0 and others_in <= OTHERS_US and others_in % 1 == 0) then return refuse('RATETHROTTLE others come in 1 s at most') end
+if not (others_in and others_in >= 0 and others_in <= OTHERS_US and others_in % 1 == 0) then
+  return refuse('RATETHROTTLE others come in 1 s at most')
+end
 
 local clock = call('TIME')
 local now = clock[1] * 1000000 + clock[2]
