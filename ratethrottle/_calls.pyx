@@ -380,7 +380,6 @@ cdef class Gathering:
     cdef int64_t evicted_before
     cdef int64_t asked_evicted_us
     cdef int64_t counted_us
-    cdef int64_t others_in_us                # for the next beat
     cdef int last_size                       # how many entries the call had that was sent last
     cdef int64_t told_evictions
     cdef Buffer buffer
@@ -677,16 +676,13 @@ cdef class Gathering:
             asks = now_us - self.asked_evicted_us >= EVICTED_US
             self.counted_us = now_us if counts else self.counted_us
             self.asked_evicted_us = now_us if asks else self.asked_evicted_us
-            self.run_errand(Errand("beat", [self.layout.processes_key], [
-                self.knowledge.process_id if counts else b"", b"0", b"1" if asks else b"0", b"%d" % self.others_in_us],
-                self._beaten))
-            self.others_in_us = 0
+            self.run_errand(self.knowledge.beat(b"count" if counts else b"look", asks, self._beaten))
         return 0
 
     def _leave(self):
         """Say that this process goes, so that the shares of the others needn't wait for that."""
         if self._open and self.epoch:
-            self.run_errand(Errand("beat", [self.layout.processes_key], [self.knowledge.process_id, b"1", b"0", b"0"]))
+            self.run_errand(self.knowledge.beat(b"leave", False, None))
 
     def _beaten(self, numbers):
         """Take up the reply to a beat."""
@@ -761,14 +757,18 @@ cdef class Gathering:
             self.queue(pending, now_us)
         return 0
 
+    cdef int64_t quiet_us(self, int64_t now_us) noexcept:
+        """For how long nothing need be said: less where a loss has to be heard of, or that everybody has come."""
+        return WATCH_US if now_us < max(self.knowledge.live_until_us, self.knowledge.learning_until_us) else IDLE_BEAT_US
+
     cdef int wind_beat(self, int64_t now_us) except -1:
-        return self.wind(now_us, now_us + (WATCH_US if now_us < self.knowledge.live_until_us else IDLE_BEAT_US))
+        return self.wind(now_us, now_us + self.quiet_us(now_us))
 
     cdef int beat_if_due(self, int64_t now_us) except -1:
         """Nothing else has been said for a while: see that the store is still there, and still the same."""
         if not self._open or self.epoch == 0 or self.beating:
             return 0
-        if now_us - max(self.heard_us, self.beaten_us) >= (WATCH_US if now_us < self.knowledge.live_until_us else IDLE_BEAT_US) - 1000:
+        if now_us - max(self.heard_us, self.beaten_us) >= self.quiet_us(now_us) - 1000:
             self.beat()
         self.wind_beat(now_us)
         return 0
@@ -1499,12 +1499,11 @@ cdef class Gathering:
 
     # The end of a connection, and of everything:
 
-    def _opened(self, write, dict scripts not None, bytes run not None, int64_t others_in_us=0):
+    def _opened(self, write, dict scripts not None, bytes run not None):
         """There is a connection now, to that run of a server: `write` sends bytes on it.
 
-        scripts: what is loaded there, name -> (sha, text). others_in_us: when those may try that this connection was too early for.
+        scripts: what is loaded there, name -> (sha, text).
         """
-        self.others_in_us = others_in_us
         self.write = write
         self.scripts = scripts
         self.decide_sha, self.decide_text = scripts["decide"]

@@ -107,8 +107,11 @@ cdef class Knowledge:
             self.asserting = self.assertions()
             self.shares.begin()
         self.epoch = epoch
-        if learning_us > 0:
-            self.learning_until_us = max(self.learning_until_us, now_us + learning_us)
+        # Of one epoch it only becomes shorter, when all have come: a reply may be older than another line's.
+        if another or self.learning_until_us <= now_us:
+            self.learning_until_us = now_us + learning_us
+        else:
+            self.learning_until_us = min(self.learning_until_us, now_us + learning_us)
         if count == 0:                       # it was only looked at
             return another
         if count >= self.processes:
@@ -121,6 +124,11 @@ cdef class Knowledge:
             self.fewer_since_us = 0
             self.shares.set_share(count, rank)
         return another
+
+    cdef Errand beat(self, bytes purpose, bint asks, done):
+        """Say that this process is there or leaves, or look which epoch this is, and what was evicted if it `asks`."""
+        return Errand("beat", [self.layout.processes_key], [
+            self.process_id, purpose, b"1" if asks else b"0", b"%d" % self.processes], done)
 
     cdef Errand next_errand(self, int64_t now_us):
         """What the store has to be told next, or None."""

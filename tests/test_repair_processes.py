@@ -16,7 +16,7 @@ from tests.strategies import STRATEGIES
 
 pytestmark = pytest.mark.redis
 
-LEARN_US = 250_000
+OTHERS_US, LEARN_US = 500_000, 250_000
 
 
 class Losing:
@@ -77,6 +77,34 @@ def test_nothing_that_a_living_process_knew_is_granted_again(shared_redis_server
         losing = Losing(client, seed, strategy)
         losing.run()
         check(losing.public, losing.admitted)
+
+
+def served_after_us(client: redis.Redis, seed: int, stopped: bool) -> int:
+    """Three processes know of each other, and Redis loses everything: how long until the last of them is served again.
+
+    stopped: one of them doesn't come.
+    """
+    losing = Losing(client, seed, "token_bucket")
+    world = losing.world
+    while len(world.processes) < 3:
+        Process(world)
+    while any(process.knowledge.processes != 3 for process in world.processes):
+        losing.turn(ask=True)
+    world.store.lose({})
+    lost_at_us = world.t_us
+    if stopped:
+        world.processes.pop()
+    while True:
+        losing.turn(ask=True)
+        if all(process.knowledge.epochs == 1 and process.line.ready for process in world.processes):
+            return world.t_us - lost_at_us
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_once_all_have_come_nobody_waits_for_others(redis_client: redis.Redis, seed: int) -> None:
+    # A turn lasts for up to 60 ms; in one all come, and after one of them learning has ended.
+    assert LEARN_US < served_after_us(redis_client, seed, stopped=False) <= LEARN_US + 3 * 60_000
+    assert served_after_us(redis_client, seed, stopped=True) > OTHERS_US + LEARN_US
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

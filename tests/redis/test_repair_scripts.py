@@ -18,7 +18,7 @@ from tests import intervals
 from tests.clocked import EPOCH, EPOCH_KEY, RUN, ClockedScript, Lease, clocked, epoch_text, make_call, read_state
 from tests.strategies import START_US, STRATEGIES, make_rule
 
-REPAIR_US, LEARN_US, LAPSE_US = 10_000_000, 250_000, 3_000_000
+REPAIR_US, OTHERS_US, LEARN_US, LAPSE_US = 10_000_000, 500_000, 250_000, 3_000_000
 UNKNOWN = -(2**52)
 MINUTE_US = 60_000_000
 NOW_US = START_US - START_US % MINUTE_US + 20_000_000
@@ -481,9 +481,9 @@ class Beats:
         client.delete(EPOCH_KEY)
 
     def __call__(
-        self, now_us: int, known: int, run: str = RUN, process: str = "p", leaves: int = 0, others_in: int = 0
+        self, now_us: int, known: int, run: str = RUN, process: str = "p", purpose: str = "count", processes: int = 9
     ) -> list[int]:
-        reply = self.server.run("beat", ["processes"], now_us, run, known, process, leaves, 0, others_in)
+        reply = self.server.run("beat", ["processes"], now_us, run, known, process, purpose, 0, processes)
         assert reply[0] == now_us
         assert self.client.get(EPOCH_KEY) == f"{run}{reply[1]:016}{reply[2]:016}".encode()
         return reply[1:-1]  # the last is of evicted keys, which no server here has
@@ -493,58 +493,94 @@ def test_an_epoch_is_named_by_the_first_beat_and_learnt_where_one_was_before(scr
     beat = Beats(script_client)
     assert beat(NOW_US, 0) == [NOW_US, 0, 0, 1, 0]
     assert beat(NOW_US + 5, NOW_US) == [NOW_US, 0, 0, 1, 0]
-    # A process that knew an older one.
-    assert beat(NOW_US + 9, NOW_US - 7, process="q") == [NOW_US, NOW_US + 9, LEARN_US, 2, 1]
-    assert beat(NOW_US + 10, NOW_US, process="a") == [NOW_US, NOW_US + 9, LEARN_US - 1, 3, 0]
-    assert beat(NOW_US + 9 + LEARN_US, NOW_US - 7)[2] == 0
+    # A process that knew an older one: others are waited for.
+    began_us, all_us = NOW_US + 9 + OTHERS_US, OTHERS_US + LEARN_US
+    assert beat(NOW_US + 9, NOW_US - 7, process="q") == [NOW_US, began_us, all_us, 1, 0]
+    assert beat(NOW_US + 10, NOW_US - 8, process="a")[:3] == [NOW_US, began_us, all_us - 1]
+    assert beat(NOW_US + 9 + all_us - 1, NOW_US - 7)[2] == 1
+    assert beat(NOW_US + 9 + all_us, NOW_US - 7)[2] == 0
     # Another run, of a clock that is behind.
-    other = RUN[::-1]
-    assert beat(NOW_US - 50, NOW_US, other)[:3] == [NOW_US + 1, NOW_US - 50, LEARN_US]
-    assert beat(NOW_US - 40, 0, other)[:3] == [NOW_US + 1, NOW_US - 50, LEARN_US - 10]
+    other, now_us = RUN[::-1], NOW_US - 50
+    assert beat(now_us, NOW_US, other)[:3] == [NOW_US + 1, now_us + OTHERS_US, all_us]
+    assert beat(now_us + 10, 0, other)[:3] == [NOW_US + 1, now_us + OTHERS_US, all_us - 10]
     # A flush, found by one who knew; and one who comes back from a later epoch that this server never saw.
     script_client.delete(EPOCH_KEY)
-    assert beat(NOW_US + 100, NOW_US + 1, other)[:3] == [NOW_US + 100, NOW_US + 100, LEARN_US]
-    assert beat(NOW_US + 200, NOW_US + 900, other)[:3] == [NOW_US + 901, NOW_US + 200, LEARN_US]
+    assert beat(NOW_US + 100, NOW_US + 1, other)[:3] == [NOW_US + 100, NOW_US + 100 + OTHERS_US, all_us]
+    assert beat(NOW_US + 200, NOW_US + 900, other)[:3] == [NOW_US + 901, NOW_US + 200 + OTHERS_US, all_us]
     # Of one that began long ago nothing is learnt any more.
     script_client.delete(EPOCH_KEY)
     beat(NOW_US, 0)
     assert beat(NOW_US + REPAIR_US, 5)[:3] == [NOW_US, 0, 0]
-
-
-def test_learning_waits_for_those_who_came_too_early(script_client: redis.Redis) -> None:
-    beat = Beats(script_client)
-    assert beat(NOW_US, 0, others_in=400_000) == [NOW_US, 0, 0, 1, 0], "nobody is known to know of anything"
-    for known, run in ((NOW_US - 1, RUN), (NOW_US, RUN[::-1]), (NOW_US + 10**6, RUN)):
-        epoch, began, learning_us = beat(NOW_US + 10, known, run, others_in=400_000)[:3]
-        assert (began, learning_us) == (NOW_US + 400_010, 400_000 + LEARN_US)
-        assert beat(NOW_US + 30, epoch, run)[2] == learning_us - 20
-        script_client.delete(EPOCH_KEY)
-        beat(NOW_US, 0)
-    epoch, _, learning_us = beat(NOW_US, 5, RUN[::-1], others_in=1_000_000)[:3]
-    assert learning_us == 1_000_000 + LEARN_US
     # A clock that was set back far doesn't make it last.
-    assert beat(NOW_US - 1, epoch, RUN[::-1])[2] == 0
-    for others_in in (-1, 1_000_001, 0.5, "x", "nan"):
-        with pytest.raises(redis.ResponseError, match="RATETHROTTLE others"):
-            beat(NOW_US, 0, others_in=others_in)  # type: ignore[arg-type]  # the test
+    epoch, _, learning_us = beat(NOW_US, 5, other)[:3]
+    assert learning_us == all_us
+    assert beat(NOW_US - 1, epoch, other)[2] == 0
+
+
+@pytest.mark.parametrize("purpose", ["count", "look"])
+def test_once_as_many_have_come_as_were_known_nobody_else_is_waited_for(script_client: redis.Redis, purpose: str) -> None:
+    beat = Beats(script_client)
+    known = NOW_US - 10**6
+    epoch, began_us, _, *ranked = beat(NOW_US, known, process="b", purpose=purpose, processes=3)
+    assert (epoch, began_us, ranked) == (NOW_US, NOW_US + OTHERS_US, [1, 0])
+    # Newcomers have nothing to tell, and who came already isn't another one.
+    assert beat(NOW_US + 1, 0, process="new")[1:] == [began_us, OTHERS_US + LEARN_US - 1, 0, 0]
+    assert beat(NOW_US + 2, epoch, process="new", processes=1)[1:] == [began_us, OTHERS_US + LEARN_US - 2, 0, 0]
+    assert beat(NOW_US + 3, epoch, process="b", processes=1)[1:] == [began_us, OTHERS_US + LEARN_US - 3, 1, 0]
+    assert beat(NOW_US + 4, known, process="b", purpose=purpose, processes=3)[1] == began_us
+    assert beat(NOW_US + 5, epoch, process="b", purpose="look")[1:] == [began_us, OTHERS_US + LEARN_US - 5, 0, 0]
+    # Nor does it count who hears no number of processes, or leaves.
+    assert beat(NOW_US + 6, known, process="a", purpose=purpose, processes=0)[1:] == [began_us, OTHERS_US + LEARN_US - 6, 2, 0]
+    assert beat(NOW_US + 7, known, process="a", purpose="leave", processes=1)[1:] == [began_us, OTHERS_US + LEARN_US - 7, 0, 0]
+    assert beat(NOW_US + 8, known, process="a", purpose=purpose, processes=3)[1] == began_us
+    # The third.
+    assert beat(NOW_US + 9, known, process="c", purpose=purpose, processes=3)[1:] == [NOW_US + 9, LEARN_US, 3, 2]
+    assert beat(NOW_US + 10, epoch, process="b", processes=1)[1:] == [NOW_US + 9, LEARN_US - 1, 3, 1]
+    # From now on all are counted; and who comes later doesn't begin again.
+    assert beat(NOW_US + 11, epoch, process="new")[1:] == [NOW_US + 9, LEARN_US - 2, 4, 3]
+    assert beat(NOW_US + 12, known, process="d", processes=3)[1:] == [NOW_US + 9, LEARN_US - 3, 5, 3]
+
+
+def test_who_was_alone_waits_for_nobody(script_client: redis.Redis) -> None:
+    beat = Beats(script_client)
+    assert beat(NOW_US, NOW_US - 7, processes=1) == [NOW_US, NOW_US, LEARN_US, 1, 0]
+    # Whom another server counted comes with it, and hasn't come.
+    script_client.zadd("processes", {"x": NOW_US, "y": NOW_US})
+    assert beat(NOW_US + 1, NOW_US, RUN[::-1], processes=2)[1:] == [NOW_US + 1 + OTHERS_US, OTHERS_US + LEARN_US, 1, 0]
 
 
 def test_processes_lapse_leave_and_have_a_rank(script_client: redis.Redis) -> None:
     beat = Beats(script_client)
     assert [beat(NOW_US + i, 0, process=name)[3:] for i, name in enumerate("cab")] == [[1, 0], [2, 0], [3, 1]]
     assert beat(NOW_US + 10, 0, process="c")[3:] == [3, 2]
-    assert beat(NOW_US + 20, 0, process="a", leaves=1)[3:] == [2, 0]
-    assert beat(NOW_US + 10 + LAPSE_US, 0, process="d")[3:] == [2, 1]
-    assert beat(NOW_US + 11 + LAPSE_US, 0, process="d")[3:] == [1, 0]
+    assert beat(NOW_US + 15, 0, process="c", purpose="look")[3:] == [0, 0]
+    assert beat(NOW_US + 20, 0, process="a", purpose="leave")[3:] == [0, 0]
+    assert beat(NOW_US + 21, 0, process="b")[3:] == [2, 0]
+    assert beat(NOW_US + 10 + LAPSE_US, 0, process="d")[3:] == [3, 2]
+    assert beat(NOW_US + 22 + LAPSE_US, 0, process="d")[3:] == [1, 0]
     assert beat(NOW_US - 10**9, 0, process="e")[3:] == [1, 0], "the clock was set back"
     assert 0 < script_client.pttl("processes") <= LAPSE_US // 1_000
+
+
+def test_a_beat_that_is_none_is_refused_and_nothing_is_written(script_client: redis.Redis) -> None:
+    beat = Beats(script_client)
+    good: list[Any] = [RUN, 7, "p", "count", 0, 3]
+    for place, wrong in ((0, RUN[1:]), (0, RUN[1:] + "-"), (2, ""), (3, "leaves"), (3, "")):
+        with pytest.raises(redis.ResponseError, match="RATETHROTTLE"):
+            beat.server.run("beat", ["processes"], NOW_US, *good[:place], wrong, *good[place + 1 :])
+    for place in (1, 5):
+        for number in (-1, 0.5, "x", "nan", ""):
+            with pytest.raises(redis.ResponseError, match="RATETHROTTLE"):
+                beat.server.run("beat", ["processes"], NOW_US, *good[:place], number, *good[place + 1 :])
+    assert script_client.keys() == []
+    beat.server.run("beat", ["processes"], NOW_US, *good)
 
 
 def test_what_is_no_epoch_or_no_set_is_replaced(script_client: redis.Redis) -> None:
     beat = Beats(script_client)
     for junk in ("", "x", RUN, epoch_text(5, 5) + "0", epoch_text(5, 5)[:-1] + "x"):
         script_client.set(EPOCH_KEY, junk)
-        assert beat(NOW_US, 7)[:3] == [NOW_US, NOW_US, LEARN_US]
+        assert beat(NOW_US, 7)[:3] == [NOW_US, NOW_US + OTHERS_US, OTHERS_US + LEARN_US]
     script_client.delete(EPOCH_KEY, "processes")
     script_client.rpush(EPOCH_KEY, 1)
     script_client.rpush("processes", 1)

@@ -124,8 +124,6 @@ class Line(Gathering):
 
     async def _open_connection(self) -> None:
         wait_s = self._attempts.wait_s()
-        # At once: then another process may have found nobody a moment ago, and waits for its turn now; unless all come for a new master.
-        early = not wait_s and not self._stale
         if wait_s:
             # Where the deadline leaves it the time, a check waits rather than being decided without Redis. A refusal stays one.
             if not self.away and not isinstance(self.reason, StorageRefused) and wait_s > self._deadline_s / 2:
@@ -154,7 +152,7 @@ class Line(Gathering):
         self._receiver = Receiver(self._received, self._lost)
         wire = take_over(connection, self._receiver)
         scripts = {name: (script(name).sha(self._shebang), script(name).body(self._shebang)) for name in SCRIPTS}
-        self._opened(wire.write, scripts, run, round(EVERY_S * 1e6) if early else 0)
+        self._opened(wire.write, scripts, run)
 
     async def _reach(self) -> tuple[AbstractConnection, bytes]:
         """Connect and load the scripts; returns the connection, and which run of the server this is."""

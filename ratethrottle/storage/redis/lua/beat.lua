@@ -1,63 +1,75 @@
 --- Names the epoch, and counts the processes that are there.
 --- KEYS: epoch_key processes_key
---- ARGV: request run known_epoch process_id leaves statistics others_in_us
+--- ARGV: request run known_epoch process_id purpose statistics known_processes
 --- reply: request server_us epoch learning_began learning_us processes rank evicted_keys
 -- An epoch is one run of one server over one data set. Its key holds the server's run id (40 characters), E (16 digits: its name, us,
--- always greater than those before it) and M (16 digits: by when processes begin to tell what they knew of before, by this server's
--- clock; 0 while nobody is known to know of anything). docs/arithmetic.md specifies it under "Repair". `others_in_us`: when others
--- may try to connect that found nobody a moment ago; they begin to tell then.
--- Without a process_id nobody is counted, and the numbers of processes and rank are 0: so somebody looks who was counted only just.
-local LEARN_US, REPAIR_US, LAPSE_US, OTHERS_US = 250000, 10000000, 3000000, 1000000
+-- always greater than those before it) and M (16 digits: by when all have begun to tell what they knew of before, by this server's
+-- clock; 0 while nobody is known to know of anything). docs/arithmetic.md specifies it under "Repair".
+-- purpose: `count` (the process), `leave`, or `look`, if it was counted only just: then the numbers of processes and rank are 0, as
+-- they are for who isn't counted. known_processes: how many shared the limits in the epoch that it knows, 0 if that is unknown.
+local LEARN_US, REPAIR_US, LAPSE_US, OTHERS_US = 250000, 10000000, 3000000, 500000
 local max, match, format, call = math.max, string.match, string.format, redis.call
 local KEYS, ARGV, refuse = KEYS, ARGV, redis.error_reply
-local request, run, known, process, leaves = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5]
-local others_in = tonumber(ARGV[7])
+local request, run, known, process, purpose = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5]
+local processes = tonumber(ARGV[7])
 if not request or request == '' then return refuse('RATETHROTTLE no request id') end
 if #KEYS ~= 2 or #ARGV ~= 7 then return refuse('RATETHROTTLE the number of keys or arguments is wrong') end
 if #run ~= 40 or match(run, '%W') then return refuse('RATETHROTTLE a run is 40 letters and digits') end
 if not (known and known >= 0 and known < 9999999999999999 and known % 1 == 0) then return refuse('RATETHROTTLE the epoch is none') end
-if leaves ~= '0' and leaves ~= '1' then return refuse('RATETHROTTLE a process leaves or not') end
-if not (others_in and others_in >= 0 and others_in <= OTHERS_US and others_in % 1 == 0) then
-  return refuse('RATETHROTTLE others come in 1 s at most')
+if process == '' then return refuse('RATETHROTTLE no process id') end
+if purpose ~= 'count' and purpose ~= 'look' and purpose ~= 'leave' then
+  return refuse('RATETHROTTLE a process is counted, looks or leaves')
 end
+if not (processes and processes >= 0 and processes % 1 == 0) then return refuse('RATETHROTTLE the number of processes is none') end
 
 local clock = call('TIME')
 local now = clock[1] * 1000000 + clock[2]
 -- MGET takes what is no text for absent, where GET would fail for ever.
 local value = call('MGET', KEYS[1])[1] or ''
 local theirs, epoch, began = match(value, '^(%w+)(%d%d%d%d%d%d%d%d%d%d%d%d%d%d%d%d)(%d%d%d%d%d%d%d%d%d%d%d%d%d%d%d%d)$')
-local before = value
+local before, place = value, KEYS[2]
+if call('TYPE', place).ok ~= 'zset' then call('DEL', place) end
+local learns = false
 if not theirs or #value ~= 72 then
-  epoch, began = max(now, known + 1), known > 0 and now + others_in or 0
+  epoch, began, learns = max(now, known + 1), 0, known > 0
 elseif theirs ~= run or known > epoch + 0 then
   -- Or a process comes from a later epoch to a server that has seen nothing of it.
-  epoch, began = max(now, epoch + 1, known + 1), now + others_in
+  epoch, learns = max(now, epoch + 1, known + 1), true
 else
   epoch, began = epoch + 0, began + 0
   -- A process that knew an older epoch comes to one that was taken for the first: what was granted meanwhile counts as since.
-  if known > 0 and known < epoch and began == 0 and now - epoch < REPAIR_US then began = now + others_in end
+  learns = known > 0 and known < epoch and began == 0 and now - epoch < REPAIR_US
 end
-value = run .. format('%016.0f%016.0f', epoch, began)
-if value ~= before then call('SET', KEYS[1], value) end
+if learns then
+  -- Who found nobody a moment ago comes at his next turn. Until then only those are counted who have something to tell.
+  began = now + OTHERS_US
+  call('DEL', place)
+end
 
-local members, rank = 0, 0
-if process ~= '' then
-  local place = KEYS[2]
-  if call('TYPE', place).ok ~= 'zset' then call('DEL', place) end
-  if leaves == '1' then
+local comes, waits, members, rank = known > 0 and known < epoch, began > now and began <= now + OTHERS_US, 0, 0
+if purpose ~= 'look' or comes then
+  if purpose == 'leave' then
     call('ZREM', place, process)
-  else
+  elseif comes or not waits then
     call('ZADD', place, format('%.0f', now), process)
+  else
+    call('ZADD', place, 'XX', format('%.0f', now), process)
   end
   call('ZREMRANGEBYSCORE', place, '-inf', format('(%.0f', now - LAPSE_US))
   call('ZREMRANGEBYSCORE', place, format('(%.0f', now + LAPSE_US), '+inf')
   call('PEXPIRE', place, format('%.0f', LAPSE_US / 1000))
-  local all = call('ZRANGE', place, 0, -1)
-  members = #all
-  for i = 1, members do
+  local all, counted = call('ZRANGE', place, 0, -1), false
+  for i = 1, #all do
+    counted = counted or all[i] == process
     if all[i] < process then rank = rank + 1 end
   end
+  if counted then members = #all else rank = 0 end
 end
+-- Nobody else is to come.
+if comes and waits and processes > 0 and members >= processes then began = now end
+value = run .. format('%016.0f%016.0f', epoch, began)
+if value ~= before then call('SET', KEYS[1], value) end
+
 -- Unless the clock was set back by more than that.
 local learning = began > 0 and began <= now + OTHERS_US and max(0, began + LEARN_US - now) or 0
 -- Who runs Redis with eviction loses what was used, without a word from Redis. To ask costs several times as much as all the rest, so
