@@ -111,6 +111,9 @@ def test_help_helps_and_bad_numbers_are_refused() -> None:
 @contextmanager
 def running(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     """A demo that is under way."""
+    # A shell has what it runs in the background ignore Ctrl-C, and that is inherited: by these tests, and by what they start.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen([*COMMAND, "demo", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
