@@ -42,7 +42,7 @@ def test_loops_that_were_closed_without_ending_their_tasks_leave_room(redis_serv
             assert loop.run_until_complete(limiter.check("user")).source == "redis"
             loop.close()
         asyncio.run(limiter.aclose())
-        del limiter
+        del limiter, loop
         gc.collect()
 
 
