@@ -14,7 +14,7 @@ from ratethrottle import RateThrottleCore, RateThrottleRule, create_limiter
 from tests.servers import RedisServer
 
 SCRIPTS = ("evalsha", "eval", "evalsha_ro", "eval_ro", "fcall")
-WRITES = ("set", "psetex", "setex", "del", "unlink", "getset", "incrby", "expire", "pexpire")
+WRITES = ("set", "setrange", "psetex", "setex", "del", "unlink", "getset", "incrby", "expire", "pexpire")
 
 
 @dataclass(frozen=True)

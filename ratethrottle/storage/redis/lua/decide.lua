@@ -88,8 +88,9 @@ local rules, wrong = read_rules(6, rule_count)
 if not rules then return refuse(wrong) end
 
 -- By place in KEYS: the state as text, false if there is none; until when it counts, where that is known; and for what was written,
--- how long.
+-- how long. `partly`: of some only numbers change, within the text and for as long as it has; then what they are now, and where.
 local states, ends, resets = call('MGET', unpack(KEYS)), {nil}, {nil}
+local partly, numbers, places = false, {nil}, {nil}
 if states[1] ~= ARGV[3] then return {request, -1} end
 if not enter(ARGV[3]) then return refuse('RATETHROTTLE the epoch is none') end
 -- The nils make room, so that the table doesn't grow twice for one answer.
@@ -117,139 +118,167 @@ for i = 1, run_count + lease_count do
   rule = rules[rule]
   local kind, cap, alone = rule.kind, rule.cap, rule.alone
   local skip = #alone
+  local adds = kind == 's' and rule.q > 1 and consumes and not is_lease and repair_us == 0
+  local asked, q, window, digits, modulus = count * cost, rule.q, rule.window, rule.digits, rule.modulus
+  local ahead_us = adds and window / 8 + q
 
   for k = key + 1, last_key + 1 do
     entries = entries + 1
-    -- Most states are the rule's own view alone; `read` takes the others.
-    local state, head, own, other, changed, derived, h = states[k], '1;', nil, nil, false, false, nil
-    if not state then
-      own = rule
-      if kind == 'b' then rule.level, rule.t = 0, now
-      elseif kind == 's' then rule.n, rule.total = 0, 0
-      else rule.start, rule.cur, rule.prev = now - now % rule.window, 0, 0 end
-    elseif sub(state, 1, skip) == alone then
-      if kind == 'b' then
-        local level, t = match(state, '^([0-9]+),([0-9]+);$', skip + 1)
-        if t then own, rule.level, rule.t = rule, level + 0, t + 0 end
-      elseif kind == 's' then
-        if read_window(rule, state, skip + 1) == #state + 1 then
-          own = rule
-          if rule.n > 0 and not resets[k] then ends[k] = rule.last + rule.window end
-        end
-      elseif kind == 'f' then
-        local start, cur = match(state, '^([0-9]+),([0-9]+);$', skip + 1)
-        if cur then
-          own, rule.start, rule.cur = rule, start + 0, cur + 0
-          if rule.cur > 0 and not resets[k] then ends[k] = rule.start + rule.window end
-        end
-      else
-        local start, cur, prev = match(state, '^([0-9]+),([0-9]+),([0-9]+);$', skip + 1)
-        if prev then
-          own, rule.start, rule.cur, rule.prev = rule, start + 0, cur + 0, prev + 0
-          if rule.cur > 0 and not resets[k] then ends[k] = rule.start + 2 * rule.window end
-        end
-      end
+    local state, room, first, last = states[k], nil, nil, nil
+    if partly and numbers[k] then
+      state = sub(state, 1, places[k]) .. numbers[k] .. sub(state, places[k] + #numbers[k] + 1)
+      states[k] = state
     end
-    if not own then
-      head, own, other, changed, derived = read(state, rule)
-      if not head then return refuse('RATETHROTTLE a key holds a state that is not of this version') end
-    end
-    if roll(own) then changed = true end
-    if repair_us > 0 or head ~= '1;' then
-      if not read_header then headers() end
-      h = read_header(head, own, other)
-      if h.generation > 0 then
-        generations = generations or {nil}
-        generations[reset_count + 1], generations[reset_count + 2] = entries, h.generation
-        reset_count = reset_count + 2
-      end
-    end
-    -- A view that was derived just now doesn't hold the lease's units as such, nor one that was reset since they were taken.
-    if back > 0 and not derived and not (h and h.generation >= back_us) and give_back(own, rule.lead, back, back_us) then changed = true end
-
-    -- Units that are free; negative if a limit was lowered.
-    local free
-    if kind == 'b' then
-      free = cap * own.unit - own.level
-      free = (free - free % own.unit) / own.unit
-    elseif kind == 's' then
-      free = cap - own.total
-    elseif kind == 'f' then
-      free = cap - own.cur
-    else
-      local span, past, cur, prev = rule.span, now - own.start, own.cur, own.prev
-      if cur > cap then cur = cap end
-      if prev > cap then prev = cap end
-      free = (cap - cur) * span - prev * (span - floor(past / rule.coarse))
-      free = (free - free % span) / span
-    end
-    local granted, ahead, units = count, 0, count * cost
-    if units > free then
-      granted = free > 0 and floor(free / cost) or 0
-      units = granted * cost
-    end
-    if not consumes then
-      granted = min(granted, 1)
-    else
-      if wanted > 0 and granted == count then ahead = min(wanted, max(0, floor((free - units) / 8))) end
-      if units + ahead > 0 then
-        charge(own, units, ahead)
-        own.name, changed = rule.name, true
-        if h then h.granted = min(h.granted + units + ahead, UNITS_MAX) end
-        if other and other.kind == 'b' then
-          -- A definition never owes more than its capacity for what another one admitted.
-          other.level = min(other.level + min(units + ahead, other.cap) * other.unit, max(other.level, other.cap * other.unit))
-        elseif other then
-          charge(other, units, ahead)
-        end
-      end
-      if changed then
-        if h then head = print_header(h) end
-        local reset, text
-        if other then
-          reset, text = print_state(head, own, other)
-        else
-          -- The same, without the call.
-          local fields, kept, more, last
-          reset, fields, kept, more, last = print_view(own)
-          text = head .. own.name .. fields .. kept .. more .. last
-        end
-        if h and h.keep > reset then reset = h.keep end
-        states[k], resets[k] = reset > 0 and text, reset
-      end
-    end
-
-    reply[filled + 1] = granted
-    if kind == 'b' then
-      reply[filled + 2] = own.level
-      filled = filled + 2
-    elseif kind == 's' then
-      local first, retry, reset = 0, 0, 0
-      if granted < count then
-        retry = -1
-        if cost <= cap then
-          -- When enough has left, from the oldest on.
-          local excess, j = own.total + cost - cap, 0
-          while excess > 0 do
-            excess = excess - units_of(own, j)
-            j = j + 1
+    -- Most checks of a window count in its newest slot, and none of the older ones has left: what they hold isn't touched then.
+    if adds and state and not resets[k] and sub(state, 1, skip) == alone then
+      local total, slot, held, width, from = match(state, '^([0-9]+),([0-9]+),([0-9]+),([0-9]+),()', skip + 1)
+      local size = #state
+      if from and find(state, ';', from, true) == size and (size - from) % (digits + width) == 0 then
+        last, total, held = slot * q - now, total + asked, held + asked
+        first = from < size and last - (slot - sub(state, from, from + digits - 1)) % modulus * q or last
+        if last > 0 and last <= ahead_us and first + window > 0 and total <= cap then
+          local text = format('%d,%d,%d,%d,', total, slot, held, width)
+          if #text == from - skip - 1 then
+            partly, numbers[k], places[k], room = true, text, rule.place, total
           end
-          retry = j > 0 and at_of(own, j - 1) + own.window - now or 0
         end
       end
-      if own.n > 0 then first, reset = own.first + own.window - now, own.last + own.window - now end
-      reply[filled + 2], reply[filled + 3], reply[filled + 4], reply[filled + 5] = own.total, first, retry, reset
-      filled = filled + 5
-    elseif kind == 'f' then
-      reply[filled + 2], reply[filled + 3] = own.cur, now - own.start
-      filled = filled + 3
-    else
-      reply[filled + 2], reply[filled + 3], reply[filled + 4] = own.cur, own.prev, now - own.start
-      filled = filled + 4
     end
-    if is_lease then
-      filled = filled + 1
-      reply[filled] = ahead
+    if room then
+      reply[filled + 1], reply[filled + 2], reply[filled + 3] = count, room, first + window
+      reply[filled + 4], reply[filled + 5], filled = 0, last + window, filled + 5
+    else
+      -- Most states are the rule's own view alone; `read` takes the others.
+      local head, own, other, changed, derived, h = '1;', nil, nil, false, false, nil
+      if not state then
+        own = rule
+        if kind == 'b' then rule.level, rule.t = 0, now
+        elseif kind == 's' then rule.n, rule.total = 0, 0
+        else rule.start, rule.cur, rule.prev = now - now % rule.window, 0, 0 end
+      elseif sub(state, 1, skip) == alone then
+        if kind == 'b' then
+          local level, t = match(state, '^([0-9]+),([0-9]+);$', skip + 1)
+          if t then own, rule.level, rule.t = rule, level + 0, t + 0 end
+        elseif kind == 's' then
+          if read_window(rule, state, skip + 1) == #state + 1 then
+            own = rule
+            if rule.n > 0 and not resets[k] then ends[k] = rule.last + rule.window end
+          end
+        elseif kind == 'f' then
+          local start, cur = match(state, '^([0-9]+),([0-9]+);$', skip + 1)
+          if cur then
+            own, rule.start, rule.cur = rule, start + 0, cur + 0
+            if rule.cur > 0 and not resets[k] then ends[k] = rule.start + rule.window end
+          end
+        else
+          local start, cur, prev = match(state, '^([0-9]+),([0-9]+),([0-9]+);$', skip + 1)
+          if prev then
+            own, rule.start, rule.cur, rule.prev = rule, start + 0, cur + 0, prev + 0
+            if rule.cur > 0 and not resets[k] then ends[k] = rule.start + 2 * rule.window end
+          end
+        end
+      end
+      if not own then
+        head, own, other, changed, derived = read(state, rule)
+        if not head then return refuse('RATETHROTTLE a key holds a state that is not of this version') end
+      end
+      if roll(own) then changed = true end
+      if repair_us > 0 or head ~= '1;' then
+        if not read_header then headers() end
+        h = read_header(head, own, other)
+        if h.generation > 0 then
+          generations = generations or {nil}
+          generations[reset_count + 1], generations[reset_count + 2] = entries, h.generation
+          reset_count = reset_count + 2
+        end
+      end
+      -- A view that was derived just now doesn't hold the lease's units as such, nor one that was reset since they were taken.
+      if back > 0 and not derived and not (h and h.generation >= back_us) and give_back(own, rule.lead, back, back_us) then changed = true end
+
+      -- Units that are free; negative if a limit was lowered.
+      local free
+      if kind == 'b' then
+        free = cap * own.unit - own.level
+        free = (free - free % own.unit) / own.unit
+      elseif kind == 's' then
+        free = cap - own.total
+      elseif kind == 'f' then
+        free = cap - own.cur
+      else
+        local span, past, cur, prev = rule.span, now - own.start, own.cur, own.prev
+        if cur > cap then cur = cap end
+        if prev > cap then prev = cap end
+        free = (cap - cur) * span - prev * (span - floor(past / rule.coarse))
+        free = (free - free % span) / span
+      end
+      local granted, ahead, units = count, 0, asked
+      if units > free then
+        granted = free > 0 and floor(free / cost) or 0
+        units = granted * cost
+      end
+      if not consumes then
+        granted = min(granted, 1)
+      else
+        if wanted > 0 and granted == count then ahead = min(wanted, max(0, floor((free - units) / 8))) end
+        if units + ahead > 0 then
+          charge(own, units, ahead)
+          own.name, changed = rule.name, true
+          if h then h.granted = min(h.granted + units + ahead, UNITS_MAX) end
+          if other and other.kind == 'b' then
+            -- A definition never owes more than its capacity for what another one admitted.
+            other.level = min(other.level + min(units + ahead, other.cap) * other.unit, max(other.level, other.cap * other.unit))
+          elseif other then
+            charge(other, units, ahead)
+          end
+        end
+        if changed then
+          if h then head = print_header(h) end
+          local reset, text
+          if other then
+            reset, text = print_state(head, own, other)
+          else
+            -- The same, without the call.
+            local fields, kept, more, last
+            reset, fields, kept, more, last = print_view(own)
+            text = head .. own.name .. fields .. kept .. more .. last
+          end
+          if h and h.keep > reset then reset = h.keep end
+          states[k], resets[k], numbers[k] = reset > 0 and text, reset, nil
+        end
+      end
+
+      reply[filled + 1] = granted
+      if kind == 'b' then
+        reply[filled + 2] = own.level
+        filled = filled + 2
+      elseif kind == 's' then
+        local first, retry, reset = 0, 0, 0
+        if granted < count then
+          retry = -1
+          if cost <= cap then
+            -- When enough has left, from the oldest on.
+            local excess, j = own.total + cost - cap, 0
+            while excess > 0 do
+              excess = excess - units_of(own, j)
+              j = j + 1
+            end
+            retry = j > 0 and at_of(own, j - 1) + own.window - now or 0
+          end
+        end
+        if own.n > 0 then first, reset = own.first + own.window - now, own.last + own.window - now end
+        reply[filled + 2], reply[filled + 3], reply[filled + 4], reply[filled + 5] = own.total, first, retry, reset
+        filled = filled + 5
+      elseif kind == 'f' then
+        reply[filled + 2], reply[filled + 3] = own.cur, now - own.start
+        filled = filled + 3
+      else
+        reply[filled + 2], reply[filled + 3], reply[filled + 4] = own.cur, own.prev, now - own.start
+        filled = filled + 4
+      end
+      if is_lease then
+        filled = filled + 1
+        reply[filled] = ahead
+      end
     end
   end
 end
@@ -259,7 +288,9 @@ for i = 1, reset_count do reply[filled + i] = generations[i] end
 local expiry_ms, expiry_of = nil, nil
 for k = 2, key_count + 1 do
   local reset = resets[k]
-  if reset == 0 then
+  if partly and numbers[k] then
+    call('SETRANGE', KEYS[k], places[k], numbers[k])
+  elseif reset == 0 then
     call('DEL', KEYS[k])
   elseif reset and ends[k] == now + reset then
     -- The key expires when it must already, and to leave that alone costs two thirds of setting it.

@@ -404,6 +404,7 @@ local function read_rules(at, rule_count)
     end
     if not rule then return nil, 'RATETHROTTLE a rule does not fit its kind' end
     rule.alone = '1;' .. rule.name
+    rule.place = format('%d', #rule.alone)
     rules[r], at = rule, at + 8
   end
   return rules
