@@ -1115,8 +1115,8 @@ cdef class Gathering:
             if self.woken and (not whole or current_task(self.loop) is not None):
                 self.call_soon(self._step, context=self.context)
         self.unpark()
-        # First what waits already: it is decided while those are stepped who have their answer.
-        self._flush()
+        # First what waits already: it is decided while those are stepped who have their answer, who then ask for as much again.
+        self._flush(whole=2 * len(self.woken) >= self.waiting.count)
         if self.woken and current_task(self.loop) is None:
             try:
                 self._step()
