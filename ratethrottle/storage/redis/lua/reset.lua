@@ -16,7 +16,7 @@ end
 local states, reply = call('MGET', unpack(KEYS)), {request, now}
 if states[1] ~= ARGV[2] then return {request, -1} end
 if not enter(ARGV[2]) then return refuse('RATETHROTTLE the epoch is none') end
-headers()
+views()
 
 for k = 2, key_count + 1 do
   local key, head = KEYS[k], states[k] and match(states[k], '^1[^;]*;') or '1;'

@@ -28,187 +28,6 @@ end
 local clock = call('TIME')
 local now = clock[1] * 1000000 + clock[2]
 
--- A view is a table: `kind`, `name` (the text of its definition) and
---   b: unit, drain, cap, level, t
---   f, c: window, start, cur, prev
---   s: window, q, digits, modulus, total, n, first, last, units, width, text, from, kept, more, slot (where what comes now counts
---      from), head (what is taken ahead)
--- A sliding window has n entries, in ascending order. The newest is `last` (us) and `units`; `first` is the oldest one's us. All but
--- the newest stay text, as only those that leave are ever looked at: `digits` of the slot's number, modulo `modulus`, and `width` of
--- the units; first `kept` of them where they were read, in `text` from `from` on, then `more`, what came since. No two entries of a
--- view are as many slots apart as the modulus, so the newest tells which of the equal ones is meant. The server copies a state half a
--- dozen times for a decision: hence so few digits.
-local function place_of(v, i)
-  local step = v.digits + v.width
-  if i < v.kept then return v.text, v.from + i * step end
-  return v.more, (i - v.kept) * step + 1
-end
-
-local function at_of(v, i)
-  local last, q = v.last, v.q
-  if i == v.n - 1 then return last end
-  local text, from = place_of(v, i)
-  return last - (last / q - sub(text, from, from + v.digits - 1)) % v.modulus * q
-end
-
-local function units_of(v, i)
-  if i == v.n - 1 then return v.units end
-  local text, from = place_of(v, i)
-  from = from + v.digits
-  return sub(text, from, from + v.width - 1) + 0
-end
-
--- Makes the older entries one text.
-local function join(v)
-  v.text = sub(v.text, v.from, v.from + v.kept * (v.digits + v.width) - 1) .. v.more
-  v.from, v.kept, v.more = 1, v.n - 1, ''
-end
-
--- Drops the oldest entries, of a view with nothing in `more`.
-local function drop(v, gone)
-  v.n, v.kept, v.from = v.n - gone, v.kept - gone, v.from + gone * (v.digits + v.width)
-end
-
--- Has the older entries hold units of so many digits. That stays so until the view is empty, or a count about a power of ten would
--- have them all written again and again.
-local function widen(v, width)
-  local more = width - v.width
-  if more <= 0 then return end
-  join(v)
-  v.text = gsub(v.text, '(' .. repeated('.', v.digits) .. ')(' .. repeated('.', v.width) .. ')', '%1' .. repeated('0', more) .. '%2')
-  v.width = width
-end
-
--- Changes the units of an entry to fewer, of a view with nothing in `more`.
-local function set_units(v, i, units)
-  if i == v.n - 1 then
-    v.units = units
-  else
-    local text, from = place_of(v, i)
-    from = from + v.digits
-    v.text = sub(text, 1, from - 1) .. format(format('%%0%dd', v.width), units) .. sub(text, from + v.width)
-  end
-end
-
-local function slot_end(q, at)
-  if q == 1 then return at end
-  return at - at % q + q
-end
-
--- How far ahead units may count from: a lease, of whatever version, reaches an eighth of the window at most.
-local function reach_end(v)
-  return slot_end(v.q, now + floor(v.window / 8))
-end
-
-local function push(v, at, units)
-  local n = v.n
-  if n > 0 and v.last == at then
-    local both = min(v.units + units, UNITS_MAX)
-    v.total = v.total + both - v.units
-    v.units = both
-  else
-    units = min(units, UNITS_MAX)
-    if n == 0 then
-      v.first, v.kept, v.more, v.width = at, 0, '', 1
-    else
-      widen(v, #format('%d', v.units))
-      v.more = v.more .. format(format('%%0%dd%%0%dd', v.digits, v.width), v.last / v.q % v.modulus, v.units)
-    end
-    v.n, v.last, v.units, v.total = n + 1, at, units, v.total + units
-  end
-  if v.q == 1 and v.total > 64 then
-    local gone, excess = 0, v.total - 64
-    local held = units_of(v, 0)
-    while held <= excess do
-      excess = excess - held
-      gone = gone + 1
-      held = units_of(v, gone)
-    end
-    join(v)
-    drop(v, gone)
-    v.first, v.total = at_of(v, 0), 64
-    set_units(v, 0, held - excess)
-  end
-end
-
--- Brings a view to now; true if the clock had stepped backwards. Done again at the same time it changes nothing.
-local function roll(v)
-  local kind = v.kind
-  if kind == 'b' then
-    local past = now - v.t
-    if past < 0 then
-      v.t = now
-      return true
-    end
-    -- From 2^53 on the product is rounded, but stays above every level.
-    local left = v.level - v.drain * past
-    v.level, v.t = left > 0 and left or 0, now
-    return false
-  elseif kind == 's' then
-    local n = v.n
-    if n == 0 then return false end
-    local since, rebased = now - v.window, false
-    if v.last <= since then
-      v.n, v.total = 0, 0
-      return false
-    end
-    local q = v.q
-    -- That is v.last > reach_end(v).
-    if v.last - now > v.window / 8 + (q > 1 and q or 0) then
-      rebased = true
-      local head = reach_end(v)
-      local held = 0
-      while n > 0 and at_of(v, n - 1) >= head do
-        n = n - 1
-        held = held + units_of(v, n)
-      end
-      v.n, v.kept, v.last, v.units = n + 1, n, head, min(held, UNITS_MAX)
-      v.total = v.total - held + v.units
-    end
-    local gone, first = 0, at_of(v, 0)
-    while first <= since do
-      v.total = v.total - units_of(v, gone)
-      gone = gone + 1
-      first = at_of(v, gone)
-    end
-    v.first = first
-    if gone > 0 then drop(v, gone) end
-    return rebased
-  end
-  local start, before = now - now % v.window, v.start
-  if before == start then return false end
-  v.start = start
-  if before > start then return true end
-  if kind == 'c' and before == start - v.window then v.prev = v.cur else v.prev = 0 end
-  v.cur = 0
-  return false
-end
-
--- Returns how long until nothing of a rolled view counts any more, 0 if it is fresh, and the text behind its name, in four pieces.
-local function print_view(v)
-  local kind = v.kind
-  if kind == 'b' then
-    local ticks = v.level + v.drain - 1
-    return (ticks - ticks % v.drain) / v.drain, format('%d,%d;', v.level, v.t), '', '', ''
-  elseif kind == 's' then
-    if v.n == 0 then return 0, '0,0,0,1,', '', '', ';' end
-    return v.last + v.window - now, format('%d,%d,%d,%d,', v.total, v.last / v.q, v.units, v.width),
-      sub(v.text, v.from, v.from + v.kept * (v.digits + v.width) - 1), v.more, ';'
-  end
-  local ends = v.start + v.window - now
-  if kind == 'f' then return v.cur > 0 and ends or 0, format('%d,%d;', v.start, v.cur), '', '', '' end
-  return v.cur > 0 and ends + v.window or v.prev > 0 and ends or 0, format('%d,%d,%d;', v.start, v.cur, v.prev), '', '', ''
-end
-
--- Returns how long until nothing of a state's rolled views counts any more, and the state as text.
-local function print_state(head, own, other)
-  local reset, fields, text, more, last = print_view(own)
-  if not other then return reset, head .. own.name .. fields .. text .. more .. last end
-  local other_reset, other_fields, other_text, other_more, other_last = print_view(other)
-  return max(reset, other_reset), head .. own.name .. fields .. text .. more .. last
-    .. other.name .. other_fields .. other_text .. other_more .. other_last
-end
-
 -- The epoch's name, and how long from now on states still note what was granted since it began: 0 in normal operation.
 local epoch, repair_us = 0, 0
 
@@ -225,9 +44,253 @@ local function enter(value)
   return true
 end
 
--- Functions that few calls need, for `headers` to make: each costs every call that makes it.
+-- A view is a table: `kind`, `name` (the text of its definition) and
+--   b: unit, drain, cap, level, t
+--   f, c: window, start, cur, prev
+--   s: window, q, digits, modulus, total, n, first, last, units, width, text, from, kept, more, slot (where what comes now counts
+--      from), head (what is taken ahead)
+-- A sliding window has n entries, in ascending order. The newest is `last` (us) and `units`; `first` is the oldest one's us. All but
+-- the newest stay text, as only those that leave are ever looked at: `digits` of the slot's number, modulo `modulus`, and `width` of
+-- the units; first `kept` of them where they were read, in `text` from `from` on, then `more`, what came since. No two entries of a
+-- view are as many slots apart as the modulus, so the newest tells which of the equal ones is meant. The server copies a state half a
+-- dozen times for a decision: hence so few digits.
+local function slot_end(q, at)
+  if q == 1 then return at end
+  return at - at % q + q
+end
+
+-- How far ahead of now units count at most; from further away the clock was set back.
+local function ahead_of(window, q)
+  return window / 8 + (q > 1 and q or 0)
+end
+
+-- A fresh view of a sliding window. From the oldest entry to the newest it is less than the window, its eighth and a slot.
+local function sliding_view(window, q, lead)
+  local digits = #format('%d', floor((window + window / 8) / q) + 1)
+  return {kind = 's', window = window, q = q, digits = digits, modulus = 10 ^ digits, total = 0, n = 0, first = 0, last = 0, units = 0,
+    width = 1, text = '', from = 1, kept = 0, more = '', slot = slot_end(q, now), head = slot_end(q, now + lead)}
+end
+
+-- A rule is at the same time the view of its definition, for the state at hand: one table serves all keys.
+-- Returns the rules that begin behind ARGV[at]; nothing but what is wrong with them if they are none.
+local function read_rules(at, rule_count)
+  local rules = {nil}
+  for r = 1, rule_count do
+    local kind, rule = ARGV[at + 1], nil
+    local cap, window = number(ARGV[at + 2], 1, 1000000000), number(ARGV[at + 3], 1000, 31622400000000)
+    -- What a kind doesn't have is '0', to the letter.
+    local unit, drain, q, coarse, lead = ARGV[at + 4], ARGV[at + 5], ARGV[at + 6], ARGV[at + 7], ARGV[at + 8]
+    if not (cap and window) then return nil, 'RATETHROTTLE a number of a rule is out of range' end
+    if kind == 'b' then
+      unit, drain = number(unit, 1, TICKS), number(drain, 1, 1000000000)
+      if unit and drain and cap * unit < TICKS and q == '0' and coarse == '0' and lead == '0' then
+        rule = {kind = 'b', cap = cap, unit = unit, drain = drain, name = format('b%d,%d,%d,', unit, drain, cap), level = 0, t = 0}
+      end
+    elseif unit ~= '0' or drain ~= '0' then
+      rule = nil
+    elseif kind == 's' then
+      q, lead = number(q, 1, window), number(lead, 0, window / 8)
+      if q and lead and ((q == 1 and cap <= 64) or q == floor((window + 63) / 64)) and coarse == '0' then
+        rule = sliding_view(window, q, lead)
+        rule.cap, rule.lead, rule.name = cap, lead, format('s%d,%d,', window, q)
+      end
+    elseif kind == 'c' then
+      coarse = number(coarse, 1, window)
+      local span = coarse and floor((window + coarse - 1) / coarse)
+      if span and cap * span < TICKS and q == '0' and lead == '0' then
+        rule = {kind = 'c', cap = cap, window = window, coarse = coarse, span = span, name = format('c%d,', window), start = 0, cur = 0,
+          prev = 0}
+      end
+    elseif kind == 'f' and q == '0' and coarse == '0' and lead == '0' then
+      rule = {kind = 'f', cap = cap, window = window, name = format('f%d,', window), start = 0, cur = 0, prev = 0}
+    end
+    if not rule then return nil, 'RATETHROTTLE a rule does not fit its kind' end
+    -- The state that is this view alone, up to what it holds, and how long that is; and one that holds nothing.
+    rule.alone = '1;' .. rule.name
+    rule.place = format('%d', #rule.alone)
+    if kind == 'b' then
+      rule.fresh = rule.alone .. format('0,%d;', now)
+    elseif kind == 's' then
+      rule.fresh, rule.ahead = rule.alone .. '0,0,0,1,;', ahead_of(window, q)
+    else
+      rule.fresh = rule.alone .. format(kind == 'f' and '%d,0;' or '%d,0,0;', now - now % window)
+    end
+    rules[r], at = rule, at + 8
+  end
+  return rules
+end
+
+-- What follows, few calls need, for `views` to make: each function costs every call that makes it.
+local place_of, at_of, units_of, join, drop, widen, set_units, reach_end, push
+local roll, print_view, print_state, read_window, read
 local reach, read_header, print_header
-local function headers()
+local function views()
+  function place_of(v, i)
+    local step = v.digits + v.width
+    if i < v.kept then return v.text, v.from + i * step end
+    return v.more, (i - v.kept) * step + 1
+  end
+
+  function at_of(v, i)
+    local last, q = v.last, v.q
+    if i == v.n - 1 then return last end
+    local text, from = place_of(v, i)
+    return last - (last / q - sub(text, from, from + v.digits - 1)) % v.modulus * q
+  end
+
+  function units_of(v, i)
+    if i == v.n - 1 then return v.units end
+    local text, from = place_of(v, i)
+    from = from + v.digits
+    return sub(text, from, from + v.width - 1) + 0
+  end
+
+  -- Makes the older entries one text.
+  function join(v)
+    v.text = sub(v.text, v.from, v.from + v.kept * (v.digits + v.width) - 1) .. v.more
+    v.from, v.kept, v.more = 1, v.n - 1, ''
+  end
+
+  -- Drops the oldest entries, of a view with nothing in `more`.
+  function drop(v, gone)
+    v.n, v.kept, v.from = v.n - gone, v.kept - gone, v.from + gone * (v.digits + v.width)
+  end
+
+  -- Has the older entries hold units of so many digits. That stays so until the view is empty, or a count about a power of ten would
+  -- have them all written again and again.
+  function widen(v, width)
+    local more = width - v.width
+    if more <= 0 then return end
+    join(v)
+    v.text = gsub(v.text, '(' .. repeated('.', v.digits) .. ')(' .. repeated('.', v.width) .. ')', '%1' .. repeated('0', more) .. '%2')
+    v.width = width
+  end
+
+  -- Changes the units of an entry to fewer, of a view with nothing in `more`.
+  function set_units(v, i, units)
+    if i == v.n - 1 then
+      v.units = units
+    else
+      local text, from = place_of(v, i)
+      from = from + v.digits
+      v.text = sub(text, 1, from - 1) .. format(format('%%0%dd', v.width), units) .. sub(text, from + v.width)
+    end
+  end
+
+  -- How far ahead units may count from: a lease, of whatever version, reaches an eighth of the window at most.
+  function reach_end(v)
+    return slot_end(v.q, now + floor(v.window / 8))
+  end
+
+  function push(v, at, units)
+    local n = v.n
+    if n > 0 and v.last == at then
+      local both = min(v.units + units, UNITS_MAX)
+      v.total = v.total + both - v.units
+      v.units = both
+    else
+      units = min(units, UNITS_MAX)
+      if n == 0 then
+        v.first, v.kept, v.more, v.width = at, 0, '', 1
+      else
+        widen(v, #format('%d', v.units))
+        v.more = v.more .. format(format('%%0%dd%%0%dd', v.digits, v.width), v.last / v.q % v.modulus, v.units)
+      end
+      v.n, v.last, v.units, v.total = n + 1, at, units, v.total + units
+    end
+    if v.q == 1 and v.total > 64 then
+      local gone, excess = 0, v.total - 64
+      local held = units_of(v, 0)
+      while held <= excess do
+        excess = excess - held
+        gone = gone + 1
+        held = units_of(v, gone)
+      end
+      join(v)
+      drop(v, gone)
+      v.first, v.total = at_of(v, 0), 64
+      set_units(v, 0, held - excess)
+    end
+  end
+
+  -- Brings a view to now; true if the clock had stepped backwards. Done again at the same time it changes nothing.
+  function roll(v)
+    local kind = v.kind
+    if kind == 'b' then
+      local past = now - v.t
+      if past < 0 then
+        v.t = now
+        return true
+      end
+      -- From 2^53 on the product is rounded, but stays above every level.
+      local left = v.level - v.drain * past
+      v.level, v.t = left > 0 and left or 0, now
+      return false
+    elseif kind == 's' then
+      local n = v.n
+      if n == 0 then return false end
+      local since, rebased = now - v.window, false
+      if v.last <= since then
+        v.n, v.total = 0, 0
+        return false
+      end
+      local q = v.q
+      -- That is v.last > reach_end(v).
+      if v.last - now > ahead_of(v.window, q) then
+        rebased = true
+        local head = reach_end(v)
+        local held = 0
+        while n > 0 and at_of(v, n - 1) >= head do
+          n = n - 1
+          held = held + units_of(v, n)
+        end
+        v.n, v.kept, v.last, v.units = n + 1, n, head, min(held, UNITS_MAX)
+        v.total = v.total - held + v.units
+      end
+      local gone, first = 0, at_of(v, 0)
+      while first <= since do
+        v.total = v.total - units_of(v, gone)
+        gone = gone + 1
+        first = at_of(v, gone)
+      end
+      v.first = first
+      if gone > 0 then drop(v, gone) end
+      return rebased
+    end
+    local start, before = now - now % v.window, v.start
+    if before == start then return false end
+    v.start = start
+    if before > start then return true end
+    if kind == 'c' and before == start - v.window then v.prev = v.cur else v.prev = 0 end
+    v.cur = 0
+    return false
+  end
+
+  -- Returns how long until nothing of a rolled view counts any more, 0 if it is fresh, and the text behind its name, in four pieces.
+  function print_view(v)
+    local kind = v.kind
+    if kind == 'b' then
+      local ticks = v.level + v.drain - 1
+      return (ticks - ticks % v.drain) / v.drain, format('%d,%d;', v.level, v.t), '', '', ''
+    elseif kind == 's' then
+      if v.n == 0 then return 0, '0,0,0,1,', '', '', ';' end
+      return v.last + v.window - now, format('%d,%d,%d,%d,', v.total, v.last / v.q, v.units, v.width),
+        sub(v.text, v.from, v.from + v.kept * (v.digits + v.width) - 1), v.more, ';'
+    end
+    local ends = v.start + v.window - now
+    if kind == 'f' then return v.cur > 0 and ends or 0, format('%d,%d;', v.start, v.cur), '', '', '' end
+    return v.cur > 0 and ends + v.window or v.prev > 0 and ends or 0, format('%d,%d,%d;', v.start, v.cur, v.prev), '', '', ''
+  end
+
+  -- Returns how long until nothing of a state's rolled views counts any more, and the state as text.
+  function print_state(head, own, other)
+    local reset, fields, text, more, last = print_view(own)
+    if not other then return reset, head .. own.name .. fields .. text .. more .. last end
+    local other_reset, other_fields, other_text, other_more, other_last = print_view(other)
+    return max(reset, other_reset), head .. own.name .. fields .. text .. more .. last
+      .. other.name .. other_fields .. other_text .. other_more .. other_last
+  end
+
   -- How long what is known of a view may matter to somebody: a bucket may owe twice its capacity.
   function reach(v)
     if v.kind == 'b' then return floor(2 * v.cap * v.unit / v.drain) + 1 end
@@ -267,145 +330,97 @@ local function headers()
     if h.generation > 0 then head = head .. format('g%d', h.generation) end
     return head .. h.rest
   end
-end
 
--- A fresh view of a sliding window. From the oldest entry to the newest it is less than the window, its eighth and a slot.
-local function sliding_view(window, q, lead)
-  local digits = #format('%d', floor((window + window / 8) / q) + 1)
-  return {kind = 's', window = window, q = q, digits = digits, modulus = 10 ^ digits, total = 0, n = 0, first = 0, last = 0, units = 0,
-    width = 1, text = '', from = 1, kept = 0, more = '', slot = slot_end(q, now), head = slot_end(q, now + lead)}
-end
+  -- Reads what stands behind the name of a sliding window. Returns where the next view would begin; nothing if it is none of ours.
+  function read_window(v, state, at)
+    local total, last, units, width, from = match(state, '^([0-9]+),([0-9]+),([0-9]+),([0-9]+),()', at)
+    local ends = from and find(state, ';', from, true)
+    if not ends then return nil end
+    v.total, v.last, v.units, v.width = total + 0, last * v.q, units + 0, width + 0
+    v.text, v.from, v.kept, v.more = state, from, (ends - from) / (v.digits + v.width), ''
+    v.n = v.total > 0 and v.kept + 1 or 0
+    return v.kept % 1 == 0 and ends + 1 or nil
+  end
 
--- Reads what stands behind the name of a sliding window. Returns where the next view would begin; nothing if it is none of ours.
-local function read_window(v, state, at)
-  local total, last, units, width, from = match(state, '^([0-9]+),([0-9]+),([0-9]+),([0-9]+),()', at)
-  local ends = from and find(state, ';', from, true)
-  if not ends then return nil end
-  v.total, v.last, v.units, v.width = total + 0, last * v.q, units + 0, width + 0
-  v.text, v.from, v.kept, v.more = state, from, (ends - from) / (v.digits + v.width), ''
-  v.n = v.total > 0 and v.kept + 1 or 0
-  return v.kept % 1 == 0 and ends + 1 or nil
-end
+  -- Reads a state that is more than the rule's own view alone. Returns its header, the own view, the other one (rolled) or nil,
+  -- whether there is something to write already, and whether the own one was derived; nothing if the state is none of ours.
+  function read(state, rule)
+    local head, at = match(state, '^(1[^;]*;)()')
+    if not head then return nil end
+    local views, size, count = {}, #state, 0
+    while at <= size do
+      local kind, view, name_end, after = sub(state, at, at), nil, nil, nil
+      if kind == 'b' then
+        local unit, drain, cap, level, t
+        unit, drain, cap, name_end, level, t, after = match(state, '^b(%d+),(%d+),(%d+),()(%d+),(%d+);()', at)
+        if not after then return nil end
+        view = {kind = 'b', unit = unit + 0, drain = drain + 0, cap = cap + 0, level = level + 0, t = t + 0}
+        if view.unit < 1 or view.drain < 1 then return nil end
+      elseif kind == 's' then
+        local window, q
+        window, q, name_end = match(state, '^s(%d+),(%d+),()', at)
+        if not name_end or window + 0 < 1 or q + 0 < 1 then return nil end
+        window, q = window + 0, q + 0
+        view = sliding_view(window, q, min(rule.lead or window, floor(window / 8)))
+        after = read_window(view, state, name_end)
+        if not after then return nil end
+      elseif kind == 'f' or kind == 'c' then
+        local window, start, cur, prev
+        window, name_end, start, cur, prev, after = match(state, '^.(%d+),()(%d+),(%d+),?(%d*);()', at)
+        if not after or (prev == '') ~= (kind == 'f') or window + 0 < 1 then return nil end
+        view = {kind = kind, window = window + 0, start = start + 0, cur = cur + 0, prev = kind == 'c' and prev + 0 or 0}
+      else
+        return nil
+      end
+      count = count + 1
+      if count > 2 then return nil end
+      view.name = sub(state, at, name_end - 1)
+      views[count] = view
+      at = after
+    end
 
--- Reads a state that is more than the rule's own view alone. Returns its header, the own view, the other one (rolled) or nil,
--- whether there is something to write already, and whether the own one was derived; nothing if the state is none of ours.
-local function read(state, rule)
-  local head, at = match(state, '^(1[^;]*;)()')
-  if not head then return nil end
-  local views, size, count = {}, #state, 0
-  while at <= size do
-    local kind, view, name_end, after = sub(state, at, at), nil, nil, nil
+    local first, second = views[1], views[2]
+    for i = 1, count do
+      local v = views[i]
+      -- The name of a bucket holds its capacity too, and that doesn't make it another one.
+      if v.name == rule.name or v.kind == 'b' and rule.kind == 'b' and v.unit == rule.unit and v.drain == rule.drain then
+        local other = views[3 - i]
+        return head, v, other, other and roll(other), false
+      end
+    end
+
+    -- The own view is derived, from the one that holds most: a definition between the two may have let go, or never have known, what
+    -- the other one counts.
+    local changed, source, used, kind = false, nil, 0, rule.kind
+    for i = 1, count do
+      local v = views[i]
+      if roll(v) then changed = true end
+      local held = v.total
+      if v.kind == 'b' then
+        held = floor((v.level + v.unit - 1) / v.unit)
+      elseif v.kind ~= 's' then
+        held = v.cur + v.prev
+      end
+      if held > used then source, used = v, held end
+    end
     if kind == 'b' then
-      local unit, drain, cap, level, t
-      unit, drain, cap, name_end, level, t, after = match(state, '^b(%d+),(%d+),(%d+),()(%d+),(%d+);()', at)
-      if not after then return nil end
-      view = {kind = 'b', unit = unit + 0, drain = drain + 0, cap = cap + 0, level = level + 0, t = t + 0}
-      if view.unit < 1 or view.drain < 1 then return nil end
-    elseif kind == 's' then
-      local window, q
-      window, q, name_end = match(state, '^s(%d+),(%d+),()', at)
-      if not name_end or window + 0 < 1 or q + 0 < 1 then return nil end
-      window, q = window + 0, q + 0
-      view = sliding_view(window, q, min(rule.lead or window, floor(window / 8)))
-      after = read_window(view, state, name_end)
-      if not after then return nil end
-    elseif kind == 'f' or kind == 'c' then
-      local window, start, cur, prev
-      window, name_end, start, cur, prev, after = match(state, '^.(%d+),()(%d+),(%d+),?(%d*);()', at)
-      if not after or (prev == '') ~= (kind == 'f') or window + 0 < 1 then return nil end
-      view = {kind = kind, window = window + 0, start = start + 0, cur = cur + 0, prev = kind == 'c' and prev + 0 or 0}
+      rule.level, rule.t = min(used, rule.cap) * rule.unit, now
+    elseif kind ~= 's' then
+      rule.start, rule.cur, rule.prev = now - now % rule.window, min(used, UNITS_MAX), 0
     else
-      return nil
-    end
-    count = count + 1
-    if count > 2 then return nil end
-    view.name = sub(state, at, name_end - 1)
-    views[count] = view
-    at = after
-  end
-
-  local first, second = views[1], views[2]
-  for i = 1, count do
-    local v = views[i]
-    -- The name of a bucket holds its capacity too, and that doesn't make it another one.
-    if v.name == rule.name or v.kind == 'b' and rule.kind == 'b' and v.unit == rule.unit and v.drain == rule.drain then
-      local other = views[3 - i]
-      return head, v, other, other and roll(other), false
-    end
-  end
-
-  -- The own view is derived, from the one that holds most: a definition between the two may have let go, or never have known, what
-  -- the other one counts.
-  local changed, source, used, kind = false, nil, 0, rule.kind
-  for i = 1, count do
-    local v = views[i]
-    if roll(v) then changed = true end
-    local held = v.total
-    if v.kind == 'b' then
-      held = floor((v.level + v.unit - 1) / v.unit)
-    elseif v.kind ~= 's' then
-      held = v.cur + v.prev
-    end
-    if held > used then source, used = v, held end
-  end
-  if kind == 'b' then
-    rule.level, rule.t = min(used, rule.cap) * rule.unit, now
-  elseif kind ~= 's' then
-    rule.start, rule.cur, rule.prev = now - now % rule.window, min(used, UNITS_MAX), 0
-  else
-    rule.total, rule.n = 0, 0
-    if source and source.kind == 's' then
-      local head = reach_end(rule)
-      for i = 0, source.n - 1 do
-        local from, q = at_of(source, i), rule.q
-        local counted = min(from + (-from) % q, head)
-        if counted + rule.window > now then push(rule, counted, units_of(source, i)) end
+      rule.total, rule.n = 0, 0
+      if source and source.kind == 's' then
+        local head = reach_end(rule)
+        for i = 0, source.n - 1 do
+          local from, q = at_of(source, i), rule.q
+          local counted = min(from + (-from) % q, head)
+          if counted + rule.window > now then push(rule, counted, units_of(source, i)) end
+        end
+      elseif used > 0 then
+        push(rule, rule.slot, used)
       end
-    elseif used > 0 then
-      push(rule, rule.slot, used)
+      used = rule.n
     end
-    used = rule.n
+    return head, rule, first, changed or used > 0, true
   end
-  return head, rule, first, changed or used > 0, true
-end
-
--- A rule is at the same time the view of its definition, for the state at hand: one table serves all keys.
--- Returns the rules that begin behind ARGV[at]; nothing but what is wrong with them if they are none.
-local function read_rules(at, rule_count)
-  local rules = {nil}
-  for r = 1, rule_count do
-    local kind, rule = ARGV[at + 1], nil
-    local cap, window = number(ARGV[at + 2], 1, 1000000000), number(ARGV[at + 3], 1000, 31622400000000)
-    -- What a kind doesn't have is '0', to the letter.
-    local unit, drain, q, coarse, lead = ARGV[at + 4], ARGV[at + 5], ARGV[at + 6], ARGV[at + 7], ARGV[at + 8]
-    if not (cap and window) then return nil, 'RATETHROTTLE a number of a rule is out of range' end
-    if kind == 'b' then
-      unit, drain = number(unit, 1, TICKS), number(drain, 1, 1000000000)
-      if unit and drain and cap * unit < TICKS and q == '0' and coarse == '0' and lead == '0' then
-        rule = {kind = 'b', cap = cap, unit = unit, drain = drain, name = format('b%d,%d,%d,', unit, drain, cap), level = 0, t = 0}
-      end
-    elseif unit ~= '0' or drain ~= '0' then
-      rule = nil
-    elseif kind == 's' then
-      q, lead = number(q, 1, window), number(lead, 0, window / 8)
-      if q and lead and ((q == 1 and cap <= 64) or q == floor((window + 63) / 64)) and coarse == '0' then
-        rule = sliding_view(window, q, lead)
-        rule.cap, rule.lead, rule.name = cap, lead, format('s%d,%d,', window, q)
-      end
-    elseif kind == 'c' then
-      coarse = number(coarse, 1, window)
-      local span = coarse and floor((window + coarse - 1) / coarse)
-      if span and cap * span < TICKS and q == '0' and lead == '0' then
-        rule = {kind = 'c', cap = cap, window = window, coarse = coarse, span = span, name = format('c%d,', window), start = 0, cur = 0,
-          prev = 0}
-      end
-    elseif kind == 'f' and q == '0' and coarse == '0' and lead == '0' then
-      rule = {kind = 'f', cap = cap, window = window, name = format('f%d,', window), start = 0, cur = 0, prev = 0}
-    end
-    if not rule then return nil, 'RATETHROTTLE a rule does not fit its kind' end
-    rule.alone = '1;' .. rule.name
-    rule.place = format('%d', #rule.alone)
-    rules[r], at = rule, at + 8
-  end
-  return rules
 end
