@@ -78,6 +78,29 @@ def test_a_lone_check_leaves_in_the_same_turn_and_two_calls_are_in_flight_at_mos
     world.end()
 
 
+def test_what_waits_is_halved_unless_as_many_are_about_to_ask_again(world: World, process: Process) -> None:
+    def ask(keys: range) -> None:
+        for i in keys:
+            process.check(f"k{i}", RULE)
+        process.turn()
+
+    process.check("k", RULE)
+    process.turn()
+    process.connect()
+    world.settle()
+    ask(range(40))
+    assert [len(request.items) for request in process.line.requests[1:]] == [20, 20]
+    ask(range(40, 80))
+    process.line.serve()
+    process.line.serve()
+    # Both replies come at once: 40 are woken, and until they have asked again Redis has nothing to do but this.
+    process.line.deliver()
+    assert [len(request.items) for request in process.line.requests[3:]] == [40]
+    ask(range(80, 120))
+    world.settle()
+    assert [len(request.items) for request in process.line.requests[3:]] == [40, 40]
+
+
 def test_three_hundred_checks_at_once_are_decided_in_order_over_three_calls(world: World, process: Process) -> None:
     keys = [f"k{i}" for i in range(300)]
     group = process.ask([(key, RULE, 1 + i % 5) for i, key in enumerate(keys)], "check")

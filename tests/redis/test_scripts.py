@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import redis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from ratethrottle import RateThrottleRule
 from ratethrottle._core import CompiledRule
@@ -292,6 +294,58 @@ def test_a_run_decides_each_of_its_keys_like_a_call_of_its_own(script_client: re
     assert call.answers(clocked.send(script_client, NOW_US, call)) == alone
     for i in range(30):
         assert script_client.get(f"run{i}") == script_client.get(f"alone{i}")
+
+
+ALL_THE_SAME_WAY = CLOCKED.replace("local simple, skip, window = consumes and", "local simple, skip, window = false and")
+assert ALL_THE_SAME_WAY != CLOCKED
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32))
+def test_simple_entries_are_decided_as_the_way_for_all_would(script_client: redis.Redis, seed: int) -> None:
+    """To the byte: what is answered, and what is left behind."""
+    rng = random.Random(seed)
+    scripts = [ClockedScript(script_client, text) for text in (CLOCKED, ALL_THE_SAME_WAY)]
+    strategy, window = rng.choice(STRATEGIES), rng.choice((0.001, 0.7, 60))
+    rules = [rule(strategy, rng.choice((3, 64, 65, 1_000)), window) for _ in range(2)]
+    rules.append(rule(rng.choice(STRATEGIES), 100, rng.choice((1, window))))
+    now_us = NOW_US
+    states: list[tuple[bytes | None, ...]] = [(None, None), (None, None)]
+    for _ in range(40):
+        one, window_us = rng.choice(rules[:2] * 4 + rules), round(window * 10**6)
+        now_us += rng.choice(
+            (0, 1, window_us // 200, window_us // 64, window_us // 4, window_us // 2, window_us, -window_us // 5)
+        )
+        costs = [rng.choice((1, 1, 2, 9, 150, 2_000)) for _ in range(rng.randint(1, 3))]
+        call = make_call([(one, key, cost) for cost in costs for key in "kl" for _ in range(rng.randint(1, 3))], merge=True)
+        replies, after = [], []
+        for clocked in scripts:
+            for key, state in zip("kl", states[0], strict=True):
+                script_client.delete(key) if state is None else script_client.set(key, state)
+            replies.append(clocked.send(script_client, now_us, call))
+            after.append(tuple(clocked.state(key) for key in "kl"))
+        assert replies[0] == replies[1]
+        assert after[0] == after[1]
+        states = after
+
+
+def test_of_a_window_whose_older_entries_stay_only_the_numbers_are_written(redis_client: redis.Redis) -> None:
+    compiled = rule("sliding_window", 1_000, 3_600)
+    call = make_call([(compiled, "k", 1)])
+    sha = redis_client.script_load(script("decide").text)
+    redis_client.set(EPOCH_KEY, EPOCH)
+    for _ in range(3):
+        redis_client.evalsha(sha, 2, EPOCH_KEY, "k", "id", *call.args)
+    before, expires_ms = redis_client.get("k") or b"", redis_client.pexpiretime("k")
+    assert expires_ms > 0
+    redis_client.config_resetstat()
+    for _ in range(4):
+        redis_client.evalsha(sha, 2, EPOCH_KEY, "k", "id", *call.args)
+    stats = {name.removeprefix("cmdstat_"): what["calls"] for name, what in redis_client.info("commandstats").items()}
+    assert stats["setrange"] >= 3, "a slot of almost a minute may have ended meanwhile, but once"
+    if stats["setrange"] == 4:
+        assert redis_client.pexpiretime("k") == expires_ms
+        assert redis_client.get("k") == before.replace(b",3,", b",7,")
 
 
 def test_a_key_is_read_once_and_written_at_most_once(redis_client: redis.Redis) -> None:

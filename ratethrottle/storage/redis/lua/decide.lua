@@ -209,7 +209,7 @@ for i = 1, run_count + lease_count do
           local free = cap - cur
           if kind == 'c' then
             local span = rule.span
-            free = max(0, free) * span - min(prev, cap) * (span - floor((now - began) / rule.coarse))
+            free = free * span - min(prev, cap) * (span - floor((now - began) / rule.coarse))
             free = (free - free % span) / span
           end
           if asked > free then granted = free > 0 and floor(free / cost) or 0 end
