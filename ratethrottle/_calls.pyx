@@ -758,7 +758,7 @@ cdef class Gathering:
         return 0
 
     cdef int64_t quiet_us(self, int64_t now_us) noexcept:
-        """For how long nothing need be said: less where a loss has to be heard of, or that everybody has come."""
+        """For how long nothing need be said: not for long where a loss must be noticed, or that learning is over."""
         return WATCH_US if now_us < max(self.knowledge.live_until_us, self.knowledge.learning_until_us) else IDLE_BEAT_US
 
     cdef int wind_beat(self, int64_t now_us) except -1:
@@ -1115,7 +1115,7 @@ cdef class Gathering:
             if self.woken and (not whole or current_task(self.loop) is not None):
                 self.call_soon(self._step, context=self.context)
         self.unpark()
-        # First what waits already: it is decided while those are stepped who have their answer, who then ask for as much again.
+        # First what waits already: it is decided while those are stepped that have their answer, and that may ask for as much again.
         self._flush(whole=2 * len(self.woken) >= self.waiting.count)
         if self.woken and current_task(self.loop) is None:
             try:

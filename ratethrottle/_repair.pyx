@@ -84,6 +84,7 @@ cdef class Knowledge:
             return False
         self.forks = self.bounds.forks
         self.process_id = urandom(8).hex().encode()
+        self.processes = 0                   # as they were counted, this one wasn't among them
         self.errands = deque()
         self.out = set()
         self.asserting = None

@@ -62,6 +62,13 @@ class Losing:
         else:
             self.world.fail_over(kept)
         self.lost_at_us = self.world.t_us
+        if len(self.world.processes) > 1 and self.rng.random() < 0.5:
+            # One finds nobody and tries again half a second later; the others may hear of the loss when it happens.
+            missing = self.rng.choice(self.world.processes)
+            self.world.processes.remove(missing)
+            while self.world.t_us - self.lost_at_us < self.rng.randint(0, 450_000):
+                self.turn(ask=True)
+            self.world.processes.append(missing)
         for _ in range(60):
             self.turn(ask=True)
         for process in self.world.processes:

@@ -99,6 +99,15 @@ def test_what_waits_is_halved_unless_as_many_are_about_to_ask_again(world: World
     ask(range(80, 120))
     world.settle()
     assert [len(request.items) for request in process.line.requests[3:]] == [40, 40]
+    # But few are.
+    ask(range(5))
+    ask(range(5, 10))
+    ask(range(10, 60))
+    process.line.serve()
+    process.line.serve()
+    process.line.deliver()
+    assert [len(request.items) for request in process.line.requests[5:]] == [5, 5, 25, 25]
+    world.end()
 
 
 def test_three_hundred_checks_at_once_are_decided_in_order_over_three_calls(world: World, process: Process) -> None:

@@ -5,9 +5,9 @@ state; `steps` lists all that can come next, faults included. What is abstracted
 
 - A tick is the reach of a deadline: a reply comes within its tick, whatever overtakes it, unless the fault `delay` holds it
   until a later one. Who is connected and knows something beats in each tick, so an undisturbed process has asserted within
-  `learn`. A request and its run by the server are one step: nothing of one key overtakes on its line, and what a call says
-  depends on replies to the same process alone. With two lines, a reply of the decisions' line may come while the other
-  one has found a new epoch.
+  `learn`; when all who knew have come, learning ends with the tick. A request and its run by the server are one step: nothing
+  of one key overtakes on its line, and what a call says depends on replies to the same process alone. With two lines, a reply
+  of the decisions' line may come while the other one has found a new epoch.
 - Failover: at `fork` the replica stops to follow (any prefix may survive), `failover` makes it the master, with another run.
   The old master goes on for those who are still connected to it. A restart is a fork and a failover.
 - Denials by pre-filter and circuit breaker consume nothing, so they are no steps. N and ranks are known and right.
@@ -35,8 +35,8 @@ NEWCOMER = -1  # of Unit.alone
 
 
 MUTANTS = frozenset({
-    "", "max-merge", "base stays", "no learning", "epoch unchecked", "generation ignored", "generation untold", "no marker",
-    "charge forgotten", "late grant", "kept for ever",
+    "", "max-merge", "base stays", "no learning", "waits for nobody", "epoch unchecked", "generation ignored",
+    "generation untold", "no marker", "charge forgotten", "late grant", "kept for ever",
 })  # fmt: skip
 
 
@@ -71,8 +71,9 @@ class Store(NamedTuple):
 
     epoch: int  # 0: there is no epoch key
     own_run: bool  # the epoch names the run of this server
-    marked: bool  # M is set: somebody came who knew an older epoch
+    marked: int  # M is set: somebody came who knew an older epoch; 2: all have come that do
     learn: int  # ticks of learning that are left
+    come: int  # processes that came while others were waited for, as bits
     repair: int  # ticks until it is too late to assert
     base: int  # units that were inherited when the state was first touched in this epoch, -1 before
     extra: int  # units that assertions have added
@@ -104,7 +105,7 @@ class Reply(NamedTuple):
     ahead: int = 0
     generation: int = 0
     epoch: int = 0
-    marked: bool = False
+    marked: int = 0
     learn: int = 0
     held: bool = False  # until a later tick, when the check has been answered by policy
 
@@ -114,7 +115,7 @@ class Proc(NamedTuple):
 
     conn: int
     epoch: int  # 0: it has never known one
-    marked: bool
+    marked: int
     stage: int
     learn: int
     behind: bool  # it has yet to assert in this epoch
@@ -162,8 +163,8 @@ Step = tuple[str, State]
 def initial(config: Config) -> State:
     """Return the start: all are connected to a store whose epoch has been known for long."""
     nothing = (0,) * (config.window + LEASE_TICKS)
-    store = Store(1, True, True, 0, 0, -1, 0, 0, 0, 0, nothing, nothing)
-    proc = Proc(MASTER, 1, True, READY, 0, False, 0, 0, False, 0, (0,) * config.window, 0, 0, None, None)
+    store = Store(1, True, 1, 0, 0, 0, -1, 0, 0, 0, 0, nothing, nothing)
+    proc = Proc(MASTER, 1, 1, READY, 0, False, 0, 0, False, 0, (0,) * config.window, 0, 0, None, None)
     return State(store, None, None, (proc,) * config.processes, (), config.faults, config.losses, config.resets, 0, False, "")
 
 
@@ -296,15 +297,19 @@ def beat(config: Config, state: State, p: int, proc: Proc) -> State:
         if store.extra:
             inherited[store.extra_leaves - 1] += store.extra
         # A run that ended is always followed by learning.
-        marked = bool(proc.epoch or store.epoch)
+        marked = int(bool(proc.epoch or store.epoch))
         store = store._replace(
-            epoch=max(names) + 1, own_run=True, marked=marked, learn=config.learn * marked, repair=config.repair,
+            epoch=max(names) + 1, own_run=True, marked=marked, learn=config.learn * marked, come=0, repair=config.repair,
             base=-1, extra=0, extra_leaves=0, inherited=tuple(inherited), since=(0,) * len(store.since),
         )  # fmt: skip
         procs = tuple(q._replace(young=False) for q in procs)
     elif proc.epoch and proc.epoch != store.epoch and not store.marked and store.repair:
-        store = store._replace(marked=True, learn=config.learn)
-    learn = 0 if config.mutant == "no learning" else store.learn
+        store = store._replace(marked=1, learn=config.learn, come=0)
+    if proc.epoch and proc.epoch != store.epoch and store.learn:
+        store = store._replace(come=store.come | 1 << p)
+        if store.come == (1 << config.processes) - 1:
+            store = store._replace(marked=2, learn=1)
+    learn = 0 if config.mutant == "no learning" else min(store.learn, 1) if config.mutant == "waits for nobody" else store.learn
     reply = Reply("an epoch", epoch=store.epoch, marked=store.marked, learn=learn)
     return put(state._replace(master=store, procs=procs), p, procs[p]._replace(reply=reply))
 
@@ -489,7 +494,7 @@ def kill(state: State, p: int, proc: Proc) -> State:
     kept = (u for u in state.units if u.owner not in {p + 1, -p - 1})
     # Its share alone was spent by a life that has ended: whoever starts anew has another one.
     units = tuple(u._replace(known=u.known & ~bit, telling=u.telling & ~bit) for u in kept if u.alone != p + 1)
-    fresh = Proc(MASTER, 0, False, BEAT, 0, False, 0, 0, False, 0, (0,) * len(proc.owed), 0, 0, None, None)
+    fresh = Proc(MASTER, 0, 0, BEAT, 0, False, 0, 0, False, 0, (0,) * len(proc.owed), 0, 0, None, None)
     store = state.master._replace(markers=state.master.markers & ~bit)
     return put(state._replace(units=units, master=store), p, fresh)
 
@@ -497,7 +502,7 @@ def kill(state: State, p: int, proc: Proc) -> State:
 def flush(config: Config, state: State) -> State:
     """Empty the master."""
     nothing = (0,) * len(state.master.since)
-    store = Store(0, True, False, 0, 0, -1, 0, 0, 0, 0, nothing, nothing)
+    store = Store(0, True, 0, 0, 0, 0, -1, 0, 0, 0, 0, nothing, nothing)
     return state._replace(master=store, units=tuple(u._replace(held=u.held & ~MASTER) for u in state.units))
 
 
@@ -562,8 +567,9 @@ def older(proc: Proc) -> Proc:
 def aged(store: Store) -> Store:
     """Return a store one tick on; where it is too late to assert, what was added is like the rest."""
     leaves, repair = max(0, store.extra_leaves - 1), max(0, store.repair - 1)
+    learn = max(0, store.learn - 1)
     store = store._replace(
-        learn=max(0, store.learn - 1), repair=repair, extra=store.extra if leaves else 0, extra_leaves=leaves,
+        learn=learn, come=store.come if learn else 0, repair=repair, extra=store.extra if leaves else 0, extra_leaves=leaves,
         inherited=(*store.inherited[1:], 0), since=(*store.since[1:], 0),
     )  # fmt: skip
     if repair or store.epoch == 0:

@@ -19,6 +19,7 @@ MUTANTS = [
     Config(mutant="max-merge"),
     Config(mutant="base stays", limit=1),
     Config(mutant="no learning", faults=1),
+    Config(mutant="waits for nobody"),
     Config(mutant="epoch unchecked"),
     Config(mutant="generation ignored", resets=1, faults=1),
     Config(mutant="generation untold", resets=1, faults=1),

@@ -529,16 +529,31 @@ def test_once_as_many_have_come_as_were_known_nobody_else_is_waited_for(script_c
     assert beat(NOW_US + 3, epoch, process="b", processes=1)[1:] == [began_us, OTHERS_US + LEARN_US - 3, 1, 0]
     assert beat(NOW_US + 4, known, process="b", purpose=purpose, processes=3)[1] == began_us
     assert beat(NOW_US + 5, epoch, process="b", purpose="look")[1:] == [began_us, OTHERS_US + LEARN_US - 5, 0, 0]
-    # Nor does it count who hears no number of processes, or leaves.
-    assert beat(NOW_US + 6, known, process="a", purpose=purpose, processes=0)[1:] == [began_us, OTHERS_US + LEARN_US - 6, 2, 0]
-    assert beat(NOW_US + 7, known, process="a", purpose="leave", processes=1)[1:] == [began_us, OTHERS_US + LEARN_US - 7, 0, 0]
-    assert beat(NOW_US + 8, known, process="a", purpose=purpose, processes=3)[1] == began_us
+    # Nor does it count who doesn't know how many there were, as one that was forked, or who leaves.
+    assert beat(NOW_US + 6, known, process="a", purpose=purpose, processes=0)[1:] == [began_us, OTHERS_US + LEARN_US - 6, 0, 0]
+    assert beat(NOW_US + 7, known, process="a", purpose="leave", processes=3)[1:] == [began_us, OTHERS_US + LEARN_US - 7, 0, 0]
+    # Who says too few of them, having been away or having begun just now, ends nothing early.
+    assert beat(NOW_US + 8, known, process="a", purpose=purpose, processes=2)[1:] == [began_us, OTHERS_US + LEARN_US - 8, 2, 0]
     # The third.
-    assert beat(NOW_US + 9, known, process="c", purpose=purpose, processes=3)[1:] == [NOW_US + 9, LEARN_US, 3, 2]
+    assert beat(NOW_US + 9, known, process="c", purpose=purpose, processes=1)[1:] == [NOW_US + 9, LEARN_US, 3, 2]
+    assert set(script_client.zrange("processes", 0, -1)) == {b"a", b"b", b"c"}
     assert beat(NOW_US + 10, epoch, process="b", processes=1)[1:] == [NOW_US + 9, LEARN_US - 1, 3, 1]
     # From now on all are counted; and who comes later doesn't begin again.
     assert beat(NOW_US + 11, epoch, process="new")[1:] == [NOW_US + 9, LEARN_US - 2, 4, 3]
     assert beat(NOW_US + 12, known, process="d", processes=3)[1:] == [NOW_US + 9, LEARN_US - 3, 5, 3]
+
+
+def test_the_largest_number_of_processes_that_anybody_knew_counts(script_client: redis.Redis) -> None:
+    beat = Beats(script_client)
+    known = NOW_US - 10**6
+    for i, processes in enumerate((2, 12, 3)):
+        assert beat(NOW_US + i, known, process=f"p{i}", processes=processes)[1:] == [
+            NOW_US + OTHERS_US, OTHERS_US + LEARN_US - i, i + 1, i,
+        ]  # fmt: skip
+    assert set(script_client.zrange("processes", 0, -1)) == {b"p0", b"p1", b"p2", b"=12"}
+    # Nobody else comes; from then on it is no member.
+    assert beat(NOW_US + OTHERS_US, NOW_US, process="new", processes=3)[1:] == [NOW_US + OTHERS_US, LEARN_US, 4, 0]
+    assert set(script_client.zrange("processes", 0, -1)) == {b"p0", b"p1", b"p2", b"new"}
 
 
 def test_who_was_alone_waits_for_nobody(script_client: redis.Redis) -> None:

@@ -296,34 +296,46 @@ def test_a_run_decides_each_of_its_keys_like_a_call_of_its_own(script_client: re
         assert script_client.get(f"run{i}") == script_client.get(f"alone{i}")
 
 
-ALL_THE_SAME_WAY = CLOCKED.replace("local simple, skip, window = consumes and", "local simple, skip, window = false and")
-assert ALL_THE_SAME_WAY != CLOCKED
+def replaced(text: str, old: str, new: str) -> str:
+    assert text.count(old) == 1
+    return text.replace(old, new)
+
+
+# With a set of its own for when keys expire, by the test's clock.
+NOTING = replaced(
+    CLOCKED, "call('SET', KEYS[k], states[k])", "call('SET', KEYS[k], states[k]) call('ZADD', 'ends', now + reset, KEYS[k])"
+)
+ALL_THE_SAME_WAY = replaced(NOTING, "local simple, skip, window = consumes and", "local simple, skip, window = false and")
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32))
 def test_simple_entries_are_decided_as_the_way_for_all_would(script_client: redis.Redis, seed: int) -> None:
-    """To the byte: what is answered, and what is left behind."""
+    """To the byte: what is answered, what is left behind, and until when."""
     rng = random.Random(seed)
-    scripts = [ClockedScript(script_client, text) for text in (CLOCKED, ALL_THE_SAME_WAY)]
+    scripts = [ClockedScript(script_client, text) for text in (NOTING, ALL_THE_SAME_WAY)]
     strategy, window = rng.choice(STRATEGIES), rng.choice((0.001, 0.7, 60))
     rules = [rule(strategy, rng.choice((3, 64, 65, 1_000)), window) for _ in range(2)]
     rules.append(rule(rng.choice(STRATEGIES), 100, rng.choice((1, window))))
+    leased = RateThrottleRule("r", 1_000, max(window, 0.7), strategy=strategy, lease=True).compiled
     now_us = NOW_US
-    states: list[tuple[bytes | None, ...]] = [(None, None), (None, None)]
+    states: list[Any] = [(None, None, 0, 0)]
     for _ in range(40):
         one, window_us = rng.choice(rules[:2] * 4 + rules), round(window * 10**6)
         now_us += rng.choice(
             (0, 1, window_us // 200, window_us // 64, window_us // 4, window_us // 2, window_us, -window_us // 5)
         )
         costs = [rng.choice((1, 1, 2, 9, 150, 2_000)) for _ in range(rng.randint(1, 3))]
-        call = make_call([(one, key, cost) for cost in costs for key in "kl" for _ in range(rng.randint(1, 3))], merge=True)
+        leases = [Lease(leased, "k", ahead=50)] * (rng.random() < 0.1)
+        checks = [(one, key, cost) for cost in costs for key in "kl" for _ in range(rng.randint(1, 3))]
+        call = make_call(checks, merge=True, leases=leases)
         replies, after = [], []
         for clocked in scripts:
-            for key, state in zip("kl", states[0], strict=True):
+            for key, state, ends_us in zip("kl", states[0][:2], states[0][2:], strict=True):
                 script_client.delete(key) if state is None else script_client.set(key, state)
+                script_client.zadd("ends", {key: ends_us})
             replies.append(clocked.send(script_client, now_us, call))
-            after.append(tuple(clocked.state(key) for key in "kl"))
+            after.append((*map(clocked.state, "kl"), *(script_client.zscore("ends", key) for key in "kl")))
         assert replies[0] == replies[1]
         assert after[0] == after[1]
         states = after
@@ -351,13 +363,18 @@ def test_of_a_window_whose_older_entries_stay_only_the_numbers_are_written(redis
 def test_a_key_is_read_once_and_written_at_most_once(redis_client: redis.Redis) -> None:
     checks = [(rule(strategy, 6), key, cost) for strategy in STRATEGIES for cost in (1, 2, 1) for key in ("k", "l", "m")]
     call = make_call([*checks, (rule("fixed_window", 1), "n", 2)], merge=True)
+    alone = make_call([(rule(strategy, 10**6), strategy, cost) for strategy in STRATEGIES for cost in (1, 2, 1)], merge=True)
     sha = redis_client.script_load(script("decide").text)
     redis_client.set(EPOCH_KEY, EPOCH)
-    redis_client.config_resetstat()
-    redis_client.evalsha(sha, 1 + len(call.keys), EPOCH_KEY, *call.keys, "id", *call.args)
-    stats = {name.removeprefix("cmdstat_"): what["calls"] for name, what in redis_client.info("commandstats").items()}
-    assert stats.pop("config|resetstat", 1) == 1
-    assert stats == {"evalsha": 1, "time": 1, "mget": 1, "psetex": 3}
+    for now, keys in ((call, 3), (call, 3), (alone, 5), (alone, 5), (alone, 5)):
+        redis_client.config_resetstat()
+        redis_client.evalsha(sha, 1 + len(now.keys), EPOCH_KEY, *now.keys, "id", *now.args)
+        stats = {name.removeprefix("cmdstat_"): what["calls"] for name, what in redis_client.info("commandstats").items()}
+        assert stats.pop("config|resetstat", 1) == 1
+        written = sum(stats.pop(name, 0) for name in ("psetex", "set", "setrange", "del"))
+        assert stats == {"evalsha": 1, "time": 1, "mget": 1}
+        assert written <= keys
+        assert written == keys or now is call, "only what is denied isn't written"
 
 
 def test_a_million_checks_are_granted_by_one_division(script_client: redis.Redis) -> None:

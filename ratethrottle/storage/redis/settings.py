@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import ssl
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -188,9 +187,6 @@ def own_kwargs(connection_class: type, theirs: Mapping[str, Any], deadline_s: fl
         # a cancellation: the task that was told to end goes on, and who waits for its end waits for ever.
         socket_timeout=None,
     )
-    if "ssl_check_hostname" in accepted and kwargs.get("ssl_cert_reqs", "required") not in {"none", None, ssl.CERT_NONE}:
-        # Before its version 6 redis-py takes any host's certificate if nothing else is said.
-        kwargs.setdefault("ssl_check_hostname", True)
     if not fake:
         # For connecting; redis-py has no public name for it. hiredis makes a list of as many elements as a reply announces, before one
         # has come: to collect one of 10^9 takes seconds of the loop's time.

@@ -3,10 +3,11 @@
 --- ARGV: request run known_epoch process_id purpose statistics known_processes
 --- reply: request server_us epoch learning_began learning_us processes rank evicted_keys
 -- An epoch is one run of one server over one data set. Its key holds the server's run id (40 characters), E (16 digits: its name, us,
--- always greater than those before it) and M (16 digits: by when all have begun to tell what they knew of before, by this server's
--- clock; 0 while nobody is known to know of anything). docs/arithmetic.md specifies it under "Repair".
--- purpose: `count` (the process), `leave`, or `look`, if it was counted only just: then the numbers of processes and rank are 0, as
--- they are for who isn't counted. known_processes: how many shared the limits in the epoch that it knows, 0 if that is unknown.
+-- always greater than those before it) and M (16 digits: by when all have come who have to tell what they knew of before, by this
+-- server's clock; 0 while nobody is known to know of anything). docs/arithmetic.md specifies it under "Repair".
+-- purpose: `count` (the process), `leave`, or `look`, if it was counted only just. known_processes: how many shared the limits in the
+-- epoch that it knows, 0 if that is unknown. Who isn't counted hears 0 for the number of processes and its rank.
+-- The set of processes has another member while some are waited for: '=' and the largest of those numbers.
 local LEARN_US, REPAIR_US, LAPSE_US, OTHERS_US = 250000, 10000000, 3000000, 500000
 local max, match, format, call = math.max, string.match, string.format, redis.call
 local KEYS, ARGV, refuse = KEYS, ARGV, redis.error_reply
@@ -41,12 +42,13 @@ else
   learns = known > 0 and known < epoch and began == 0 and now - epoch < REPAIR_US
 end
 if learns then
-  -- Who found nobody a moment ago comes at his next turn. Until then only those are counted who have something to tell.
+  -- Who found nobody a moment ago comes at its next turn. Until then only those are counted that have something to tell.
   began = now + OTHERS_US
   call('DEL', place)
 end
 
-local comes, waits, members, rank = known > 0 and known < epoch, began > now and began <= now + OTHERS_US, 0, 0
+local comes, waits = known > 0 and known < epoch and processes > 0, began > now and began <= now + OTHERS_US
+local members, rank, expected = 0, 0, 0
 if purpose ~= 'look' or comes then
   if purpose == 'leave' then
     call('ZREM', place, process)
@@ -60,13 +62,25 @@ if purpose ~= 'look' or comes then
   call('PEXPIRE', place, format('%.0f', LAPSE_US / 1000))
   local all, counted = call('ZRANGE', place, 0, -1), false
   for i = 1, #all do
-    counted = counted or all[i] == process
-    if all[i] < process then rank = rank + 1 end
+    local number = match(all[i], '^=(%d+)$')
+    if number then
+      expected = number + 0
+    else
+      members = members + 1
+      counted = counted or all[i] == process
+      if all[i] < process then rank = rank + 1 end
+    end
   end
-  if counted then members = #all else rank = 0 end
+  if comes and waits and processes > expected then
+    call('ZREM', place, format('=%.0f', expected))
+    call('ZADD', place, format('%.0f', now), format('=%.0f', processes))
+    expected = processes
+  end
+  -- As many have come as were known.
+  if comes and waits and members >= expected then began = now end
+  if began <= now and expected > 0 then call('ZREM', place, format('=%.0f', expected)) end
+  if not counted then members, rank = 0, 0 end
 end
--- Nobody else is to come.
-if comes and waits and processes > 0 and members >= processes then began = now end
 value = run .. format('%016.0f%016.0f', epoch, began)
 if value ~= before then call('SET', KEYS[1], value) end
 

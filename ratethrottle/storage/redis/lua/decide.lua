@@ -94,7 +94,7 @@ local rules, wrong = read_rules(6, rule_count)
 if not rules then return refuse(wrong) end
 
 -- By place in KEYS: the state as text, false if there is none; until when it counts, where that is known; and for what was written,
--- how long. `partly`: of some only numbers change, within the text and for as long as it has; then what they are now, and where.
+-- how long. `partly`: of some states only numbers change, to numbers[k], behind places[k] bytes; the rest and the expiry stay.
 local states, ends, resets = call('MGET', unpack(KEYS)), {nil}, {nil}
 local partly, numbers, places = false, {nil}, {nil}
 if states[1] ~= ARGV[3] then return {request, -1} end
@@ -134,8 +134,8 @@ for i = 1, run_count + lease_count do
       states[k] = state
     end
 
-    -- Simple: the state is the rule's own view alone, and neither are older units to be looked at than those that leave, nor has the
-    -- clock stepped back. Without a table and a function, that is decided in two thirds of the time that the way for all takes.
+    -- Simple: the state is the rule's own view alone, and what is asked for is granted or denied by its numbers, those of entries that
+    -- have left included. Without a table and a function, that takes two thirds of the time that the way for all does.
     if simple and (not state or sub(state, 1, skip) == alone) then
       local text = state or fresh
       if kind == 'b' then

@@ -33,7 +33,7 @@ local epoch, repair_us = 0, 0
 
 -- Takes in the epoch key's value; false if it is none.
 local function enter(value)
-  -- M, when learning began; 0 where nobody knew of anything before, and then E is the server's time too.
+  -- M, by when all have come; 0 where nobody knew of anything before, and then E is the server's time too.
   local began = number(sub(value, 57), 0, 9999999999999999)
   if not began or #value ~= 72 then return false end
   epoch = sub(value, 41, 56)
@@ -105,7 +105,8 @@ local function read_rules(at, rule_count)
       rule = {kind = 'f', cap = cap, window = window, name = format('f%d,', window), start = 0, cur = 0, prev = 0}
     end
     if not rule then return nil, 'RATETHROTTLE a rule does not fit its kind' end
-    -- The state that is this view alone, up to what it holds, and how long that is; and one that holds nothing.
+    -- How a state begins that is this view alone; behind how many bytes (as text, which SETRANGE takes) its numbers stand; and such a
+    -- state that holds nothing.
     rule.alone = '1;' .. rule.name
     rule.place = format('%d', #rule.alone)
     if kind == 'b' then
