@@ -93,6 +93,11 @@ cdef class Knowledge:
         return True
 
     @property
+    def learning(self):
+        """Whether others may still tell the store what they know, so that it grants nothing."""
+        return self.bounds.now_us() < self.learning_until_us
+
+    @property
     def owed(self):
         """For how many keys × rules something is left to charge, or being charged."""
         cdef Errand errand

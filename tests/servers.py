@@ -128,6 +128,15 @@ class RedisServer:
         """A synchronous client of its own for the test's own look at the server."""
         return redis.Redis(unix_socket_path=str(self.socket), password=self.password, **settings)
 
+    def grow_old(self) -> None:
+        """Be as if it had been in use for a while: in the first ten seconds of an epoch states carry what a repair would need.
+
+        Then nothing is decided in the way that is short, and it takes the server longer.
+        """
+        with self.client(decode_responses=True) as client:
+            began_us = (int(client.time()[0]) - 60) * 1_000_000
+            client.set("ratethrottle:epoch", f"{client.info('server')['run_id']}{began_us:016}{0:016}")
+
     def close(self) -> None:
         """Stop it and remove what it wrote."""
         self.stop()

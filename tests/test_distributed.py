@@ -95,9 +95,12 @@ def window_that_begins(after_us: int, within_us: int) -> tuple[int, int]:
 
 @pytest.mark.redis
 @pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("old", [True, False])
 def test_eight_processes_share_one_limit(
-    strategy: str, processes: ProcessPoolExecutor, redis_server: RedisServer, redis_client: redis.Redis
+    strategy: str, old: bool, processes: ProcessPoolExecutor, redis_server: RedisServer, redis_client: redis.Redis
 ) -> None:
+    if old:
+        redis_server.grow_old()
     before_us, asked_us = server_us(redis_client), monotonic_us()
     window_us, begins_us = window_that_begins(before_us + 200_000, 100_000)
     rule = make_rule(strategy, LIMIT, window_us)

@@ -28,6 +28,7 @@ RULES = [RateThrottleRule(strategy, LIMIT, 1, strategy=strategy) for strategy in
 @pytest.mark.redis
 @pytest.mark.slow
 def test_eight_processes_with_leases_keep_every_promise(redis_server: RedisServer, tmp_path: Path) -> None:
+    redis_server.grow_old()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.lessee"])  # what takes most of the time of a process's start, once for all
     together = context.Barrier(PROCESSES + 1)

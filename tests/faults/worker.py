@@ -19,7 +19,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from ratethrottle import RateThrottleCore, RateThrottleRule, create_limiter
+import redis.sentinel
+
+from ratethrottle import RateThrottleCore, RateThrottleRule, RedisStorage, create_limiter
 from ratethrottle.errors import RateThrottleError
 from tests.faults.records import CONNECTS, KINDS, LATE, RECORD, monotonic_us
 
@@ -109,6 +111,16 @@ class Worker:
     def write(self, kind: int, before_us: int, after_us: int, *, allowed: bool = False, rule: int = 0, key: int = 0) -> None:
         os.write(self.log, RECORD.pack(kind, allowed, rule, key, before_us, after_us))
 
+    def limiter(self) -> RateThrottleCore:
+        """By a URL; or as the second block of the reference page does it, with the synchronous client, where that says `page+`."""
+        _, _, where = self.work.url.rpartition("page+redis+sentinel://")
+        if where == self.work.url:
+            return create_limiter("redis", redis_url=where, rules=self.work.rules, **self.work.options)
+        hosts, name, _ = where.split("/")
+        addresses = [(host, int(port)) for host, _, port in (one.partition(":") for one in hosts.split(","))]
+        client = redis.sentinel.Sentinel(addresses).master_for(name)
+        return RateThrottleCore(RedisStorage(client, **self.work.options), rules=self.work.rules)
+
     async def client(self, limiter: RateThrottleCore) -> None:
         """One task. Every fourth check is under the rule that never denies."""
         rules = [rule.name for rule in self.work.rules]
@@ -176,7 +188,7 @@ class Worker:
         loop.add_reader(self.pipe.fileno(), self._hear)
         before = {"files": open_files(), "tasks": len(asyncio.all_tasks())}
         sys.addaudithook(self._audit)
-        limiter = create_limiter("redis", redis_url=self.work.url, rules=self.work.rules, **self.work.options)
+        limiter = self.limiter()
         forget: Callable[[], None] = limiter.on_event(self.take_note)
         await self.ready(limiter)
         self.running.set()

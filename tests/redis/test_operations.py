@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import ssl
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -276,6 +277,19 @@ def test_counts_go_on_when_loops_come_and_go(redis_server: RedisServer) -> None:
     assert (limiter.statistics().calls, limiter.statistics().entries) == (5, 5)
     asyncio.run(limiter.aclose())
     assert (limiter.statistics().calls, limiter.statistics().entries) == (5, 5)
+
+
+async def test_a_storage_that_is_required_may_have_lost_something_just_now(
+    redis_server: RedisServer, redis_client: redis.Redis
+) -> None:
+    """Others may still tell it what they know, and until then it decides nothing; but it is there."""
+    seconds, micros = redis_client.time()
+    now_us = seconds * 10**6 + micros
+    redis_client.set("ratethrottle:epoch", f"{redis_client.info('server')['run_id']}{now_us:016}{now_us + 400_000:016}")
+    began_s = time.monotonic()
+    async with create_limiter("redis", redis_url=redis_server.url, rules=[RULE], deadline=0.2, require_storage=True) as limiter:
+        assert time.monotonic() - began_s > 0.5
+        assert (await limiter.check("user")).source == "redis"
 
 
 async def test_evictions_of_bounds_are_counted(redis_server: RedisServer) -> None:

@@ -33,6 +33,7 @@ OnOverload = Literal["deny", "raise"]
 
 TAGS_MAX = 16_384  # the slots of a cluster
 ASK_AGAIN_S = 0.01
+LEARNS_S = 1.0  # at most, with a beat before and after
 ANSWERS_MAX = 128  # without a wait, one after the other; then the loop gets a turn
 PREFIX = re.compile(r"[^{}\s\ud800-\udfff]{1,64}\Z")
 # What a forked child holds of its parent's lines, kept for ever: to collect a transport is to close it, and that takes the
@@ -241,7 +242,8 @@ class RedisStorage(Calls):
                 try:
                     await self.peek(probe._entry("probe"))
                 except StorageError:
-                    if time.monotonic() >= give_up_s:
+                    # One that has just lost something answers, and decides again within a second.
+                    if time.monotonic() >= give_up_s + (LEARNS_S if self.knowledge.learning else 0):
                         raise
                     await asyncio.sleep(ASK_AGAIN_S)
                 else:

@@ -21,6 +21,7 @@ from tests.servers import RedisServer
 def cut_off(run: Run, *, processes: int = PROCESSES, policy: str = "local", cut: bool = True, **mode: Any) -> None:
     """Some of the processes reach Redis through a proxy that stops passing; the others go on."""
     with RedisServer(password=PASSWORD) as server, Proxy(server.socket, password=PASSWORD) as proxy:
+        server.grow_old()
         urls = [proxy.url] * processes + [server.url] * (PROCESSES - processes)
         with Fleet(urls, on_outage=policy) as fleet:
             fleet.calm(run.seconds(3, 2))
@@ -110,6 +111,7 @@ def firewall(port: int, *target: str) -> Iterator[None]:
 def firewalled(run: Run, *target: str) -> None:
     """Let the kernel do it."""
     with RedisServer(password=PASSWORD) as server:
+        server.grow_old()
         with firewall(server.port, *target):
             pass  # a skip before anything else is started
         with Fleet(server.url) as fleet:

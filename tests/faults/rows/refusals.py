@@ -24,6 +24,7 @@ def refusing(
 ) -> None:
     """Have it refuse for a while."""
     with RedisServer(password=PASSWORD) as server, server.client() as client:
+        server.grow_old()
         with Fleet(server.url) as fleet:
             fleet.calm(2)
             with fleet.fault():
@@ -132,6 +133,7 @@ def read_only(run: Run) -> None:
 def unwelcome(run: Run, begin: Callable[[redis.Redis], object], end: Callable[[redis.Redis], object]) -> None:
     """Refuse the user for a while: a typed error at once under each policy, no hammering, and healed when it ends."""
     with RedisServer(password=PASSWORD) as server, server.client() as client:
+        server.grow_old()
         client.acl_setuser("service", enabled=True, passwords=[f"+{PASSWORD}"], keys=["*"], categories=["+@all"], channels=["*"])
         with Fleet(f"redis://service:{PASSWORD}@127.0.0.1:{server.port}/0") as fleet:
             fleet.calm(2)

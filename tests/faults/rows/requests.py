@@ -110,7 +110,7 @@ def bad_keys(run: Run) -> None:
                     all(first), f"two odd keys are one: {[key[:20] for key, new in zip(ODD_KEYS, first, strict=True) if not new]}"
                 )
                 run.expect(not any(again), "an odd key is not found again")
-                pairs = {(random_text(rng), random_text(rng)) for _ in range(run.count(100_000, 5_000))} - set(ODD_KEYS)
+                pairs = {(random_text(rng), random_text(rng)) for _ in range(run.count(1_000_000, 5_000))} - set(ODD_KEYS)
                 batch = list(pairs)
                 for start in range(0, len(batch), 5_000):
                     decisions = await limiter.check_many(batch[start : start + 5_000])

@@ -32,6 +32,11 @@ def ports(topology: SentinelTopology) -> list[int]:
     return [port for _, port in topology.addresses]
 
 
+def clients(topology: SentinelTopology) -> list[str]:
+    """Half of them by URL, half with the synchronous client of the reference page."""
+    return [url(ports(topology)), f"page+{url(ports(topology))}"] * 2
+
+
 def scripts_run(server: RedisServer) -> int:
     """How many of our calls a server has run."""
     with server.client() as client:
@@ -49,7 +54,7 @@ def until_switched(fleet: Fleet, topology: SentinelTopology, began_s: float) -> 
 def sentinel_master_killed(run: Run) -> None:
     """The master is killed: a normal decision within 1 s of +switch-master"""
     with SentinelTopology() as topology:
-        with Fleet(url(ports(topology))) as fleet:
+        with Fleet(clients(topology)) as fleet:
             fleet.calm(run.seconds(4, 2))
             began_s = time.monotonic()
             topology.master.stop()
@@ -62,7 +67,7 @@ def sentinel_master_killed(run: Run) -> None:
 def sentinel_master_frozen(run: Run) -> None:
     """The master is frozen for 8 s, and comes back as a writable master: nobody asks it any more"""
     with SentinelTopology() as topology:
-        with Fleet(url(ports(topology))) as fleet:
+        with Fleet(clients(topology)) as fleet:
             fleet.calm(2)
             old, began_s = topology.master, time.monotonic()
             old.pause()
@@ -81,7 +86,7 @@ def sentinel_master_frozen(run: Run) -> None:
 def sentinel_planned_failover(run: Run) -> None:
     """SENTINEL FAILOVER, five times: nothing that was admitted is forgotten"""
     with SentinelTopology() as topology:
-        with Fleet(url(ports(topology))) as fleet:
+        with Fleet(clients(topology)) as fleet:
             fleet.calm(3)
             for _ in range(run.count(5, 1)):
                 old, began_s = topology.master, time.monotonic()

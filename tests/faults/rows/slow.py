@@ -18,6 +18,7 @@ QUICK_US = 1_000
 def slowed(run: Run, *, normal: bool, **mode: Any) -> None:
     """Answers pass as slowly as that for a while."""
     with RedisServer(password=PASSWORD) as server, Proxy(server.socket, password=PASSWORD) as proxy:
+        server.grow_old()
         with Fleet(proxy.url) as fleet:
             fleet.calm(2)
             with fleet.fault():
@@ -73,6 +74,7 @@ def slow_trickle(run: Run) -> None:
 def slow_wobbling(run: Run) -> None:
     """Each answer comes 100 to 400 ms late: about the deadline, the worst place to be"""
     with RedisServer(password=PASSWORD) as server, Proxy(server.socket, password=PASSWORD) as proxy:
+        server.grow_old()
         with Fleet(proxy.url) as fleet:
             fleet.calm(2)
             with fleet.fault():

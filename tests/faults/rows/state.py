@@ -16,6 +16,7 @@ from tests.servers import RedisServer
 def script_flush(run: Run) -> None:
     """SCRIPT FLUSH every 50 ms under load: no error for callers, each entry executed exactly once"""
     with RedisServer(password=PASSWORD) as server, server.client() as client:
+        server.grow_old()
         with Fleet(server.url, on_outage="raise") as fleet:
             fleet.calm(1)
             with fleet.fault():
@@ -35,6 +36,7 @@ def script_flush(run: Run) -> None:
 def flushall(run: Run) -> None:
     """FLUSHALL under load, three times: noticed, repaired, nothing over that a living process knew"""
     with RedisServer(password=PASSWORD) as server, server.client() as client:
+        server.grow_old()
         with Fleet(server.url) as fleet:
             fleet.calm(run.seconds(4, 2.5))
             for _ in range(run.count(3, 1)):
@@ -48,6 +50,7 @@ def flushall(run: Run) -> None:
 def flushall_deny(run: Run) -> None:
     """The same under `deny`"""
     with RedisServer(password=PASSWORD) as server, server.client() as client:
+        server.grow_old()
         with Fleet(server.url, on_outage="deny") as fleet:
             fleet.calm(4)
             with fleet.fault():
@@ -60,6 +63,7 @@ def flushall_deny(run: Run) -> None:
 def restarted_empty(run: Run) -> None:
     """Killed and started again at once, empty"""
     with RedisServer(password=PASSWORD) as server:
+        server.grow_old()
         with Fleet(server.url) as fleet:
             fleet.calm(4)
             for _ in range(run.count(2, 1)):
