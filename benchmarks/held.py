@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from benchmarks.local import EMPTY
-from benchmarks.peers import times_best_peer
+from benchmarks.peers import times_best_peers
 from benchmarks.strategies import STRATEGIES
 from benchmarks.timing import Figures, table
 
@@ -74,9 +74,10 @@ def of_redis(figures: Figures) -> Iterator[Line]:
 def of_hot_keys(figures: Figures) -> Iterator[Line]:
     """Look at a key denied to a crowd, and one that is leased."""
     denied = figures["denied_crowd"]
-    # Asked again once a second, so that in a measured while the last time may be missing.
+    yield Line("denied key: script calls", denied["script_calls_per_s"], most=20, unit="/s")
+    # Once a second, so that in a measured while the last time may be missing. The other calls are beats.
     least = (denied["seconds"] // 1 - 1) / denied["seconds"]
-    yield Line("denied key: script calls", denied["script_calls_per_s"], least=round(least, 2), most=20, unit="/s")
+    yield Line("denied key: asked again", denied["asked_again_per_s"], least=round(least, 2), unit="/s")
     yield Line("denied key: decisions", denied["decisions_per_s"], least=300_000, unit="/s")
     yield Line("denied key: admitted", denied["allowed"], most=0)
     yield Line("denied key: the median task", denied["median_share"], least=0.5, unit="of its share")
@@ -110,7 +111,7 @@ def of_scale(figures: Figures) -> Iterator[Line]:
 
 
 def of_peers(figures: Figures) -> Iterator[Line]:
-    """Compare decisions/s with the best peer's."""
+    """Compare decisions/s with those of the best peer of each promise."""
     for load, least in (
         ("64 tasks, 20000 keys", 15),
         ("512 tasks, 20000 keys", 20),
@@ -118,9 +119,7 @@ def of_peers(figures: Figures) -> Iterator[Line]:
         ("512 tasks, 100 keys", 40),
     ):
         if load in figures["loads"]:
-            yield Line(
-                f"decisions/s, {load}, best peer's promise", times_best_peer(figures["loads"][load]), least=least, unit="×"
-            )
+            yield Line(f"decisions/s, {load}, each promise", times_best_peers(figures["loads"][load]), least=least, unit="×")
 
 
 ASKED = {"local": of_local, "redis": of_redis, "fleet": of_fleet, "scale": of_scale, "peers": of_peers}

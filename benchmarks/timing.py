@@ -39,6 +39,9 @@ class Options:
         return quick if self.quick else full
 
 
+PEERS = ("limits", "coredis", "throttled-py", "pyrate-limiter", "aiolimiter")
+
+
 def machine() -> dict[str, str]:
     """Name the machine, the versions and the date, for the head of a table."""
     cpu = next(
@@ -49,8 +52,7 @@ def machine() -> dict[str, str]:
         "cores": f"{os.cpu_count()}",
         "system": f"{platform.system()} {platform.release()}",
         "python": f"{platform.python_implementation()} {platform.python_version()}",
-        "redis-py": version("redis"),
-        "hiredis": version("hiredis"),
+        **{name: version(name) for name in ("redis", "hiredis", *PEERS)},
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
     }
 
