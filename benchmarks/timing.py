@@ -52,7 +52,8 @@ def machine() -> dict[str, str]:
         "cores": f"{os.cpu_count()}",
         "system": f"{platform.system()} {platform.release()}",
         "python": f"{platform.python_implementation()} {platform.python_version()}",
-        **{name: version(name) for name in ("redis", "hiredis", *PEERS)},
+        "redis-py": version("redis"),
+        **{name: version(name) for name in ("hiredis", *PEERS)},
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
     }
 
