@@ -30,7 +30,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test demo check ci matrix floor bench instructions instructions-record agree agree-short model faults faults-short soak trace sanitize debug format wheel clean redis valgrind FORCE
+.PHONY: help test demo check ci matrix floor bench instructions instructions-record agree agree-short model faults faults-short soak trace sanitize debug format wheel clean redis valgrind iptables FORCE
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,7 +54,7 @@ check: $(BUILT) $(PEERS) ## Everything static: format, lint, types, stubs, spell
 
 ci: check test agree-short faults-short instructions ## check, test, short runs of agreement and faults, the instruction counts: what .ci/run calls
 
-faults: $(BUILT) redis ## The fault board: each fault on real servers, a table (FAULTS_ARGS="--row server-killed --short")
+faults: $(BUILT) redis iptables ## The fault board: each fault on real servers, a table (FAULTS_ARGS="--row server-killed --short")
 	$(PY) -m tests.faults $(FAULTS_ARGS)
 
 faults-short: $(BUILT) redis
@@ -139,7 +139,7 @@ $(BUILT): $(TOOLS) $(SOURCES)
 redis: $(MADE)
 	@tools/system-packages $(PYTHON) redis
 
-valgrind: $(MADE)
-	@tools/system-packages $(PYTHON) valgrind
+valgrind iptables: $(MADE)
+	@tools/system-packages $(PYTHON) $@
 
 FORCE:

@@ -44,9 +44,10 @@ def main(arguments: list[str] | None = None) -> int:
         verdicts.append(verdict)
     print_table(verdicts)
     failed = [verdict.row for verdict in verdicts if verdict.problems]
-    print(
-        f"\n{time.monotonic() - started:.0f} s, {len(failed)} of {len(verdicts)} rows failed{': ' if failed else ''}{', '.join(failed)}"
-    )
+    skipped = sum(verdict.word == "SKIP" for verdict in verdicts)
+    left_out = f", {skipped} left out" if skipped else ""
+    names = f": {', '.join(failed)}" if failed else ""
+    print(f"\n{time.monotonic() - started:.0f} s, {len(failed)} of {len(verdicts)} rows failed{left_out}{names}")
     return bool(failed)
 
 
