@@ -247,7 +247,8 @@ async def test_a_loop_that_is_kept_busy_is_noise(tmp_path: Path) -> None:
     [noise] = worker.noise.noise
     assert noise.startswith("the loop was kept busy for ")
     await asyncio.gather(watch, return_exceptions=True)
-    assert len(read_log(0, tmp_path / "log").late) == 1
+    # The machine may have kept it waiting too, for a while of its own.
+    assert [began_us for began_us, ended_us in read_log(0, tmp_path / "log").late if ended_us - began_us >= 50_000]
 
 
 async def test_an_exception_that_nobody_retrieves_is_noise() -> None:
