@@ -98,12 +98,17 @@ class Run:
         self.judge_time(fleet)
         if heals_s is not None:
             verdict.limits.append(f"heals {heals_s:g} s")
-            for healed in healed_us(living, fleet.faults):
+            killed = {log.process for log, member in zip(fleet.logs, fleet.members, strict=True) if member.killed}
+            for healed in healed_us(fleet.logs, fleet.faults, killed, round(heals_s * 1e6)):
                 verdict.healed_us = max(verdict.healed_us or 0, healed) if healed is not None else verdict.healed_us
                 late = healed is None or healed > heals_s * 1e6
                 verdict.expect(not late, f"healed after {'the run' if healed is None else f'{healed / 1e6:.2f} s'}")
             last = kinds(between(living, fleet.ended_us - STEADY_US, fleet.ended_us))
             verdict.expect(set(last) <= {"redis", "prefilter", "lease"}, f"not back to normal at the end: {dict(last)}")
+            # A check that never ends is in no log.
+            heard = {call.process for call in between(living, fleet.ended_us - STEADY_US, fleet.ended_us)}
+            silent = [log.process for log in living if log.process not in heard]
+            verdict.expect(not silent, f"nothing was decided at the end in {silent}")
         if over_limit != float("inf"):
             verdict.limits.append(f"over {over_limit:g}")
         verdict.over = max(verdict.over or 0.0, over(RULES, counted, share, local=policy == "local"))

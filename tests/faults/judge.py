@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -197,16 +197,22 @@ def slowest(logs: Iterable[Log]) -> tuple[int, int]:
     return raw, fair
 
 
-def healed_us(logs: Iterable[Log], faults: Iterable[tuple[int, int]]) -> list[int | None]:
-    """How long after the end of each fault the last process had a normal decision again; None if one never had."""
-    processes = []  # when each one began, and when it had its normal decisions
+def healed_us(
+    logs: Iterable[Log], faults: Iterable[tuple[int, int]], killed: Container[int] = (), within_us: int = 0
+) -> list[int | None]:
+    """How long after the end of each fault the last process had a normal decision again; None if one never had.
+
+    killed: processes that were. Each is asked of faults that ended while it lived, if it lived for `within_us` more.
+    """
+    processes = []  # when each one began, for how long it can be asked, and when it had its normal decisions
     for log in logs:
         normal = sorted(call.after_us for call in log.calls if call.kind == "redis")
-        processes.append((min((call.before_us for call in log.calls), default=0), normal))
+        times = [call.before_us for call in log.calls]
+        until_us = max(times, default=0) - within_us if log.process in killed else math.inf
+        processes.append((min(times, default=0), until_us, normal))
     healed: list[int | None] = []
     for _, ended_us in faults:
-        # But for processes that were started later, in the place of one that was killed.
-        after = [normal[bisect_left(normal, ended_us) :][:1] for began_us, normal in processes if began_us <= ended_us]
+        after = [normal[bisect_left(normal, ended_us) :][:1] for began, until, normal in processes if began <= ended_us <= until]
         healed.append(max((first[0] - ended_us for first in after), default=None) if all(after) else None)
     return healed
 
