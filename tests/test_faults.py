@@ -59,7 +59,7 @@ def fleet(logs: list[Log], *, faults: tuple[tuple[int, int], ...] = ((3 * S, 4 *
     return SimpleNamespace(
         logs=logs, members=[member] * len(logs), living=[member], urls=[""] * len(logs), faults=list(faults), began_us=0,
         ended_us=10 * S, options={"deadline": 0.25},
-    )  # fmt: skip
+    )  # fmt: skip  # a line for each word would be a page
 
 
 def judged(given: Any, **how: Any) -> list[str]:

@@ -66,7 +66,8 @@ class Losing:
             # One finds nobody and tries again half a second later; the others may hear of the loss when it happens.
             missing = self.rng.choice(self.world.processes)
             self.world.processes.remove(missing)
-            while self.world.t_us - self.lost_at_us < self.rng.randint(0, 450_000):
+            back_us = self.lost_at_us + self.rng.randint(0, 450_000)
+            while self.world.t_us < back_us:
                 self.turn(ask=True)
             self.world.processes.append(missing)
         for _ in range(60):

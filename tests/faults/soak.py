@@ -66,7 +66,7 @@ class Soak:
                 {"delay_s": (0.0, 0.1)}, {"delay_s": (0.1, 0.5)}, {"delay_s": (1.0, 1.0)}, {"trickle_s": 0.05},
                 {"before": b":1\r\n"}, {"repeat": True}, {"cut_at": self.rng.randrange(60)}, {"instead": b"*1000000000\r\n"},
             )
-        )  # fmt: skip
+        )  # fmt: skip  # a list to be read at a glance
         for proxy in self.rng.choice((self.proxies, self.proxies[:1], self.proxies[1:])):
             proxy.set(**mode)
             if "accept" in mode or self.rng.random() < 0.3:
@@ -90,7 +90,7 @@ class Soak:
         return [
             self.server_killed, self.server_frozen, self.flushed, self.scripts_flushed, self.thrown_out, self.full,
             self.misled, self.misled, self.misled, self.misled, self.worker_killed, self.worker_stopped,
-        ]  # fmt: skip
+        ]  # fmt: skip  # a list to be read at a glance
 
 
 def grown(run: Run, first: list[dict[str, Any]], last: list[dict[str, Any]], numbers: list[int]) -> None:

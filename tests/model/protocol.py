@@ -37,7 +37,7 @@ NEWCOMER = -1  # of Unit.alone
 MUTANTS = frozenset({
     "", "max-merge", "base stays", "no learning", "waits for nobody", "epoch unchecked", "generation ignored",
     "generation untold", "no marker", "charge forgotten", "late grant", "kept for ever",
-})  # fmt: skip
+})  # fmt: skip  # a line for each word would be a page
 
 
 @dataclass(frozen=True)
@@ -301,7 +301,7 @@ def beat(config: Config, state: State, p: int, proc: Proc) -> State:
         store = store._replace(
             epoch=max(names) + 1, own_run=True, marked=marked, learn=config.learn * marked, come=0, repair=config.repair,
             base=-1, extra=0, extra_leaves=0, inherited=tuple(inherited), since=(0,) * len(store.since),
-        )  # fmt: skip
+        )  # fmt: skip  # a line for each word would be a page
         procs = tuple(q._replace(young=False) for q in procs)
     elif proc.epoch and proc.epoch != store.epoch and not store.marked and store.repair:
         store = store._replace(marked=1, learn=config.learn, come=0)
@@ -547,7 +547,7 @@ def tick(config: Config, state: State, faults: int) -> State:
         master = master._replace(inherited=tuple(map(max, master.inherited, state.master.inherited)))
     return excuse(state._replace(
         master=master, old=old, replica=replica, procs=procs, units=tuple(units), faults=state.faults - faults,
-    ))  # fmt: skip
+    ))  # fmt: skip  # a line for each word would be a page
 
 
 NO_REPLY = Reply("")
@@ -561,7 +561,7 @@ def older(proc: Proc) -> Proc:
         learn=learn, stage=READY if proc.stage == LEARN and not learn else proc.stage,
         units=proc.units if leaves else 0, leaves=leaves, young=proc.young and leaves > 0,
         owed=(*proc.owed[1:], 0), lease=proc.lease if left else 0, lease_left=left,
-    )  # fmt: skip
+    )  # fmt: skip  # a line for each word would be a page
 
 
 def aged(store: Store) -> Store:
@@ -571,7 +571,7 @@ def aged(store: Store) -> Store:
     store = store._replace(
         learn=learn, come=store.come if learn else 0, repair=repair, extra=store.extra if leaves else 0, extra_leaves=leaves,
         inherited=(*store.inherited[1:], 0), since=(*store.since[1:], 0),
-    )  # fmt: skip
+    )  # fmt: skip  # a line for each word would be a page
     if repair or store.epoch == 0:
         return store
     inherited = [a + b for a, b in zip(store.inherited, store.since, strict=True)]

@@ -190,6 +190,7 @@ def play(client: Any, strategy: str, limit: int, seed: int, repair: Callable[...
 
 
 @pytest.mark.parametrize(("strategy", "limit"), NUMBERS)
+# Each example begins by flushing the fixture's server, which serves them all.
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32))
 def test_what_was_known_before_a_loss_and_what_was_granted_since_are_added(
@@ -547,9 +548,8 @@ def test_the_largest_number_of_processes_that_anybody_knew_counts(script_client:
     beat = Beats(script_client)
     known = NOW_US - 10**6
     for i, processes in enumerate((2, 12, 3)):
-        assert beat(NOW_US + i, known, process=f"p{i}", processes=processes)[1:] == [
-            NOW_US + OTHERS_US, OTHERS_US + LEARN_US - i, i + 1, i,
-        ]  # fmt: skip
+        heard = beat(NOW_US + i, known, process=f"p{i}", processes=processes)
+        assert heard[1:] == [NOW_US + OTHERS_US, OTHERS_US + LEARN_US - i, i + 1, i]
     assert set(script_client.zrange("processes", 0, -1)) == {b"p0", b"p1", b"p2", b"=12"}
     # Nobody else comes; from then on it is no member.
     assert beat(NOW_US + OTHERS_US, NOW_US, process="new", processes=3)[1:] == [NOW_US + OTHERS_US, LEARN_US, 4, 0]

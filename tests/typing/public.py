@@ -77,4 +77,4 @@ def outages() -> None:
     """What a rule does while its storage can't answer is one of four words, or left to the storage."""
     rule = RateThrottleRule("rule", 10, 1, on_outage="deny")
     assert_type(rule.on_outage, Literal["local", "allow", "deny", "raise"] | None)
-    RateThrottleRule("rule", 10, 1, on_outage="ignore")  # type: ignore[arg-type]
+    RateThrottleRule("rule", 10, 1, on_outage="ignore")  # type: ignore[arg-type]  # none of the four

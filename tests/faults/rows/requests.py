@@ -16,7 +16,7 @@ from tests.servers import RedisServer
 COSTS: tuple[Any, ...] = (
     float("nan"), float("inf"), -float("inf"), -1, 0, True, False, 1.5, 1.0, "5", b"5", None, [], 1j, Decimal(1),
     2**53, 2**63, 2**64, 10**30,
-)  # fmt: skip
+)  # fmt: skip  # a list to be read at a glance
 KEYS: tuple[Any, ...] = (
     "",
     (),
@@ -36,7 +36,7 @@ KEYS: tuple[Any, ...] = (
 ODD_KEYS: tuple[Any, ...] = (
     "x" * 1_000_000, "\x00", "a\x00b", "\r\n", "a\r\nFLUSHALL\r\n", "{}", "{a}{b}", "*?[", "(s1:a", "=a", "#a", "ü" * 65,
     ("a",), ("a", 1), ("a", "1"),
-)  # fmt: skip
+)  # fmt: skip  # a list to be read at a glance
 
 
 @row(short=True)

@@ -52,8 +52,9 @@ end
 -- A sliding window has n entries, in ascending order. The newest is `last` (us) and `units`; `first` is the oldest one's us. All but
 -- the newest stay text, as only those that leave are ever looked at: `digits` of the slot's number, modulo `modulus`, and `width` of
 -- the units; first `kept` of them where they were read, in `text` from `from` on, then `more`, what came since. No two entries of a
--- view are as many slots apart as the modulus, so the newest tells which of the equal ones is meant. The server copies a state half a
--- dozen times for a decision: hence so few digits.
+-- view are as many slots apart as the modulus, so the newest tells which of the equal ones is meant. A state is copied several times to
+-- be read, and again to be written: hence so few digits.
+
 local function slot_end(q, at)
   if q == 1 then return at end
   return at - at % q + q
@@ -267,29 +268,28 @@ local function views()
     return false
   end
 
-  -- Returns how long until nothing of a rolled view counts any more, 0 if it is fresh, and the text behind its name, in four pieces.
+  -- Returns how long until nothing of a rolled view counts any more, 0 if it is fresh, and the view as text.
   function print_view(v)
     local kind = v.kind
     if kind == 'b' then
       local ticks = v.level + v.drain - 1
-      return (ticks - ticks % v.drain) / v.drain, format('%d,%d;', v.level, v.t), '', '', ''
+      return (ticks - ticks % v.drain) / v.drain, v.name .. format('%d,%d;', v.level, v.t)
     elseif kind == 's' then
-      if v.n == 0 then return 0, '0,0,0,1,', '', '', ';' end
-      return v.last + v.window - now, format('%d,%d,%d,%d,', v.total, v.last / v.q, v.units, v.width),
-        sub(v.text, v.from, v.from + v.kept * (v.digits + v.width) - 1), v.more, ';'
+      if v.n == 0 then return 0, v.name .. '0,0,0,1,;' end
+      return v.last + v.window - now, v.name .. format('%d,%d,%d,%d,', v.total, v.last / v.q, v.units, v.width)
+        .. sub(v.text, v.from, v.from + v.kept * (v.digits + v.width) - 1) .. v.more .. ';'
     end
     local ends = v.start + v.window - now
-    if kind == 'f' then return v.cur > 0 and ends or 0, format('%d,%d;', v.start, v.cur), '', '', '' end
-    return v.cur > 0 and ends + v.window or v.prev > 0 and ends or 0, format('%d,%d,%d;', v.start, v.cur, v.prev), '', '', ''
+    if kind == 'f' then return v.cur > 0 and ends or 0, v.name .. format('%d,%d;', v.start, v.cur) end
+    return v.cur > 0 and ends + v.window or v.prev > 0 and ends or 0, v.name .. format('%d,%d,%d;', v.start, v.cur, v.prev)
   end
 
   -- Returns how long until nothing of a state's rolled views counts any more, and the state as text.
   function print_state(head, own, other)
-    local reset, fields, text, more, last = print_view(own)
-    if not other then return reset, head .. own.name .. fields .. text .. more .. last end
-    local other_reset, other_fields, other_text, other_more, other_last = print_view(other)
-    return max(reset, other_reset), head .. own.name .. fields .. text .. more .. last
-      .. other.name .. other_fields .. other_text .. other_more .. other_last
+    local reset, text = print_view(own)
+    if not other then return reset, head .. text end
+    local other_reset, other_text = print_view(other)
+    return max(reset, other_reset), head .. text .. other_text
   end
 
   -- How long what is known of a view may matter to somebody: a bucket may owe twice its capacity.
@@ -343,7 +343,7 @@ local function views()
     return v.kept % 1 == 0 and ends + 1 or nil
   end
 
-  -- Reads a state that is more than the rule's own view alone. Returns its header, the own view, the other one (rolled) or nil,
+  -- Reads a state. Returns its header, the own view, the other one (rolled) or nil,
   -- whether there is something to write already, and whether the own one was derived; nothing if the state is none of ours.
   function read(state, rule)
     local head, at = match(state, '^(1[^;]*;)()')
