@@ -84,7 +84,7 @@ cdef class Knowledge:
             return False
         self.forks = self.bounds.forks
         self.process_id = urandom(8).hex().encode()
-        self.processes = 0                   # as they were counted, this one wasn't among them
+        self.processes, self.sure = 0, False  # as they were counted, this one wasn't among them
         self.errands = deque()
         self.out = set()
         self.asserting = None
@@ -120,6 +120,7 @@ cdef class Knowledge:
             self.learning_until_us = min(self.learning_until_us, now_us + learning_us)
         if count == 0:                       # it was only looked at
             return another
+        self.sure = count == self.processes
         if count >= self.processes:
             self.fewer_since_us = 0
         elif self.fewer_since_us == 0:
@@ -134,7 +135,7 @@ cdef class Knowledge:
     cdef Errand beat(self, bytes purpose, bint asks, done):
         """Say that this process is there or leaves, or look which epoch this is, and what was evicted if it `asks`."""
         return Errand("beat", [self.layout.processes_key], [
-            self.process_id, purpose, b"1" if asks else b"0", b"%d" % self.processes], done)
+            self.process_id, purpose, b"1" if asks else b"0", b"%d" % (self.processes if self.sure else 0)], done)
 
     cdef Errand next_errand(self, int64_t now_us):
         """What the store has to be told next, or None."""
