@@ -251,8 +251,9 @@ cdef str window_text(const Terms* terms, const Window* window):
         f"{window.entries[i].at_us // terms.slot_us % 10**digits:0{digits}}{window.entries[i].units:0{width}}"
         for i in range(window.first, newest)
     ])
-    return (f"s{terms.window_us},{terms.slot_us},{window.total},{window.entries[newest].at_us // terms.slot_us},"
-            f"{window.entries[newest].units},{width},{older};")
+    units = window.entries[newest].units
+    last = window.entries[newest].at_us // terms.slot_us
+    return f"s{terms.window_us},{terms.slot_us},{units},{window.total - units},{last},{width},{older};"
 
 
 @cython.final

@@ -127,7 +127,7 @@ def read_view(text: str) -> View:
     """One view, and what docs/arithmetic.md promises of it."""
     if not text.startswith("s"):
         return text, []
-    window_us, slot_us, total, last, units, width = map(int, text[1:].split(",")[:-1])
+    window_us, slot_us, units, past, last, width = map(int, text[1:].split(",")[:-1])
     older = text.rpartition(",")[2]
     digits = len(str((window_us + window_us // 8) // slot_us + 1))
     assert slot_us == 1 or digits == 2
@@ -136,11 +136,11 @@ def read_view(text: str) -> View:
     for i in range(0, len(older), step):
         slot, held = int(older[i : i + digits]), int(older[i + digits : i + step])
         entries.append(((last - (last - slot) % 10**digits) * slot_us, held))
-    entries += [(last * slot_us, units)] if total else []
+    assert sum(held for _, held in entries) == past
+    entries += [(last * slot_us, units)] if units else []
     assert entries == sorted(set(entries)), "they ascend"
     assert all(held > 0 for _, held in entries)
-    assert sum(held for _, held in entries) == total
-    return f"s{window_us},{slot_us},{total}", entries
+    return f"s{window_us},{slot_us},{units + past}", entries
 
 
 class ClockedScript:

@@ -374,5 +374,5 @@ def test_what_was_taken_ahead_stays_ahead_when_the_window_changes(script_client:
     clocked, old, new = ClockedScript(script_client), leased("sliding_window", 10, 60), leased("sliding_window", 10, 50)
     clocked.lease(NOW_US, Lease(old, "k", ahead=1))
     assert clocked.lease(NOW_US + 10, Lease(new, "k", cost=10))[0] == 0
-    assert (clocked.state("k") or b"").startswith(b"1;s50000000,1,2,")
+    assert (clocked.state("k") or b"").startswith(b"1;s50000000,1,1,1,")
     assert entries(clocked.state("k")) == {NOW_US: 1, NOW_US + 100_000: 1}

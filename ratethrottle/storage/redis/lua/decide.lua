@@ -71,7 +71,7 @@ local function others()
 end
 
 -- Nothing is written before everything is decided, so a refused call leaves every key as it is.
-local KEYS, ARGV, refuse = KEYS, ARGV, redis.error_reply
+local KEYS, ARGV, refuse, SECOND = KEYS, ARGV, redis.error_reply, 1000000
 local request, mode, key_count = ARGV[1], ARGV[2], #KEYS - 1
 local rule_count, run_count, lease_count = number(ARGV[4], 1, 128), number(ARGV[5], 0, 128), number(ARGV[6], 0, 128)
 if not request or request == '' then return refuse('RATETHROTTLE no request id') end
@@ -93,16 +93,16 @@ end
 local rules, wrong = read_rules(6, rule_count)
 if not rules then return refuse(wrong) end
 
--- By place in KEYS: the state as text, false if there is none; until when it counts, where that is known; and for what was written,
--- how long. `partly`: of some states only numbers change, to numbers[k], behind places[k] bytes; the rest and the expiry stay.
+-- By place in KEYS: the state as text, false if there is none; the second in which what was read ends, where that is known; and for
+-- what was written, how long it counts. `partly`: of some states only numbers change, to numbers[k], behind places[k] bytes; the rest
+-- and the expiry stay. A table that many nils made room in doesn't grow, for which all that it holds would be counted each time.
 local states, ends, resets = call('MGET', unpack(KEYS)), {nil}, {nil}
-local partly, numbers, places = false, {nil}, {nil}
+local partly, numbers, places = false, {unpack(ends, 1, key_count + 1)}, {unpack(ends, 1, key_count + 1)}
 if states[1] ~= ARGV[3] then return {request, -1} end
 if not enter(ARGV[3]) then return refuse('RATETHROTTLE the epoch is none') end
--- The nils make room, so that the table doesn't grow twice for one answer.
-local reply, filled, entries, at, consumes = {request, now, nil, nil, nil, nil, nil}, 2, 0, 6 + 8 * rule_count, mode == 'check'
+local reply, filled, entries, at = {request, now, unpack(ends, 1, 5 * key_count)}, 2, 0, 6 + 8 * rule_count
 -- Pairs of entry and generation.
-local generations, reset_count = nil, 0
+local generations, reset_count, consumes = nil, 0, mode == 'check'
 for i = 1, run_count + lease_count do
   local is_lease = i > run_count
   local key, last_key, rule, cost, count = number(ARGV[at + 1], 1, key_count), nil, nil, nil, nil
@@ -142,7 +142,7 @@ for i = 1, run_count + lease_count do
         local level, t = match(text, '^([0-9]+),([0-9]+);$', skip + 1)
         local past = t and now - t or -1
         if past >= 0 then
-          local granted = count
+          local granted, ending = count, state and t + (level + drain - 1) / drain
           level = level - drain * past
           if level < 0 then level = 0 end
           local free = cap * unit - level
@@ -150,16 +150,23 @@ for i = 1, run_count + lease_count do
           if asked > free then granted = free > 0 and floor(free / cost) or 0 end
           if granted > 0 then
             level = level + granted * cost * unit
-            local ticks = level + drain - 1
-            states[k], resets[k] = alone .. format('%d,%d;', level, now), (ticks - ticks % drain) / drain
+            local ticks, fields = level + drain - 1, format('%d,%d;', level, now)
+            local reset = (ticks - ticks % drain) / drain
+            if ending and not resets[k] then ends[k] = ending - ending % SECOND end
+            local second = now + reset
+            if ends[k] == second - second % SECOND and not resets[k] and #text == skip + #fields then
+              partly, numbers[k], places[k] = true, fields, rule.place
+            else
+              states[k], resets[k], numbers[k] = alone .. fields, reset, nil
+            end
           end
           reply[filled + 1], reply[filled + 2], filled, done = granted, level, filled + 2, true
         end
       elseif kind == 's' then
-        local total, slot, held, width, from = match(text, '^([0-9]+),([0-9]+),([0-9]+),([0-9]+),()', skip + 1)
+        local held, older, slot, width, from = match(text, '^([0-9]+),([0-9]+),([0-9]+),([0-9]+),()', skip + 1)
         local size, last, step = #text, from and slot * q - now, from and digits + width
         if from and find(text, ';', from, true) == size and (size - from) % step == 0 and last <= rule.ahead then
-          local at, first = from, last
+          local total, at, first = held + older, from, last
           if last + window <= 0 then
             total, at = 0, size
           else
@@ -169,7 +176,7 @@ for i = 1, run_count + lease_count do
               total, at, first = total - sub(text, at + digits, at + step - 1), at + step, last
             end
           end
-          local before, granted, retry = total + 0, count, 0
+          local before, granted, retry = total, count, 0
           total = total + asked
           if before + cost > cap then
             -- Denied: until when is told by the entry with which enough has left, from the oldest on.
@@ -184,20 +191,22 @@ for i = 1, run_count + lease_count do
             end
             if before == 0 then first, last = -window, -window end
           elseif total <= cap and before > 0 and (last > 0 or last == rule.slot - now) then
-            local fields = format('%d,%d,%d,%d,', total, slot, held + asked, width)
-            if at == from and #fields == from - skip - 1 and not resets[k] then
+            local units = format('%d,', held + asked)
+            if at == from and #units == #held + 1 and not resets[k] then
               -- Most checks change no more than this.
-              partly, numbers[k], places[k], done = true, fields, rule.place, true
+              partly, numbers[k], places[k], done = true, units, rule.place, true
             else
-              if not resets[k] then ends[k] = now + last + window end
-              states[k], resets[k], numbers[k], done = alone .. fields .. sub(text, at), last + window, nil, true
+              local second = now + last + window
+              if not resets[k] then ends[k] = second - second % SECOND end
+              states[k] = alone .. units .. format('%d,%d,%d,', total - held - asked, slot, width) .. sub(text, at)
+              resets[k], numbers[k], done = last + window, nil, true
             end
           elseif total <= cap and (before == 0 or #held <= width + 0) then
             last = rule.slot - now
             if before == 0 then
-              first, states[k] = last, alone .. format('%d,%d,%d,1,;', asked, rule.slot / q, asked)
+              first, states[k] = last, alone .. format('%d,0,%d,1,;', asked, rule.slot / q)
             else
-              states[k] = alone .. format('%d,%d,%d,%d,', total, rule.slot / q, asked, width) .. sub(text, at, size - 1)
+              states[k] = alone .. format('%d,%d,%d,%d,', asked, before, rule.slot / q, width) .. sub(text, at, size - 1)
                 .. format(format('%%0%dd%%0%dd;', digits, width), slot % modulus, held)
             end
             resets[k], numbers[k], done = last + window, nil, true
@@ -213,7 +222,7 @@ for i = 1, run_count + lease_count do
         local began = now - now % window
         if start and start + 0 <= began then
           start, cur, prev = start + 0, cur + 0, prev and prev + 0 or 0
-          local granted, ending = count, cur > 0 and start == began and not resets[k]
+          local granted, stays = count, cur > 0 and start == began and not resets[k]
           if start < began then
             prev = start == began - window and cur or 0
             cur = 0
@@ -227,14 +236,18 @@ for i = 1, run_count + lease_count do
           if asked > free then granted = free > 0 and floor(free / cost) or 0 end
           if granted > 0 then
             cur = cur + granted * cost
-            local reset = began + window - now
+            local second, fields = began + window, nil
             if kind == 'f' then
-              text = format('%d,%d;', began, cur)
+              fields = format('%d,%d;', began, cur)
             else
-              text, reset = format('%d,%d,%d;', began, cur, prev), reset + window
+              second, fields = second + window, format('%d,%d,%d;', began, cur, prev)
             end
-            if ending then ends[k] = now + reset end
-            states[k], resets[k] = alone .. text, reset
+            if stays then
+              -- A count grows, so that nothing is left behind it.
+              partly, numbers[k], places[k] = true, fields, rule.place
+            else
+              states[k], resets[k], numbers[k] = alone .. fields, second - now, nil
+            end
           end
           reply[filled + 1], reply[filled + 2], done = granted, cur, true
           if kind == 'f' then
@@ -353,6 +366,8 @@ end
 
 for i = 1, reset_count do reply[filled + i] = generations[i] end
 
+-- A key expires one to two seconds after it counts for the last time, at a whole second: so that most checks leave that as it is, and
+-- what is in use isn't deleted and made anew each time.
 local expiry_ms, expiry_of = nil, nil
 for k = 2, key_count + 1 do
   local reset = resets[k]
@@ -360,13 +375,17 @@ for k = 2, key_count + 1 do
     call('SETRANGE', KEYS[k], places[k], numbers[k])
   elseif reset == 0 then
     call('DEL', KEYS[k])
-  elseif reset and ends[k] == now + reset then
-    -- The key expires when it must already, and to leave that alone costs two thirds of setting it.
-    call('SET', KEYS[k], states[k], 'KEEPTTL')
   elseif reset then
-    -- Windows of one rule end together.
-    if reset ~= expiry_of then expiry_of, expiry_ms = reset, format('%d', floor((reset + 999) / 1000) + 1) end
-    call('PSETEX', KEYS[k], expiry_ms, states[k])
+    local second = now + reset
+    second = second - second % SECOND
+    if ends[k] == second then
+      -- To leave it as it is costs two thirds of setting it.
+      call('SET', KEYS[k], states[k], 'KEEPTTL')
+    else
+      -- Most of a call's keys expire together.
+      if second ~= expiry_of then expiry_of, expiry_ms = second, format('%d', floor((second + 2 * SECOND - now) / 1000)) end
+      call('PSETEX', KEYS[k], expiry_ms, states[k])
+    end
   end
 end
 return reply

@@ -276,7 +276,7 @@ local function views()
       return (ticks - ticks % v.drain) / v.drain, v.name .. format('%d,%d;', v.level, v.t)
     elseif kind == 's' then
       if v.n == 0 then return 0, v.name .. '0,0,0,1,;' end
-      return v.last + v.window - now, v.name .. format('%d,%d,%d,%d,', v.total, v.last / v.q, v.units, v.width)
+      return v.last + v.window - now, v.name .. format('%d,%d,%d,%d,', v.units, v.total - v.units, v.last / v.q, v.width)
         .. sub(v.text, v.from, v.from + v.kept * (v.digits + v.width) - 1) .. v.more .. ';'
     end
     local ends = v.start + v.window - now
@@ -334,10 +334,10 @@ local function views()
 
   -- Reads what stands behind the name of a sliding window. Returns where the next view would begin; nothing if it is none of ours.
   function read_window(v, state, at)
-    local total, last, units, width, from = match(state, '^([0-9]+),([0-9]+),([0-9]+),([0-9]+),()', at)
+    local units, older, last, width, from = match(state, '^([0-9]+),([0-9]+),([0-9]+),([0-9]+),()', at)
     local ends = from and find(state, ';', from, true)
     if not ends then return nil end
-    v.total, v.last, v.units, v.width = total + 0, last * v.q, units + 0, width + 0
+    v.units, v.total, v.last, v.width = units + 0, units + older, last * v.q, width + 0
     v.text, v.from, v.kept, v.more = state, from, (ends - from) / (v.digits + v.width), ''
     v.n = v.total > 0 and v.kept + 1 or 0
     return v.kept % 1 == 0 and ends + 1 or nil
