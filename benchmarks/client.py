@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import random
 import sys
@@ -17,7 +18,9 @@ async def main(order: dict[str, Any]) -> None:
     limiter = ours(order["url"], name=order["name"])
     # Every process walks the same keys in an order of its own.
     keys = random.Random(order["number"]).sample(key_names(order["keys"]), order["keys"])
-    await warm(limiter.check, keys, order["tasks"])
+    await warm(limiter.check, keys, len(keys))
+    # As a service does that has started: the collector no longer goes through all that was loaded, 15 ms each time.
+    gc.freeze()
     print("ready", flush=True)
     await asyncio.to_thread(sys.stdin.readline)
     if "per_s" in order:

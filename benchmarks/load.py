@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,7 +17,8 @@ Check = Callable[[str], Awaitable[Any]]
 """One decision about a key; what it gives is true when allowed."""
 
 TICK_S = 0.001  # asyncio's timers on epoll are late by up to this much
-IN_FLIGHT_MAX = 5_000  # checks that `paced` has under way at once; past it, it drops them and says how many
+IN_FLIGHT_MAX = 1_000  # checks that `paced` has under way at once; those due wait, and their time counts
+BEHIND_MAX = 50_000  # past it, it drops them and says how many
 
 
 def key_names(count: int) -> list[str]:
@@ -136,9 +138,11 @@ async def paced(check: Check, keys: Sequence[str], per_s: float, seconds: float)
     fell due in it; only the millisecond that asyncio's timers may be late by doesn't count.
     """
     loop, result, load = asyncio.get_running_loop(), Paced(per_s), Load()
-    # Tasks that rest between two checks: waking one costs half of starting one, and this is not to measure itself.
+    # Tasks that rest between two checks, or go on at once with one that is due: waking a task costs half of starting one, and this
+    # is not to measure itself.
     workers: list[asyncio.Task[None]] = []
     idle: list[asyncio.Future[tuple[str, float] | None]] = []
+    behind: deque[tuple[str, float]] = deque()
     ending = False
 
     async def work(order: tuple[str, float] | None) -> None:
@@ -149,6 +153,9 @@ async def paced(check: Check, keys: Sequence[str], per_s: float, seconds: float)
                 result.latencies_s.append(loop.time() - due_s)
             except Exception as error:  # noqa: BLE001  # a peer's errors are a result, whatever they are
                 count_error(load, error)
+            if behind:
+                order = behind.popleft()
+                continue
             if ending:
                 return
             rest = loop.create_future()
@@ -166,6 +173,8 @@ async def paced(check: Check, keys: Sequence[str], per_s: float, seconds: float)
                 idle.pop().set_result(order)
             elif len(workers) < IN_FLIGHT_MAX:
                 workers.append(loop.create_task(work(order)))
+            elif len(behind) < BEHIND_MAX:
+                behind.append(order)
             else:
                 result.dropped += 1
             started += 1
