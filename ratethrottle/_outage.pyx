@@ -26,15 +26,24 @@ from ratethrottle.terms import drain_rate, steps
 
 cdef extern from *:
     """
-    /* ceil(level * to / (from * n)), at most `most`: a level in ticks of one size, an nth of it in ticks of another. The factors
-       fill 53, 52, 52 and 63 bits. */
-    static int64_t rt_scaled_up(int64_t level, int64_t to, int64_t from, int64_t n, int64_t most) {
-        unsigned __int128 by = (unsigned __int128)from * n;
-        unsigned __int128 scaled = ((unsigned __int128)level * to + by - 1) / by;
+    /* ceil(level * to / from), at most `most`: a level in ticks of one size, in ticks of another. The factors fill 53, 52 and 52 bits. */
+    static int64_t rt_scaled_up(int64_t level, int64_t to, int64_t from, int64_t most) {
+        unsigned __int128 scaled = ((unsigned __int128)level * to + from - 1) / from;
         return scaled > (unsigned __int128)most ? most : (int64_t)scaled;
     }
+
+    /* The level that leaves of a part's capacity an nth of the room in a whole bucket, rounded down; 0 to `most`. In ticks of which a
+       unit has `to`, the whole one's level in such of which it has `from`. */
+    static int64_t rt_level_of_part(int64_t level, int64_t to, int64_t from, int64_t whole, int64_t part, int64_t n, int64_t most) {
+        __int128 room = (__int128)whole * to - ((__int128)level * to + from - 1) / from, left;
+        room = room >= 0 ? room / n : -((-room + n - 1) / n);
+        left = (__int128)part * to - room;
+        return left < 0 ? 0 : left > most ? most : (int64_t)left;
+    }
     """
-    int64_t scaled_up "rt_scaled_up"(int64_t level, int64_t to, int64_t ticks, int64_t n, int64_t most) noexcept nogil
+    int64_t scaled_up "rt_scaled_up"(int64_t level, int64_t to, int64_t ticks, int64_t most) noexcept nogil
+    int64_t level_of_part "rt_level_of_part"(int64_t level, int64_t to, int64_t ticks, int64_t whole, int64_t part, int64_t n,
+                                             int64_t most) noexcept nogil
 
 
 cdef enum:
@@ -91,9 +100,9 @@ cdef Window* window_part(const View* known, int64_t known_now_us, int64_t ahead_
 
 
 cdef int view_part(View* part, const Terms* terms, const View* known, int64_t known_now_us, int64_t now_us,
-                   int64_t n) noexcept nogil:
-    """An nth of what is known, rounded up, as `terms` read it now; `known` is kept in another clock, in which it is now
-    `known_now_us`."""
+                   int64_t n, int64_t capacity) noexcept nogil:
+    """An nth of what is known, rounded up, as `terms` read it now; of a bucket, of the room that it leaves of `capacity`, the whole
+    rule's. `known` is kept in another clock, in which it is now `known_now_us`."""
     cdef View source = known[0]
     cdef int64_t ahead_us = now_us - known_now_us, window_us = known.terms.window_us
     cdef int status
@@ -103,13 +112,16 @@ cdef int view_part(View* part, const Terms* terms, const View* known, int64_t kn
             return NO_MEMORY
     elif known.terms.kind == c"b":
         source.at_us = min(known.at_us, known_now_us)
+        if terms.kind == c"b":
+            # All parts together have the room of the whole, and gain it by no more than its rate: each by its own, from then on.
+            part.terms = terms
+            part.at_us = source.at_us + ahead_us
+            part.amount.level_ticks = level_of_part(known.amount.level_ticks, terms.unit_ticks, known.terms.unit_ticks, capacity,
+                                                    terms.capacity, n, LEVEL_MAX)
+            view_roll(part, now_us)
+            return KEEP
         view_roll(&source, known_now_us)
         source.at_us = now_us
-        if terms.kind == c"b":
-            part.terms = terms
-            part.at_us = now_us
-            part.amount.level_ticks = scaled_up(source.amount.level_ticks, terms.unit_ticks, known.terms.unit_ticks, n, LEVEL_MAX)
-            return KEEP
         source.amount.level_ticks = ceil_div(source.amount.level_ticks, n)
     else:
         # The clocks agree but roughly: it is the window whose beginning is nearest.
@@ -280,7 +292,7 @@ cdef class Account:
         cdef View part
         cdef int status
         roll(&self.held, now_us)
-        if view_part(&part, &self.share.terms, known, known_now_us, now_us, self.share.n) == NO_MEMORY:
+        if view_part(&part, &self.share.terms, known, known_now_us, now_us, self.share.n, self.share.owed.capacity) == NO_MEMORY:
             raise MemoryError
         status = view_join(&self.held, &part)
         view_free(&part)
@@ -350,7 +362,7 @@ cdef int owed_ages(list ages, const View* owed, CompiledRule rule, int64_t now_u
         if owed.amount.counts.cur:
             ages.append((max(0, now_us - owed.at_us - half_us), owed.amount.counts.cur))
     elif owed.amount.level_ticks:
-        ages.append((0, scaled_up(owed.amount.level_ticks, rule.terms.unit_ticks, terms.unit_ticks, 1,
+        ages.append((0, scaled_up(owed.amount.level_ticks, rule.terms.unit_ticks, terms.unit_ticks,
                                   rule.terms.capacity * rule.terms.unit_ticks)))
     return 0
 

@@ -74,7 +74,7 @@ def answer_of(store: Oracle, rule: CompiledRule, now_us: int) -> list[int]:
     return [0, counts.total(), first, retry_us, reset_us]
 
 
-def started(share: CompiledRule, known: Known | None, n: int, now_us: int) -> Oracle:
+def started(share: CompiledRule, known: Known | None, n: int, now_us: int, capacity: int) -> Oracle:
     """An oracle of the share that begins with a part of what an answer of just now says of the store."""
     oracle, account = Oracle(), Account(share, [], now_us)
     oracle.accounts = [account]
@@ -92,7 +92,9 @@ def started(share: CompiledRule, known: Known | None, n: int, now_us: int) -> Or
     elif rule.kind != "b":
         log = [(now_us - answer[-1] - rule.window_us, answer[2] if rule.kind == "c" else 0), (now_us - answer[-1], answer[1])]
     if rule.kind == "b" == share.kind:
-        account.add(now_us, Fraction(ceil(Fraction(answer[1] * share.unit_ticks, rule.unit_ticks * n)), share.unit_ticks))
+        # An nth of the room that there is, in ticks.
+        room = (capacity * share.unit_ticks - ceil(Fraction(answer[1] * share.unit_ticks, rule.unit_ticks))) // n
+        account.add(now_us, Fraction(max(0, share.capacity * share.unit_ticks - room), share.unit_ticks))
     elif rule.kind == share.kind == "s":
         for at, units in parts(log, n):
             account.add(-(-at // share.slot_us) * share.slot_us, units)
@@ -175,7 +177,7 @@ def test_a_share_decides_as_the_oracle_of_a_smaller_rule(rule: RateThrottleRule,
     assume(share is not None)
     assert share is not None
     known = random_known(rng, rule.compiled, now_us) if rng.random() < 0.8 else None
-    process, oracle = Process(n, rank), started(share.compiled, known, n, now_us)
+    process, oracle = Process(n, rank), started(share.compiled, known, n, now_us, rule.capacity)
     for _ in range(60):
         step = random_step(rng, share)
         now_us += step.advance_us if len(process.shares) else 0  # until it has an account, it begins from what is known
@@ -260,6 +262,8 @@ def test_no_interval_holds_more_than_the_limit_and_the_shares_of_those_cut_off(
 
 @settings(deadline=None)  # the oracle searches, it does not calculate
 @given(rule=SMALL, n=st.integers(1, 6), seed=seeds)
+@example(rule=make_rule("token_bucket", 4, 1_000_000, 30), n=3, seed=131)  # the rate of a share is above or below a third
+@example(rule=make_rule("token_bucket", 16, 10_000_000, 10), n=3, seed=1227)  # and so is its capacity
 def test_all_processes_cut_off_together_admit_what_the_rule_allows_and_no_more(rule: RateThrottleRule, n: int, seed: int) -> None:
     note(f"seed {seed}")
     rng = random.Random(seed)

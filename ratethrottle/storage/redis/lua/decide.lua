@@ -206,13 +206,11 @@ for i = 1, run_count + lease_count do
             if before == 0 then
               first, states[k] = last, alone .. format('%d,0,%d,1,;', asked, rule.slot / q)
             else
-              -- The newest entry becomes one of the older ones. What doesn't depend on the key is printed once for each width.
-              local shape = rule[width]
-              if not shape then
-                shape = format('%%s%%d,%%d,%d,%d,%%s%%0%dd%%0%dd;', rule.slot / q, width, digits, width)
-                rule[width] = shape
-              end
-              states[k] = format(shape, alone, asked, before, sub(text, at, size - 1), slot % modulus, held)
+              -- The newest entry becomes one of the older ones, which are printed alike where their width is.
+              local shape = rule[width] or format('%%0%dd%%0%dd;', digits, width)
+              rule[width] = shape
+              states[k] = alone .. format('%d,%d,%d,%d,', asked, before, rule.slot / q, width) .. sub(text, at, size - 1)
+                .. format(shape, slot % modulus, held)
             end
             resets[k], numbers[k], done = last + window, nil, true
           end
