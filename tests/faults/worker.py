@@ -246,4 +246,7 @@ def run_worker(work: Work, pipe: Connection) -> None:
     async def main() -> None:
         await Worker(work, pipe).run()
 
+    # As the gc module's page has it for forked processes: else the collector goes, and copies, through all that the tests imported,
+    # for which one loop was busy for 51 ms.
+    gc.freeze()
     asyncio.run(main())
