@@ -67,7 +67,7 @@ async def saturated(count: int, meter: Meter, seconds: float) -> Figures:
 async def half_loaded(per_s: float, meter: Meter, seconds: float) -> Figures:
     """Offer a fixed load from as many processes as leave Redis a core of its own, and put their latencies together."""
     count = max(1, min(PROCESSES[-1], (os.cpu_count() or 1) - 1))
-    # Keys of its own: windows that the runs before have filled would cost more.
+    # Keys of its own: windows that the saturated runs have filled would cost more.
     order = {"url": meter.url, "name": "fleet-half", "keys": KEYS, "tasks": 64, "seconds": seconds, "per_s": per_s / count}
     results, server = await clients(count, order, meter)
     latencies = [latency for each in results for latency in each["latencies_s"]]

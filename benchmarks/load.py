@@ -132,7 +132,7 @@ class Paced:
 
 
 async def paced(check: Check, keys: Sequence[str], per_s: float, seconds: float) -> Paced:
-    """Start checks at a fixed rate, each in a task that has no other, however long the earlier ones take.
+    """Start checks at a fixed rate, however long the earlier ones take: each in a task that has no other, IN_FLIGHT_MAX at most.
 
     Those due in a millisecond start together at its end. A latency counts from there, so that a stall counts for all that
     fell due in it; only the millisecond that asyncio's timers may be late by doesn't count.

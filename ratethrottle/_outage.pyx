@@ -2,8 +2,8 @@
 """What one process admits on its own while the store is away, and what it owes the store afterwards (DESIGN: outage policy).
 
 No I/O and no clock: times are passed in, in the server's time as far as it is known. Each of N processes runs a rule with
-capacity and rate divided by N, from what was known of the key divided by N. All rounding is against the caller, and of N
-processes that begin from the same knowledge all together admit what the rule would, and no more.
+capacity and rate divided by N, from what was known of the key divided by N, of a bucket from the room in it. All rounding is
+against the caller: N processes that begin from the same knowledge admit no more together than the rule would.
 """
 
 cimport cython
@@ -100,9 +100,9 @@ cdef Window* window_part(const View* known, int64_t known_now_us, int64_t ahead_
 
 
 cdef int view_part(View* part, const Terms* terms, const View* known, int64_t known_now_us, int64_t now_us,
-                   int64_t n, int64_t capacity) noexcept nogil:
-    """An nth of what is known, rounded up, as `terms` read it now; of a bucket, of the room that it leaves of `capacity`, the whole
-    rule's. `known` is kept in another clock, in which it is now `known_now_us`."""
+                   int64_t n, const Terms* whole) noexcept nogil:
+    """An nth of what is known, rounded up, as `terms` read it now; of a bucket, of the room that it leaves in the rule's, `whole`.
+    `known` is kept in another clock, in which it is now `known_now_us`."""
     cdef View source = known[0]
     cdef int64_t ahead_us = now_us - known_now_us, window_us = known.terms.window_us
     cdef int status
@@ -112,15 +112,16 @@ cdef int view_part(View* part, const Terms* terms, const View* known, int64_t kn
             return NO_MEMORY
     elif known.terms.kind == c"b":
         source.at_us = min(known.at_us, known_now_us)
+        if not same_definition(known.terms, whole):
+            view_roll(&source, known_now_us)     # as the store would: by the rate that it was kept by
         if terms.kind == c"b":
             # All parts together have the room of the whole, and gain it by no more than its rate: each by its own, from then on.
             part.terms = terms
             part.at_us = source.at_us + ahead_us
-            part.amount.level_ticks = level_of_part(known.amount.level_ticks, terms.unit_ticks, known.terms.unit_ticks, capacity,
-                                                    terms.capacity, n, LEVEL_MAX)
+            part.amount.level_ticks = level_of_part(source.amount.level_ticks, terms.unit_ticks, known.terms.unit_ticks,
+                                                    whole.capacity, terms.capacity, n, LEVEL_MAX)
             view_roll(part, now_us)
             return KEEP
-        view_roll(&source, known_now_us)
         source.at_us = now_us
         source.amount.level_ticks = ceil_div(source.amount.level_ticks, n)
     else:
@@ -292,7 +293,7 @@ cdef class Account:
         cdef View part
         cdef int status
         roll(&self.held, now_us)
-        if view_part(&part, &self.share.terms, known, known_now_us, now_us, self.share.n, self.share.owed.capacity) == NO_MEMORY:
+        if view_part(&part, &self.share.terms, known, known_now_us, now_us, self.share.n, &self.rule.terms) == NO_MEMORY:
             raise MemoryError
         status = view_join(&self.held, &part)
         view_free(&part)

@@ -34,7 +34,9 @@ cdef class Knowledge:
     cdef int64_t learning_until_us           # in this process's time: others may still tell the store what they know
     cdef int64_t live_until_us               # so long does something that is known count
     cdef int64_t ahead_us                    # by how much the store's clock is ahead of this process's
-    cdef bint sure                           # the last two counts agree, so that nobody has begun or ended just now
+    cdef bint sure                           # it was counted alike for a while: nobody has begun or ended just now
+    cdef int64_t last_count                  # of the processes, and since when it is that
+    cdef int64_t alike_since_us
     cdef int64_t fewer_since_us              # since when the store counts fewer processes than we do
     cdef Layout layout
     cdef object errands                      # to be done before anything is asked

@@ -24,6 +24,8 @@ cdef enum:
     ROWS_MAX = 128                           # keys of an errand
     GENERATIONS_MAX = 10_000
     LAPSE_US = 3_000_000                     # for so long the store counts a process that isn't heard of
+    ALIKE_US = 450_000                       # two beats of half a second agree
+    MANY = 1_000_000_000                     # processes: more than there ever are
     STALLED_US = 250_000                     # after its deadline an errand is another line's to run, if its own is stalled
 
 cdef int64_t LEVEL_MAX = <int64_t>1 << 52
@@ -84,7 +86,9 @@ cdef class Knowledge:
             return False
         self.forks = self.bounds.forks
         self.process_id = urandom(8).hex().encode()
-        self.processes, self.sure = 0, False  # as they were counted, this one wasn't among them
+        # As they were counted, this one wasn't among them.
+        self.processes = self.last_count = 0
+        self.sure = False
         self.errands = deque()
         self.out = set()
         self.asserting = None
@@ -120,7 +124,10 @@ cdef class Knowledge:
             self.learning_until_us = min(self.learning_until_us, now_us + learning_us)
         if count == 0:                       # it was only looked at
             return another
-        self.sure = count == self.processes
+        if count != self.last_count:
+            self.last_count = count
+            self.alike_since_us = now_us
+        self.sure = count == self.processes and now_us - self.alike_since_us >= ALIKE_US
         if count >= self.processes:
             self.fewer_since_us = 0
         elif self.fewer_since_us == 0:
@@ -134,8 +141,10 @@ cdef class Knowledge:
 
     cdef Errand beat(self, bytes purpose, bint asks, done):
         """Say that this process is there or leaves, or look which epoch this is, and what was evicted if it `asks`."""
+        # Who isn't sure how many there are has everybody wait for as long as may be.
+        number = self.processes if self.sure or self.processes == 0 else MANY
         return Errand("beat", [self.layout.processes_key], [
-            self.process_id, purpose, b"1" if asks else b"0", b"%d" % (self.processes if self.sure else 0)], done)
+            self.process_id, purpose, b"1" if asks else b"0", b"%d" % number], done)
 
     cdef Errand next_errand(self, int64_t now_us):
         """What the store has to be told next, or None."""

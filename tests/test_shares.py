@@ -584,3 +584,11 @@ def test_accounts_come_and_go_in_any_order_and_none_is_lost() -> None:
     for _ in range(200):
         shares.sweep(late)
     assert (len(shares), shares.owing, shares.refused) == (0, 0, 0)
+
+
+def test_what_is_known_of_a_slower_rule_has_drained_by_its_rate() -> None:
+    slow, fast = make_rule("token_bucket", 10, 60_000_000, 100), make_rule("token_bucket", 1_000, 1_000_000, 100)
+    known = (slow.compiled, [0, 100 * slow.compiled.unit_ticks], 1, START_US - AHEAD_US)
+    # Half a minute later there is room for five.
+    left = [Process(2, rank).check(fast.compiled, START_US + 30_000_000, 1, known=known, consume=False)[1] for rank in range(2)]
+    assert left == [2, 2]

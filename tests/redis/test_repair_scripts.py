@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -433,6 +434,24 @@ def test_keys_outlive_their_views_while_others_may_assert(redis_client: redis.Re
     assert redis_client.eval(script("reset").text, 3, EPOCH_KEY, "k", "l", "id", epoch)[2] > began_us
     for key in ("k", "l"):
         assert 0 <= redis_client.pexpiretime(key) * 1_000 - began_us - REPAIR_US <= 2_003_000
+
+
+def test_what_was_charged_expires_no_earlier_than_what_counts_after_it(redis_client: redis.Redis) -> None:
+    """On the server's own clock: a check that finds its key to expire in the right second leaves that as it is."""
+    rule = make_rule("token_bucket", 100, 1_000_000).compiled
+    redis_client.set(EPOCH_KEY, EPOCH)
+    words = [getattr(rule, word) for word in script("repair").header["rule"]]
+    call = make_call([(rule, "k", 3)])
+    for number in range(8):
+        charge = ("id", "charge", EPOCH, 1, 1, *words, 1, 1, 1, 0, 20 * rule.unit_ticks)
+        assert redis_client.eval(script("repair").text, 3, EPOCH_KEY, "k", f"charged:{number}", *charge)[2] == 1
+        for _ in range(4):
+            time.sleep(0.03)
+            reply = redis_client.eval(script("decide").text, 2, EPOCH_KEY, "k", "id", *call.args)
+            ((allowed, _, _, reset_us),) = call.answers(reply)
+            assert allowed
+            assert redis_client.pexpiretime("k") * 1_000 > reply[1] + reset_us
+        redis_client.delete("k")
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

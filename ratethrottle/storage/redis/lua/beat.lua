@@ -6,7 +6,7 @@
 -- always greater than those before it) and M (16 digits: by when all have come who have to tell what they knew of before, by this
 -- server's clock; 0 while nobody is known to know of anything). docs/arithmetic.md specifies it under "Repair".
 -- purpose: `count` (the process), `leave`, or `look`, if it was counted only just. known_processes: how many shared the limits in the
--- epoch that it knows, 0 if that is unknown. Who isn't counted hears 0 for the number of processes and its rank.
+-- epoch that it knows, 0 if it wasn't one of them, 10^9 if that isn't sure. Who isn't counted hears 0 for the number of processes and its rank.
 -- The set of processes has another member while some are waited for: '=' and the largest of those numbers.
 local LEARN_US, REPAIR_US, LAPSE_US, OTHERS_US = 250000, 10000000, 3000000, 500000
 local max, match, format, call = math.max, string.match, string.format, redis.call

@@ -142,7 +142,7 @@ for i = 1, run_count + lease_count do
         local level, t = match(text, '^([0-9]+),([0-9]+);$', skip + 1)
         local past = t and now - t or -1
         if past >= 0 then
-          local granted, ending = count, state and t + (level + drain - 1) / drain
+          local granted, ending = count, state and t + level / drain
           level = level - drain * past
           if level < 0 then level = 0 end
           local free = cap * unit - level
@@ -369,8 +369,8 @@ end
 
 for i = 1, reset_count do reply[filled + i] = generations[i] end
 
--- A key expires one to two seconds after it counts for the last time, at a whole second: so that most checks leave that as it is, and
--- what is in use isn't deleted and made anew each time.
+-- A key expires one to two seconds after it counts for the last time, at about a whole second: so that most checks leave that as it
+-- is, and what is in use isn't deleted and made anew each time. repair.lua does it alike, or the expiry that is left would be another.
 local expiry_ms, expiry_of = nil, nil
 for k = 2, key_count + 1 do
   local reset = resets[k]

@@ -278,9 +278,10 @@ end
 if charges then call('SET', marker, '1', 'PX', 60000) end
 for k = 2, key_count + 1 do
   local keep_us = keeps[k]
-  -- Until then it counts, or its header does.
+  -- Until then it counts, or its header does; it expires as in decide.lua.
   if keep_us and keep_us > 0 then
-    local expiry_ms = format('%d', floor((keep_us + 999) / 1000) + 1)
+    local second = now + keep_us
+    local expiry_ms = format('%d', floor((second - second % 1000000 + 2000000 - now) / 1000))
     call('PSETEX', KEYS[k], expiry_ms, states[k])
   end
 end
