@@ -1,4 +1,7 @@
-"""`peers`: this project and each peer on one Redis, in one interleaved run."""
+"""`peers`: this project and each peer, each on a Redis of its own, in one interleaved run.
+
+On one for all, Redis's core would be busy in the turn of one with the keys of the others, as they expire.
+"""
 
 from __future__ import annotations
 
@@ -75,14 +78,15 @@ def times_best_peers(figures: dict[str, Figures]) -> float:
     return min((times for _, _, times in beside_best_peers(figures).values()), default=0.0)
 
 
-async def open_all(stack: AsyncExitStack, url: str) -> tuple[dict[str, Loads], dict[str, str]]:
+async def open_all(stack: AsyncExitStack) -> tuple[dict[str, tuple[Meter, Loads]], dict[str, str]]:
     """Set up every peer; those that can't be had, and why."""
-    ready: dict[str, Loads] = {}
+    ready: dict[str, tuple[Meter, Loads]] = {}
     missing: dict[str, str] = {}
     each: Contender
     for each in CONTENDERS:
         try:
-            ready[each.name] = await stack.enter_async_context(each.open(url))
+            meter = stack.enter_context(own_server())
+            ready[each.name] = meter, await stack.enter_async_context(each.open(meter.url))
         except Unavailable as error:
             missing[each.name] = str(error)
     return ready, missing
@@ -95,30 +99,30 @@ async def run(options: Options) -> Figures:
     promises = {each.name: each.promise for each in CONTENDERS}
     most_keys = {each.name: each.most_keys for each in CONTENDERS}
     results: Figures = {"loads": {}, "latency": {}, "promises": promises}
-    with own_server() as meter:
-        async with AsyncExitStack() as stack:
-            ready, missing = await open_all(stack, meter.url)
-            for load in QUICK if options.quick else LOADS:
-                what = f"{load[0]} tasks, {load[1]} keys"
-                subjects: dict[str, Callable[[], Awaitable[Figures]]] = {
-                    name: partial(measure, meter, loads, load, seconds)
-                    for name, loads in ready.items()
-                    if load[1] <= most_keys[name]
-                }
-                figures = await interleave_figures(what, subjects, options.redis_rounds)
-                print_load(load, figures, promises)
-                results["loads"][what] = figures
-            for name, loads in ready.items():
-                if most_keys[name] == HOT_KEYS:
-                    continue
-                progress(f"latency: {name}")
-                results["latency"][name] = await latencies(loads, options.seconds(2.0, 0.5))
-            progress("")
-        rows = [
-            (name, *(f"{value:.2f}" for key, value in each.items() if key.endswith("_ms")), errors_of(each))
-            for name, each in results["latency"].items()
-        ]
-        table(f"Latency at {LATENCY_PER_S} checks a second, ms", ("limiter", "p50", "p90", "p99", "p99.9", "errors"), rows)
-        for name, why in missing.items():
-            print(f"  {name}: {why}")
-        return results | {"server": meter.version(), "missing": missing}
+    async with AsyncExitStack() as stack:
+        ready, missing = await open_all(stack)
+        for load in QUICK if options.quick else LOADS:
+            what = f"{load[0]} tasks, {load[1]} keys"
+            subjects: dict[str, Callable[[], Awaitable[Figures]]] = {
+                name: partial(measure, meter, loads, load, seconds)
+                for name, (meter, loads) in ready.items()
+                if load[1] <= most_keys[name]
+            }
+            figures = await interleave_figures(what, subjects, options.redis_rounds)
+            print_load(load, figures, promises)
+            results["loads"][what] = figures
+        for name, (_, loads) in ready.items():
+            if most_keys[name] == HOT_KEYS:
+                continue
+            progress(f"latency: {name}")
+            results["latency"][name] = await latencies(loads, options.seconds(2.0, 0.5))
+        progress("")
+        version = next(iter(ready.values()))[0].version()
+    rows = [
+        (name, *(f"{value:.2f}" for key, value in each.items() if key.endswith("_ms")), errors_of(each))
+        for name, each in results["latency"].items()
+    ]
+    table(f"Latency at {LATENCY_PER_S} checks a second, ms", ("limiter", "p50", "p90", "p99", "p99.9", "errors"), rows)
+    for name, why in missing.items():
+        print(f"  {name}: {why}")
+    return results | {"server": version, "missing": missing}
