@@ -27,7 +27,7 @@ def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="What a decision costs, here and at the peers. Starts a redis-server of its own; all suites take 8 to 12 minutes.",
+        description="What a decision costs, here and at the peers. Starts a redis-server of its own; all suites take 7 to 12 minutes.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

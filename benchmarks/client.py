@@ -19,7 +19,7 @@ async def main(order: dict[str, Any]) -> None:
     # Every process walks the same keys in an order of its own.
     keys = random.Random(order["number"]).sample(key_names(order["keys"]), order["keys"])
     await warm(limiter.check, keys, len(keys))
-    # As a service does that has started: the collector no longer goes through all that was loaded, 15 ms each time.
+    # As a service does that has started: full collections no longer go through all that was loaded.
     gc.freeze()
     print("ready", flush=True)
     await asyncio.to_thread(sys.stdin.readline)

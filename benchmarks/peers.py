@@ -1,6 +1,6 @@
 """`peers`: this project and each peer, each on a Redis of its own, in one interleaved run.
 
-On one for all, Redis's core would be busy in the turn of one with the keys of the others, as they expire.
+On one for all, Redis would be busy in the turn of one with the keys of the others, as they expire.
 """
 
 from __future__ import annotations

@@ -246,7 +246,7 @@ def run_worker(work: Work, pipe: Connection) -> None:
     async def main() -> None:
         await Worker(work, pipe).run()
 
-    # As the gc module's page has it for forked processes: else the collector goes, and copies, through all that the tests imported,
-    # for which one loop was busy for 51 ms.
+    # As the gc module's page has it for forked processes: else each full collection goes through all that the tests imported, and
+    # copies it, which is no work of ours but counts as the loop's.
     gc.freeze()
     asyncio.run(main())

@@ -95,7 +95,7 @@ if not rules then return refuse(wrong) end
 
 -- By place in KEYS: the state as text, false if there is none; the second in which what was read ends, where that is known; and for
 -- what was written, how long it counts. `partly`: of some states only numbers change, to numbers[k], behind places[k] bytes; the rest
--- and the expiry stay. A table that many nils made room in doesn't grow, for which all that it holds would be counted each time.
+-- and the expiry stay. Where nils from `ends`, which is empty yet, make room, a table doesn't grow, for which all that it holds is counted.
 local states, ends, resets = call('MGET', unpack(KEYS)), {nil}, {nil}
 local partly, numbers, places = false, {unpack(ends, 1, key_count + 1)}, {unpack(ends, 1, key_count + 1)}
 if states[1] ~= ARGV[3] then return {request, -1} end
