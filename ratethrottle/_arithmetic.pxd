@@ -545,12 +545,12 @@ cdef inline int decide_views(View* views, int* count, const Terms* rule, int64_t
 
 # What the script answers to an entry of n equal checks; see «Answers» in docs/arithmetic.md.
 
-cdef inline int answer_length(const Terms* rule) noexcept nogil:
+cdef inline int answer_length(const Terms* rule, int64_t granted, int64_t count) noexcept nogil:
     """How many numbers, without the units taken ahead."""
     if rule.kind == c"b":
         return 2
     if rule.kind == c"s":
-        return 5
+        return 5 if granted < count else 4  # when what was refused may come again
     return 4 if rule.kind == c"c" else 3
 
 
@@ -569,8 +569,8 @@ cdef inline void take_answer(const Terms* rule, const int64_t* numbers, int64_t 
         out.allowed = allowed
         out.in_ticks = False
         out.remaining = max(<int64_t>0, rule.capacity - total)
-        out.retry_us = 0 if allowed else numbers[3]
-        out.reset_us = numbers[4]
+        out.reset_us = numbers[3]
+        out.retry_us = 0 if allowed else numbers[4]
     else:
         if rule.kind == c"b":
             view.amount.level_ticks = numbers[1] - later * rule.unit_ticks

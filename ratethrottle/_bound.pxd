@@ -129,8 +129,9 @@ cdef inline void known_entry(Window* window, int64_t at_us, int64_t units) noexc
     window.total += units
 
 
-cdef inline int know_window(View* known, const Terms* rule, const int64_t* answer, int64_t cost, int64_t sent_us) noexcept nogil:
-    """Of a window the answer says when the first units leave, when enough have left for `cost`, and when the last one does."""
+cdef inline int know_window(View* known, const Terms* rule, const int64_t* answer, bint refused, int64_t cost,
+                            int64_t sent_us) noexcept nogil:
+    """Of a window the answer says when the first units leave, when the last one does, and when enough have left for a refused `cost`."""
     cdef Window* window = known.amount.window
     cdef int64_t left_us = sent_us - rule.window_us, held = answer[1], staying = 0, last = 1 if held > 1 else 0
     if window == NULL or window.room < KNOWN_ENTRIES:
@@ -141,15 +142,16 @@ cdef inline int know_window(View* known, const Terms* rule, const int64_t* answe
         known.amount.window = window
     window.first = window.count = 0
     window.total = 0
-    if answer[3] > 0:                      # refused: until then more than `capacity − cost` units stay
+    if refused and answer[4] > 0:          # until then more than `capacity − cost` units stay
         staying = min(held - last, rule.capacity - cost + 1 - last)
     known_entry(window, left_us + answer[2], held - staying - last)
-    known_entry(window, left_us + answer[3], staying)
-    known_entry(window, left_us + answer[4], last)
+    if staying > 0:
+        known_entry(window, left_us + answer[4], staying)
+    known_entry(window, left_us + answer[3], last)
     return KEEP
 
 
-cdef inline int bound_learn(Bound* bound, const Terms* rule, const int64_t* answer, int64_t cost, int64_t sent_us,
+cdef inline int bound_learn(Bound* bound, const Terms* rule, const int64_t* answer, bint refused, int64_t cost, int64_t sent_us,
                             int64_t received_us, int64_t server_us) noexcept nogil:
     """Take up what the store says of a key after a decision. Returns NO_MEMORY or KEEP."""
     cdef View* known = &bound.slot.view
@@ -160,7 +162,7 @@ cdef inline int bound_learn(Bound* bound, const Terms* rule, const int64_t* answ
     if known.terms == NULL or (known.terms.kind == c"s") != (rule.kind == c"s"):
         known.amount.window = NULL
     if rule.kind == c"s":
-        if know_window(known, rule, answer, cost, sent_us) == NO_MEMORY:
+        if know_window(known, rule, answer, refused, cost, sent_us) == NO_MEMORY:
             return NO_MEMORY
         known.at_us = 0
     elif rule.kind == c"b":

@@ -192,7 +192,7 @@ cdef class Call:
     cdef Mode mode
     cdef list rules
     cdef bytes request
-    cdef int numbers                         # how many the reply holds, after the request and the server's time
+    cdef int numbers                         # of its answers, once they have come
     cdef int64_t sent_us
     cdef int64_t deadline_us                 # of the one that waits longest
 
@@ -316,6 +316,11 @@ cdef class Calls(Remote):
 def _raised(error):
     """Raise an exception where the loop hears it."""
     raise error
+
+
+cdef inline int64_t count_of(Call call, const CallEntry* entry) noexcept:
+    """How many checks the store is told of. A peek charges nothing, so that one tells all."""
+    return entry.count if call.mode == CHECK else 1
 
 
 cdef bint possible_beat(const int64_t* numbers, int count) noexcept:
@@ -986,7 +991,6 @@ cdef class Gathering:
             entry = &call.entries[i]
             rule = <CompiledRule>entry.rule
             self.take_stock(call, entry, rule)
-            call.numbers += answer_length(&rule.terms) + (rule.lease_units > 0)
             if rule.lease_units:
                 leases += 1
             else:
@@ -994,7 +998,6 @@ cdef class Gathering:
         if not buffer_room(buffer, 4096 + self.script_size(call)):
             raise MemoryError
         if call.mode == RESET:
-            call.numbers = keys
             put_head(buffer, c"*", 3 + keys + 1 + 2)
         else:
             put_head(buffer, c"*", 3 + keys + 1 + 6 + 8 * len(call.rules) + 5 * runs + 7 * leases)
@@ -1077,7 +1080,7 @@ cdef class Gathering:
                 put_number(buffer, run)
                 put_number(buffer, entry.rule_index)
                 put_number(buffer, entry.cost)
-                put_number(buffer, max(entry.count, <int64_t>1))
+                put_number(buffer, count_of(call, entry))
             i += run
         for i in range(call.size):
             entry = &call.entries[i]
@@ -1087,7 +1090,7 @@ cdef class Gathering:
                 put_number(buffer, entry.key_index)
                 put_number(buffer, entry.rule_index)
                 put_number(buffer, entry.cost)
-                put_number(buffer, entry.count if call.mode == CHECK else 1)
+                put_number(buffer, count_of(call, entry))
                 put_number(buffer, entry.ahead)
                 put_number(buffer, entry.back)
                 put_number(buffer, entry.back_us)
@@ -1244,35 +1247,32 @@ cdef class Gathering:
         return self.beat()
 
     cdef bint possible(self, Call call, const int64_t* numbers, int count) noexcept:
-        """Whether the script can have given this answer: nothing else is taken in, whoever wrote it."""
+        """Whether the script can have given this reply: nothing else is taken in, whoever wrote it. Notes where its answers end."""
         cdef const int64_t* answer = numbers + 1
-        cdef int pair
+        cdef const int64_t* end = numbers + count
         cdef const Terms* terms
         cdef CallEntry* entry
         cdef int i, j, leases, length
         cdef int64_t most
-        if count < 1 + call.numbers or (count - 1 - call.numbers) % 2:
-            return False
         if call.mode == RESET:
-            return count == 1 + call.numbers
-        for pair in range(1 + call.numbers, count, 2):
-            if not 1 <= numbers[pair] <= call.size:
-                return False
+            return count == 1 + call.size
         for leases in range(2):
             for i in range(call.size):
                 entry = &call.entries[i]
                 if ((<CompiledRule>entry.rule).lease_units > 0) != leases:
                     continue
                 terms = &(<CompiledRule>entry.rule).terms
-                length = answer_length(terms)
-                if answer[0] < 0 or answer[0] > max(entry.count, <int64_t>1) or answer[1] < 0:
+                if answer >= end or answer[0] < 0 or answer[0] > count_of(call, entry):
+                    return False
+                length = answer_length(terms, answer[0], count_of(call, entry))
+                if answer + length + leases > end or answer[1] < 0:
                     return False
                 # Ticks of a level, or units counted; of the rest, units counted and µs that end with two windows and an eighth.
                 if answer[1] > (LEVEL_MAX if terms.kind == c"b" or terms.kind == c"s" else UNITS_MAX):
                     return False
                 most = max(<int64_t>UNITS_MAX, 3 * terms.window_us)
                 for j in range(2, length):
-                    if answer[j] > most or answer[j] < (-1 if terms.kind == c"s" and j == 3 else 0):
+                    if answer[j] > most or answer[j] < (-1 if terms.kind == c"s" and j == 4 else 0):
                         return False
                 if terms.kind == c"c" and answer[2] > UNITS_MAX:
                     return False
@@ -1281,6 +1281,13 @@ cdef class Gathering:
                 if leases and not 0 <= answer[length] <= entry.ahead:
                     return False
                 answer += length + leases
+        call.numbers = answer - numbers - 1
+        if (end - answer) % 2:
+            return False
+        while answer < end:                  # pairs of an answer's number and a generation
+            if not 1 <= answer[0] <= call.size:
+                return False
+            answer += 2
         return True
 
     cdef int settle(self, Call call, const int64_t* numbers, int count) except -1:
@@ -1292,7 +1299,8 @@ cdef class Gathering:
         cdef CallEntry* entry
         cdef CompiledRule rule
         cdef PendingDecision sample
-        cdef int i, leases, place = 0
+        cdef int64_t ahead
+        cdef int i, leases, length, place = 0
         self.heard_us = now_us
         if not self.knowledge.shares.owing:  # what was admitted here is as old as this process's clock says
             self.knowledge.ahead_us = numbers[0] - now_us
@@ -1310,9 +1318,11 @@ cdef class Gathering:
                 if (rule.lease_units > 0) != leases:
                     continue
                 sample = <PendingDecision>entry.waiters.first
-                self.settle_entry(call, entry, answer, answer[answer_length(&rule.terms)] if leases else 0)
-                self.learn(call, entry, sample, answer, numbers[0], now_us)
-                answer += answer_length(&rule.terms) + leases
+                length = answer_length(&rule.terms, answer[0], count_of(call, entry))
+                ahead = answer[length] if leases else 0
+                self.settle_entry(call, entry, answer, ahead)
+                self.learn(call, entry, sample, answer, ahead, numbers[0], now_us)
+                answer += length + leases
                 place += 1
                 if generations < end and generations[0] == place:
                     self.note_generation(entry, generations[1], now_us, sample)
@@ -1345,9 +1355,10 @@ cdef class Gathering:
 
     # What is known:
 
-    cdef int learn(self, Call call, CallEntry* entry, PendingDecision sample, const int64_t* answer, int64_t server_us,
-                   int64_t now_us) except -1:
+    cdef int learn(self, Call call, CallEntry* entry, PendingDecision sample, const int64_t* answer, int64_t ahead,
+                   int64_t server_us, int64_t now_us) except -1:
         cdef CompiledRule rule = <CompiledRule>entry.rule
+        cdef bint refused = answer[0] < count_of(call, entry)
         cdef Shard* shard
         cdef uint32_t index
         cdef Bound fresh
@@ -1358,7 +1369,7 @@ cdef class Gathering:
             memset(&fresh, 0, sizeof(Bound))
             fresh.slot.hash_lo = entry.hashed.lo
             fresh.slot.hash_hi = entry.hashed.hi
-            if bound_learn(&fresh, terms, answer, entry.cost, call.sent_us, now_us, server_us) != KEEP:
+            if bound_learn(&fresh, terms, answer, refused, entry.cost, call.sent_us, now_us, server_us) != KEEP:
                 raise MemoryError
             # A key with leases is remembered even when nothing of it counts: that it was asked about says whether it is busy.
             if view_fresh_at(&fresh.slot.view) <= now_us and rule.lease_units == 0:
@@ -1367,14 +1378,14 @@ cdef class Gathering:
             self.name_bound(&fresh, sample)
             bound = <Bound*>self.bounds.insert(shard, &fresh.slot, now_us)
         else:
-            if bound_learn(bound, terms, answer, entry.cost, call.sent_us, now_us, server_us) != KEEP:
+            if bound_learn(bound, terms, answer, refused, entry.cost, call.sent_us, now_us, server_us) != KEEP:
                 raise MemoryError
             bound.asked_us = 0
             bound.leasing = bound.leasing and entry.ahead == 0
         self.knowledge.live_until_us = max(self.knowledge.live_until_us, view_fresh_at(&bound.slot.view))
         bound.epoch = self.epoch
-        if rule.lease_units and answer[answer_length(terms)] > 0:
-            self.take_lease(bound, sample, rule, answer, call.sent_us, server_us, now_us)
+        if ahead > 0:
+            self.take_lease(bound, sample, rule, answer, ahead, call.sent_us, server_us, now_us)
         elif view_fresh_at(&bound.slot.view) <= now_us and rule.lease_units == 0:
             self.forget(entry.hashed)
         return 0
@@ -1463,12 +1474,12 @@ cdef class Gathering:
         bound.leasing = entry.ahead > 0
         return 0
 
-    cdef int take_lease(self, Bound* bound, PendingDecision sample, CompiledRule rule, const int64_t* answer, int64_t sent_us,
-                        int64_t server_us, int64_t now_us) except -1:
+    cdef int take_lease(self, Bound* bound, PendingDecision sample, CompiledRule rule, const int64_t* answer, int64_t ahead,
+                        int64_t sent_us, int64_t server_us, int64_t now_us) except -1:
         cdef int64_t for_us = rule.lease_us, ends_us
         if rule.terms.kind == c"f" or rule.terms.kind == c"c":  # it ends with the window
             for_us = min(for_us, rule.terms.window_us - answer[2 if rule.terms.kind == c"f" else 3])
-        bound.lease_units = bound.lease_size = answer[answer_length(&rule.terms)]
+        bound.lease_units = bound.lease_size = ahead
         # From before the request was sent, and a 64th and the rounding of two clocks less: the store's may be the faster one.
         bound.lease_until_us = sent_us + for_us - for_us // DRIFT_SHARE - 2
         bound.lease_at_us = server_us + lead(rule)

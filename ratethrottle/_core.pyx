@@ -784,15 +784,15 @@ cdef Decision decision_new(CompiledRule rule, object key, int64_t cost, Source s
     return decision
 
 
-def read_answer(CompiledRule rule not None, numbers, int64_t cost, int64_t position=0):
-    """What the script's answer to an entry says to the check at `position` (0: the first) of those it stands for.
+def read_answer(CompiledRule rule not None, numbers, int64_t cost, int64_t position=0, int64_t count=1):
+    """What the script's answer to an entry says to the check at `position` (0: the first) of the `count` it stands for.
 
     Returns allowed, remaining, retry_us (−1: never) and reset_us.
     """
     cdef int64_t[6] raw
     cdef Outcome out
     cdef int i
-    if len(numbers) != answer_length(&rule.terms) + (rule.lease_units > 0):
+    if not numbers or len(numbers) != answer_length(&rule.terms, numbers[0], count) + (rule.lease_units > 0):
         raise ValueError("the answer has another length than its rule's kind asks for")
     for i in range(len(numbers)):
         raw[i] = numbers[i]

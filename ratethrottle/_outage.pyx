@@ -591,7 +591,7 @@ cdef class Shares:
             known_rule, answer, known_cost, asked_us = known
             for i in range(len(answer)):
                 numbers[i] = answer[i]
-            if bound_learn(&bound, &known_rule.terms, numbers, known_cost, asked_us, asked_us, 0) == NO_MEMORY:
+            if bound_learn(&bound, &known_rule.terms, numbers, len(answer) > 4, known_cost, asked_us, asked_us, 0) == NO_MEMORY:
                 raise MemoryError
         try:
             self.decide(rule, text, <char>ord(mark), tag, &bound.slot.view if known is not None else NULL, known_now_us, now_us,

@@ -64,8 +64,9 @@ class Call(NamedTuple):
         """The numbers of each entry."""
         assert reply[0] == b"id"
         numbers, split = reply[2:], []
-        for i, (rule, _, _) in enumerate(self.entries):
+        for i, (rule, _, count) in enumerate(self.entries):
             length = len(script("decide").header[f"answer_{rule.kind}"]) + (i >= len(self.entries) - self.leases)
+            length -= rule.kind == "s" and numbers[0] >= count  # no retry_us
             split.append(numbers[:length])
             numbers = numbers[length:]
         assert len(numbers) % 2 == 0, "what is left are pairs of entry and generation"
@@ -82,7 +83,7 @@ class Call(NamedTuple):
             elif rule.lease_units:
                 numbers = [*numbers, 0]
             # A peek charges nothing, so that each of several hears what the first does.
-            heard += (read_answer(rule, numbers, cost, i if self.mode == "check" else 0) for i in range(count))
+            heard += (read_answer(rule, numbers, cost, i if self.mode == "check" else 0, count) for i in range(count))
         return heard
 
 

@@ -165,8 +165,8 @@ def overstated(request: Request, reply: Any) -> Any:
         kind, leases = item.rule.kind, item.leases
         numbers[at + 1] += item.rule.unit_ticks if kind == "b" else 1
         if kind == "s" and numbers[at + 2] == 0:  # the unit has to leave some time
-            numbers[at + 2] = numbers[at + 4] = item.rule.window_us
-        at += {"b": 2, "s": 5, "c": 4, "f": 3}[kind] + leases
+            numbers[at + 2] = numbers[at + 3] = item.rule.window_us
+        at += {"b": 2, "s": 4 + (numbers[at] < item.count), "c": 4, "f": 3}[kind] + leases
     assert at == len(numbers)
     return numbers
 
@@ -177,9 +177,10 @@ def forever(request: Request, reply: Any) -> Any:
         return reply
     numbers, at = list(reply), 2
     for item in request.items:
-        for one in (2, 3, 4):
+        length = 4 + (numbers[at] < item.count)
+        for one in range(2, length):
             numbers[at + one] += numbers[at + one] // 50 if numbers[at + one] > 0 else 0
-        at += 5 + item.leases
+        at += length + item.leases
     return numbers
 
 

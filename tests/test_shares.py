@@ -71,7 +71,7 @@ def answer_of(store: Oracle, rule: CompiledRule, now_us: int) -> list[int]:
     if rule.kind == "c":
         return [0, counts[window], counts[window - 1], now_us % rule.window_us]
     first = min(counts) + rule.window_us - now_us if counts else 0
-    return [0, counts.total(), first, retry_us, reset_us]
+    return [0, counts.total(), first, reset_us, *([retry_us] if retry_us else [])]
 
 
 def started(share: CompiledRule, known: Known | None, n: int, now_us: int, capacity: int) -> Oracle:
@@ -84,7 +84,8 @@ def started(share: CompiledRule, known: Known | None, n: int, now_us: int, capac
     log: list[tuple[int, int]] = []
     if rule.kind == "s":
         # The last unit leaves last; while a check was refused, as many as made it so stay; the others may go with the first.
-        _, held, first_us, retry_us, reset_us = answer
+        _, held, first_us, reset_us, *refused = answer
+        retry_us = refused[0] if refused else 0
         last = min(1, held - 1) if held else 0
         staying = min(held - last, rule.capacity - cost + 1 - last) if retry_us > 0 else 0
         ends = ((first_us, held - staying - last), (retry_us, staying), (reset_us, last))
@@ -122,9 +123,8 @@ def random_known(rng: random.Random, rule: CompiledRule, now_us: int) -> Known:
     else:
         slots = [rng.randrange((now_us - rule.window_us) // rule.slot_us + 1, now_us // rule.slot_us + 1) for _ in range(3)]
         first, retry, reset = (at * rule.slot_us + rule.window_us - now_us for at in sorted(slots))
-        answer = (
-            [0, used, first, retry if used == rule.capacity else 0, reset if used > 1 else first] if used else [0, 0, 0, 0, 0]
-        )
+        answer = [0, used, first, reset if used > 1 else first] if used else [0, 0, 0, 0]
+        answer += [retry] if used == rule.capacity else []
     return rule, answer, 1, now_us - AHEAD_US
 
 

@@ -277,18 +277,30 @@ def test_what_ends_the_program_after_a_check_ends_it(run: Run, redis_server: Red
     assert time.monotonic() - started < 4
 
 
-@pytest.mark.parametrize(
-    "numbers", [(4, 4, 0), (-1, 0, 0), (1, -1, 0), (1, 2**32 + 1, 0), (1, 1, -1), (1, 1, 60_000_000), (1, 10**17, 0)]
-)
-async def test_numbers_that_no_script_gives_are_a_protocol_error(redis_server: RedisServer, numbers: tuple[int, ...]) -> None:
-    rule = RateThrottleRule("r", 100, 60, strategy="fixed_window", on_outage="raise")
+FIXED, SLIDING = "fixed_window", "sliding_window"
+IMPOSSIBLE = [
+    *((FIXED, numbers) for numbers in ((), (4, 4, 0), (-1, 0, 0), (1, -1, 0), (1, 2**32 + 1, 0), (1, 1, -1), (1, 1, 60_000_000))),
+    *((FIXED, numbers) for numbers in ((1, 10**17, 0), (1, 1), (1, 1, 0, 1), (1, 1, 0, 2, 5), (1, 1, 0, 0, 5))),
+    # Refused, but not until when; granted, and until when; longer than any window; in the past.
+    *((SLIDING, numbers) for numbers in ((0, 100, 1, 1), (1, 5, 1, 1, 1), (0, 9, 1, 1, 10**10), (0, 9, 1, 1, -2), (1, 5, -1, 1))),
+]
+
+
+@pytest.mark.parametrize(("strategy", "numbers"), IMPOSSIBLE)
+async def test_numbers_that_no_script_gives_are_a_protocol_error(
+    redis_server: RedisServer, strategy: str, numbers: tuple[int, ...]
+) -> None:
+    rule = RateThrottleRule("r", 100, 60, strategy=strategy, on_outage="raise")
     async with Relay(redis_server.socket) as relay:
         limiter = limiter_of(relay.url, rule)
         await limiter.check("user")
-        told = b"".join(b":%d\r\n" % number for number in numbers)
+        told = [b":%d" % number for number in numbers]
 
         def tamper(reply: bytes) -> bytes:
-            return b"\r\n".join(reply.split(b"\r\n")[:4]) + b"\r\n" + told if reply.startswith(b"*5") else reply
+            length, *lines = reply.split(b"\r\n")
+            if length != (b"*5" if strategy == FIXED else b"*6"):
+                return reply
+            return b"\r\n".join([b"*%d" % (2 + len(told)), *lines[:3], *told, b""])
 
         relay.tamper = tamper
         with pytest.raises(StorageProtocolError):

@@ -6,14 +6,16 @@
 --- lease: key_index rule_index cost count ahead back back_us
 --- reply: request server_us answer... generation_pair...
 --- answer_b: granted level
---- answer_s: granted total first_us retry_us reset_us
+--- answer_s: granted total first_us reset_us retry_us
 --- answer_c: granted cur prev since_us
 --- answer_f: granted cur since_us
 --- generation_pair: entry_number generation
 --- limits: keys=128 rules=128 entries=128
--- A run is an entry of `count` equal checks for each of `key_count` consecutive keys; a key's index counts state keys from 1. The
--- answer to a lease has one number more: ahead, the units taken ahead. Of entries whose state was reset, by number of the answer from
--- 1, the reply tells when. In another epoch than the one expected it is just -1 for the server's time, and nothing was read or done.
+-- A run is an entry of `count` equal checks for each of `key_count` consecutive keys; a key's index counts state keys from 1. No key
+-- is given twice: the caller sees to that, since to look here would cost as much as all that is read of the rules. An answer has no
+-- retry_us where all were granted, and to a lease one number more: ahead, the units taken ahead. Of entries whose state was reset, by
+-- number of the answer from 1, the reply tells when. In another epoch than the one expected it is just -1 for the server's time, and
+-- nothing was read or done.
 
 -- What only entries need that aren't simple, made with `views`.
 local charge, give_back
@@ -82,14 +84,6 @@ end
 if not (key_count >= 1 and key_count <= 128) then return refuse('RATETHROTTLE the count of keys is from 1 to 128') end
 local right = 6 + 8 * rule_count + 5 * run_count + 7 * lease_count
 if #ARGV ~= right then return refuse('RATETHROTTLE the number of arguments is wrong') end
-if key_count > 1 then
-  local seen = {}
-  for k = 1, key_count + 1 do
-    local key = KEYS[k]
-    if seen[key] then return refuse('RATETHROTTLE a key is given twice') end
-    seen[key] = true
-  end
-end
 local rules, wrong = read_rules(6, rule_count)
 if not rules then return refuse(wrong) end
 
@@ -100,7 +94,7 @@ local states, ends, resets = call('MGET', unpack(KEYS)), {nil}, {nil}
 local partly, numbers, places = false, {unpack(ends, 1, key_count + 1)}, {unpack(ends, 1, key_count + 1)}
 if states[1] ~= ARGV[3] then return {request, -1} end
 if not enter(ARGV[3]) then return refuse('RATETHROTTLE the epoch is none') end
-local reply, filled, entries, at = {request, now, unpack(ends, 1, 5 * key_count)}, 2, 0, 6 + 8 * rule_count
+local reply, filled, entries, at = {request, now, unpack(ends, 1, 4 * key_count)}, 2, 0, 6 + 8 * rule_count
 -- Pairs of entry and generation.
 local generations, reset_count, consumes = nil, 0, mode == 'check'
 for i = 1, run_count + lease_count do
@@ -176,7 +170,7 @@ for i = 1, run_count + lease_count do
               total, at, first = total - sub(text, at + digits, at + step - 1), at + step, last
             end
           end
-          local before, granted, retry = total, count, 0
+          local before, granted, retry = total, count, nil
           total = total + asked
           if before + cost > cap then
             -- Denied: until when is told by the entry with which enough has left, from the oldest on.
@@ -215,8 +209,8 @@ for i = 1, run_count + lease_count do
             resets[k], numbers[k], done = last + window, nil, true
           end
           if done then
-            reply[filled + 1], reply[filled + 2], reply[filled + 3] = granted, total, first + window
-            reply[filled + 4], reply[filled + 5], filled = retry, last + window, filled + 5
+            reply[filled + 1], reply[filled + 2], reply[filled + 3], reply[filled + 4] = granted, total, first + window, last + window
+            reply[filled + 5], filled = retry, filled + (retry and 5 or 4)
           end
         end
       else
@@ -336,7 +330,7 @@ for i = 1, run_count + lease_count do
         reply[filled + 2] = own.level
         filled = filled + 2
       elseif kind == 's' then
-        local first, retry, reset = 0, 0, 0
+        local first, retry, reset = 0, nil, 0
         if granted < count then
           retry = -1
           if cost <= cap then
@@ -350,8 +344,8 @@ for i = 1, run_count + lease_count do
           end
         end
         if own.n > 0 then first, reset = own.first + own.window - now, own.last + own.window - now end
-        reply[filled + 2], reply[filled + 3], reply[filled + 4], reply[filled + 5] = own.total, first, retry, reset
-        filled = filled + 5
+        reply[filled + 2], reply[filled + 3], reply[filled + 4], reply[filled + 5] = own.total, first, reset, retry
+        filled = filled + (retry and 5 or 4)
       elseif kind == 'f' then
         reply[filled + 2], reply[filled + 3] = own.cur, now - own.start
         filled = filled + 3
