@@ -106,6 +106,7 @@ class Worker:
         self.weights = list(accumulate(1 / (1 + number) for number in range(KEYS)))
         self.events: list[dict[str, Any]] = []
         self.running = asyncio.Event()
+        self.collecting_ns = 0  # garbage
         self.ended = False
 
     def write(self, kind: int, before_us: int, after_us: int, *, allowed: bool = False, rule: int = 0, key: int = 0) -> None:
@@ -148,14 +149,20 @@ class Worker:
         """Write down when a timer was late by more than 2 ms: what a call took beyond that is not the loop's fault."""
         while True:
             due_us = monotonic_us() + round(BEAT_S * 1e6)
-            used_ns = time.thread_time_ns()
+            used_ns, collecting_ns = time.thread_time_ns(), self.collecting_ns
             await asyncio.sleep(BEAT_S)
             now_us = monotonic_us()
             if now_us > due_us + LATE_US:
                 self.write(LATE, due_us, now_us)
             # A busy machine is no fault of ours, but what this very thread did is.
             if (busy_ms := (time.thread_time_ns() - used_ns) / 1e6) > BUSY_MS:
-                self.noise.noise.append(f"the loop was kept busy for {busy_ms:.0f} ms")
+                collecting_ms = (self.collecting_ns - collecting_ns) / 1e6
+                self.noise.noise.append(
+                    f"the loop was kept busy for {busy_ms:.0f} ms, {collecting_ms:.0f} of them by collecting garbage"
+                )
+
+    def _collect(self, phase: str, _: dict[str, int]) -> None:
+        self.collecting_ns += time.thread_time_ns() * (1 if phase == "stop" else -1)
 
     def sample(self, limiter: RateThrottleCore) -> dict[str, Any]:
         """What may not grow, and what the limiter says of itself."""
@@ -192,6 +199,7 @@ class Worker:
         forget: Callable[[], None] = limiter.on_event(self.take_note)
         await self.ready(limiter)
         self.running.set()
+        gc.callbacks.append(self._collect)
         watch = asyncio.create_task(self.watch_loop())
         self.pipe.send({"ready": self.sample(limiter)})
         clients: list[asyncio.Task[None]] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
 from typing import Any
 
@@ -306,6 +307,21 @@ async def test_who_found_nobody_a_moment_ago_tells_in_time(newcomer: bool) -> No
             assert early.statistics().epoch_changes == (not newcomer)
             assert early.statistics().breaker == "closed"
             await early.aclose()
+
+
+async def test_two_lines_that_count_at_once_make_nobody_sure_of_the_number(redis_server: RedisServer) -> None:
+    """Until counts of half a second agree, the beats say a number that ends nobody's learning early."""
+    beat = re.compile(rb":processes\r\n" + rb"\$\d+\r\n[^\r]*\r\n" * 6 + rb"\$\d+\r\n(\d+)\r\n")
+    async with Relay(redis_server.socket) as relay, limiter_of(relay.url, connections=2) as limiter:
+        heard: list[int] = []
+        ends = time.monotonic() + 3
+        while 1 not in heard and time.monotonic() < ends:
+            await limiter.check("user")
+            await asyncio.sleep(0.01)
+            heard = [int(number) for number in beat.findall(relay.heard)]
+    assert heard[:2] == [0, 0]  # of each connection, before any count
+    assert heard[2] == 10**9
+    assert heard[-1] == 1
 
 
 async def refused_by(relay: Relay) -> bool:
