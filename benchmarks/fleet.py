@@ -14,6 +14,7 @@ from benchmarks.timing import Figures, Options, percentile, progress, table
 PROCESSES = (1, 2, 4)
 TASKS = 512
 KEYS = 20_000
+ROUNDS = 5  # of half the load: what the machine's host takes away for some milliseconds falls into few of them
 
 
 async def clients(count: int, order: dict[str, Any], meter: Meter) -> tuple[list[dict[str, Any]], Figures]:
@@ -96,7 +97,9 @@ async def run(options: Options) -> Figures:
         # together, so that it is learned at about that load.
         per_s = 0.5e6 / figures["processes"]["1"]["core_us"]
         near = await half_loaded(per_s, meter, options.seconds(2.0, 0.5))
-        half = figures["half_load"] = await half_loaded(0.5e6 / near["core_us"], meter, options.seconds(5.0, 1.0))
+        rounds = [await half_loaded(0.5e6 / near["core_us"], meter, options.seconds(1.5, 0.5)) for _ in range(ROUNDS)]
+        rounds.sort(key=lambda each: each["p99_ms"])
+        half = figures["half_load"] = rounds[ROUNDS // 2] | {"rounds": rounds}
         figures["server"] = meter.version()
     progress("")
     rows = [
@@ -126,4 +129,6 @@ async def run(options: Options) -> Figures:
     )
     head = ("load", "p50", "p90", "p99", "p99.9", "answered", "dropped", "errors")
     table(f"Latency at the load that half fills Redis's core ({half['core_us']:.2f} µs per decision), ms", head, [row])
+    all_ms = ", ".join(f"{each['p99_ms']:.1f}" for each in rounds)
+    print(f"  that is the median of {ROUNDS} rounds, whose p99 are {all_ms} ms")
     return figures

@@ -550,7 +550,7 @@ cdef inline int answer_length(const Terms* rule, int64_t granted, int64_t count)
     if rule.kind == c"b":
         return 2
     if rule.kind == c"s":
-        return 5 if granted < count else 4  # when what was refused may come again
+        return 5 if granted < count else 4  # the fifth: when what was refused may come again
     return 4 if rule.kind == c"c" else 3
 
 

@@ -192,7 +192,6 @@ cdef class Call:
     cdef Mode mode
     cdef list rules
     cdef bytes request
-    cdef int numbers                         # of its answers, once they have come
     cdef int64_t sent_us
     cdef int64_t deadline_us                 # of the one that waits longest
 
@@ -979,7 +978,7 @@ cdef class Gathering:
         return entry
 
     cdef int write_call(self, Call call, int keys) except -1:
-        """Write the call into the buffer, and note what its reply must look like."""
+        """Write the call into the buffer, under a request id of its own."""
         cdef Buffer* buffer = &self.buffer
         cdef CallEntry* entry
         cdef CompiledRule rule
@@ -1160,7 +1159,7 @@ cdef class Gathering:
         cdef bytes request
         cdef int64_t number
         cdef int64_t[ENTRIES_MAX * NUMBERS_MAX + 1] numbers
-        cdef int i, count
+        cdef int i, count, answers
         oldest = self.in_flight[0]
         call = <Call>oldest if isinstance(oldest, Call) else None
         errand = <Errand>oldest if isinstance(oldest, Errand) else None
@@ -1221,7 +1220,8 @@ cdef class Gathering:
             else:
                 self.tell()
             return at
-        if not self.possible(call, numbers, count):
+        answers = self.measure(call, numbers, count)
+        if answers < 0:
             return BROKEN
         self.in_flight.popleft()
         if self.epoch != self.knowledge.epoch:
@@ -1229,7 +1229,7 @@ cdef class Gathering:
             self._fail(call, StorageUnavailable("this Redis was replaced by another one meanwhile"))
             return at
         try:
-            self.settle(call, numbers, count)
+            self.settle(call, numbers, answers, count)
         except BaseException:
             # Whatever it was, nobody may be left waiting.
             self._fail(call, StorageProtocolError("the reply could not be taken in; the check may have been counted"))
@@ -1246,8 +1246,8 @@ cdef class Gathering:
             self.beating = self.beating and (<Errand>oldest).script != "beat"
         return self.beat()
 
-    cdef bint possible(self, Call call, const int64_t* numbers, int count) noexcept:
-        """Whether the script can have given this reply: nothing else is taken in, whoever wrote it. Notes where its answers end."""
+    cdef int measure(self, Call call, const int64_t* numbers, int count) noexcept:
+        """How many numbers the answers have; -1 if the script can't have given this reply: it isn't taken in, whoever wrote it."""
         cdef const int64_t* answer = numbers + 1
         cdef const int64_t* end = numbers + count
         cdef const Terms* terms
@@ -1255,7 +1255,7 @@ cdef class Gathering:
         cdef int i, j, leases, length
         cdef int64_t most
         if call.mode == RESET:
-            return count == 1 + call.size
+            return call.size if count == 1 + call.size else -1
         for leases in range(2):
             for i in range(call.size):
                 entry = &call.entries[i]
@@ -1263,38 +1263,38 @@ cdef class Gathering:
                     continue
                 terms = &(<CompiledRule>entry.rule).terms
                 if answer >= end or answer[0] < 0 or answer[0] > count_of(call, entry):
-                    return False
+                    return -1
                 length = answer_length(terms, answer[0], count_of(call, entry))
                 if answer + length + leases > end or answer[1] < 0:
-                    return False
+                    return -1
                 # Ticks of a level, or units counted; of the rest, units counted and µs that end with two windows and an eighth.
                 if answer[1] > (LEVEL_MAX if terms.kind == c"b" or terms.kind == c"s" else UNITS_MAX):
-                    return False
+                    return -1
                 most = max(<int64_t>UNITS_MAX, 3 * terms.window_us)
                 for j in range(2, length):
                     if answer[j] > most or answer[j] < (-1 if terms.kind == c"s" and j == 4 else 0):
-                        return False
+                        return -1
                 if terms.kind == c"c" and answer[2] > UNITS_MAX:
-                    return False
+                    return -1
                 if terms.kind in (c"c", c"f") and answer[length - 1] >= terms.window_us:
-                    return False
+                    return -1
                 if leases and not 0 <= answer[length] <= entry.ahead:
-                    return False
+                    return -1
                 answer += length + leases
-        call.numbers = answer - numbers - 1
+        length = <int>(answer - numbers - 1)
         if (end - answer) % 2:
-            return False
+            return -1
         while answer < end:                  # pairs of an answer's number and a generation
             if not 1 <= answer[0] <= call.size:
-                return False
+                return -1
             answer += 2
-        return True
+        return length
 
-    cdef int settle(self, Call call, const int64_t* numbers, int count) except -1:
+    cdef int settle(self, Call call, const int64_t* numbers, int answers, int count) except -1:
         """Give everybody in a call its decision, and remember what the store has said."""
         cdef int64_t now_us = self.bounds.now_us()
         cdef const int64_t* answer = numbers + 1
-        cdef const int64_t* generations = numbers + 1 + call.numbers
+        cdef const int64_t* generations = numbers + 1 + answers
         cdef const int64_t* end = numbers + count
         cdef CallEntry* entry
         cdef CompiledRule rule

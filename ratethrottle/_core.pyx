@@ -792,6 +792,8 @@ def read_answer(CompiledRule rule not None, numbers, int64_t cost, int64_t posit
     cdef int64_t[6] raw
     cdef Outcome out
     cdef int i
+    if not 0 <= position < count:
+        raise ValueError("there is no such position among those checks")
     if not numbers or len(numbers) != answer_length(&rule.terms, numbers[0], count) + (rule.lease_units > 0):
         raise ValueError("the answer has another length than its rule's kind asks for")
     for i in range(len(numbers)):

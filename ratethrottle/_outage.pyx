@@ -577,7 +577,7 @@ cdef class Shares:
 
     def _decide(self, CompiledRule rule not None, text, str mark not None, int64_t now_us, int64_t cost, *, known=None,
                 int64_t known_now_us=0, int64_t retry_us=0, bint everything=False, bint consume=True, uint32_t tag=0):
-        """Decide, for tests. known: (rule, numbers of the script's answer, cost, when it was asked).
+        """Decide, for tests. known: (rule without leases, numbers of the script's answer, cost, when it was asked).
 
         Returns allowed, remaining, retry_us and reset_us.
         """

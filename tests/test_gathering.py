@@ -72,7 +72,8 @@ class Crowd:
         self.rules = some_rules(rng)
         for _ in range(2):
             Process(self.world, rate=rng.randint(990_100, 1_009_900), ttl_us=NEVER_STALE_US, **options)
-        self.keys = [f"key {i}" for i in range(rng.randint(1, 3))]
+        # One of them is too long to be sent as it is.
+        self.keys = [f"key {i}" + " long" * (40 if i == 1 else 0) for i in range(rng.randint(1, 3))]
 
     def step(self) -> None:
         rng, world = self.rng, self.world

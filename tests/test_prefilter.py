@@ -181,6 +181,7 @@ def forever(request: Request, reply: Any) -> Any:
         for one in range(2, length):
             numbers[at + one] += numbers[at + one] // 50 if numbers[at + one] > 0 else 0
         at += length + item.leases
+    assert at == len(numbers)
     return numbers
 
 

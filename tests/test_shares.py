@@ -58,7 +58,7 @@ def taken(shares: Shares, now_us: int, most: int = 7) -> dict[Any, list[tuple[in
 
 def answer_of(store: Oracle, rule: CompiledRule, now_us: int) -> list[int]:
     """What the script would answer to a peek of one unit, in `take_answer`'s order."""
-    _, _, retry_us, reset_us = store.check(rule, now_us, 1, consume=False)
+    allowed, _, retry_us, reset_us = store.check(rule, now_us, 1, consume=False)
     account = store.accounts[0]
     if rule.kind == "b":
         return [0, int(account.held(rule)(now_us) * rule.unit_ticks)]
@@ -71,7 +71,7 @@ def answer_of(store: Oracle, rule: CompiledRule, now_us: int) -> list[int]:
     if rule.kind == "c":
         return [0, counts[window], counts[window - 1], now_us % rule.window_us]
     first = min(counts) + rule.window_us - now_us if counts else 0
-    return [0, counts.total(), first, reset_us, *([retry_us] if retry_us else [])]
+    return [int(allowed), counts.total(), first, reset_us, *([] if allowed else [retry_us])]
 
 
 def started(share: CompiledRule, known: Known | None, n: int, now_us: int, capacity: int) -> Oracle:
@@ -112,7 +112,7 @@ def parts(log: list[tuple[int, int]], n: int) -> list[tuple[int, int]]:
 
 
 def random_known(rng: random.Random, rule: CompiledRule, now_us: int) -> Known:
-    """Any answer that a store might give at `now_us`."""
+    """Any answer that a store might give at `now_us`, but for `granted`, which is only looked at in sliding windows."""
     used, into_us = rng.choice((0, 1, rule.capacity, rng.randint(0, rule.capacity))), now_us % rule.window_us
     if rule.kind == "b":
         answer = [0, rng.randint(0, rule.capacity * rule.unit_ticks)]
@@ -123,8 +123,8 @@ def random_known(rng: random.Random, rule: CompiledRule, now_us: int) -> Known:
     else:
         slots = [rng.randrange((now_us - rule.window_us) // rule.slot_us + 1, now_us // rule.slot_us + 1) for _ in range(3)]
         first, retry, reset = (at * rule.slot_us + rule.window_us - now_us for at in sorted(slots))
-        answer = [0, used, first, reset if used > 1 else first] if used else [0, 0, 0, 0]
-        answer += [retry] if used == rule.capacity else []
+        answer = [1, used, first, reset if used > 1 else first] if used else [1, 0, 0, 0]
+        answer = [0, *answer[1:], retry] if used == rule.capacity else answer
     return rule, answer, 1, now_us - AHEAD_US
 
 

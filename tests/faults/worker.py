@@ -106,7 +106,7 @@ class Worker:
         self.weights = list(accumulate(1 / (1 + number) for number in range(KEYS)))
         self.events: list[dict[str, Any]] = []
         self.running = asyncio.Event()
-        self.collecting_ns = 0  # garbage
+        self.garbage_ns = 0  # spent on collecting it
         self.ended = False
 
     def write(self, kind: int, before_us: int, after_us: int, *, allowed: bool = False, rule: int = 0, key: int = 0) -> None:
@@ -149,20 +149,20 @@ class Worker:
         """Write down when a timer was late by more than 2 ms: what a call took beyond that is not the loop's fault."""
         while True:
             due_us = monotonic_us() + round(BEAT_S * 1e6)
-            used_ns, collecting_ns = time.thread_time_ns(), self.collecting_ns
+            used_ns, garbage_ns = time.thread_time_ns(), self.garbage_ns
             await asyncio.sleep(BEAT_S)
             now_us = monotonic_us()
             if now_us > due_us + LATE_US:
                 self.write(LATE, due_us, now_us)
             # A busy machine is no fault of ours, but what this very thread did is.
             if (busy_ms := (time.thread_time_ns() - used_ns) / 1e6) > BUSY_MS:
-                collecting_ms = (self.collecting_ns - collecting_ns) / 1e6
+                garbage_ms = (self.garbage_ns - garbage_ns) / 1e6
                 self.noise.noise.append(
-                    f"the loop was kept busy for {busy_ms:.0f} ms, {collecting_ms:.0f} of them by collecting garbage"
+                    f"the loop was kept busy for {busy_ms:.0f} ms, {garbage_ms:.0f} of them by collecting garbage"
                 )
 
     def _collect(self, phase: str, _: dict[str, int]) -> None:
-        self.collecting_ns += time.thread_time_ns() * (1 if phase == "stop" else -1)
+        self.garbage_ns += time.thread_time_ns() * (1 if phase == "stop" else -1)
 
     def sample(self, limiter: RateThrottleCore) -> dict[str, Any]:
         """What may not grow, and what the limiter says of itself."""

@@ -319,9 +319,10 @@ async def test_two_lines_that_count_at_once_make_nobody_sure_of_the_number(redis
             await limiter.check("user")
             await asyncio.sleep(0.01)
             heard = [int(number) for number in beat.findall(relay.heard)]
-    assert heard[:2] == [0, 0]  # of each connection, before any count
+    # The first beat of each connection, sent before any count or after that of the other one; then, half a second later, another one.
+    assert heard.index(1) >= 3
+    assert heard[0] == 0
     assert heard[2] == 10**9
-    assert heard[-1] == 1
 
 
 async def refused_by(relay: Relay) -> bool:

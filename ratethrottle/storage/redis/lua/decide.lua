@@ -11,11 +11,11 @@
 --- answer_f: granted cur since_us
 --- generation_pair: entry_number generation
 --- limits: keys=128 rules=128 entries=128
--- A run is an entry of `count` equal checks for each of `key_count` consecutive keys; a key's index counts state keys from 1. No key
--- is given twice: the caller sees to that, since to look here would cost as much as all that is read of the rules. An answer has no
--- retry_us where all were granted, and to a lease one number more: ahead, the units taken ahead. Of entries whose state was reset, by
--- number of the answer from 1, the reply tells when. In another epoch than the one expected it is just -1 for the server's time, and
--- nothing was read or done.
+-- A run is an entry of `count` equal checks for each of `key_count` consecutive keys; a key's index counts state keys from 1. The
+-- caller gives no key twice, or the last write would undo the others: to look for that takes as long as to read the rules. An answer
+-- has no retry_us where all were granted, and to a lease one number more: ahead, the units taken ahead. Of entries whose state was
+-- reset, by number of the answer from 1, the reply tells when. In another epoch than the one expected it is just -1 for the server's
+-- time, and nothing was read or done.
 
 -- What only entries need that aren't simple, made with `views`.
 local charge, give_back
@@ -210,7 +210,8 @@ for i = 1, run_count + lease_count do
           end
           if done then
             reply[filled + 1], reply[filled + 2], reply[filled + 3], reply[filled + 4] = granted, total, first + window, last + window
-            reply[filled + 5], filled = retry, filled + (retry and 5 or 4)
+            filled = filled + 4
+            if retry then reply[filled + 1], filled = retry, filled + 1 end
           end
         end
       else
@@ -344,8 +345,8 @@ for i = 1, run_count + lease_count do
           end
         end
         if own.n > 0 then first, reset = own.first + own.window - now, own.last + own.window - now end
-        reply[filled + 2], reply[filled + 3], reply[filled + 4], reply[filled + 5] = own.total, first, reset, retry
-        filled = filled + (retry and 5 or 4)
+        reply[filled + 2], reply[filled + 3], reply[filled + 4], filled = own.total, first, reset, filled + 4
+        if retry then reply[filled + 1], filled = retry, filled + 1 end
       elseif kind == 'f' then
         reply[filled + 2], reply[filled + 3] = own.cur, now - own.start
         filled = filled + 3
