@@ -34,7 +34,7 @@ from tests.redis.wire import Relay
 from tests.servers import RedisServer, eventually, executable, free_port
 
 RULE = RateThrottleRule("r", 5, 60)
-MANY = RateThrottleRule("many", 1_000_000, 60, strategy="fixed_window", on_outage="raise")
+MANY = RateThrottleRule("many", 1_000_000, 86_400, strategy="fixed_window", on_outage="raise")
 
 
 async def admits_exactly_five(storage: RedisStorage) -> None:

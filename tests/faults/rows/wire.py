@@ -160,5 +160,5 @@ def cancelled_while_connecting(run: Run) -> None:
 
 @row(short=True)
 def cancelled_200_000(run: Run) -> None:
-    """200,000 checks straight to Redis, half of them cancelled: no reply reaches another"""
-    cancelled(run, run.count(200_000, 10_000))
+    """410,000 checks straight to Redis, half of them cancelled: no reply reaches another"""
+    cancelled(run, run.count(410_000, 10_000))
