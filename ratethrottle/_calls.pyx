@@ -1453,10 +1453,6 @@ cdef class Gathering:
         # Only one call at a time takes units ahead, and only one entry of it: a second lease would take the place of the first.
         if rule.lease_units == 0 or bound.leasing:
             return 0
-        # Who had to ask before a lease came, and leaves after that, needs no other one: what it holds is for those who come next.
-        if (wanted and bound.lease_units > wanted and call.sent_us < bound.lease_until_us and bound.lease_epoch == self.epoch
-                and bound.lease_terms == rule.home_terms):
-            return 0
         # Another definition's account knows nothing of it; under another lead it is still the same units that must go back.
         # And what was taken in another life of the store's data may be lost there: what goes back would be others' units.
         if bound.lease_units and bound.lease_epoch == self.epoch and same_definition(bound.lease_terms, &rule.terms):

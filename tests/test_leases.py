@@ -255,30 +255,6 @@ def test_units_that_were_not_spent_come_back(world: World, strategy: str, spend:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("late", [1, 9, 10])
-def test_who_waited_before_a_lease_came_leaves_it_to_others(world: World, strategy: str, late: int) -> None:
-    """Else calls that pass each other give back what the other one has just taken, and no lease ever grows."""
-    what = leased(strategy, 1_000, 1_000)
-    process = world.processes[0]
-    process.check("k", what.rule)
-    world.settle()
-    first = [process.check("k", what.rule) for _ in range(10)]
-    process.turn()
-    second = process.check("k", what.rule)
-    process.turn()
-    third = [process.check("k", what.rule) for _ in range(late)]
-    process.turn()
-    assert [[item.ahead for item in request.items] for request in process.line.requests[-2:]] == [[10], [0]]
-    world.settle()
-    assert all(check.decision.source == "redis" for check in (*first, second, *third))
-    (item,) = process.line.requests[-1].items
-    # What holds less than is asked for goes back.
-    assert (item.count, item.back > 0) == (late, late == 10)
-    assert late == 10 or process.check("k", what.rule).decision.source == "lease"
-    comes_back(world, what, strategy, 12 + late + (late != 10))
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_alone_a_process_gets_exactly_its_limit(world: World, strategy: str) -> None:
     what = leased(strategy, 200, 10)
     process = world.processes[0]
