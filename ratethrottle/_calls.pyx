@@ -912,7 +912,7 @@ cdef class Gathering:
         cdef Mode mode
         cdef uint16_t place
         cdef int keys = 0
-        cdef bint began = False
+        cdef bint began = False, asked = False
         memset(self.places, 0, PLACES * sizeof(uint16_t))
         while self.waiting.first != NULL:
             pending = <PendingDecision>self.waiting.first
@@ -926,9 +926,13 @@ cdef class Gathering:
                 take(&self.waiting, pending)
                 self.fall_back(pending, self._unsent(), now_us)
                 continue
+            place = self.place_of(call, pending.hashed)
+            # Units that this process holds by now go first: a call of its own would give them back, and might be refused as many.
+            if pending.rule.lease_units and self.places[place] == 0 and self.decided_here(pending, now_us, &asked):
+                take(&self.waiting, pending)
+                continue
             call.mode = mode
             began = True
-            place = self.place_of(call, pending.hashed)
             entry = &call.entries[self.places[place] - 1] if self.places[place] else NULL
             # Of a key's entries the newest decides whether this one is equal to it: their order is kept.
             if entry == NULL or not self.joins(call, entry, pending):

@@ -255,6 +255,53 @@ def test_units_that_were_not_spent_come_back(world: World, strategy: str, spend:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("late", [1, 10, 11])
+def test_who_waited_while_a_lease_came_spends_from_it(world: World, strategy: str, late: int) -> None:
+    """Else calls that pass each other give back what the other one has just taken, and no lease ever grows."""
+    what = leased(strategy, 1_000, 1_000)
+    process = world.processes[0]
+    process.check("k", what.rule)
+    world.settle()
+    first = [process.check("k", what.rule) for _ in range(10)]
+    process.turn()
+    second = process.check("k", what.rule)
+    process.turn()
+    third = [process.check("k", what.rule) for _ in range(late)]
+    process.turn()
+    assert [[(item.count, item.ahead) for item in request.items] for request in process.line.requests[1:]] == [
+        [(10, 10)],
+        [(1, 0)],
+    ]
+    world.settle()
+    assert {check.decision.source for check in (*first, second)} == {"redis"}
+    assert [check.decision.source for check in third] == ["lease"] * min(late, 10) + ["redis"] * (late - 10)
+    assert all(check.decision.allowed for check in (*first, second, *third))
+    # What was spent whole within its time may be twice as large.
+    assert [item.ahead for request in process.line.requests[3:] for item in request.items] == [20] * (late - 10)
+    comes_back(world, what, strategy, 12 + late)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_nobody_is_refused_what_his_own_process_holds(world: World, strategy: str) -> None:
+    what = leased(strategy, 100, 1_000)
+    process = world.processes[0]
+    process.check("k", what.rule)
+    world.settle()
+    for _ in range(10):
+        process.check("k", what.rule)
+    process.turn()
+    process.line.serve()
+    rest = process.check("k", what.rule, left(world, what))
+    process.turn()
+    last = process.check("k", what.rule)
+    world.settle()
+    assert rest.decision.allowed
+    assert last.decision.allowed
+    assert last.decision.source == "lease"
+    comes_back(world, what, strategy, 12 + rest.cost)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_alone_a_process_gets_exactly_its_limit(world: World, strategy: str) -> None:
     what = leased(strategy, 200, 10)
     process = world.processes[0]
