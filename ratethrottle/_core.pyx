@@ -22,7 +22,7 @@ from ratethrottle._arithmetic cimport (
 from ratethrottle._bound cimport Bound, bound_verdict, DENIED, LEASED, OPEN, STALE
 from ratethrottle._table cimport (
     Hash128, Pair, Place, RT_PREFETCH, Shard, shard_find, shard_full, SHARD_KEYS, shard_place, shard_rebuild, shard_remove, siphash, Slot,
-    slot_at, slot_free, slot_fresh_at, slot_used_share, slot_views,
+    slot_at, slot_free, slot_fresh_at, slot_used_share, slot_views, tags_of,
 )
 
 from asyncio import _get_running_loop as running_loop
@@ -293,7 +293,7 @@ cdef class KeyTable:
         if self.shards != NULL:
             for i in range(self.shard_count):
                 for j in range(self.shards[i].room):
-                    if self.shards[i].tags[j]:
+                    if tags_of(&self.shards[i])[j]:
                         slot_free(&self.shards[i], slot_at(&self.shards[i], j))
                 free(self.shards[i].slots)
             free(self.shards)
@@ -317,7 +317,7 @@ cdef class KeyTable:
         for i in range(self.shard_count):
             size += self.shards[i].room * (self.shards[i].slot_bytes + 1)
             for j in range(self.shards[i].room):
-                if not self.shards[i].tags[j]:
+                if not tags_of(&self.shards[i])[j]:
                     continue
                 if slot_at(&self.shards[i], j).view.terms == NULL:
                     size += sizeof(Pair)
@@ -353,7 +353,7 @@ cdef class KeyTable:
             if shard.slot_bytes != sizeof(Bound):
                 return
             for j in range(shard.room):
-                if shard.tags[j]:
+                if tags_of(shard)[j]:
                     bound = <Bound*>slot_at(shard, j)
                     bound.lease_units = bound.lease_size = bound.asked_us = 0
                     bound.leasing = False
@@ -536,7 +536,7 @@ cdef class KeyTable:
             self.random ^= self.random >> 7
             self.random ^= self.random << 17
             i = <uint32_t>(((self.random >> 32) * shard.room) >> 32)
-            while not shard.tags[i]:
+            while not tags_of(shard)[i]:
                 i = i + 1 if i + 1 < shard.room else 0
             fresh_at_us = slot_fresh_at(slot_at(shard, i))
             used = slot_used_share(slot_at(shard, i), now_us) if fresh_at_us > now_us else -1
@@ -560,7 +560,7 @@ cdef class KeyTable:
         for _scanned in range(SWEEP_SLOTS):
             if shard.hand >= shard.room:
                 shard.hand = 0
-            if shard.tags[shard.hand] and slot_fresh_at(slot_at(shard, shard.hand)) <= now_us:
+            if tags_of(shard)[shard.hand] and slot_fresh_at(slot_at(shard, shard.hand)) <= now_us:
                 self.remove(shard, shard.hand)    # what moves into this slot is looked at next
             else:
                 shard.hand += 1

@@ -14,7 +14,7 @@ from ratethrottle._bound cimport Bound, bound_assertion
 from ratethrottle._core cimport CompiledRule, KeyTable
 from ratethrottle._layout cimport Layout
 from ratethrottle._outage cimport Shares
-from ratethrottle._table cimport Hash128, Shard, slot_at
+from ratethrottle._table cimport Hash128, Shard, slot_at, tags_of
 
 from collections import deque
 from os import urandom
@@ -228,7 +228,7 @@ cdef class Knowledge:
         cdef uint32_t i
         cdef list rows = []
         for i in range(shard.room):
-            if not shard.tags[i]:
+            if not tags_of(shard)[i]:
                 continue
             bound = <Bound*>slot_at(shard, i)
             # What was heard in this very epoch, the store knows.

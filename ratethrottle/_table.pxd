@@ -4,7 +4,7 @@ Like the arithmetic, everything is inline and touches no Python object. Which ke
 decided on, stands with `KeyTable` in `_core.pyx`.
 """
 
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
@@ -36,13 +36,12 @@ cdef struct NamedSlot:                     # of a table that can tell others wha
     char* name                             # owned; NULL without
     size_t name_size
 
-cdef struct Shard:
-    uint32_t room
-    uint32_t used
-    uint32_t hand                          # the slot that the next sweep of a full table begins with
-    uint32_t slot_bytes                    # a Slot, and what a table keeps behind each
-    char* slots
-    uint8_t* tags                          # a byte of the hash for each slot, 0 when empty: a probe reads these first
+cdef struct Shard:                         # small, as those of a large table must stay in the cache
+    uint16_t room                          # a third more than SHARD_KEYS, give or take what chance gives
+    uint16_t used
+    uint16_t hand                          # the slot that the next sweep of a full table begins with
+    uint16_t slot_bytes                    # a Slot, and what a table keeps behind each
+    char* slots                            # and behind them their tags
 
 cdef struct Hash128:
     uint64_t lo
@@ -57,6 +56,11 @@ cdef struct Place:                         # where a key of a rule belongs in on
 
 cdef inline Slot* slot_at(const Shard* shard, uint32_t i) noexcept nogil:
     return <Slot*>(shard.slots + <size_t>i * shard.slot_bytes)
+
+
+cdef inline uint8_t* tags_of(const Shard* shard) noexcept nogil:
+    """A byte of the hash for each slot, 0 when empty: a probe reads these first."""
+    return <uint8_t*>slot_at(shard, shard.room)
 
 
 cdef inline void slot_copy(const Shard* shard, Slot* target, const Slot* source) noexcept nogil:
@@ -181,14 +185,16 @@ cdef inline int64_t shard_find(const Shard* shard, Hash128 hashed) noexcept nogi
     """The index of the key's slot; −1 − (index of the empty one it would take) when it is absent."""
     cdef uint32_t i
     cdef uint8_t tag
+    cdef const uint8_t* tags
     if shard.room == 0:
         return -1
+    tags = tags_of(shard)
     i = home_of(hashed.lo, shard.room)
     tag = tag_of(hashed.lo)
     RT_PREFETCH(slot_at(shard, i))                # while the tags are on their way too
     RT_PREFETCH(<char*>slot_at(shard, i) + 63)
-    while shard.tags[i]:
-        if shard.tags[i] == tag and slot_at(shard, i).hash_lo == hashed.lo and slot_at(shard, i).hash_hi == hashed.hi:
+    while tags[i]:
+        if tags[i] == tag and slot_at(shard, i).hash_lo == hashed.lo and slot_at(shard, i).hash_hi == hashed.hi:
             return i
         i += 1
         if i == shard.room:
@@ -199,11 +205,12 @@ cdef inline int64_t shard_find(const Shard* shard, Hash128 hashed) noexcept nogi
 cdef inline uint32_t shard_place(Shard* shard, const Slot* slot) noexcept nogil:
     """Put a key that is absent into a shard with room; returns where."""
     cdef uint32_t i = home_of(slot.hash_lo, shard.room)
-    while shard.tags[i]:
+    cdef uint8_t* tags = tags_of(shard)
+    while tags[i]:
         i += 1
         if i == shard.room:
             i = 0
-    shard.tags[i] = tag_of(slot.hash_lo)
+    tags[i] = tag_of(slot.hash_lo)
     slot_copy(shard, slot_at(shard, i), slot)
     shard.used += 1
     return i
@@ -217,16 +224,16 @@ cdef inline void shard_remove(Shard* shard, uint32_t hole) noexcept nogil:
         i += 1
         if i == shard.room:
             i = 0
-        if not shard.tags[i]:
+        if not tags_of(shard)[i]:
             break
         home = home_of(slot_at(shard, i).hash_lo, shard.room)
         # A slot may move back into the hole unless its home lies behind the hole, up to where it stands (cyclically).
         if (hole < home <= i) if hole < i else (home > hole or home <= i):
             continue
         slot_copy(shard, slot_at(shard, hole), slot_at(shard, i))
-        shard.tags[hole] = shard.tags[i]
+        tags_of(shard)[hole] = tags_of(shard)[i]
         hole = i
-    shard.tags[hole] = 0
+    tags_of(shard)[hole] = 0
     shard.used -= 1
 
 
@@ -235,18 +242,17 @@ cdef inline int shard_rebuild(Shard* shard, int64_t now_us) noexcept nogil:
     cdef Shard rebuilt
     cdef uint32_t i, kept = 0
     for i in range(shard.room):
-        if shard.tags[i] and slot_fresh_at(slot_at(shard, i)) > now_us:
+        if tags_of(shard)[i] and slot_fresh_at(slot_at(shard, i)) > now_us:
             kept += 1
     rebuilt.used = rebuilt.hand = 0
-    rebuilt.room = max(<uint32_t>SHARD_ROOM_MIN, kept + kept // 3)
+    rebuilt.room = <uint16_t>max(<uint32_t>SHARD_ROOM_MIN, kept + kept // 3)
     rebuilt.slot_bytes = shard.slot_bytes
     rebuilt.slots = <char*>malloc(rebuilt.room * (shard.slot_bytes + 1))
     if rebuilt.slots == NULL:
         return NO_MEMORY
-    rebuilt.tags = <uint8_t*>&rebuilt.slots[rebuilt.room * shard.slot_bytes]
-    memset(rebuilt.tags, 0, rebuilt.room)
+    memset(tags_of(&rebuilt), 0, rebuilt.room)
     for i in range(shard.room):
-        if not shard.tags[i]:
+        if not tags_of(shard)[i]:
             continue
         if slot_fresh_at(slot_at(shard, i)) > now_us:
             shard_place(&rebuilt, slot_at(shard, i))
