@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import shutil
@@ -24,12 +25,20 @@ START_S = 10
 SWITCH = re.compile(r"^\d+:X (\d+ \w+ \d{4} [\d:.]+) # \+switch-master \S+ \S+ \d+ \S+ (\d+)$", re.MULTILINE)
 
 
+# Below those that Linux gives to outgoing connections, or one of these may have it before the server that it is for, or while that
+# is down. Each process begins elsewhere and gives each one once.
+PORTS = range(10_000, 32_768)
+_numbers = itertools.count(os.getpid() * 1_009)
+
+
 def free_port() -> int:
     """A loopback port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+    for number in itertools.islice(_numbers, len(PORTS)):
+        port = PORTS[number % len(PORTS)]
+        with socket.socket() as listener, contextlib.suppress(OSError):  # somebody has it
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no port is free")
 
 
 def executable(name: str) -> str:
