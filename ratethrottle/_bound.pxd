@@ -37,6 +37,7 @@ cdef struct Bound:                         # a slot of a table of bounds; begins
     int64_t lease_epoch
     int64_t lease_size                     # units of that grant
     bint leasing                           # a call that asks for the next one is on its way
+    int64_t returned_us                    # when a call left that gives units back; 0 once it was answered
 
 cdef enum Verdict:
     OPEN                                   # only the store can say
@@ -111,8 +112,8 @@ cdef inline int bound_verdict(Bound* bound, const Terms* rule, bint leases, int6
         out.remaining += left * (rule.unit_ticks if rule.kind == c"b" else rule.span if rule.kind == c"c" else 1)
         return LEASED
     judge(rule, &view, then_us, units, expired, total, out)
-    # What is left of a lease goes back with the next call, and may be just what this check needs.
-    if out.allowed or bound.lease_units:
+    # What is left of a lease goes back with the next call, or is on its way, and may be just what this check needs.
+    if out.allowed or bound.lease_units or bound.sent_us <= bound.returned_us:
         return OPEN
     report(rule, &view, then_us, total, out)
     return DENIED if now_us - bound.sent_us <= ttl_us else STALE

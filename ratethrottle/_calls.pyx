@@ -927,7 +927,7 @@ cdef class Gathering:
                 self.fall_back(pending, self._unsent(), now_us)
                 continue
             place = self.place_of(call, pending.hashed)
-            # Units that this process holds by now go first: a call of its own would give them back, and might be refused as many.
+            # Units that this process holds by now go first: a call would give them back.
             if pending.rule.lease_units and self.places[place] == 0 and self.decided_here(pending, now_us, &asked):
                 take(&self.waiting, pending)
                 continue
@@ -952,7 +952,8 @@ cdef class Gathering:
         return 0
 
     cdef inline bint gone(self, PendingDecision pending) except -1:
-        return pending.group is not None and pending.group.future.cancelled()
+        # Complete where waking it failed after it was decided.
+        return pending.stage == COMPLETE or pending.group is not None and pending.group.future.cancelled()
 
     cdef inline uint16_t place_of(self, Call call, Hash128 hashed) noexcept:
         """Where the map has the newest entry of a key, or would have it."""
@@ -1386,6 +1387,8 @@ cdef class Gathering:
                 raise MemoryError
             bound.asked_us = 0
             bound.leasing = bound.leasing and entry.ahead == 0
+            if entry.back:
+                bound.returned_us = 0
         self.knowledge.live_until_us = max(self.knowledge.live_until_us, view_fresh_at(&bound.slot.view))
         bound.epoch = self.epoch
         if ahead > 0:
@@ -1462,6 +1465,7 @@ cdef class Gathering:
         if bound.lease_units and bound.lease_epoch == self.epoch and same_definition(bound.lease_terms, &rule.terms):
             entry.back = bound.lease_units
             entry.back_us = bound.lease_at_us - lead(rule)
+            bound.returned_us = call.sent_us
         size = bound.lease_size
         spent = size - bound.lease_units
         bound.lease_units = bound.lease_size = 0

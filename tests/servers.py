@@ -245,11 +245,7 @@ class SentinelTopology:
         return self.moves(since_s)[0]
 
     def moves(self, since_s: float) -> list[float]:
-        """When the first sentinel said +switch-master of each change of the master since a monotonic time.
-
-        There may be more of them than were asked for. A sentinel connects at most once a second, which is also how long a master
-        may be silent here: one that has tried the dead master just before it switches may take the new one for dead as well.
-        """
+        """When the first sentinel said +switch-master of each change of the master since a monotonic time."""
         said = sorted(switch for sentinel in self.sentinels for switch in sentinel.switches() if switch[0] > since_s)
         return [at_s for place, (at_s, port) in enumerate(said) if place == 0 or port != said[place - 1][1]]
 

@@ -281,24 +281,65 @@ def test_who_waited_while_a_lease_came_spends_from_it(world: World, strategy: st
     comes_back(world, what, strategy, 12 + late)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_nobody_is_refused_what_his_own_process_holds(world: World, strategy: str) -> None:
-    what = leased(strategy, 100, 1_000)
+def hold_the_rest(world: World, what: Leased, units: int) -> Process:
+    """Have the process hold so many units of a lease, and know that the store has none left: two calls passed each other."""
     process = world.processes[0]
     process.check("k", what.rule)
     world.settle()
-    for _ in range(10):
+    for _ in range(units):
         process.check("k", what.rule)
     process.turn()
     process.line.serve()
     rest = process.check("k", what.rule, left(world, what))
-    process.turn()
-    last = process.check("k", what.rule)
     world.settle()
     assert rest.decision.allowed
+    assert left(world, what) == 0
+    return process
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_nobody_is_denied_what_is_on_its_way_back(world: World, strategy: str) -> None:
+    what = leased(strategy, 100, 1_000)
+    process = hold_the_rest(world, what, 10)
+    world.t_us += what.rule.lease_us
+    process.turn()
+    process.turn()
+    assert [item.back for item in process.line.requests[-1].items] == [10]
+    check = process.check("k", what.rule)
+    world.settle()
+    assert check.decision.allowed
+    assert check.decision.source == "redis"
+    world.end()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_nobody_is_denied_what_the_call_before_gives_back(world: World, strategy: str) -> None:
+    """Two calls leave at once after a stall: what one gives back is there for who travels in the other."""
+    what = leased(strategy, 100, 1_000)
+    process = hold_the_rest(world, what, 10)
+    world.t_us += 2 * what.rule.lease_us
+    keys = ["k", *(f"other{number}" for number in range(40)), "k"]
+    checks = [process.check(key, what.rule) for key in keys]
+    process.turn()
+    assert [sum(item.back for item in request.items) for request in process.line.requests[-2:]] == [10, 0]
+    world.settle()
+    assert all(check.decision.allowed for check in checks)
+    world.end()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_was_given_back_denies_again_once_that_is_answered(world: World, strategy: str) -> None:
+    what = leased(strategy, 100, 1_000)
+    process = hold_the_rest(world, what, 10)
+    world.t_us += what.rule.lease_us
+    world.settle()
+    last = process.check("k", what.rule, max(1, left(world, what)))
+    world.settle()
     assert last.decision.allowed
-    assert last.decision.source == "lease"
-    comes_back(world, what, strategy, 12 + rest.cost)
+    check = process.check("k", what.rule)
+    assert check.decision.source == "prefilter"
+    assert not check.decision.allowed
+    world.end()
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Iterable
+from itertools import pairwise
 
 from ratethrottle import RateThrottleRule, create_limiter
 from ratethrottle.errors import StorageError
 from tests.faults.board import Run, row
 from tests.faults.fleet import DEADLINE_S, Fleet
-from tests.faults.judge import GRACE_US
+from tests.faults.judge import GRACE_US, between, kinds
 from tests.faults.proxy import Proxy
 from tests.faults.records import monotonic_us
 from tests.servers import RedisServer, SentinelTopology, eventually, free_port
@@ -49,16 +50,27 @@ def until_switched(fleet: Fleet, topology: SentinelTopology, began_s: float) -> 
     fleet.faults.append((round(began_s * 1e6), round(topology.switched(began_s) * 1e6)))
 
 
-def calm(run: Run, fleet: Fleet, topology: SentinelTopology, seconds: float) -> None:
-    """Let them work for that long after the last +switch-master; each that the sentinels have by themselves is one more fault."""
+def calm(fleet: Fleet, topology: SentinelTopology, seconds: float) -> None:
+    """Let them work for that long after the last +switch-master. There may be one more of them than was provoked.
+
+    A sentinel connects at most once a second, which is also how long a master may be silent here: one that has tried the dead
+    master just before it switches may take the new one for dead as well.
+    """
     ((began_us, switched_us),) = fleet.faults
-    while (left_s := switched_us / 1e6 + seconds - time.monotonic()) > 0:
+    while len(fleet.faults) <= 2 and (left_s := switched_us / 1e6 + seconds - time.monotonic()) > 0:
         fleet.calm(left_s)
         _, *more = (round(at_s * 1e6) for at_s in topology.moves(began_us / 1e6))
         fleet.faults[1:] = [(at_us, at_us) for at_us in more]
         switched_us = max([switched_us, *more])
-    if len(fleet.faults) > 1:
-        run.note(f"the sentinels changed the master {len(fleet.faults) - 1} times more, by themselves")
+
+
+def judge_moves(run: Run, fleet: Fleet) -> None:
+    """The sentinels have changed the master twice at most, and the one that they left too had decided until then."""
+    run.expect(len(fleet.faults) <= 2, f"the sentinels changed the master {len(fleet.faults)} times")
+    for (_, switched_us), (left_us, _) in pairwise(fleet.faults):
+        run.note(f"the sentinels changed the master once more, {(left_us - switched_us) / 1e6:.2f} s later")
+        meanwhile = kinds(between(fleet.logs, switched_us + round(GAP_S * 1e6), left_us))
+        run.expect(set(meanwhile) <= {"redis", "prefilter"}, f"the new master had not been asked: {dict(meanwhile)}")
 
 
 @row(short=True)
@@ -70,8 +82,9 @@ def sentinel_master_killed(run: Run) -> None:
             began_s = time.monotonic()
             topology.master.stop()
             until_switched(fleet, topology, began_s)
-            calm(run, fleet, topology, run.seconds(10, 3))
+            calm(fleet, topology, run.seconds(10, 3))
         run.judge(fleet, heals_s=GAP_S, events=("master_moved",))
+        judge_moves(run, fleet)
 
 
 @row()
