@@ -14,7 +14,6 @@ from benchmarks.timing import Figures, Options, percentile, progress, table
 
 CROWD = 200
 YIELD_EVERY = 100
-LEASED_TASKS = 64
 SAMPLE_S = 0.005
 
 # More than one process can ask for, so that everything is allowed; and a limit that one process reaches.
@@ -108,12 +107,12 @@ async def leased_key(meter: Meter, name: str, seconds: float, rule: dict[str, An
     limiter = ours(meter.url, "token_bucket", name=name, lease=True, **rule)
     account = Account(limiter.check)
     check = account.check if "burst" in rule else limiter.check
-    await drive(check, ["hot"], LEASED_TASKS, 0.2, yield_every=YIELD_EVERY)
+    await drive(check, ["hot"], CROWD, 0.2, yield_every=YIELD_EVERY)
     before = meter.read()
     account.samples.clear()
     account.take(0)
     ticker = asyncio.create_task(sample(SAMPLE_S, account.take))
-    load = await drive(check, ["hot"], LEASED_TASKS, seconds, yield_every=YIELD_EVERY)
+    load = await drive(check, ["hot"], CROWD, seconds, yield_every=YIELD_EVERY)
     account.take(0)
     await stopped(ticker)
     figures = per_decision(load, meter.read() - before, meter)
@@ -146,5 +145,5 @@ async def leased(meter: Meter, options: Options) -> Figures:
             )
         )
     head = ("limit", "decisions/s", "client µs", "script calls", "script µs", "most beyond rate")
-    table(f"A leased hot key, {LEASED_TASKS} tasks; per decision", head, rows)
+    table(f"A leased hot key, {CROWD} tasks; per decision", head, rows)
     return figures
