@@ -26,7 +26,7 @@ SWITCH = re.compile(r"^\d+:X (\d+ \w+ \d{4} [\d:.]+) # \+switch-master \S+ \S+ \
 
 
 # Below those that Linux gives to outgoing connections, or one of these may have it before the server that it is for, or while that
-# is down. Each process begins elsewhere and gives each one once.
+# is down. Each process that imports this begins elsewhere, and gives each one once; one that is forked off later must not ask.
 PORTS = range(10_000, 32_768)
 _numbers = itertools.count(os.getpid() * 1_009)
 
