@@ -37,7 +37,7 @@ cdef struct Bound:                         # a slot of a table of bounds; begins
     int64_t lease_epoch
     int64_t lease_size                     # units of that grant
     bint leasing                           # a call that asks for the next one is on its way
-    int64_t returned_us                    # when a call left that gives units back: `known` of before that denies nothing; 0 once it was answered
+    int64_t returned_us                    # when units were given back: `known` of before that denies nothing; 0 once answered
 
 cdef enum Verdict:
     OPEN                                   # only the store can say
