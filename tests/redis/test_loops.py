@@ -7,12 +7,14 @@ import gc
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
+from typing import Any
 
 import anyio
+import fakeredis
 import pytest
 
-from ratethrottle import RateThrottleRule, create_limiter
+from ratethrottle import RateThrottleCore, RateThrottleRule, RedisStorage, create_limiter
 from ratethrottle.events import Event
 from ratethrottle.storage.redis.attempts import EVERY_S, Attempts
 from tests.servers import RedisServer, free_port
@@ -146,3 +148,42 @@ def test_a_clock_that_is_set_back_delays_no_attempt(monkeypatch: pytest.MonkeyPa
     set_back_s = 300
     second_s = turns.wait_s()
     assert first_s < second_s <= first_s + 2 * EVERY_S
+
+
+def of_the_old_shape(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    """What many tracing tools set: it takes neither a name nor a context."""
+    return asyncio.Task(work, loop=loop)
+
+
+def factories() -> list[Any]:
+    eager = getattr(asyncio, "eager_task_factory", None)  # from 3.12
+    return [of_the_old_shape, *([eager] if eager else [])]
+
+
+@pytest.mark.parametrize("factory", factories())
+async def test_any_task_factory_goes_with_the_library(
+    factory: Any, redis_server: RedisServer, fake_server: fakeredis.FakeServer
+) -> None:
+    asyncio.get_running_loop().set_task_factory(factory)
+    fake = fakeredis.FakeAsyncRedis(server=fake_server)
+    async with (
+        create_limiter("redis", redis_url=redis_server.url, rules=[RULE], deadline=5, require_storage=True) as limiter,
+        RateThrottleCore(RedisStorage(fake, deadline=5), rules=[RULE]) as faked,
+    ):
+        one = asyncio.get_running_loop().create_task(limiter.check("user"))
+        several = await asyncio.gather(*(limiter.check("user", cost=2) for _ in range(3)), limiter.peek("user"))
+        assert {decision.source for decision in [await one, await faked.check("user"), *several]} == {"redis"}
+    await fake.aclose()
+
+
+async def test_a_task_factory_isnt_asked_for_the_librarys_own_tasks(redis_server: RedisServer) -> None:
+    asked: list[str] = []
+
+    def counting(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        asked.append(getattr(work, "__qualname__", type(work).__name__))
+        return asyncio.Task(work, loop=loop)
+
+    asyncio.get_running_loop().set_task_factory(counting)
+    async with create_limiter("redis", redis_url=redis_server.url, rules=[RULE], deadline=5) as limiter:
+        await asyncio.get_running_loop().create_task(limiter.check("user"))
+    assert [name for name in asked if name.startswith(("Line", "PendingDecision"))] == ["PendingDecision"]

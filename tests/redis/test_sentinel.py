@@ -143,6 +143,13 @@ async def test_a_sentinel_client_of_either_kind_leads_to_the_master(calm: Sentin
         assert client.keys("*:many:=user")
 
 
+async def test_a_task_factory_of_the_old_shape_goes_with_sentinels(calm: SentinelTopology) -> None:
+    asyncio.get_running_loop().set_task_factory(lambda loop, work: asyncio.Task(work, loop=loop))
+    storage = RedisStorage(redis.asyncio.sentinel.Sentinel(calm.addresses).master_for("mymaster"), deadline=2)
+    async with RateThrottleCore(storage, rules=[MANY]) as limiter:
+        assert (await limiter.check("user")).source == "redis"
+
+
 async def test_a_url_or_options_lead_to_the_master(calm: SentinelTopology) -> None:
     hosts = ",".join(f"127.0.0.1:{port}" for _, port in calm.addresses)
     ways: list[dict[str, Any]] = [

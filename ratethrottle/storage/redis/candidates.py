@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 from collections import Counter
 from collections.abc import Iterable
 
@@ -12,6 +11,7 @@ from redis.asyncio.connection import AbstractConnection
 
 from ratethrottle.errors import StorageRefused, StorageUnavailable
 from ratethrottle.storage.redis.settings import Address, Settings, close
+from ratethrottle.storage.redis.tasks import own_task
 
 
 async def open_master(settings: Settings, address: Address) -> AbstractConnection:
@@ -73,7 +73,7 @@ class Candidates:
         for address in addresses:
             if address not in self._attempts:
                 work = open_master(self._settings, address)
-                self._attempts[address] = loop.create_task(work, name="ratethrottle candidate", context=contextvars.Context())
+                self._attempts[address] = own_task(loop, work, "ratethrottle candidate")
 
     def choose(
         self, voices: Counter[Address], sentinels: int, *, more_may_speak: bool

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 import os
 import re
 
@@ -22,6 +21,7 @@ from ratethrottle.storage.redis.attempts import EVERY_S, Attempts
 from ratethrottle.storage.redis.failures import failure, lost_again, no_connection, refusal, was_reset
 from ratethrottle.storage.redis.scripts import SHEBANG, script
 from ratethrottle.storage.redis.settings import abort, close
+from ratethrottle.storage.redis.tasks import own_task
 from ratethrottle.storage.redis.topology import Master
 from ratethrottle.storage.redis.wire import Receiver, take_over
 
@@ -56,8 +56,7 @@ class Line(Gathering):
         self._receiver: Receiver | None = None
         self._dropped: list[AbstractConnection] = []  # not heard any more, and to be closed by the owner
         self._shebang = True
-        # In an empty context: the request that happens to come first must not lend its variables to all the others.
-        self._owner = self.loop.create_task(self._own(), name="ratethrottle line", context=contextvars.Context())
+        self._owner = own_task(self.loop, self._own(), "ratethrottle line")
 
     @property
     def closed(self) -> bool:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 import math
 import random
 import re
@@ -17,6 +16,7 @@ from redis.asyncio.connection import AbstractConnection
 
 from ratethrottle.errors import StorageProtocolError
 from ratethrottle.storage.redis.settings import Address, Settings, close
+from ratethrottle.storage.redis.tasks import own_task
 
 # It is asked again so long after its last answer: what was missed on +switch-master is noticed then.
 POLL_S = 1.0
@@ -44,8 +44,7 @@ class Sentinel:
         self._loop = asyncio.get_running_loop()
         self._asked = asyncio.Event()
         self.ask()
-        # In an empty context, as a line's: nothing here belongs to the request that happens to come first.
-        self.task = self._loop.create_task(self._own(), name="ratethrottle sentinel", context=contextvars.Context())
+        self.task = own_task(self._loop, self._own(), "ratethrottle sentinel")
 
     def ask(self) -> None:
         """Have it asked now, and once more if a question is on its way; not if it is away and was tried just now."""
@@ -84,7 +83,7 @@ class Sentinel:
                     self.waiting_since_s = None
                     self._heard()
                     if listening is None:
-                        listening = self._loop.create_task(self._listen(), name="ratethrottle subscription")
+                        listening = own_task(self._loop, self._listen(), "ratethrottle subscription")
                     with contextlib.suppress(TimeoutError):  # nobody asked meanwhile, and it is time to look
                         async with asyncio.timeout(POLL_S):
                             await self._asked.wait()

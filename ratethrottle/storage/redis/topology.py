@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -21,6 +20,7 @@ from ratethrottle.errors import StorageRefused, StorageUnavailable
 from ratethrottle.storage.redis.candidates import Candidates, majority, open_master
 from ratethrottle.storage.redis.sentinel import Sentinel
 from ratethrottle.storage.redis.settings import Address, Settings, abort, close
+from ratethrottle.storage.redis.tasks import own_task
 
 T = TypeVar("T")
 
@@ -150,7 +150,7 @@ class FollowedMaster(Master):
             self._following = self._task(self._follow(), "ratethrottle master")
 
     def _task(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
-        return self._loop.create_task(work, name=name, context=contextvars.Context())
+        return own_task(self._loop, work, name)
 
     # What sentinels say
 

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import redis
 from redis.asyncio.connection import AbstractConnection
 
+from ratethrottle.storage.redis.tasks import own_task
+
 
 class Wire(Protocol):
     """What a line writes to: an asyncio transport, or what stands in for one."""
@@ -58,7 +60,7 @@ class FakeWire:
         """Have the fake server run what was sent; its replies come in a later turn of the loop."""
         self._connection._sock.sendall(data)
         if self._reading is None or self._reading.done():
-            self._reading = asyncio.create_task(self._read())
+            self._reading = own_task(asyncio.get_running_loop(), self._read(), "ratethrottle fake wire")
 
     async def _read(self) -> None:
         """Pass on the replies that are there."""
