@@ -1113,6 +1113,8 @@ cdef class Gathering:
     def _received(self, bytes data not None):
         """Take what came: settle the calls whose replies are whole, send what has gathered meanwhile, and wake who waited."""
         cdef bint whole = False
+        if not self._open:                   # to a call that was given up at the end, on a connection that is closed in a moment
+            return
         self.receiving = True
         try:
             self.read(data)

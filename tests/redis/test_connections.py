@@ -33,6 +33,8 @@ from tests.redis.recovery import healed, until
 from tests.redis.wire import Relay
 from tests.servers import RedisServer, eventually, executable, free_port
 
+pytestmark = pytest.mark.uvloop
+
 RULE = RateThrottleRule("r", 5, 60)
 MANY = RateThrottleRule("many", 1_000_000, 86_400, strategy="fixed_window", on_outage="raise")
 
@@ -548,6 +550,20 @@ async def test_calls_in_flight_when_it_closes_fail(redis_url: str) -> None:
     await storage.aclose()
     results = await asyncio.gather(*checks, return_exceptions=True)
     assert all(isinstance(result, StorageUnavailable) for result in results)
+
+
+async def test_replies_that_come_while_it_closes_are_none_that_nobody_asked_for(redis_url: str) -> None:
+    told: list[str] = []
+    for _ in range(40):
+        limiter = create_limiter("redis", redis_url=redis_url, rules=[RULE])
+        limiter.on_event(lambda event: told.append(event.kind))
+        await limiter.check("user")
+        checks = [asyncio.ensure_future(limiter.check(f"user:{number}")) for number in range(50)]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        await limiter.aclose()
+        await asyncio.gather(*checks, return_exceptions=True)
+    assert told == []
 
 
 def run_python(code: str, *arguments: str) -> str:

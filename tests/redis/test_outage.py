@@ -19,6 +19,8 @@ from tests.redis.wire import Relay
 from tests.servers import RedisServer, free_port
 from tests.strategies import STRATEGIES
 
+pytestmark = pytest.mark.uvloop
+
 LIMIT = 40
 RULE = RateThrottleRule("r", LIMIT, 60)
 
