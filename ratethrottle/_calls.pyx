@@ -54,9 +54,12 @@ cdef enum:
     IDLE_BEAT_US = 1_000_000                 # and of one that isn't
     EVICTED_US = 5_000_000                   # between two questions whether Redis evicts keys
     WATCH_US = 100_000                       # while what an idle one knows still counts: it must hear of a loss within LEARN
+    PROCESSES_MAX = 1_000_000
+    LEARNING_MAX_US = 10_000_000
     MOVED = -1                               # instead of numbers: it wasn't run, this is another epoch than it expected
 
 cdef int64_t LEVEL_MAX = (<int64_t>1 << 53) - 1
+cdef int64_t YEAR_US = 31_622_400_000_000    # no server's clock is set so far ahead of when an epoch began
 
 cdef inline int64_t lead(CompiledRule rule) noexcept:
     """How far ahead of now units of a sliding window are counted from that are taken ahead."""
@@ -323,14 +326,19 @@ cdef inline int64_t count_of(Call call, const CallEntry* entry) noexcept:
 
 
 cdef bint possible_beat(const int64_t* numbers, int count) noexcept:
-    """Whether this may be the reply to a beat: now, epoch, when learning began, what is left of it, processes, rank, keys evicted."""
-    cdef int i
-    if count != 7:
-        return False
-    for i in range(7):
-        if numbers[i] < (-1 if i == 6 else 0):
-            return False
-    return numbers[1] > 0
+    """Whether this may be the reply to a beat: now, epoch, when learning began, what is left of it, processes, rank, keys evicted, slot.
+
+    Whatever else says so (a proxy, a bug) must not spoil what is known here for as long as this process lives.
+    """
+    return (count == 8
+            and 0 <= numbers[0] <= LEVEL_MAX
+            and 1 <= numbers[1] <= numbers[0] + YEAR_US
+            and 0 <= numbers[2] <= numbers[0] + YEAR_US
+            and 0 <= numbers[3] <= LEARNING_MAX_US
+            and 0 <= numbers[4] <= PROCESSES_MAX
+            and (0 <= numbers[5] < numbers[4] or numbers[4] == numbers[5] == 0)
+            and -1 <= numbers[6] <= LEVEL_MAX
+            and -1 <= numbers[7] < PROCESSES_MAX)
 
 
 cdef class Gathering:

@@ -506,7 +506,7 @@ class Beats:
         reply = self.server.run("beat", ["processes"], now_us, run, known, process, purpose, 0, processes)
         assert reply[0] == now_us
         assert self.client.get(EPOCH_KEY) == f"{run}{reply[1]:016}{reply[2]:016}".encode()
-        return reply[1:-1]  # the last is of evicted keys, which no server here has
+        return reply[1:-2]  # the last are of evicted keys, which no server here has, and its slot
 
 
 def test_an_epoch_is_named_by_the_first_beat_and_learnt_where_one_was_before(script_client: redis.Redis) -> None:
@@ -553,14 +553,14 @@ def test_once_as_many_have_come_as_were_known_nobody_else_is_waited_for(script_c
     assert beat(NOW_US + 6, known, process="a", purpose=purpose, processes=0)[1:] == [began_us, OTHERS_US + LEARN_US - 6, 0, 0]
     assert beat(NOW_US + 7, known, process="a", purpose="leave", processes=3)[1:] == [began_us, OTHERS_US + LEARN_US - 7, 0, 0]
     # Who says too few of them, having been away or having begun just now, ends nothing early.
-    assert beat(NOW_US + 8, known, process="a", purpose=purpose, processes=2)[1:] == [began_us, OTHERS_US + LEARN_US - 8, 2, 0]
+    assert beat(NOW_US + 8, known, process="a", purpose=purpose, processes=2)[1:] == [began_us, OTHERS_US + LEARN_US - 8, 2, 1]
     # The third.
     assert beat(NOW_US + 9, known, process="c", purpose=purpose, processes=1)[1:] == [NOW_US + 9, LEARN_US, 3, 2]
     assert set(script_client.zrange("processes", 0, -1)) == {b"a", b"b", b"c"}
-    assert beat(NOW_US + 10, epoch, process="b", processes=1)[1:] == [NOW_US + 9, LEARN_US - 1, 3, 1]
+    assert beat(NOW_US + 10, epoch, process="b", processes=1)[1:] == [NOW_US + 9, LEARN_US - 1, 3, 0]
     # From now on all are counted; and who comes later doesn't begin again.
     assert beat(NOW_US + 11, epoch, process="new")[1:] == [NOW_US + 9, LEARN_US - 2, 4, 3]
-    assert beat(NOW_US + 12, known, process="d", processes=3)[1:] == [NOW_US + 9, LEARN_US - 3, 5, 3]
+    assert beat(NOW_US + 12, known, process="d", processes=3)[1:] == [NOW_US + 9, LEARN_US - 3, 5, 4]
 
 
 def test_the_largest_number_of_processes_that_anybody_knew_counts(script_client: redis.Redis) -> None:
@@ -569,9 +569,10 @@ def test_the_largest_number_of_processes_that_anybody_knew_counts(script_client:
     for i, processes in enumerate((2, 12, 3)):
         heard = beat(NOW_US + i, known, process=f"p{i}", processes=processes)
         assert heard[1:] == [NOW_US + OTHERS_US, OTHERS_US + LEARN_US - i, i + 1, i]
-    assert set(script_client.zrange("processes", 0, -1)) == {b"p0", b"p1", b"p2", b"=12"}
-    # Nobody else comes; from then on it is no member.
-    assert beat(NOW_US + OTHERS_US, NOW_US, process="new", processes=3)[1:] == [NOW_US + OTHERS_US, LEARN_US, 4, 0]
+    assert script_client.get("processes:count")[-10:] == b"%010d" % 12
+    # Nobody else comes; from then on nobody is waited for.
+    assert beat(NOW_US + OTHERS_US, NOW_US, process="new", processes=3)[1:] == [NOW_US + OTHERS_US, LEARN_US, 4, 3]
+    assert script_client.get("processes:count")[-10:] == b"%010d" % 0
     assert set(script_client.zrange("processes", 0, -1)) == {b"p0", b"p1", b"p2", b"new"}
 
 
@@ -585,15 +586,76 @@ def test_who_was_alone_waits_for_nobody(script_client: redis.Redis) -> None:
 
 def test_processes_lapse_leave_and_have_a_rank(script_client: redis.Redis) -> None:
     beat = Beats(script_client)
-    assert [beat(NOW_US + i, 0, process=name)[3:] for i, name in enumerate("cab")] == [[1, 0], [2, 0], [3, 1]]
-    assert beat(NOW_US + 10, 0, process="c")[3:] == [3, 2]
+    assert [beat(NOW_US + i, 0, process=name)[3:] for i, name in enumerate("cab")] == [[1, 0], [2, 1], [3, 2]]
+    assert beat(NOW_US + 10, 0, process="c")[3:] == [3, 0]
     assert beat(NOW_US + 15, 0, process="c", purpose="look")[3:] == [0, 0]
     assert beat(NOW_US + 20, 0, process="a", purpose="leave")[3:] == [0, 0]
-    assert beat(NOW_US + 21, 0, process="b")[3:] == [2, 0]
-    assert beat(NOW_US + 10 + LAPSE_US, 0, process="d")[3:] == [3, 2]
-    assert beat(NOW_US + 22 + LAPSE_US, 0, process="d")[3:] == [1, 0]
-    assert beat(NOW_US - 10**9, 0, process="e")[3:] == [1, 0], "the clock was set back"
-    assert 0 < script_client.pttl("processes") <= LAPSE_US // 1_000
+    assert beat(NOW_US + 21, 0, process="b")[3:] == [2, 1]
+    assert beat(NOW_US + 22, 0, process="d")[3:] == [3, 1], "it has the place that was left"
+    # A period is over at the first beat 0.9 s after it began. Who hasn't come in two whole ones isn't counted.
+    heard = [beat(NOW_US + 22 + i * 500_000, 0, process="d")[3:] for i in range(1, 7)]
+    assert heard == [[3, 1]] * 5 + [[1, 0]]
+    assert beat(NOW_US + 3_100_000, 0, process="b")[3:] == [2, 1], "b is back, in its own place"
+    # All of it is long ago, or the clock was set back.
+    assert beat(NOW_US + 3 * LAPSE_US, 0, process="e")[3:] == [1, 0]
+    assert beat(NOW_US - 10**9, 0, process="f")[3:] == [2, 1]
+    assert beat(NOW_US - 10**9 + LAPSE_US, 0, process="f")[3:] == [1, 0]
+    for key in script_client.keys("processes*"):
+        assert 0 < script_client.pttl(key) <= 3_600
+
+
+def test_a_process_is_counted_at_the_same_cost_in_a_fleet_of_any_size(shared_redis_server) -> None:
+    """In commands, of which none reads all members: times aren't the same twice."""
+    costs = []
+    with shared_redis_server.client() as client:
+        for fleet in (10, 2_000):
+            beat = Beats(client)
+            for i in range(fleet):
+                reply = beat(NOW_US + i, 0, process=f"{i:016x}")
+            assert reply[3:] == [fleet, fleet - 1]
+            for name, at_us in (("goes on", NOW_US + fleet), ("a period is over", NOW_US + 1_000_000)):
+                client.config_resetstat()
+                assert beat(at_us, 0, process=f"{7:016x}")[3:] == [fleet, 7]
+                stats = client.info("commandstats")
+                costs.append((name, {command: told["calls"] for command, told in stats.items() if "info" not in command}))
+    assert costs[:2] == costs[2:]
+    used = {command.removeprefix("cmdstat_") for _, commands in costs for command in commands}
+    # The bits of 10,000 processes are 1,250 bytes.
+    assert used <= {
+        "evalsha",
+        "time",
+        "mget",
+        "get",
+        "zscore",
+        "setbit",
+        "bitcount",
+        "bitop",
+        "del",
+        "setrange",
+        "set",
+        "pexpire",
+        "config|resetstat",
+    }
+
+
+def test_two_processes_never_have_one_slot(script_client: redis.Redis) -> None:
+    """Also when one is back after it was taken for gone, and its slot is another one's."""
+    beat = Beats(script_client)
+    rng, at_us, slots = random.Random(7), NOW_US, {}
+    for _ in range(400):
+        at_us += rng.randrange(400_000)
+        name = f"p{rng.randrange(12)}"
+        purpose = "leave" if rng.random() < 0.1 else "count"
+        slot = beat.server.run("beat", ["processes"], at_us, RUN, 0, name, purpose, 0, 9)[-1]
+        slots.pop(name, None)
+        if purpose == "count":
+            assert slot >= 0
+            for other in [other for other, theirs in slots.items() if theirs == slot]:
+                del slots[other]
+            slots[name] = slot
+        stored = {member.decode(): int(score) for member, score in script_client.zrange("processes", 0, -1, withscores=True)}
+        assert slots.items() <= stored.items()
+        assert len(set(stored.values())) == len(stored) <= 12
 
 
 def test_a_beat_that_is_none_is_refused_and_nothing_is_written(script_client: redis.Redis) -> None:
@@ -619,6 +681,17 @@ def test_what_is_no_epoch_or_no_set_is_replaced(script_client: redis.Redis) -> N
     script_client.rpush(EPOCH_KEY, 1)
     script_client.rpush("processes", 1)
     assert beat(NOW_US, 0) == [NOW_US, 0, 0, 1, 0]
+    # A number that no clock has said keeps nobody out, whether it stands there or a process was told it.
+    for far_us in (NOW_US + 2 * 366 * 86_400 * 10**6, 9_999_999_999_999_998, 9_999_999_999_999_999):
+        script_client.set(EPOCH_KEY, epoch_text(far_us))
+        assert beat(NOW_US, 0)[:3] == [NOW_US, 0, 0]
+        assert beat(NOW_US, far_us)[:3] == [NOW_US, NOW_US + OTHERS_US, OTHERS_US + LEARN_US]
+    for suffix in ("", ":marks", ":last", ":before", ":alive", ":count"):
+        script_client.delete("processes" + suffix)
+        script_client.rpush("processes" + suffix, 1)
+        assert beat(NOW_US + 10**6, 0)[3:] == [1, 0], suffix
+    script_client.set("processes:count", "9" * 50)
+    assert beat(NOW_US + 10**6, 0)[3:] == [1, 0]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -49,7 +49,7 @@ def test_the_header_names_what_python_sends_and_reads() -> None:
     assert repair["reply"] == ("request", "server_us", "applied")
     beat = script("beat").header
     assert beat["ARGV"] == ("request", "run", "known_epoch", "process_id", "purpose", "statistics", "known_processes")
-    numbers = ("server_us", "epoch", "learning_began", "learning_us", "processes", "rank", "evicted_keys")
+    numbers = ("server_us", "epoch", "learning_began", "learning_us", "processes", "rank", "evicted_keys", "slot")
     assert beat["reply"] == ("request", *numbers)
 
 

@@ -1,37 +1,47 @@
 --- Names the epoch, and counts the processes that are there.
 --- KEYS: epoch_key processes_key
 --- ARGV: request run known_epoch process_id purpose statistics known_processes
---- reply: request server_us epoch learning_began learning_us processes rank evicted_keys
+--- reply: request server_us epoch learning_began learning_us processes rank evicted_keys slot
 -- An epoch is one run of one server over one data set. Its key holds the server's run id (40 characters), E (16 digits: its name, us,
 -- always greater than those before it) and M (16 digits: by when all have come who have to tell what they knew of before, by this
 -- server's clock; 0 while nobody is known to know of anything). docs/arithmetic.md specifies it under "Repair".
 -- purpose: `count` (the process), `leave`, or `look`, if it was counted only just. known_processes: how many shared the limits in the
--- epoch that it knows, 0 if it wasn't one of them, 10^9 if that isn't sure. Who isn't counted hears 0 for the number of processes and its rank.
--- The set of processes has another member while some are waited for: '=' and the largest of those numbers.
-local LEARN_US, REPAIR_US, LAPSE_US, OTHERS_US = 250000, 10000000, 3000000, 500000
-local max, match, format, call = math.max, string.match, string.format, redis.call
+-- epoch that it knows, 0 if it wasn't one of them, 10^9 if that isn't sure. Who isn't counted hears 0 for the number of processes and its
+-- rank, and -1 for its slot.
+-- Each process has a slot: a bit in four maps. processes_key is a sorted set of process ids by slot, and the other keys begin with its
+-- name: `:marks` (who has come in this period), `:last` and `:before` (in the two before it), `:alive` (who is counted: in any of them),
+-- and `:count`, four numbers: when this period began, how many are counted, when that set has changed last (16, 8 and 16 digits), and, while
+-- some are waited for, how many are (10 digits). Between two of these scripts a process may mark its own slot and read `:count` by itself.
+-- docs/arithmetic.md has it under "Counting".
+local LEARN_US, REPAIR_US, PERIOD_US, OTHERS_US, YEAR_US = 250000, 10000000, 900000, 500000, 31622400000000
+local EACH_US = 100
+local max, min, floor, match, format, sub, call = math.max, math.min, math.floor, string.match, string.format, string.sub, redis.call
 local KEYS, ARGV, refuse = KEYS, ARGV, redis.error_reply
 local request, run, known, process, purpose = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5]
 local processes = tonumber(ARGV[7])
 if not request or request == '' then return refuse('RATETHROTTLE no request id') end
 if #KEYS ~= 2 or #ARGV ~= 7 then return refuse('RATETHROTTLE the number of keys or arguments is wrong') end
 if #run ~= 40 or match(run, '%W') then return refuse('RATETHROTTLE a run is 40 letters and digits') end
-if not (known and known >= 0 and known < 9999999999999999 and known % 1 == 0) then return refuse('RATETHROTTLE the epoch is none') end
+if not (known and known >= 0 and known <= 9999999999999999 and known % 1 == 0) then return refuse('RATETHROTTLE the epoch is none') end
 if process == '' then return refuse('RATETHROTTLE no process id') end
 if purpose ~= 'count' and purpose ~= 'look' and purpose ~= 'leave' then
   return refuse('RATETHROTTLE a process is counted, looks or leaves')
 end
 if not (processes and processes >= 0 and processes % 1 == 0) then return refuse('RATETHROTTLE the number of processes is none') end
 
+local place = KEYS[2]
+local marks, last, before, alive, head = place .. ':marks', place .. ':last', place .. ':before', place .. ':alive', place .. ':count'
 local clock = call('TIME')
 local now = clock[1] * 1000000 + clock[2]
 -- MGET takes what is no text for absent, where GET would fail for ever.
-local value = call('MGET', KEYS[1])[1] or ''
+local found = call('MGET', KEYS[1], head)
+local value = found[1] or ''
 local theirs, epoch, began = match(value, '^(%w+)(%d%d%d%d%d%d%d%d%d%d%d%d%d%d%d%d)(%d%d%d%d%d%d%d%d%d%d%d%d%d%d%d%d)$')
-local before, place = value, KEYS[2]
-if call('TYPE', place).ok ~= 'zset' then call('DEL', place) end
-local learns = false
-if not theirs or #value ~= 72 then
+local stood, learns = value, false
+-- No clock is set so far ahead: what stands there was damaged, or a process was told so. It heals, and keeps nobody out: of such a process
+-- it is only taken that it knew something.
+if known > now + YEAR_US then known = 1 end
+if not theirs or #value ~= 72 or epoch + 0 > now + YEAR_US then
   epoch, began, learns = max(now, known + 1), 0, known > 0
 elseif theirs ~= run or known > epoch + 0 then
   -- Or a process comes from a later epoch to a server that has seen nothing of it.
@@ -44,45 +54,91 @@ end
 if learns then
   -- Who found nobody a moment ago comes at its next turn. Until then only those are counted that have something to tell.
   began = now + OTHERS_US
-  call('DEL', place)
 end
 
 local comes, waits = known > 0 and known < epoch and processes > 0, began > now and began <= now + OTHERS_US
-local members, rank, expected = 0, 0, 0
-if purpose ~= 'look' or comes then
-  if purpose == 'leave' then
-    call('ZREM', place, process)
-  elseif comes or not waits then
-    call('ZADD', place, format('%.0f', now), process)
-  else
-    call('ZADD', place, 'XX', format('%.0f', now), process)
+local members, rank, slot, expected = 0, 0, -1, 0
+
+local function forget()
+  call('DEL', place, marks, last, before, alive, head)
+  found[2] = false
+end
+
+-- Counts the process, or lets it go. Its cost doesn't depend on how many there are, but for a few bits of each, read by Redis itself.
+local function count()
+  local text = found[2]
+  local swept, changed, written = 0, 0, true
+  if text and #text == 50 and not match(text, '%D') then
+    swept, members, changed, expected = sub(text, 1, 16) + 0, sub(text, 17, 24) + 0, sub(text, 25, 40) + 0, sub(text, 41, 50) + 0
+    written = false
+  elseif text then
+    forget()
   end
-  call('ZREMRANGEBYSCORE', place, '-inf', format('(%.0f', now - LAPSE_US))
-  call('ZREMRANGEBYSCORE', place, format('(%.0f', now + LAPSE_US), '+inf')
-  call('PEXPIRE', place, format('%.0f', LAPSE_US / 1000))
-  local all, counted = call('ZRANGE', place, 0, -1), false
-  for i = 1, #all do
-    local number = match(all[i], '^=(%d+)$')
-    if number then
-      expected = number + 0
-    else
-      members = members + 1
-      counted = counted or all[i] == process
-      if all[i] < process then rank = rank + 1 end
+  local period = max(PERIOD_US, members * EACH_US)
+  local past = now - swept
+  if past >= period or past < 0 then
+    -- The period is over. That of who is late, or after the clock was set, may have been several.
+    local stand = call('GET', alive)
+    for _ = 1, past < 0 and 1 or min(3, floor(past / period)) do
+      call('BITOP', 'OR', before, last)
+      call('BITOP', 'OR', last, marks)
+      call('DEL', marks)
     end
+    call('BITOP', 'OR', alive, last, before)
+    if call('GET', alive) ~= stand then changed = max(now, changed + 1) end
+    -- Here already, so that it expires whoever marks it.
+    call('SETRANGE', marks, 0, '\0')
+    swept, written = now, true
   end
-  if comes and waits and processes > expected then
-    call('ZREM', place, format('=%.0f', expected))
-    call('ZADD', place, format('%.0f', now), format('=%.0f', processes))
-    expected = processes
+  local own = call('ZSCORE', place, process)
+  if purpose == 'leave' then
+    if own then
+      call('ZREM', place, process)
+      call('SETBIT', marks, own, 0)
+      call('SETBIT', last, own, 0)
+      call('SETBIT', before, own, 0)
+      if call('SETBIT', alive, own, 0) == 1 then changed, written = max(now, changed + 1), true end
+    end
+  elseif own or comes or not waits then
+    if not own then
+      -- The first that nobody has who is counted. Who had it is counted no more, and takes another one when it comes again.
+      own = call('BITPOS', alive, 0)
+      call('ZREMRANGEBYSCORE', place, own, own)
+      call('ZADD', place, own, process)
+    end
+    slot = own + 0
+    call('SETBIT', marks, slot, 1)
+    if call('SETBIT', alive, slot, 1) == 0 then changed, written = max(now, changed + 1), true end
+    rank = slot > 0 and call('BITCOUNT', alive, 0, slot - 1, 'BIT') or 0
   end
+  if written then members = call('BITCOUNT', alive) end
+  if comes and waits and processes > expected then expected, written = processes, true end
   -- As many have come as were known.
   if comes and waits and members >= expected then began = now end
-  if began <= now and expected > 0 then call('ZREM', place, format('=%.0f', expected)) end
-  if not counted then members, rank = 0, 0 end
+  if began <= now and expected > 0 then expected, written = 0, true end
+  if written then
+    local lapse = format('%.0f', 4 * period / 1000)
+    call('SET', head, format('%016.0f%08.0f%016.0f%010.0f', swept, members, changed, expected), 'PX', lapse)
+    call('PEXPIRE', place, lapse)
+    call('PEXPIRE', marks, lapse)
+    call('PEXPIRE', last, lapse)
+    call('PEXPIRE', before, lapse)
+    call('PEXPIRE', alive, lapse)
+  end
+end
+
+if learns then forget() end
+if purpose ~= 'look' or comes then
+  if not pcall(count) then
+    -- A key of ours is of another type, or there is no room, which is said then.
+    forget()
+    members, rank, slot, expected = 0, 0, -1, 0
+    count()
+  end
+  if slot < 0 then members, rank = 0, 0 end
 end
 value = run .. format('%016.0f%016.0f', epoch, began)
-if value ~= before then call('SET', KEYS[1], value) end
+if value ~= stood then call('SET', KEYS[1], value) end
 
 -- Unless the clock was set back by more than that.
 local learning = began > 0 and began <= now + OTHERS_US and max(0, began + LEARN_US - now) or 0
@@ -93,4 +149,4 @@ if ARGV[6] == '1' then
   local heard, stats = pcall(call, 'INFO', 'stats')
   evicted = heard and type(stats) == 'string' and match(stats, 'evicted_keys:(%d+)') or 0
 end
-return {request, now, epoch, began, learning, members, rank, evicted + 0}
+return {request, now, epoch, began, learning, members, rank, evicted + 0, slot}
