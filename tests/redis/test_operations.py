@@ -23,10 +23,11 @@ from ratethrottle import (
     StorageRefused,
     StorageUnavailable,
     create_limiter,
+    events,
 )
 from ratethrottle.storage.redis.failures import failure
 from tests.redis.certificates import make_certificates
-from tests.redis.recovery import healed
+from tests.redis.recovery import healed, until
 from tests.redis.wire import Relay
 from tests.servers import RedisServer
 
@@ -302,25 +303,92 @@ async def test_evictions_of_bounds_are_counted(redis_server: RedisServer) -> Non
 # What the page for operators says
 
 
-async def test_the_user_that_the_page_proposes_can_do_all_that_is_needed() -> None:
+def proposed_user() -> list[str]:
+    """What the page gives to ACL SETUSER."""
     if not OPERATIONS.exists():
         pytest.skip("testing an installed wheel, which holds no docs")
-    [line] = re.findall(r"ACL SETUSER limiter .*", OPERATIONS.read_text())
-    with RedisServer() as server:
-        with server.client() as client:
-            client.execute_command(*line.split())
-        url = f"redis://limiter:password@127.0.0.1:{server.port}"
-        async with create_limiter("redis", redis_url=url, rules=[RULE], deadline=5, require_storage=True) as limiter:
-            await limiter.check("user", cost=5)
-            assert not await limiter.peek("user")
-            await limiter.reset("user")
-            assert await limiter.check("user")
-        with redis.Redis(port=server.port, username="limiter", password="password") as own:
-            for command in (["INFO", "server"], ["ROLE"], ["TIME"], ["ZADD", "ratethrottle:processes", "1", "x"]):
-                own.execute_command(*command)
-            # Of a fresh epoch the script doesn't send these two yet.
-            for command in (["SET", "ratethrottle:k", "1", "KEEPTTL"], ["SETRANGE", "ratethrottle:k", "0", "1"]):
-                own.execute_command(*command)
-            for forbidden in (["FLUSHALL"], ["CONFIG", "GET", "*"], ["GET", "else"]):
-                with pytest.raises(redis.exceptions.NoPermissionError):
-                    own.execute_command(*forbidden)
+    [line] = re.findall(r"ACL SETUSER (limiter .*)", OPERATIONS.read_text())
+    return line.split()
+
+
+async def test_the_user_that_the_page_proposes_can_do_all_that_is_needed() -> None:
+    rules = [
+        RULE,
+        RateThrottleRule("exact", 5, 60, strategy="sliding_window"),
+        RateThrottleRule("counter", 5, 60, strategy="sliding_counter"),
+        RateThrottleRule("bucket", 5, 60, strategy="token_bucket"),
+        RateThrottleRule("leased", 10_000, 60, strategy="fixed_window", lease=100),
+    ]
+    # Named on the command line, the user survives a restart.
+    with RedisServer("--user", *proposed_user()) as server, server.client() as client:
+        server.grow_old()  # then the script changes states in place
+        told: list[events.Event] = []
+        url = f"redis://limiter:password@127.0.0.1:{server.port}/0?client_name=app"
+        storage = RedisStorage.from_url(url, deadline=2, expected_processes=1)
+        async with RateThrottleCore(storage, rules=rules, require_storage=True) as limiter:
+            limiter.on_event(told.append)
+            await use(limiter, rules)
+            await storage.clear()
+            await until(lambda: asked(limiter))
+            await use(limiter, rules)
+            for loses in (client.script_flush, client.flushall, server.stop):
+                for rule in rules:
+                    await limiter.check("user", rule=rule.name)
+                loses()
+                if loses == server.stop:
+                    assert (await limiter.check("another", rule="r")).source == "outage"
+                    server.start()
+                await until(lambda: asked(limiter))
+                await use(limiter, rules)
+        kinds = {event.kind for event in told}
+        assert {"state_lost", "outage_began", "outage_ended"} <= kinds
+        assert not {"refused", "repair_refused"} & kinds
+
+
+async def use(limiter: RateThrottleCore, rules: list[RateThrottleRule]) -> None:
+    """Do all that a limiter does with each rule."""
+    for rule in rules:
+        await limiter.reset("user", rule=rule.name)
+        for cost in (1, 2):
+            assert (await limiter.check("user", rule=rule.name, cost=cost)).source in {"redis", "lease"}
+        assert (await limiter.peek("user", rule=rule.name)).allowed
+    await asyncio.gather(*(limiter.check("busy", rule="leased") for _ in range(300)))
+    await limiter.check("busy", rule="leased")
+
+
+async def asked(limiter: RateThrottleCore) -> bool:
+    """Whether Redis is asked."""
+    return (await limiter.peek("user", rule="r")).source == "redis"
+
+
+def test_the_user_that_the_page_proposes_can_do_nothing_else() -> None:
+    with (
+        RedisServer("--user", *proposed_user()) as server,
+        redis.Redis(port=server.port, username="limiter", password="password") as own,
+    ):
+        own.execute_command("ROLE")  # asked under Sentinel only
+        for forbidden in (
+            "SCRIPT FLUSH",
+            "SCRIPT KILL",
+            "FUNCTION FLUSH",
+            "FUNCTION DELETE some",
+            "FUNCTION LOAD some",
+            "FCALL some 0",
+            "FLUSHALL",
+            "FLUSHDB",
+            "SWAPDB 0 1",
+            "KEYS *",
+            "CONFIG GET *",
+            "ACL LIST",
+            "CLIENT LIST",
+            "CLIENT KILL ID 1",
+            "MONITOR",
+            "SHUTDOWN",
+            "REPLICAOF NO ONE",
+            "PUBLISH some message",
+            "GET else",
+            "DEL else",
+            "RENAME ratethrottle:a else",
+        ):
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                own.execute_command(*forbidden.split())

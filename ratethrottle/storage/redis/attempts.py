@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from ratethrottle.storage.redis.replies import Repeated
+
 # Between two attempts while Redis is away. Those of all processes fall together, each up to JITTER_S later: so they come back within
 # the time that the store leaves them to tell what they know, and yet don't knock at the very same moment.
 EVERY_S = 0.5
@@ -35,6 +37,7 @@ class Attempts:
         self.count = 0  # how many connections were tried
         self.reconnections = 0
         self.most = most
+        self.repeated = Repeated()  # error replies that come back
         self._open: weakref.WeakSet[Connected] = weakref.WeakSet()
         self._jitter_s = random.random() * JITTER_S  # noqa: S311  # no secret
         self._failing = False

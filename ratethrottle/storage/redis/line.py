@@ -18,16 +18,16 @@ from ratethrottle._calls import Call, Calls, Gathering
 from ratethrottle._repair import Errand
 from ratethrottle.errors import StorageError, StorageProtocolError, StorageRefused, StorageUnavailable
 from ratethrottle.storage.redis.attempts import EVERY_S, Attempts
-from ratethrottle.storage.redis.failures import failure, lost_again, no_connection, refusal, was_reset
-from ratethrottle.storage.redis.scripts import SHEBANG, script
+from ratethrottle.storage.redis.failures import failure, guess_of, lost_again, no_connection, refusal, was_reset
+from ratethrottle.storage.redis.scripts import NAMES, SHEBANG, script
 from ratethrottle.storage.redis.settings import abort, close
 from ratethrottle.storage.redis.tasks import own_task
 from ratethrottle.storage.redis.topology import Master
-from ratethrottle.storage.redis.wire import Receiver, take_over
+from ratethrottle.storage.redis.wire import Receiver, is_fake, take_over
 
-SCRIPTS = ("beat", "decide", "repair", "reset")
 # How long a server has to say why it won't have us, before anything is said to it.
 REASON_S = 0.05
+IN_FLIGHT_MAX = 2
 RUN_ID = re.compile(rb"^run_id:([0-9a-f]{1,40})\r?$", re.MULTILINE)
 
 
@@ -56,6 +56,7 @@ class Line(Gathering):
         self._receiver: Receiver | None = None
         self._dropped: list[AbstractConnection] = []  # not heard any more, and to be closed by the owner
         self._shebang = True
+        self._sent_before_error = 0  # calls, when Redis last answered one with an error
         self._owner = own_task(self.loop, self._own(), "ratethrottle line")
 
     @property
@@ -141,16 +142,18 @@ class Line(Gathering):
                 connection, run = await self._reach()
         except Exception as error:  # noqa: BLE001  # whatever redis-py or a credential provider raises, the callers get ours
             self._attempts.failed()
-            self._go_away(failure(error, self._deadline_s, sent=False))
+            found = failure(error, self._deadline_s, sent=False)
+            self._go_away(self._attempts.repeated.judge("connecting", self, found, guess_of(error)))
             return
         finally:
             self._reaching = False
         self._attempts.opened(self, again=self._connected)
+        self._attempts.repeated.went("connecting")
         self._connected = True
         self._connection = connection
         self._receiver = Receiver(self._received, self._lost)
         wire = take_over(connection, self._receiver)
-        scripts = {name: (script(name).sha(self._shebang), script(name).body(self._shebang)) for name in SCRIPTS}
+        scripts = {name: (script(name).sha(self._shebang), script(name).body(self._shebang)) for name in NAMES}
         self._opened(wire.write, scripts, run)
 
     async def _reach(self) -> tuple[AbstractConnection, bytes]:
@@ -191,7 +194,7 @@ class Line(Gathering):
         for self._shebang in (True, False):
             # All in one round trip: a deadline covers connecting, and a secure connection has taken several already.
             commands = [*probe, [b"INFO", b"server"]]
-            commands += [[b"SCRIPT", b"LOAD", script(name).body(self._shebang)] for name in SCRIPTS]
+            commands += [[b"SCRIPT", b"LOAD", script(name).body(self._shebang)] for name in NAMES]
             await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
             refusals = []
             run = b""
@@ -201,8 +204,8 @@ class Line(Gathering):
                     if command[0] == b"INFO" and (found := RUN_ID.search(reply)):
                         run = found[1]
                 except redis.ResponseError as error:
-                    # fakeredis is always the same run. Where a server hides it, only a loss of the epoch's key is noticed.
-                    if command[0] != b"INFO" or "unknown command" not in str(error).lower():
+                    # fakeredis has no INFO, and is always the same run.
+                    if command[0] != b"INFO" or not is_fake(connection):
                         refusals.append(error)
             if not refusals:
                 return run.ljust(40, b"0")
@@ -226,6 +229,7 @@ class Line(Gathering):
 
     def _answered(self) -> None:
         self._attempts.succeeded()
+        self._attempts.repeated.went("beat")
 
     def _refused(self, call: Call | Errand | None, text: bytes) -> None:
         if call is None:  # SCRIPT LOAD: the next call brings its script along anyway
@@ -234,16 +238,24 @@ class Line(Gathering):
             # The server has lost its scripts (SCRIPT FLUSH, restart, failover), and proves that the call wasn't run.
             self._send_again(call)
             return
-        error = failure(refusal(text.decode("utf-8", "replace")), self._deadline_s, sent=True)
+        reply = refusal(text.decode("utf-8", "replace"))
+        error = failure(reply, self._deadline_s, sent=True)
+        beat = isinstance(call, Errand) and call.script == "beat"
         # What the script itself refuses is no outage.
         ours = isinstance(error, StorageProtocolError)
-        if isinstance(call, Errand) and call.script != "beat" and ours:
+        if not ours or beat:
+            if isinstance(call, Call) and self.sent_calls - self._sent_before_error > IN_FLIGHT_MAX:
+                self._attempts.repeated.went("decide")  # another one between them was answered
+            self._sent_before_error = self.sent_calls
+            step = call.script if isinstance(call, Errand) else "decide"
+            error = self._attempts.repeated.judge(step, self, error, guess_of(reply))
+        if isinstance(call, Errand) and not beat and ours:
             # A key of somebody else's must not keep us away for ever.
             self._notice("repair_refused", error)
             self._give_up(call)
         else:
             self._fail(call, error, whatever=ours)
-        if not ours or (isinstance(call, Errand) and call.script == "beat"):
+        if not ours or beat:
             # It can't serve us now (it is loading, busy, full, or no master any more): it is asked again as if it were away.
             self._attempts.failed()
             self._drop(error)

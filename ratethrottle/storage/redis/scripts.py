@@ -8,8 +8,11 @@ from functools import cache
 from hashlib import sha1
 from importlib.resources import files
 
+from ratethrottle.errors import ConfigurationError
+
 HEADER = re.compile(r"^--- (\w+): (.*)$", re.MULTILINE)
 SHEBANG = b"#!lua\n"
+NAMES = ("beat", "decide", "repair", "reset")
 ALONE = {"beat"}  # reads no states
 
 
@@ -40,8 +43,30 @@ class Script:
 
 @cache
 def script(name: str) -> Script:
-    """Read `lua/<name>.lua`, behind `lua/state.lua`. Raises FileNotFoundError if the package was installed without them."""
-    folder = files(__package__).joinpath("lua")
-    text = folder.joinpath(f"{name}.lua").read_text("ascii")
-    shared = "" if name in ALONE else folder.joinpath("state.lua").read_text("ascii") + "\n"
+    """Read `lua/<name>.lua`, behind `lua/state.lua`. Raises ConfigurationError if the package was installed without them."""
+    text = _text(name)
+    shared = "" if name in ALONE else _text("state") + "\n"
     return Script(name, (shared + text).encode(), {line: tuple(words.split()) for line, words in HEADER.findall(text)})
+
+
+def _text(name: str) -> str:
+    try:
+        text = files(__package__).joinpath("lua", f"{name}.lua").read_text("ascii")
+    except (OSError, UnicodeDecodeError, ImportError) as error:
+        raise ConfigurationError(_missing(name)) from error
+    if name != "state" and not HEADER.search(text):
+        raise ConfigurationError(_missing(name))
+    return text
+
+
+def _missing(name: str) -> str:
+    return (
+        f"the package ratethrottle is incomplete: its file storage/redis/lua/{name}.lua is missing or damaged, and RedisStorage needs it; "
+        "install it again, with its data files (PyInstaller: --collect-all ratethrottle)"
+    )
+
+
+def check_installed() -> None:
+    """Read all scripts. Raises ConfigurationError if one of them isn't there."""
+    for name in NAMES:
+        script(name)

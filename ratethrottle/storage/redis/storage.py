@@ -25,6 +25,7 @@ from ratethrottle.storage.redis.attempts import EVERY_S, JITTER_S, Attempts
 from ratethrottle.storage.redis.failures import failure
 from ratethrottle.storage.redis.line import Line
 from ratethrottle.storage.redis.notices import Notices
+from ratethrottle.storage.redis.scripts import check_installed
 from ratethrottle.storage.redis.settings import Settings, close
 from ratethrottle.storage.redis.urls import client_of
 
@@ -66,7 +67,8 @@ class RedisStorage(Calls):
     limits, 1 to 100,000, for as long as no heartbeat has told; with None, "local" denies until then.
     on_overload: what a check is when `max_waiting` wait already: "deny" is denied, "raise" raises StorageUnavailable.
 
-    Raises ConfigurationError. Nothing connects before the first check, or `async with`.
+    Raises ConfigurationError, also if the package was installed without its Lua scripts. Nothing connects before the first check, or
+    `async with`.
     """
 
     table = None
@@ -103,6 +105,7 @@ class RedisStorage(Calls):
         one_of("on_outage", on_outage, get_args(OnOutage))
         one_of("on_overload", on_overload, get_args(OnOverload))
         self._settings = Settings(client, deadline)
+        check_installed()
         super().__init__(
             Layout(prefix.encode(), tags),
             KeyTable(max_bounds, bounds=True),

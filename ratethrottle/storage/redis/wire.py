@@ -48,6 +48,11 @@ def take_over(connection: AbstractConnection, receiver: Receiver) -> Wire:
     return FakeWire(connection, receiver)
 
 
+def is_fake(connection: AbstractConnection) -> bool:
+    """Whether this is a connection of fakeredis."""
+    return type(connection).__module__.partition(".")[0] == "fakeredis"
+
+
 class FakeWire:
     """A wire to fakeredis, which has no transport and answers in objects: they are written out as a server would."""
 
