@@ -31,6 +31,7 @@ class Event(ABC):
     kind: ClassVar[str]
     level: ClassVar[int] = logging.WARNING
     every_s: ClassVar[float] = 1.0  # at most one of the kind is told in so many seconds
+    news_max: ClassVar[int] = 0  # of another message than those before, so many more in that time, at once
 
     at: float = field(default_factory=time.time, kw_only=True)
     suppressed: int = field(default=0, kw_only=True)
@@ -173,6 +174,7 @@ class Refused(Event):
     kind: ClassVar[str] = "refused"
     level: ClassVar[int] = logging.ERROR
     every_s: ClassVar[float] = 60.0
+    news_max: ClassVar[int] = 10
     reason: str
 
     @property
@@ -196,6 +198,7 @@ class Events:
         self._subscribers: dict[object, Callback] = {}
         self._told_s: dict[str, float] = {}
         self._left_out: dict[str, int] = {}
+        self._news_s: dict[str, float] = {}  # by message, when it was told, of kinds whose news is told at once
         self._outage: OutageBegan | None = None  # the one that is going on
         self._outage_told = False
 
@@ -226,7 +229,7 @@ class Events:
         first, so that no outage stays silent for long. OutageEnded is told exactly if its OutageBegan was.
         """
         kind, now_s = event.kind, self._clock_s()
-        due = now_s - self._told_s.get(kind, float("-inf")) >= event.every_s
+        due = self._is_news(event, now_s) if event.news_max else now_s - self._told_s.get(kind, float("-inf")) >= event.every_s
         if isinstance(event, OutageBegan):
             if self._outage is not None:
                 if self._outage_told or not due:
@@ -241,6 +244,16 @@ class Events:
             return
         self._told_s[kind] = now_s
         self._tell(replace(event, suppressed=self._left_out.pop(kind, 0)))
+
+    def _is_news(self, event: Event, now_s: float) -> bool:
+        """Whether nobody was told just this in its `every_s` seconds, nor too many others of its kind."""
+        told = self._news_s
+        for message in [message for message, told_s in list(told.items()) if now_s - told_s >= event.every_s]:
+            told.pop(message, None)
+        if event.message in told or len(told) > event.news_max:
+            return False
+        told[event.message] = now_s
+        return True
 
     def forget(self) -> None:
         """Know of no outage: in a process that was forked it is for this one's own storage to find out."""

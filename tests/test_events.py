@@ -126,6 +126,16 @@ def test_what_goes_on_for_hours_is_told_once_a_minute(event: Event, told: Told) 
     assert heard == 60
 
 
+def test_a_refusal_in_other_words_is_told_at_once(told: Told) -> None:
+    """Somebody mends the password, and a permission is missing: a minute is long then. But a text that always changes is no flood."""
+    password, permission = events.Refused("the password"), events.Refused("a permission")
+    assert told.emit(password, permission, password, permission) == [password, permission]
+    told.now_s += 60
+    assert [event.suppressed for event in told.emit(permission, password)] == [2, 0]
+    told.now_s += 60
+    assert len(told.emit(*[events.Refused(f"number {number}") for number in range(1_000)])) == 11
+
+
 def test_the_end_of_an_outage_that_was_told_is_told(told: Told) -> None:
     assert told.emit(BEGAN, ENDED) == [BEGAN, ENDED]
     told.now_s += 1
