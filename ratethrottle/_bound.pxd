@@ -11,7 +11,7 @@ from ratethrottle._arithmetic cimport (
     Counts, judge, KEEP, NO_MEMORY, Outcome, report, same_definition, Terms, Units, View, view_free, view_reach, view_roll, Window,
     window_live, window_new,
 )
-from ratethrottle._table cimport Slot
+from ratethrottle._table cimport Account, NamedSlot, named_fresh_at, Slot
 
 
 cdef enum:
@@ -24,6 +24,9 @@ cdef struct Bound:                         # a slot of a table of bounds; begins
     Slot slot                              # whose view is `known`
     char* name                             # of the state's key
     size_t name_size
+    Account* account                       # what was admitted here while the store was away
+    int64_t keep_until_us                  # for a lease, or because the key was reset
+    int64_t generation_us                  # when it was last reset, in the store's time; 0: not as far as is known
     int64_t sent_us                        # when the call that confirmed it was sent: it ages from then
     int64_t received_us                    # and when its reply came
     int64_t server_us                      # the server's time in that reply
@@ -37,7 +40,13 @@ cdef struct Bound:                         # a slot of a table of bounds; begins
     int64_t lease_epoch
     int64_t lease_size                     # units of that grant
     bint leasing                           # a call that asks for the next one is on its way
+    bint heard                             # the store has said something of it
     int64_t returned_us                    # when units were given back: `known` of before that denies nothing; 0 once answered
+
+cdef inline int64_t bound_fresh_at(const Bound* bound) noexcept nogil:
+    """When nothing has to be remembered of the key any more."""
+    return named_fresh_at(<const NamedSlot*>bound)
+
 
 cdef enum Verdict:
     OPEN                                   # only the store can say
@@ -176,6 +185,7 @@ cdef inline int bound_learn(Bound* bound, const Terms* rule, const int64_t* answ
         known.amount.counts = Counts(<uint32_t>answer[1], 0)
         known.at_us = sent_us - answer[2]
     known.terms = rule
+    bound.heard = True
     bound.sent_us = sent_us
     bound.received_us = received_us
     bound.server_us = server_us

@@ -9,22 +9,22 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memchr, memcmp, memcpy, memset
+from libc.string cimport memcmp, memset
 
 from ratethrottle._arithmetic cimport (
     answer_length, KEEP, Outcome, same_definition, take_answer, Terms, UNITS_MAX, view_free, view_fresh_at,
 )
-from ratethrottle._bound cimport aged_late, Bound, bound_learn, bound_verdict, DENIED, DRIFT_SHARE, LEASED, OPEN
+from ratethrottle._bound cimport Bound, bound_fresh_at, bound_learn, bound_verdict, DENIED, DRIFT_SHARE, LEASED, OPEN
 from ratethrottle._core cimport (
     ALLOW, CHECK, CompiledRule, COMPLETE, Decision, decision_new, DENY, GIVE_BACK, Group, KeyTable, LEASE, Mode, OF_STORAGE, OUTAGE,
-    PARKED, PEEK, PendingDecision, Policy, policy_of, PREFILTER, RAISE, REDIS, Remote, RESET, SENT, Waiter, WAITING,
+    PARKED, PEEK, PendingDecision, Policy, policy_of, PREFILTER, RAISE, REDIS, Remote, RESET, SENT, Waiter, WAITING, WHOLE,
 )
 from ratethrottle._layout cimport Layout, pending_for, pending_of
 from ratethrottle._repair cimport Errand, Knowledge
 from ratethrottle._resp cimport (
     BROKEN, Buffer, buffer_room, INCOMPLETE, put_bulk, put_head, put_number, read_line, read_number,
 )
-from ratethrottle._table cimport Hash128, Place, Shard, shard_find, slot_at
+from ratethrottle._table cimport Hash128, Shard
 
 from asyncio import _get_running_loop as running_loop
 from asyncio import current_task
@@ -56,6 +56,7 @@ cdef enum:
     WATCH_US = 100_000                       # while what an idle one knows still counts: it must hear of a loss within LEARN
     PROCESSES_MAX = 1_000_000
     LEARNING_MAX_US = 10_000_000
+    GIVE_BACK_US = 1_000_000                 # a bound is kept for so long after its lease, so that the rest of that goes back
     MOVED = -1                               # instead of numbers: it wasn't run, this is another epoch than it expected
 
 cdef int64_t LEVEL_MAX = (<int64_t>1 << 53) - 1
@@ -238,7 +239,6 @@ cdef class Calls(Remote):
     cdef readonly Layout layout
     cdef readonly Knowledge knowledge
     cdef readonly int64_t deadline_us
-    cdef Policy on_outage
     cdef bint deny_overload
     cdef object here                         # the event loop that asked last, and its gatherings
     cdef tuple here_gatherings
@@ -469,14 +469,8 @@ cdef class Gathering:
 
     # Entering and leaving:
 
-    cdef Bound* bound_of(self, Hash128 hashed, Shard** shard, uint32_t* index) noexcept:
-        cdef int64_t found
-        shard[0] = &self.bounds.shards[<uint32_t>(((hashed.hi >> 32) * self.bounds.shard_count) >> 32)]
-        found = shard_find(shard[0], hashed)
-        if found < 0:
-            return NULL
-        index[0] = <uint32_t>found
-        return <Bound*>slot_at(shard[0], <uint32_t>found)
+    cdef inline Bound* bound_of(self, Hash128 hashed, Shard** shard, uint32_t* index) noexcept:
+        return self.bounds.bound_of(hashed, shard, index)
 
     cdef bint decided_here(self, PendingDecision pending, int64_t now_us, bint* asked) except -1:
         """Whether the bound or a lease has decided; `asked` tells that another check is asking just that."""
@@ -490,6 +484,8 @@ cdef class Gathering:
         if bound == NULL or pending.mode != CHECK:
             return False
         verdict = bound_verdict(bound, terms, pending.rule.lease_units > 0, now_us, pending.units, self.ttl_us, &out)
+        if verdict == DENIED and self.away and self.policy_for(pending.rule) == ALLOW:
+            return False
         if verdict == DENIED or verdict == LEASED:
             complete_with(pending, decision_new(pending.rule, pending.key, pending.units,
                                                 LEASE if verdict == LEASED else PREFILTER, &out))
@@ -573,13 +569,13 @@ cdef class Gathering:
     cdef inline bint by_policies(self, int64_t now_us) noexcept:
         return self.away or now_us < self.knowledge.learning_until_us or self.knowledge.asserting is not None
 
+    cdef inline Policy policy_for(self, CompiledRule rule) noexcept:
+        return rule.policy if rule.policy != OF_STORAGE else self.on_outage
+
     cdef int fall_back(self, PendingDecision pending, error, int64_t now_us) except -1:
         """Decide by the outage policy what Redis has not; an error for what is no check, and where the policy is to raise."""
-        cdef Policy policy = pending.rule.policy if pending.rule.policy != OF_STORAGE else self.on_outage
+        cdef Policy policy = self.policy_for(pending.rule)
         cdef Outcome out
-        cdef Shard* shard
-        cdef uint32_t index
-        cdef Bound* bound
         cdef int64_t retry_us
         if pending.mode == PEEK and pending.group is None:
             return complete(pending, error)  # our own look at what was charged
@@ -589,11 +585,7 @@ cdef class Gathering:
         if policy == DENY:
             out = Outcome(False, False, 0, retry_us, retry_us)
         else:
-            bound = self.bound_of(pending.hashed, &shard, &index)
-            self.knowledge.shares.decide(
-                pending.rule, pending.text, pending.mark, pending.tag, &bound.slot.view if bound != NULL else NULL,
-                aged_late(bound, now_us) if bound != NULL else 0, now_us + self.knowledge.ahead_us, pending.units, retry_us,
-                policy == ALLOW, pending.mode == CHECK, &out)
+            self.knowledge.shares.decide(pending, now_us, now_us + self.knowledge.ahead_us, retry_us, policy == ALLOW, &out)
         self.knowledge.by_policy += 1
         return complete_with(pending, decision_new(pending.rule, pending.key, pending.units, OUTAGE, &out))
 
@@ -617,10 +609,17 @@ cdef class Gathering:
             self._notice("refused", error)
         elif not self.away:
             self.away = True
+            self.bounds.away += 1
             self.knowledge.shares.begin()
             self._notice("outage", error)
         self._answer_waiting(error)
+        self.bounds.tidy(self.bounds.now_us())
         self.schedule_connection()
+
+    cdef void come_back(self) noexcept:
+        if self.away:
+            self.away = False
+            self.bounds.away = max(0, self.bounds.away - 1)  # a fork may have begun to count anew
 
     def _answer_waiting(self, error):
         """Decide by policy, or give an error to, everything that hasn't been sent."""
@@ -715,6 +714,7 @@ cdef class Gathering:
         elif numbers[6] > self.evicted:
             self.evicted = numbers[6]
             self._notice("evicted", self.evicted - self.evicted_before)
+        self.bounds.tidy(now_us)
         self.tell()
         self.wind_beat(now_us)
 
@@ -746,7 +746,7 @@ cdef class Gathering:
         if self.ready:
             self.reason = None
             if self.away or not self.served:  # an outage may have outlived the loop that met it
-                self.away = False
+                self.come_back()
                 self.served = True
                 self._notice("recovery", None)
             self.look_at_charged()
@@ -757,15 +757,11 @@ cdef class Gathering:
         """Ask what the store says of keys that were charged, so that this too is known if it loses them."""
         cdef PendingDecision pending
         cdef CompiledRule rule
-        cdef Place place
         cdef int64_t now_us = self.bounds.now_us()
         charged, self.knowledge.charged = self.knowledge.charged, []
-        for rule, text, mark, tag, _ in charged[-self.bounds.max_keys:]:
-            if mark == "#":                  # of a long key the digest is all that is left, and it is remembered by its text
-                continue
-            pending = pending_for(rule, text, ord(mark), tag, PEEK)
-            self.bounds.locate(rule, mark == "(", pending.data, pending.size, &place)
-            pending.hashed = place.hashed
+        for rule, name, hashed, _, _ in charged[-self.bounds.max_keys:]:
+            pending = pending_for(rule, name, WHOLE, 0, PEEK)
+            pending.hashed = Hash128(hashed[0], hashed[1])
             self.queue(pending, now_us)
         return 0
 
@@ -806,7 +802,7 @@ cdef class Gathering:
         """Send what waits, as far as there is room. whole: not in two halves, as more is to come."""
         cdef Call call
         self.scheduled = False
-        if self.ready and self.knowledge.shares.owing:
+        if self.ready and self.bounds.owing:
             self.tell()
         while self.ready and self.waiting.count and len(self.in_flight) < IN_FLIGHT_MAX:
             # Two calls of half the size keep both sides busy: one is decided while the other's checks are woken and asked anew.
@@ -851,7 +847,7 @@ cdef class Gathering:
             if late:
                 self._late()
             self.give_back(now_us)
-            if not self.ready or self.knowledge.shares.owing:
+            if not self.ready or self.bounds.owing:
                 self.tell()
             self.beat_if_due(now_us)
         finally:                             # whatever it was, nobody may be left waiting
@@ -1317,13 +1313,12 @@ cdef class Gathering:
         cdef int64_t ahead
         cdef int i, leases, length, place = 0
         self.heard_us = now_us
-        if not self.knowledge.shares.owing:  # what was admitted here is as old as this process's clock says
+        if not self.bounds.owing:  # what was admitted here is as old as this process's clock says
             self.knowledge.ahead_us = numbers[0] - now_us
         if call.mode == RESET:
             for i in range(call.size):
                 entry = &call.entries[i]
-                self.forget(entry.hashed)
-                self.note_generation(entry, answer[entry.key_index - 1], now_us)
+                self.forget_used(call, entry, answer[entry.key_index - 1], numbers[0], now_us)
                 self.settle_entry(call, entry, NULL, 0)
             return 0
         for leases in range(2):              # as the call has them: first those of rules without leases
@@ -1340,15 +1335,25 @@ cdef class Gathering:
                 answer += length + leases
                 place += 1
                 if generations < end and generations[0] == place:
-                    self.note_generation(entry, generations[1], now_us, sample)
+                    self.knowledge.note_generation(sample, generations[1], numbers[0], now_us)
                     generations += 2
         return 0
 
-    cdef int note_generation(self, CallEntry* entry, int64_t generation, int64_t now_us, PendingDecision sample=None) except -1:
-        if sample is None:
-            sample = <PendingDecision>entry.waiters.first
-        return self.knowledge.note_generation(entry.hashed, generation, self.layout.name(sample),
-                                              self.bounds.terms_of(<CompiledRule>entry.rule), now_us)
+    cdef int forget_used(self, Call call, CallEntry* entry, int64_t generation, int64_t server_us, int64_t now_us) except -1:
+        """The key was reset: nothing that is known of it, leased or admitted here counts any more, but that it was."""
+        cdef PendingDecision sample = <PendingDecision>entry.waiters.first
+        cdef Shard* shard
+        cdef uint32_t index
+        cdef Bound* bound = self.bound_of(entry.hashed, &shard, &index)
+        if bound != NULL:
+            bound.lease_units = 0
+            self.bounds.remove(shard, index)
+        self.knowledge.note_generation(sample, generation, server_us, now_us)
+        bound = self.bound_of(entry.hashed, &shard, &index)
+        if bound != NULL:                    # what was said before that comes too late
+            bound.heard = True
+            bound.sent_us, bound.received_us, bound.server_us = call.sent_us, now_us, server_us
+        return 0
 
     cdef int settle_entry(self, Call call, CallEntry* entry, const int64_t* answer, int64_t ahead) except -1:
         cdef PendingDecision pending
@@ -1390,8 +1395,13 @@ cdef class Gathering:
             if view_fresh_at(&fresh.slot.view) <= now_us and rule.lease_units == 0:
                 view_free(&fresh.slot.view)
                 return 0
-            self.name_bound(&fresh, sample)
-            bound = <Bound*>self.bounds.insert(shard, &fresh.slot, now_us)
+            try:
+                fresh.name = self.layout.name_new(sample, &fresh.name_size)
+                bound = <Bound*>self.bounds.insert(shard, &fresh.slot, now_us)
+            except BaseException:
+                free(fresh.name)
+                view_free(&fresh.slot.view)
+                raise
         else:
             if bound_learn(bound, terms, answer, refused, entry.cost, call.sent_us, now_us, server_us) != KEEP:
                 raise MemoryError
@@ -1403,23 +1413,8 @@ cdef class Gathering:
         bound.epoch = self.epoch
         if ahead > 0:
             self.take_lease(bound, sample, rule, answer, ahead, call.sent_us, server_us, now_us)
-        elif view_fresh_at(&bound.slot.view) <= now_us and rule.lease_units == 0:
+        elif rule.lease_units == 0 and bound_fresh_at(bound) <= now_us:
             self.forget(entry.hashed)
-        return 0
-
-    cdef int name_bound(self, Bound* bound, PendingDecision sample) except -1:
-        """Keep what the key is called: in an epoch that has lost it, it must be told by name."""
-        cdef Buffer* buffer = &self.buffer
-        cdef const char* name
-        buffer.used = 0
-        self.layout.put_key(buffer, sample)
-        name = <const char*>memchr(buffer.bytes, c"\n", buffer.used) + 1
-        bound.name_size = buffer.bytes + buffer.used - name - 2
-        bound.name = <char*>malloc(bound.name_size)
-        if bound.name == NULL:
-            view_free(&bound.slot.view)
-            raise MemoryError
-        memcpy(bound.name, name, bound.name_size)
         return 0
 
     cdef int forget(self, Hash128 hashed) except -1:
@@ -1500,6 +1495,7 @@ cdef class Gathering:
         bound.lease_units = bound.lease_size = ahead
         # From before the request was sent, and a 64th and the rounding of two clocks less: the store's may be the faster one.
         bound.lease_until_us = sent_us + for_us - for_us // DRIFT_SHARE - 2
+        bound.keep_until_us = max(bound.keep_until_us, bound.lease_until_us + GIVE_BACK_US)
         bound.lease_at_us = server_us + lead(rule)
         bound.lease_terms = rule.home_terms  # which `learn` has just met
         bound.lease_epoch = self.epoch
@@ -1647,6 +1643,7 @@ cdef class Gathering:
     def _end(self, error):
         """Give `error` to everybody, and leave nothing behind."""
         self.ended = True
+        self.come_back()
         self._notice("end", None)
         self._answer_waiting(error)
         self._shut(error)

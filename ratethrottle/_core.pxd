@@ -1,9 +1,10 @@
 """What the compiled modules of this package share: see `_core.pyx`."""
 
 from cpython.object cimport PyObject
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from ratethrottle._arithmetic cimport Outcome, Terms, View
+from ratethrottle._bound cimport Bound
 from ratethrottle._table cimport Hash128, Place, Shard, Slot
 
 
@@ -35,6 +36,13 @@ cdef class CompiledRule:
     cdef tuple facts(self)
 
 
+cdef struct Orphan:                          # what is left of a lease whose bound was let go
+    Hash128 hashed
+    int64_t at_us
+    int64_t epoch
+    int64_t units
+
+
 cdef class KeyTable:
     cdef Shard* shards
     cdef uint32_t shard_count
@@ -49,6 +57,22 @@ cdef class KeyTable:
     cdef unsigned forks                      # of this process, when the table was last looked at
     cdef dict known                          # shape of a rule -> address of its terms; freed with the table
 
+    # Of a table of bounds:
+    cdef uint16_t* owing_in                  # of each shard, how many of its keys owe something; NULL in another table
+    cdef readonly int64_t owing              # all of them
+    cdef uint32_t tidy_hand                  # the shard that is tidied next
+    cdef int64_t tidied                      # keys that were let go of so since memory was last given back
+    cdef int away                            # gatherings whose store is away
+    cdef Orphan* orphans                     # a ring of ORPHANS_MAX
+    cdef int64_t orphan_count                # how many there ever were
+
+    cdef Bound* bound_of(self, Hash128 hashed, Shard** shard, uint32_t* index) noexcept
+    cdef void note_owes(self, Shard* shard, Bound* bound, bint owes) noexcept
+    cdef void drop_account(self, Shard* shard, Bound* bound) noexcept
+    cdef void orphan(self, Bound* bound) noexcept
+    cdef int64_t adopt(self, Hash128 hashed, int64_t at_us, int64_t epoch) noexcept
+    cdef int tidy(self, int64_t now_us) except -1
+    cdef int rebuild(self, Shard* shard, int64_t now_us) except -1
     cdef int64_t now_us(self) except -1
     cdef void forked(self) noexcept
     cdef void notice_fork(self) noexcept
@@ -106,6 +130,10 @@ cdef enum Mode:
     GIVE_BACK                                # units of a lease, with no check
 
 
+cdef enum:
+    WHOLE = 0                                # a mark: the text is all that the key is called in Redis
+
+
 cdef class PendingDecision:
     cdef PyObject* decision                  # owned until it is handed over; NULL before and after
     cdef bint lets_others_run                # yield to the loop once, although the decision is here
@@ -117,7 +145,7 @@ cdef class PendingDecision:
     cdef object text                         # what `data` points into: the key itself, or its joined or digested form
     cdef const char* data
     cdef Py_ssize_t size
-    cdef char mark                           # "=", "(" or "#": what stands before it in Redis
+    cdef char mark                           # "=", "(" or "#": what stands before it in Redis; or WHOLE
     cdef uint32_t tag
     cdef Mode mode
     cdef int64_t units
@@ -163,7 +191,9 @@ cdef class Remote:
     cdef readonly KeyTable bounds
     cdef int64_t ttl_us                      # how long a bound denies before it is asked again
     cdef int complete                        # consecutive checks that had to ask, and were answered without a wait
+    cdef Policy on_outage
 
+    cdef bint allows(self, CompiledRule rule) noexcept
     cdef int ask(self, PendingDecision pending) except -1
     cdef int leave(self, PendingDecision pending) except -1
 

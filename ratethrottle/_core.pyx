@@ -9,9 +9,9 @@ cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.unicode cimport PyUnicode_AsUTF8String
 from cpython.object cimport PyObject, PyTypeObject
-from libc.stdint cimport int64_t, uint32_t
+from libc.stdint cimport int64_t, uint16_t, uint32_t
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 
 from ratethrottle._arithmetic cimport (
@@ -21,8 +21,8 @@ from ratethrottle._arithmetic cimport (
 )
 from ratethrottle._bound cimport Bound, bound_verdict, DENIED, LEASED, OPEN, STALE
 from ratethrottle._table cimport (
-    Hash128, Pair, Place, RT_PREFETCH, Shard, shard_find, shard_full, SHARD_KEYS, shard_place, shard_rebuild, shard_remove, siphash, Slot,
-    slot_at, slot_free, slot_fresh_at, slot_used_share, slot_views, tags_of,
+    Account, account_free, Hash128, Pair, Place, RT_PREFETCH, Shard, shard_find, shard_full, SHARD_KEYS, SHARD_ROOM_MIN, shard_place,
+    shard_rebuild, shard_remove, siphash, Slot, slot_at, slot_free, slot_fresh_at, slot_used_share, slot_views, tags_of,
 )
 
 from asyncio import _get_running_loop as running_loop
@@ -45,6 +45,18 @@ cdef extern from *:
     """
     unsigned forks "rt_forks"
     int count_forks "rt_count_forks"() noexcept
+
+cdef extern from *:
+    """
+    /* Small pieces that were freed between others stay with the process otherwise. */
+    #ifdef __GLIBC__
+    #include <malloc.h>
+    static void rt_trim(void) { malloc_trim(0); }
+    #else
+    static void rt_trim(void) {}
+    #endif
+    """
+    void give_memory_back "rt_trim"() noexcept
 
 if count_forks():
     raise MemoryError
@@ -238,6 +250,9 @@ cdef class CompiledRule:
 cdef enum:
     EVICTION_SAMPLE = 8
     SWEEP_SLOTS = 16
+    TIDY_SHARDS = 8
+    TRIM_KEYS = 32_768                       # let go of, and memory goes back to the system: that takes a few ms
+    ORPHANS_MAX = 1024
 
 
 cdef str window_text(const Terms* terms, const Window* window):
@@ -283,6 +298,11 @@ cdef class KeyTable:
             raise MemoryError
         for i in range(self.shard_count):
             self.shards[i].slot_bytes = sizeof(Bound) if bounds else sizeof(Slot)
+        if bounds:
+            self.owing_in = <uint16_t*>calloc(self.shard_count, sizeof(uint16_t))
+            self.orphans = <Orphan*>calloc(ORPHANS_MAX, sizeof(Orphan))
+            if self.owing_in == NULL or self.orphans == NULL:
+                raise MemoryError
         # Monotonic, but counted from the epoch, so that fixed windows start where a wall clock would have them.
         clock_gettime(CLOCK_REALTIME, &wall)
         clock_gettime(CLOCK_MONOTONIC, &monotonic)
@@ -297,6 +317,8 @@ cdef class KeyTable:
                         slot_free(&self.shards[i], slot_at(&self.shards[i], j))
                 free(self.shards[i].slots)
             free(self.shards)
+        free(self.owing_in)
+        free(self.orphans)
         if self.known is not None:
             for address in self.known.values():
                 free(<void*><size_t>address)
@@ -309,11 +331,12 @@ cdef class KeyTable:
 
     @property
     def size_bytes(self):
-        """Bytes held for all keys, windows and second views included."""
+        """Bytes held for all keys; windows, second views, and what was admitted in outages included."""
         cdef int64_t size = self.shard_count * sizeof(Shard)
-        cdef View[2] views
+        cdef View[4] views
+        cdef const Bound* bound
         cdef uint32_t i, j
-        cdef int k
+        cdef int k, count
         for i in range(self.shard_count):
             size += self.shards[i].room * (self.shards[i].slot_bytes + 1)
             for j in range(self.shards[i].room):
@@ -321,7 +344,16 @@ cdef class KeyTable:
                     continue
                 if slot_at(&self.shards[i], j).view.terms == NULL:
                     size += sizeof(Pair)
-                for k in range(slot_views(slot_at(&self.shards[i], j), views)):
+                count = slot_views(slot_at(&self.shards[i], j), views)
+                if self.owing_in != NULL:
+                    bound = <Bound*>slot_at(&self.shards[i], j)
+                    size += bound.name_size
+                    if bound.account != NULL:
+                        size += sizeof(Account)
+                        views[count] = bound.account.held
+                        views[count + 1] = bound.account.owed
+                        count += 2
+                for k in range(count):
                     if views[k].terms.kind == c"s":
                         size += sizeof(Window) + (views[k].amount.window.room - 1) * sizeof(Units)
         return size
@@ -343,20 +375,115 @@ cdef class KeyTable:
             self.forked()
 
     cdef void forked(self) noexcept:
-        """Give up what belongs to the process that forked this one: its leases, and the answers that it waits for."""
+        """Give up what belongs to the process that forked this one: its leases, what it owes, and the answers that it waits for."""
         cdef Shard* shard
         cdef Bound* bound
         cdef uint32_t i, j
         self.forks = forks
+        self.away = 0
+        self.orphan_count = 0
+        if self.owing_in == NULL:
+            return
+        memset(self.orphans, 0, ORPHANS_MAX * sizeof(Orphan))
         for i in range(self.shard_count):
             shard = &self.shards[i]
-            if shard.slot_bytes != sizeof(Bound):
-                return
             for j in range(shard.room):
                 if tags_of(shard)[j]:
                     bound = <Bound*>slot_at(shard, j)
                     bound.lease_units = bound.lease_size = bound.asked_us = 0
                     bound.leasing = False
+                    self.drop_account(shard, bound)
+
+    cdef Bound* bound_of(self, Hash128 hashed, Shard** shard, uint32_t* index) noexcept:
+        """The bound of a key, where it stands; NULL without."""
+        cdef int64_t found
+        shard[0] = &self.shards[<uint32_t>(((hashed.hi >> 32) * self.shard_count) >> 32)]
+        found = shard_find(shard[0], hashed)
+        if found < 0:
+            return NULL
+        index[0] = <uint32_t>found
+        return <Bound*>slot_at(shard[0], <uint32_t>found)
+
+    cdef void note_owes(self, Shard* shard, Bound* bound, bint owes) noexcept:
+        """Count a bound with an account among those that owe something, or no more."""
+        cdef int more = <int>owes - <int>bound.account.owes
+        bound.account.owes = owes
+        self.owing += more
+        self.owing_in[shard - self.shards] += more
+
+    cdef void drop_account(self, Shard* shard, Bound* bound) noexcept:
+        """Forget what was admitted here, and what of it is owed."""
+        if bound.account != NULL:
+            self.note_owes(shard, bound, False)
+            account_free(bound.account)
+            bound.account = NULL
+
+    cdef void orphan(self, Bound* bound) noexcept:
+        """Keep what is left of a bound's lease for whoever gives it back, and take it from the bound."""
+        cdef Orphan* orphan
+        if bound.lease_units > 0:
+            orphan = &self.orphans[self.orphan_count % ORPHANS_MAX]
+            orphan.hashed = Hash128(bound.slot.hash_lo, bound.slot.hash_hi)
+            orphan.at_us = bound.lease_at_us
+            orphan.epoch = bound.lease_epoch
+            orphan.units = bound.lease_units
+            self.orphan_count += 1
+            bound.lease_units = 0
+
+    cdef int64_t adopt(self, Hash128 hashed, int64_t at_us, int64_t epoch) noexcept:
+        """Units that are left of a lease, to be given back by the caller alone; 0 if there are none, or of another epoch."""
+        cdef Shard* shard
+        cdef uint32_t index
+        cdef Bound* bound = self.bound_of(hashed, &shard, &index)
+        cdef Orphan* orphan
+        cdef int i
+        cdef int64_t units
+        if bound != NULL and bound.lease_units > 0 and bound.lease_at_us == at_us:
+            units, bound.lease_units = bound.lease_units, 0
+            return units if bound.lease_epoch == epoch else 0
+        for i in range(<int>min(self.orphan_count, <int64_t>ORPHANS_MAX)):
+            orphan = &self.orphans[i]
+            if orphan.units > 0 and orphan.at_us == at_us and orphan.hashed.lo == hashed.lo and orphan.hashed.hi == hashed.hi:
+                units, orphan.units = orphan.units, 0
+                return units if orphan.epoch == epoch else 0
+        return 0
+
+    cdef int tidy(self, int64_t now_us) except -1:
+        """Let go of what is fresh in the next few shards, and of the room that it took, so that memory comes back by itself."""
+        cdef Shard* shard
+        cdef uint32_t i, fresh
+        cdef int _shard
+        cdef int64_t before = self.used
+        for _shard in range(<int>min(self.shard_count, <uint32_t>TIDY_SHARDS)):
+            self.tidy_hand = self.tidy_hand + 1 if self.tidy_hand + 1 < self.shard_count else 0
+            shard = &self.shards[self.tidy_hand]
+            fresh = 0
+            for i in range(shard.room):
+                fresh += tags_of(shard)[i] and slot_fresh_at(shard, slot_at(shard, i)) <= now_us
+            if fresh * 4 > shard.room or shard.room > SHARD_ROOM_MIN and (shard.used - fresh) * 2 < shard.room:
+                self.rebuild(shard, now_us)
+        self.tidied += before - self.used
+        if self.tidied >= TRIM_KEYS or self.used == before and self.tidied >= TRIM_KEYS // 8:
+            self.tidied = 0
+            give_memory_back()
+        return 0
+
+    cdef int rebuild(self, Shard* shard, int64_t now_us) except -1:
+        """Leave out the keys of a shard that are fresh again."""
+        cdef Bound* bound
+        cdef uint32_t i
+        if self.owing_in != NULL:
+            for i in range(shard.room):
+                if tags_of(shard)[i] and slot_fresh_at(shard, slot_at(shard, i)) <= now_us:
+                    bound = <Bound*>slot_at(shard, i)
+                    self.orphan(bound)
+                    self.drop_account(shard, bound)
+        self.used -= shard.used
+        if shard_rebuild(shard, now_us) == NO_MEMORY:
+            self.used += shard.used
+            raise MemoryError
+        self.used += shard.used
+        return 0
 
     cdef Terms* terms_of(self, CompiledRule rule) except NULL:
         while rule.home != self.secret[2]:
@@ -369,6 +496,9 @@ cdef class KeyTable:
         return place.hashed
 
     cdef void remove(self, Shard* shard, uint32_t index) noexcept:
+        if self.owing_in != NULL:
+            self.orphan(<Bound*>slot_at(shard, index))
+            self.drop_account(shard, <Bound*>slot_at(shard, index))
         shard_remove(shard, index)
         self.used -= 1
 
@@ -382,11 +512,7 @@ cdef class KeyTable:
 
     cdef inline int make_room(self, Shard* shard, int64_t now_us) except -1:
         if shard_full(shard):
-            self.used -= shard.used
-            if shard_rebuild(shard, now_us) == NO_MEMORY:
-                self.used += shard.used
-                raise MemoryError
-            self.used += shard.used
+            self.rebuild(shard, now_us)
         return 0
 
     cdef int meet(self, CompiledRule rule) except -1:
@@ -538,8 +664,8 @@ cdef class KeyTable:
             i = <uint32_t>(((self.random >> 32) * shard.room) >> 32)
             while not tags_of(shard)[i]:
                 i = i + 1 if i + 1 < shard.room else 0
-            fresh_at_us = slot_fresh_at(slot_at(shard, i))
-            used = slot_used_share(slot_at(shard, i), now_us) if fresh_at_us > now_us else -1
+            fresh_at_us = slot_fresh_at(shard, slot_at(shard, i))
+            used = slot_used_share(shard, slot_at(shard, i), now_us) if fresh_at_us > now_us else -1
             if sampled == 0 or used < least or (used == least and fresh_at_us < least_at_us):
                 least = used
                 least_at_us = fresh_at_us
@@ -560,7 +686,7 @@ cdef class KeyTable:
         for _scanned in range(SWEEP_SLOTS):
             if shard.hand >= shard.room:
                 shard.hand = 0
-            if tags_of(shard)[shard.hand] and slot_fresh_at(slot_at(shard, shard.hand)) <= now_us:
+            if tags_of(shard)[shard.hand] and slot_fresh_at(shard, slot_at(shard, shard.hand)) <= now_us:
                 self.remove(shard, shard.hand)    # what moves into this slot is looked at next
             else:
                 shard.hand += 1
@@ -1051,6 +1177,10 @@ cdef class Group:
 
 
 cdef class Remote:
+    cdef bint allows(self, CompiledRule rule) noexcept:
+        """Whether everything is admitted while the store is away, so that no bound denies then."""
+        return (rule.policy if rule.policy != OF_STORAGE else self.on_outage) == ALLOW
+
     cdef int ask(self, PendingDecision pending) except -1:
         """Give `pending` its decision, or a waiter."""
         raise NotImplementedError
@@ -1248,6 +1378,8 @@ cdef class Limiter:
         if found >= 0:
             verdict = bound_verdict(<Bound*>slot_at(place.shard, <uint32_t>found), place.terms, terms.lease_units > 0, now_us, units,
                                     self.remote.ttl_us, out)
+            if verdict == DENIED and self.table.away and self.remote.allows(terms):
+                verdict = OPEN
             if verdict == DENIED or verdict == LEASED:
                 return self.completed(terms, key, units, LEASE if verdict == LEASED else PREFILTER)
         self.complete = 0

@@ -16,7 +16,7 @@ cdef class Layout:
     cdef int address(self, PendingDecision pending) except -1
     cdef int put_key(self, Buffer* buffer, PendingDecision pending) except -1
     cdef bytes name(self, PendingDecision pending)
-    cdef bytes named(self, CompiledRule rule, object text, char mark, uint32_t tag)
+    cdef char* name_new(self, PendingDecision pending, size_t* size) except NULL
 
 
 cdef PendingDecision pending_of(Entry entry, Mode mode)

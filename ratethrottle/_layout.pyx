@@ -4,11 +4,11 @@
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport uint32_t
-from libc.stdlib cimport free
-from libc.string cimport memset
+from libc.stdlib cimport free, malloc
+from libc.string cimport memchr, memcpy, memset
 
-from ratethrottle._core cimport CHECK, CompiledRule, Entry, Mode, NEW, PendingDecision
-from ratethrottle._resp cimport Buffer, buffer_room, digits, put, put_head
+from ratethrottle._core cimport CHECK, CompiledRule, Entry, Mode, NEW, PendingDecision, WHOLE
+from ratethrottle._resp cimport Buffer, buffer_room, digits, put, put_bulk, put_head
 
 from hashlib import blake2b
 
@@ -76,6 +76,11 @@ cdef class Layout:
         cdef char[20] tag
         cdef int tag_size = digits(pending.tag, tag)
         cdef size_t size = PyBytes_GET_SIZE(self.opening) + tag_size + 2 + name_size + 2 + pending.size
+        if pending.mark == WHOLE:
+            if not buffer_room(buffer, pending.size + 32):
+                raise MemoryError
+            put_bulk(buffer, pending.data, pending.size)
+            return 0
         if not buffer_room(buffer, size + 32):
             raise MemoryError
         put_head(buffer, c"$", size)
@@ -99,9 +104,23 @@ cdef class Layout:
         finally:
             free(buffer.bytes)
 
-    cdef bytes named(self, CompiledRule rule, object text, char mark, uint32_t tag):
-        """What the state of a key is called, from what an addressed check has of it."""
-        return self.name(pending_for(rule, text, mark, tag, CHECK))
+    cdef char* name_new(self, PendingDecision pending, size_t* size) except NULL:
+        """What the state of an addressed check is called, for its bound to own: in an epoch that has lost it, it is told by name."""
+        cdef Buffer buffer
+        cdef const char* name
+        cdef char* kept = NULL
+        memset(&buffer, 0, sizeof(Buffer))
+        try:
+            self.put_key(&buffer, pending)
+            name = <const char*>memchr(buffer.bytes, c"\n", buffer.used) + 1
+            size[0] = buffer.bytes + buffer.used - name - 2
+            kept = <char*>malloc(size[0])
+            if kept == NULL:
+                raise MemoryError
+            memcpy(kept, name, size[0])
+            return kept
+        finally:
+            free(buffer.bytes)
 
     def state_key(self, Entry entry not None):
         """What the entry's state is called."""
@@ -125,7 +144,7 @@ cdef PendingDecision pending_of(Entry entry, Mode mode):
 
 
 cdef PendingDecision pending_for(CompiledRule rule, object text, char mark, uint32_t tag, Mode mode):
-    """Ask about a key, with what an addressed check has of it. Nobody waits for the answer."""
+    """Ask about a key, with what an addressed check has of it, or by its name, marked WHOLE. Nobody waits for the answer."""
     cdef PendingDecision pending = PendingDecision.__new__(PendingDecision)
     pending.stage = NEW
     pending.mode = mode
@@ -134,7 +153,10 @@ cdef PendingDecision pending_for(CompiledRule rule, object text, char mark, uint
     pending.text = text
     pending.mark = mark
     pending.tag = tag
-    if isinstance(text, bytes):
+    if mark == WHOLE:
+        pending.data = PyBytes_AS_STRING(text)
+        pending.size = PyBytes_GET_SIZE(text)
+    elif isinstance(text, bytes):
         pending.data = PyBytes_AS_STRING(text) + (mark != c"#")  # which stands before it, but not before a digest
         pending.size = PyBytes_GET_SIZE(text) - (mark != c"#")
     else:

@@ -7,21 +7,27 @@ against the caller: N processes that begin from the same knowledge admit no more
 """
 
 cimport cython
-from cpython.bytes cimport PyBytes_Check
-from cpython.unicode cimport PyUnicode_FromObject
-from libc.stdint cimport int64_t, uint32_t, uint64_t
-from libc.stdlib cimport free
+from cpython.object cimport PyObject
+from libc.stdint cimport int64_t, uint32_t
+from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from ratethrottle._arithmetic cimport (
     ceil_div, Counts, judge, KEEP, NO_MEMORY, Outcome, report, same_definition, settle, Terms, Units, UNITS_MAX, View, view_ahead,
-    view_audit, view_charge_other, view_derive, view_free, view_fresh_at, view_rebase, view_roll, Window, window_clone, window_drop,
+    view_audit, view_charge_other, view_derive, view_free, view_rebase, view_roll, Window, window_clone, window_drop,
     window_live, window_new, window_push,
 )
-from ratethrottle._bound cimport Bound, bound_learn
-from ratethrottle._core cimport CompiledRule
+from ratethrottle._bound cimport aged_late, Bound, bound_learn
+from ratethrottle._core cimport CHECK, CompiledRule, KeyTable, PEEK, PendingDecision
+from ratethrottle._layout cimport Layout, pending_for
+from ratethrottle._table cimport Account, Place, Shard, slot_at, tags_of
 
 from ratethrottle.terms import drain_rate, steps
+
+
+cdef extern from "Python.h":
+    void Py_INCREF(PyObject*)
+    void Py_DECREF(PyObject*)
 
 
 cdef extern from *:
@@ -47,9 +53,8 @@ cdef extern from *:
 
 
 cdef enum:
-    PLACE_KEYS = 2048                        # of one dict, about: it grows in well under a millisecond
     SHARES_MAX = 1024
-    SWEPT = 16                               # accounts looked at for the one that has no room
+    SHARDS_TAKEN = 16                        # looked through for what is owed: a millisecond at most
 
 cdef int64_t LEVEL_MAX = (<int64_t>1 << 53) - 1
 
@@ -200,6 +205,7 @@ cdef Share share_new(CompiledRule rule, int64_t n, int64_t rank):
     cdef int64_t limit = part_of(rule.limit, n, rank) if n else 0
     cdef int64_t capacity = part_of(rule.terms.capacity, n, rank) if n else 0
     share.n = n
+    share.rule = rule
     if limit == 0 or capacity == 0:          # a bucket that can't hold a unit, or that would never drain
         share.terms.capacity = 0
         return share
@@ -221,6 +227,7 @@ cdef Share share_of_everything(CompiledRule rule):
     """What is admitted is counted by the whole rule, whatever it comes to, and what is owed doesn't drain."""
     cdef Share share = Share.__new__(Share)
     share.n = 1
+    share.rule = rule
     share.terms = share.owed = rule.terms
     share.owed.drain_ticks = 0
     if rule.terms.kind == c"f":
@@ -228,115 +235,81 @@ cdef Share share_of_everything(CompiledRule rule):
     return share
 
 
-@cython.final
-@cython.no_gc
-cdef class Account:
-    """What a key holds of this process's share, and what of that the store hasn't heard."""
+cdef int account_twin(Account* twin, const Account* account) noexcept:
+    """One that can be rolled and charged without changing this one. Its share is borrowed. Returns NO_MEMORY or KEEP."""
+    twin[0] = account[0]
+    twin.owes = False
+    if twin.held.terms.kind == c"s":
+        twin.held.amount.window = window_clone(account.held.amount.window)
+        if twin.held.amount.window == NULL:
+            return NO_MEMORY
+    if view_derive(&twin.owed, account.owed.terms, NULL, 0) == NO_MEMORY:
+        view_free(&twin.held)
+        return NO_MEMORY
+    return KEEP
 
-    def __dealloc__(self):
-        if self.held.terms != NULL:
-            view_free(&self.held)
-        if self.owed.terms != NULL:
-            view_free(&self.owed)
 
-    cdef Account twin(self):
-        """One that can be rolled and charged without changing this one."""
-        cdef Account twin = Account.__new__(Account)
-        twin.rule = self.rule
-        twin.share = self.share
-        twin.outage = self.outage
-        twin.held = self.held
-        if self.held.terms.kind == c"s":
-            twin.held.amount.window = window_clone(self.held.amount.window)
-            if twin.held.amount.window == NULL:
-                raise MemoryError
-        if view_derive(&twin.owed, self.owed.terms, NULL, 0) == NO_MEMORY:
-            raise MemoryError
-        return twin
+cdef int account_bring(Account* account, Share share, int64_t now_us) noexcept:
+    """Bring it to the share that decides, and what is from too far ahead of now to where it may be. The share is borrowed."""
+    if account.share == NULL:
+        if view_derive(&account.held, &share.terms, NULL, now_us) == NO_MEMORY:
+            return NO_MEMORY
+        if view_derive(&account.owed, &share.owed, NULL, now_us) == NO_MEMORY:
+            view_free(&account.held)
+            return NO_MEMORY
+    else:
+        if view_ahead(&account.held, now_us):
+            view_rebase(&account.held, now_us)
+        if view_ahead(&account.owed, now_us):
+            view_rebase(&account.owed, now_us)
+        if account.share != <PyObject*>share and account_change(account, share, now_us) == NO_MEMORY:
+            return NO_MEMORY
+    account.share = <PyObject*>share
+    return KEEP
 
-    cdef int bring(self, CompiledRule rule, Share share, int64_t now_us) except -1:
-        """Bring it to the rule and share that decide, and what is from too far ahead of now to where it may be."""
-        cdef int held = KEEP, owed = KEEP
-        if self.held.terms == NULL:
-            held = view_derive(&self.held, &share.terms, NULL, now_us)
-            owed = view_derive(&self.owed, &share.owed, NULL, now_us)
-            if held == NO_MEMORY or owed == NO_MEMORY:
-                raise MemoryError
-        else:
-            if view_ahead(&self.held, now_us):
-                view_rebase(&self.held, now_us)
-            if view_ahead(&self.owed, now_us):
-                view_rebase(&self.owed, now_us)
-            if self.share is not share:
-                self.change(share, now_us)
-        self.rule = rule
-        self.share = share
-        return 0
 
-    cdef int change(self, Share share, int64_t now_us) except -1:
-        """Both views or none: they point into one share."""
-        cdef View held, owed
-        if (read_as(&self.held, &held, &share.terms, now_us) == NO_MEMORY
-                or read_as(&self.owed, &owed, &share.owed, now_us) == NO_MEMORY):
-            raise MemoryError
-        if not same_definition(self.held.terms, held.terms):
-            view_free(&self.held)
-        if not same_definition(self.owed.terms, owed.terms):
-            view_free(&self.owed)
-        self.held = held
-        self.owed = owed
-        self.outage = 0                      # a larger share owes a larger part of what was known
-        return 0
+cdef int account_change(Account* account, Share share, int64_t now_us) noexcept:
+    """Both views or none: they point into one share."""
+    cdef View held, owed
+    if read_as(&account.held, &held, &share.terms, now_us) == NO_MEMORY:
+        return NO_MEMORY
+    if read_as(&account.owed, &owed, &share.owed, now_us) == NO_MEMORY:
+        if not same_definition(account.held.terms, held.terms):
+            view_free(&held)
+        return NO_MEMORY
+    if not same_definition(account.held.terms, held.terms):
+        view_free(&account.held)
+    if not same_definition(account.owed.terms, owed.terms):
+        view_free(&account.owed)
+    account.held = held
+    account.owed = owed
+    account.outage = 0                       # a larger share owes a larger part of what was known
+    return KEEP
 
-    cdef int meet(self, const View* known, int64_t known_now_us, int64_t now_us) except -1:
-        """Charge it up to its part of what is known."""
-        cdef View part
-        cdef int status
-        roll(&self.held, now_us)
-        if view_part(&part, &self.share.terms, known, known_now_us, now_us, self.share.n, &self.rule.terms) == NO_MEMORY:
-            raise MemoryError
-        status = view_join(&self.held, &part)
-        view_free(&part)
-        if status == NO_MEMORY:
-            raise MemoryError
-        return 0
 
-    cdef int charge(self, int64_t now_us, int64_t cost) except -1:
-        """Count what is admitted: within the share, or all that comes; saturated then, a bucket at its capacity."""
-        roll(&self.held, now_us)
-        roll(&self.owed, now_us)
-        if (view_charge_other(&self.held, now_us, cost) == NO_MEMORY
-                or view_charge_other(&self.owed, now_us, cost) == NO_MEMORY):
-            raise MemoryError
-        view_audit(&self.held, now_us)
-        view_audit(&self.owed, now_us)
-        return 0
+cdef int account_meet(Account* account, Share share, const View* known, int64_t known_now_us, int64_t now_us) noexcept:
+    """Charge it up to its part of what is known."""
+    cdef View part
+    cdef int status
+    roll(&account.held, now_us)
+    if view_part(&part, &share.terms, known, known_now_us, now_us, share.n, &share.rule.terms) == NO_MEMORY:
+        return NO_MEMORY
+    status = view_join(&account.held, &part)
+    view_free(&part)
+    return status
 
-    cdef bint over(self, int64_t now_us) noexcept:
-        """Whether nothing tells it from a new account."""
-        if view_fresh_at(&self.held) > now_us:
-            return False
-        if self.owed.terms.kind == c"b" and self.owed.terms.drain_ticks == 0:
-            return self.owed.amount.level_ticks == 0
-        return view_fresh_at(&self.owed) <= now_us
 
-    cdef tuple take(self, int64_t now_us):
-        """What is owed, as `take_owed` gives it, or None; it isn't owed any more."""
-        cdef View owed
-        cdef CompiledRule rule = self.rule
-        cdef Share _share = self.share           # kept: `owed` points into it
-        cdef list ages = []
-        roll(&self.owed, now_us)
-        # Out of the account before more objects are made, which may let another thread in.
-        owed = self.owed
-        if view_derive(&self.owed, owed.terms, NULL, now_us) == NO_MEMORY:
-            self.owed = owed
-            raise MemoryError
-        try:
-            owed_ages(ages, &owed, rule, now_us)
-        finally:
-            view_free(&owed)
-        return (rule, self.key[2], chr(self.key[1]), self.tag, ages) if ages else None
+cdef int account_charge(Account* account, int64_t now_us, int64_t cost) noexcept:
+    """Count what is admitted: within the share, or all that comes; saturated then, a bucket at its capacity."""
+    roll(&account.held, now_us)
+    roll(&account.owed, now_us)
+    if (view_charge_other(&account.held, now_us, cost) == NO_MEMORY
+            or view_charge_other(&account.owed, now_us, cost) == NO_MEMORY):
+        return NO_MEMORY
+    account.newest_us = now_us
+    view_audit(&account.held, now_us)
+    view_audit(&account.owed, now_us)
+    return KEEP
 
 
 cdef int owed_ages(list ages, const View* owed, CompiledRule rule, int64_t now_us) except -1:
@@ -368,13 +341,6 @@ cdef int owed_ages(list ages, const View* owed, CompiledRule rule, int64_t now_u
     return 0
 
 
-cdef object plain(object text, char mark):
-    """The one form of a key's text; a key as it is comes as a str, or as the canonical bytes of an entry."""
-    if mark == c"=":
-        return (<bytes>text)[1:].decode() if PyBytes_Check(text) else PyUnicode_FromObject(text)
-    return text
-
-
 cdef void deny(Outcome* out, int64_t retry_us) noexcept:
     out.allowed = out.in_ticks = False
     out.remaining = 0
@@ -385,24 +351,30 @@ cdef void deny(Outcome* out, int64_t retry_us) noexcept:
 cdef class Shares:
     """What this process admits of each key on its own, by its share of the rules, and what it owes the store for that.
 
-    max_keys: accounts at most. What is over makes room; else a check that would need one more is denied, and counted in `refused`.
+    Both stand with the key's bound, and a table of bounds that is full forgets them like all the rest: the least used first.
     Used under the GIL, from any thread.
     """
 
-    def __cinit__(self, int64_t max_keys):
-        cdef Py_ssize_t places = 1
-        if max_keys < 1:
-            raise ValueError("there is room for at least one key")
-        self.max_keys = max_keys
-        while places * PLACE_KEYS < max_keys:
-            places *= 2
-        self.places = tuple([{} for _ in range(places)])
-        self.accounts = []
+    def __cinit__(self, KeyTable bounds not None, Layout layout not None):
+        self.bounds = bounds
+        self.layout = layout
         self.made = {}
         self.outage = 1                      # an account that has met nothing yet has 0
 
     def __len__(self):
-        return len(self.accounts)
+        """How many keys have an account. Counts them."""
+        cdef Py_ssize_t count = 0
+        cdef uint32_t i, j
+        for i in range(self.bounds.shard_count):
+            for j in range(self.bounds.shards[i].room):
+                if tags_of(&self.bounds.shards[i])[j]:
+                    count += (<Bound*>slot_at(&self.bounds.shards[i], j)).account != NULL
+        return count
+
+    @property
+    def owing(self):
+        """Accounts from which something may be owed."""
+        return self.bounds.owing
 
     def set_share(self, int64_t n, int64_t rank):
         """This process is the one of `rank` (from 0) among `n`. n 0: nobody knows, and nothing is admitted."""
@@ -418,40 +390,50 @@ cdef class Shares:
         """A new outage begins: at its next check each key's account is charged up to its part of what is known by then."""
         self.outage += 1
 
-    cdef int decide(self, CompiledRule rule, object text, char mark, uint32_t tag, const View* known, int64_t known_now_us,
-                    int64_t now_us, int64_t cost, int64_t retry_us, bint everything, bint consume, Outcome* out) except -1:
-        """Decide on a key and, if `consume`, count and owe what was admitted. `out` is settled: by the share's ticks.
+    cdef int decide(self, PendingDecision pending, int64_t table_us, int64_t now_us, int64_t retry_us, bint everything,
+                    Outcome* out) except -1:
+        """Decide on a check or a peek that has its hash and address; count and owe what a check is granted. `out` is settled.
 
-        known: what the store said of the key, or NULL, and known_now_us: what time it is now in the clock that it is kept in;
-        it stands in for the store, so it ages from when it came. retry_us: what a denial says that no waiting for the share
-        ends. everything: admit whatever it comes to.
+        table_us, now_us: the time in the table of bounds, and in the store. What the store said of the key stands in for it, so it
+        ages from when it came. retry_us: what a denial says that no waiting for the share ends. everything: admit whatever it
+        comes to.
         """
-        cdef View copy, held
-        cdef uint32_t expired = 0
-        cdef int64_t total = 0
-        cdef Share share
-        cdef Account stored, account
-        cdef tuple key
-        # Its table may change as soon as an object is made, which may let another thread in.
-        if known != NULL:
-            copy = known[0]
-            if copy.terms.kind == c"s":
-                copy.amount.window = window_clone(known.amount.window)
-                if copy.amount.window == NULL:
-                    raise MemoryError
+        cdef CompiledRule rule = pending.rule
+        cdef Share share = self.share_of(rule, everything), before = None
+        cdef Account* account
+        cdef Account fresh
+        cdef Bound* bound
+        cdef Shard* shard
+        cdef View held
+        cdef uint32_t index = 0, expired = 0
+        cdef int64_t total = 0, units = pending.units
+        cdef bint consume = pending.mode == CHECK, lasting
+        if share.terms.capacity == 0:
+            deny(out, retry_us)
+            return 0
+        self.bounds.terms_of(rule)           # it may run other code, which must not come later
+        # From here on no Python code runs, so that this is one step to other threads.
+        bound = self.bounds.bound_of(pending.hashed, &shard, &index)
+        account = bound.account if bound != NULL else NULL
+        lasting = account != NULL and consume
+        if not lasting:
+            if account == NULL:
+                memset(&fresh, 0, sizeof(Account))
+            elif account_twin(&fresh, account) == NO_MEMORY:
+                raise MemoryError
+            account = &fresh
         try:
-            share = self.share_of(rule, everything)
-            if share.terms.capacity == 0:
-                deny(out, retry_us)
-                return 0
-            key = (rule.name, <int>mark, plain(text, mark))
-            # From here on no Python code runs, so that this is one step to other threads.
-            stored = self.place(key).get(key)
-            account = Account.__new__(Account) if stored is None else stored if consume else stored.twin()
-            account.bring(rule, share, now_us)
+            if lasting:
+                before = <Share>account.share  # kept until the views point into another one
+            if account_bring(account, share, now_us) == NO_MEMORY:
+                raise MemoryError
+            if lasting and before is not share:
+                Py_INCREF(<PyObject*>share)
+                Py_DECREF(<PyObject*>before)
             if account.outage != self.outage:
-                if known != NULL:
-                    account.meet(&copy, known_now_us, now_us)
+                if bound != NULL and bound.heard:
+                    if account_meet(account, share, &bound.slot.view, aged_late(bound, table_us), now_us) == NO_MEMORY:
+                        raise MemoryError
                 account.outage = self.outage
             # A denial leaves the account as it was, for a clock that steps back.
             held = account.held
@@ -459,69 +441,138 @@ cdef class Shares:
                 window_live(held.amount.window, now_us - held.terms.window_us, &expired, &total)
             else:
                 view_roll(&held, now_us)
-            judge(&share.terms, &held, now_us, cost, expired, total, out)
+            judge(&share.terms, &held, now_us, units, expired, total, out)
             if everything:
                 out.allowed = True
                 out.retry_us = 0
             if consume and out.allowed:
-                if stored is None and not self.keep(account, key, tag, now_us):
-                    self.refused += 1
-                    deny(out, retry_us)
-                    return 0
-                account.charge(now_us, cost)
+                if account_charge(account, now_us, units) == NO_MEMORY:
+                    raise MemoryError
+                account.ahead_us = now_us - table_us
+                if not lasting:
+                    account = self.keep(&fresh, pending, table_us, &bound, &shard)
+                    lasting = True
+                self.bounds.note_owes(shard, bound, True)
                 held = account.held
                 total = held.amount.window.total if held.terms.kind == c"s" else 0
-                if account.index >= self.owing:
-                    self.swap(account, self.owing)
-                    self.owing += 1
             report(&share.terms, &held, now_us, total, out)
             if out.in_ticks:
                 settle(&share.terms, out)
-            if not out.allowed and cost > share.terms.capacity:
+            if not out.allowed and units > share.terms.capacity:
                 out.retry_us = retry_us
             return 0
         finally:
-            if known != NULL:
-                view_free(&copy)
+            if not lasting and fresh.share != NULL:
+                view_free(&fresh.held)
+                view_free(&fresh.owed)
+
+    cdef Account* keep(self, const Account* fresh, PendingDecision pending, int64_t table_us, Bound** bound,
+                       Shard** shard) except NULL:
+        """Have the key's bound, made where there is none, hold a new account."""
+        cdef Account* account
+        if bound[0] == NULL:
+            bound[0] = self.add_bound(pending, table_us, shard[0])
+        account = <Account*>malloc(sizeof(Account))
+        if account == NULL:
+            raise MemoryError
+        account[0] = fresh[0]
+        Py_INCREF(account.share)
+        bound[0].account = account
+        return account
+
+    cdef Bound* add_bound(self, PendingDecision pending, int64_t now_us, Shard* shard) except NULL:
+        """A bound of a key of which nothing is known."""
+        cdef Bound bound
+        memset(&bound, 0, sizeof(Bound))
+        bound.slot.hash_lo = pending.hashed.lo
+        bound.slot.hash_hi = pending.hashed.hi
+        if view_derive(&bound.slot.view, self.bounds.terms_of(pending.rule), NULL, now_us) == NO_MEMORY:
+            raise MemoryError
+        try:
+            bound.name = self.layout.name_new(pending, &bound.name_size)
+            return <Bound*>self.bounds.insert(shard, &bound.slot, now_us)
+        except BaseException:
+            free(bound.name)
+            view_free(&bound.slot.view)
+            raise
 
     def take_owed(self, Py_ssize_t most, int64_t now_us):
-        """Take what at most `most` keys owe: (rule, text, mark, tag, [(age_us, units), ...]) for each, ages at `now_us`.
+        """Take what at most `most` keys owe: (rule, name, hash, newest_age_us, [(age_us, units), ...]) for each, ages at `now_us`.
 
-        A key's units come oldest first; a bucket's as (0, ticks of the rule). There may be fewer than `most`, or none, before
-        all is taken: `owing` is 0 then. The account of the share stays.
+        A key's units come oldest first; a bucket's as (0, ticks of the rule). There may be fewer than `most`,
+        or none, before all is taken: `owing` is 0 then. What a key holds of the share stays.
         """
-        cdef Account account
+        cdef KeyTable bounds = self.bounds
         cdef list taken = []
-        while most > 0 and self.owing > 0:
-            most -= 1
-            self.owing -= 1
-            account = self.accounts[self.owing]
-            item = account.take(now_us)
-            if item is not None:
-                taken.append(item)
+        cdef uint32_t i
+        cdef int _shard, visited = 0
+        for _shard in range(bounds.shard_count):
+            if most <= 0 or bounds.owing == 0 or visited >= SHARDS_TAKEN:
+                break
+            if bounds.owing_in[self.hand]:
+                visited += 1
+                i = 0
+                # What is taken makes objects, which may let another thread in, and that may move what stands here.
+                while most > 0 and i < bounds.shards[self.hand].room and bounds.owing_in[self.hand]:
+                    if tags_of(&bounds.shards[self.hand])[i]:
+                        item = self.take(&bounds.shards[self.hand], i, now_us)
+                        if item is not None:
+                            most -= 1
+                            taken.append(item)
+                    i += 1
+                if bounds.owing_in[self.hand]:
+                    break                    # it goes on there
+            self.hand = self.hand + 1 if self.hand + 1 < bounds.shard_count else 0
         return taken
 
-    def sweep(self, int64_t now_us, Py_ssize_t count=256):
-        """Let go of the accounts that are over, among the next `count`."""
-        cdef Account account
-        for _ in range(count):
-            if not self.accounts:
-                return
-            if self.hand >= len(self.accounts):
-                self.hand = 0
-            account = self.accounts[self.hand]
-            if account.over(now_us):
-                self.drop(account)           # another one takes its place, and is looked at next
-            else:
-                self.hand += 1
+    cdef tuple take(self, Shard* shard, uint32_t index, int64_t now_us):
+        cdef Bound* bound = <Bound*>slot_at(shard, index)
+        cdef Account* account = bound.account
+        cdef Share share
+        cdef View owed
+        cdef list ages
+        if account == NULL or not account.owes:
+            return None
+        name = bound.name[:bound.name_size]
+        hashed = (bound.slot.hash_lo, bound.slot.hash_hi)
+        # Making these may have let another thread in.
+        if index >= shard.room or not tags_of(shard)[index]:
+            return None
+        bound = <Bound*>slot_at(shard, index)
+        account = bound.account
+        if bound.slot.hash_lo != hashed[0] or bound.slot.hash_hi != hashed[1] or account == NULL or not account.owes:
+            return None
+        share = <Share>account.share             # kept: `owed` points into it
+        newest_age_us = max(<int64_t>0, now_us - account.newest_us)
+        roll(&account.owed, now_us)
+        owed = account.owed
+        if view_derive(&account.owed, owed.terms, NULL, now_us) == NO_MEMORY:
+            account.owed = owed
+            raise MemoryError
+        self.bounds.note_owes(shard, bound, False)
+        ages = []
+        try:
+            owed_ages(ages, &owed, share.rule, now_us)
+        finally:
+            view_free(&owed)
+        return (share.rule, name, hashed, newest_age_us, ages) if ages else None
+
+    def sweep(self, int64_t now_us):
+        """Let go of what is over, wherever it stands. `now_us` is in the time of the table of bounds."""
+        cdef uint32_t i
+        for i in range(self.bounds.shard_count):
+            if self.bounds.shards[i].room:
+                self.bounds.rebuild(&self.bounds.shards[i], now_us)
 
     def clear(self):
-        """Forget everything: in a forked child, what is owed is its parent's to pay."""
-        cdef dict place
-        for place in self.places:
-            place.clear()
-        self.accounts.clear()
-        self.owing = 0
+        """Forget everything that was admitted here."""
+        cdef uint32_t i, j
+        cdef Shard* shard
+        for i in range(self.bounds.shard_count):
+            shard = &self.bounds.shards[i]
+            for j in range(shard.room):
+                if tags_of(shard)[j]:
+                    self.bounds.drop_account(shard, <Bound*>slot_at(shard, j))
 
     cdef Share share_of(self, CompiledRule rule, bint everything):
         cdef int64_t n = self.n, rank = self.rank
@@ -541,62 +592,35 @@ cdef class Shares:
             self.last_share = share
         return share
 
-    cdef dict place(self, tuple key):
-        return <dict>self.places[(<uint64_t>hash(key) >> 32) & <uint64_t>(len(self.places) - 1)]
-
-    cdef bint keep(self, Account account, tuple key, uint32_t tag, int64_t now_us) except -1:
-        """Take a new account in, if there is room."""
-        if len(self.accounts) >= self.max_keys:
-            self.sweep(now_us, SWEPT)
-        if len(self.accounts) >= self.max_keys:
-            return False
-        account.key = key
-        account.tag = tag
-        account.index = len(self.accounts)
-        self.accounts.append(account)
-        self.place(key)[key] = account
-        return True
-
-    cdef int swap(self, Account account, Py_ssize_t index) except -1:
-        """Put an account where another one is, and that in its place."""
-        cdef Account other = self.accounts[index]
-        other.index = account.index
-        self.accounts[other.index] = other
-        account.index = index
-        self.accounts[index] = account
-        return 0
-
-    cdef int drop(self, Account account) except -1:
-        if account.index < self.owing:
-            self.owing -= 1
-            self.swap(account, self.owing)
-        self.swap(account, len(self.accounts) - 1)
-        self.accounts.pop()
-        del self.place(account.key)[account.key]
-        return 0
-
     def _decide(self, CompiledRule rule not None, text, str mark not None, int64_t now_us, int64_t cost, *, known=None,
-                int64_t known_now_us=0, int64_t retry_us=0, bint everything=False, bint consume=True, uint32_t tag=0):
+                known_now_us=None, int64_t retry_us=0, bint everything=False, bint consume=True, uint32_t tag=0):
         """Decide, for tests. known: (rule without leases, numbers of the script's answer, cost, when it was asked).
 
-        Returns allowed, remaining, retry_us and reset_us.
+        known_now_us: the time in the table of bounds, if it isn't the store's. Returns allowed, remaining, retry_us and reset_us.
         """
-        cdef Bound bound
+        cdef PendingDecision pending = pending_for(rule, text, <char>ord(mark), tag, CHECK if consume else PEEK)
+        cdef int64_t table_us = now_us if known_now_us is None else known_now_us
+        cdef Bound* bound
+        cdef Shard* shard
+        cdef Place place
         cdef CompiledRule known_rule
         cdef int64_t[6] numbers
+        cdef uint32_t index
         cdef Outcome out
         cdef int i
-        memset(&bound, 0, sizeof(Bound))
+        pending.units = cost
+        self.bounds.locate(rule, mark == "(", pending.data, pending.size, &place)
+        pending.hashed = place.hashed
+        bound = self.bounds.bound_of(place.hashed, &shard, &index)
         if known is not None:
             known_rule, answer, known_cost, asked_us = known
             for i in range(len(answer)):
                 numbers[i] = answer[i]
-            if bound_learn(&bound, &known_rule.terms, numbers, len(answer) > 4, known_cost, asked_us, asked_us, 0) == NO_MEMORY:
+            if bound == NULL:
+                bound = self.add_bound(pending, table_us, shard)
+            if bound_learn(bound, self.bounds.terms_of(known_rule), numbers, len(answer) > 4, known_cost, asked_us, asked_us, 0) != KEEP:
                 raise MemoryError
-        try:
-            self.decide(rule, text, <char>ord(mark), tag, &bound.slot.view if known is not None else NULL, known_now_us, now_us,
-                        cost, retry_us, everything, consume, &out)
-            return out.allowed, out.remaining, out.retry_us, out.reset_us
-        finally:
-            if known is not None:
-                view_free(&bound.slot.view)
+        elif bound != NULL:
+            bound.heard = False
+        self.decide(pending, table_us, now_us, retry_us, everything, &out)
+        return out.allowed, out.remaining, out.retry_us, out.reset_us

@@ -2,11 +2,9 @@
 
 from libc.stdint cimport int64_t, uint32_t
 
-from ratethrottle._arithmetic cimport Terms
-from ratethrottle._core cimport KeyTable
+from ratethrottle._core cimport KeyTable, PendingDecision
 from ratethrottle._layout cimport Layout
 from ratethrottle._outage cimport Shares
-from ratethrottle._table cimport Hash128
 
 
 cdef class Errand:
@@ -43,7 +41,6 @@ cdef class Knowledge:
     cdef set out                             # errands that were sent and have no answer yet
     cdef list charged                        # and not looked at since
     cdef object asserting                    # an iterator over the errands that tell what is known
-    cdef dict generations                    # hash -> (generation, until_us, name, address of terms): of keys that were reset
     cdef unsigned forks
 
     cdef bint meet(self, int64_t epoch, int64_t learning_us, int64_t count, int64_t rank, int64_t now_us) except -1
@@ -57,5 +54,5 @@ cdef class Knowledge:
     cdef int take_over(self, int64_t now_us) except -1
     cdef Errand aged(self, Errand errand, int64_t now_us)
     cdef int heard(self, Errand errand) except -1
-    cdef int note_generation(self, Hash128 hashed, int64_t generation, bytes name, const Terms* terms, int64_t now_us) except -1
+    cdef int note_generation(self, PendingDecision sample, int64_t generation, int64_t server_us, int64_t now_us) except -1
     cdef bint forked(self) except -1

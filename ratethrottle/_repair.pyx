@@ -11,10 +11,10 @@ from libc.stdint cimport int64_t, uint32_t
 
 from ratethrottle._arithmetic cimport Terms, view_reach
 from ratethrottle._bound cimport Bound, bound_assertion
-from ratethrottle._core cimport CompiledRule, KeyTable
+from ratethrottle._core cimport CompiledRule, KeyTable, PendingDecision
 from ratethrottle._layout cimport Layout
 from ratethrottle._outage cimport Shares
-from ratethrottle._table cimport Hash128, Shard, slot_at, tags_of
+from ratethrottle._table cimport Shard, slot_at, tags_of
 
 from collections import deque
 from os import urandom
@@ -22,7 +22,6 @@ from os import urandom
 
 cdef enum:
     ROWS_MAX = 128                           # keys of an errand
-    GENERATIONS_MAX = 10_000
     LAPSE_US = 3_000_000                     # for so long the store counts a process that isn't heard of
     ALIKE_US = 450_000                       # two beats of half a second agree
     MANY = 1_000_000_000                     # processes: more than there ever are
@@ -42,6 +41,11 @@ cdef tuple nothing_known(const Terms* terms):
     if terms.kind == c"b":
         return -LEVEL_MAX, 0, 0
     return 0, 1, 0
+
+
+cdef int64_t reset_reach(const Terms* terms) noexcept:
+    """For how long what a key had used before a reset may matter to somebody: a bucket may owe twice its capacity."""
+    return 2 * view_reach(terms) if terms.kind == c"b" else view_reach(terms)
 
 
 cdef bint age_counts(CompiledRule rule) noexcept:
@@ -68,13 +72,12 @@ cdef class Knowledge:
     def __init__(self, KeyTable bounds not None, Layout layout not None, int64_t expected=0):
         self.bounds = bounds
         self.layout = layout
-        self.shares = Shares(bounds.max_keys)
+        self.shares = Shares(bounds, layout)
         # Of a rank that isn't known: no more than what each of them may have.
         self.shares.set_share(expected, max(expected - 1, 0))
         self.errands = deque()
         self.charged = []
         self.out = set()
-        self.generations = {}
         self.process_id = urandom(8).hex().encode()
         self.forks = bounds.forks
         self.noticed = None
@@ -93,7 +96,6 @@ cdef class Knowledge:
         self.out = set()
         self.asserting = None
         self.charged = []
-        self.shares.clear()
         return True
 
     @property
@@ -105,7 +107,7 @@ cdef class Knowledge:
     def owed(self):
         """For how many keys × rules something is left to charge, or being charged."""
         cdef Errand errand
-        return self.shares.owing + sum([len(errand.owed) for errand in (*self.errands, *self.out) if errand.owed is not None])
+        return self.bounds.owing + sum([len(errand.owed) for errand in (*self.errands, *self.out) if errand.owed is not None])
 
     cdef bint meet(self, int64_t epoch, int64_t learning_us, int64_t count, int64_t rank, int64_t now_us) except -1:
         """Take up what a beat has told. True in another epoch: the store may have lost what is known here, and is told it."""
@@ -155,8 +157,11 @@ cdef class Knowledge:
             errand = next(self.asserting, None)
             if errand is None:
                 self.asserting = None
-        while errand is None and self.shares.owing:
+        while errand is None and self.bounds.owing:
+            owing = self.bounds.owing
             owed = self.shares.take_owed(ROWS_MAX, now_us + self.ahead_us)
+            if not owed and self.bounds.owing == owing:
+                break
             if owed:
                 errand = self.charge(owed, self.process_id + urandom(8).hex().encode(), now_us)
         if errand is not None:
@@ -197,25 +202,19 @@ cdef class Knowledge:
         cdef int64_t past_us = now_us - errand.owed_us
         if errand.owed is None or past_us <= 0:
             return errand
-        return self.charge([(rule, text, mark, tag, [(age + past_us if age_counts(rule) else age, units) for age, units in ages])
-                            for rule, text, mark, tag, ages in errand.owed], errand.marker, now_us)
+        return self.charge([(rule, name, hashed, newest + past_us,
+                             [(age + past_us if age_counts(rule) else age, units) for age, units in ages])
+                            for rule, name, hashed, newest, ages in errand.owed], errand.marker, now_us)
 
     def assertions(self):
         """Errands that assert what is known, shard by shard."""
         cdef uint32_t i
         cdef list rows = []
-        cdef set told = set()
         for i in range(self.bounds.shard_count):
             rows += self.known_in(i, self.bounds.now_us())
-            if self.generations:
-                told.update([row[0] for row in rows])
             while len(rows) >= ROWS_MAX:
                 yield self.assertion(rows[:ROWS_MAX])
                 del rows[:ROWS_MAX]
-        for generation, until_us, name, address in list(self.generations.values()):
-            # That a key was reset has to be told even if nothing else is known of it.
-            if until_us > self.bounds.now_us() and name not in told:
-                rows.append((name, rule_words(<Terms*><size_t>address), generation, *nothing_known(<Terms*><size_t>address)))
         while rows:
             yield self.assertion(rows[:ROWS_MAX])
             del rows[:ROWS_MAX]
@@ -232,11 +231,18 @@ cdef class Knowledge:
                 continue
             bound = <Bound*>slot_at(shard, i)
             # What was heard in this very epoch, the store knows.
-            if bound.name == NULL or bound.epoch == self.epoch or not bound_assertion(bound, now_us, numbers):
+            if bound.name == NULL or bound.epoch == self.epoch:
                 continue
-            found = self.generations.get((bound.slot.hash_lo, bound.slot.hash_hi))
-            rows.append((bound.name[:bound.name_size], rule_words(bound.slot.view.terms), 0 if found is None else found[0],
-                         numbers[0], numbers[1], numbers[2]))
+            generation = bound.generation_us
+            if now_us + self.ahead_us - generation >= reset_reach(bound.slot.view.terms):
+                generation = 0
+            if bound_assertion(bound, now_us, numbers):
+                rows.append((bound.name[:bound.name_size], rule_words(bound.slot.view.terms), generation,
+                             numbers[0], numbers[1], numbers[2]))
+            elif generation:
+                # That a key was reset has to be told even if nothing else is known of it.
+                rows.append((bound.name[:bound.name_size], rule_words(bound.slot.view.terms), generation,
+                             *nothing_known(bound.slot.view.terms)))
         return rows
 
     cdef Errand assertion(self, list rows):
@@ -256,8 +262,8 @@ cdef class Knowledge:
         cdef list rules = list(dict.fromkeys(words))
         cdef list args = [b"charge", b"%d" % len(rules), b"%d" % len(owed), *[word for rule in rules for word in rule]]
         cdef int place = 0
-        for rule, text, mark, tag, units in owed:
-            names.append(self.layout.named(rule, text, ord(mark), tag))
+        for _, name, _, _, units in owed:
+            names.append(name)
             place += 1
             args += [b"%d" % number for number in (place, rules.index(words[place - 1]) + 1, len(units))]
             args += [b"%d" % number for pair in units for number in pair]
@@ -265,11 +271,22 @@ cdef class Knowledge:
         errand.owed, errand.owed_us, errand.marker = owed, now_us, marker
         return errand
 
-    cdef int note_generation(self, Hash128 hashed, int64_t generation, bytes name, const Terms* terms, int64_t now_us) except -1:
-        """Remember that a key was reset, for as long as somebody may know what it had used before."""
-        if len(self.generations) >= GENERATIONS_MAX and (hashed.lo, hashed.hi) not in self.generations:
-            # Of those that count the newest, and room for many: to look through them all for each that comes would stop the loop.
-            counting = [item for item in self.generations.items() if item[1][1] > now_us]
-            self.generations = dict(counting[-(GENERATIONS_MAX - GENERATIONS_MAX // 8):])
-        self.generations[hashed.lo, hashed.hi] = (generation, now_us + view_reach(terms), name, <size_t>terms)
+    cdef int note_generation(self, PendingDecision sample, int64_t generation, int64_t server_us, int64_t now_us) except -1:
+        """Remember that a key was reset, for as long as somebody may know what it had used before, and forget that here."""
+        cdef Shard* shard
+        cdef uint32_t index
+        cdef Bound* bound = self.bounds.bound_of(sample.hashed, &shard, &index)
+        cdef int64_t left_us
+        if bound == NULL:
+            bound = self.shares.add_bound(sample, now_us, shard)
+        if generation <= bound.generation_us:
+            return 0
+        left_us = reset_reach(bound.slot.view.terms) - max(<int64_t>0, server_us - generation)
+        bound.generation_us = generation
+        bound.keep_until_us = max(bound.keep_until_us, now_us + left_us)
+        bound.epoch = self.epoch
+        if bound.account != NULL and bound.account.newest_us <= generation:
+            self.bounds.drop_account(shard, bound)
+        if bound.lease_at_us - (sample.rule.lease_us if sample.rule.terms.kind == c"s" else 0) <= generation:
+            bound.lease_units = 0            # nobody counts them any more
         return 0

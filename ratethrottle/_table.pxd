@@ -4,6 +4,7 @@ Like the arithmetic, everything is inline and touches no Python object. Which ke
 decided on, stands with `KeyTable` in `_core.pyx`.
 """
 
+from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
@@ -14,8 +15,11 @@ from ratethrottle._arithmetic cimport KEEP, NO_MEMORY, Terms, View, view_free, v
 cdef extern from *:
     """
     #define RT_PREFETCH(address) __builtin_prefetch(address)
+    /* Its caller holds the GIL; what is dropped is a Share, which runs no Python code when it goes. */
+    static inline void rt_drop(PyObject *held) { Py_XDECREF(held); }
     """
     void RT_PREFETCH(const void* address) noexcept nogil
+    void rt_drop(PyObject* held) noexcept nogil
 
 
 cdef enum:
@@ -31,10 +35,21 @@ cdef struct Slot:
     uint64_t hash_hi
     View view                              # terms == NULL: amount.pair holds two views
 
-cdef struct NamedSlot:                     # of a table that can tell others what its keys are called
+cdef struct Account:                       # what a process admits of a key while the store is away: see `_outage.pyx`
+    View held                              # by the share's terms: a share of what was known, and what was admitted here
+    View owed                              # by its `owed`: what was admitted here, and not taken yet
+    PyObject* share                        # owned: the Share that both views point into
+    int64_t outage                         # the one in which it last met what was known
+    int64_t ahead_us                       # both views are kept in the store's time, which is so much ahead of the table's
+    int64_t newest_us                      # when units were last admitted, in the store's time
+    bint owes                              # it is among those that `owing_in` counts
+
+cdef struct NamedSlot:                     # of a table of bounds: a `Bound` begins as this does
     Slot slot
-    char* name                             # owned; NULL without
+    char* name                             # owned: what the key is called in the store
     size_t name_size
+    Account* account                       # owned; NULL where nothing was admitted here
+    int64_t keep_until_us                  # whatever the view holds: for a lease, or because the key was reset
 
 cdef struct Shard:                         # small, as those of a large table must stay in the cache
     uint16_t room                          # a third more than SHARD_KEYS, give or take what chance gives
@@ -152,20 +167,56 @@ cdef inline int slot_views(const Slot* slot, View* views) noexcept nogil:
     return 2
 
 
-cdef inline int64_t slot_fresh_at(const Slot* slot) noexcept nogil:
+cdef inline int64_t account_fresh_at(const Account* account) noexcept nogil:
+    """When nothing tells it from a new account, in the table's time."""
+    cdef const View* owed = &account.owed
+    cdef int64_t fresh_at_us = view_fresh_at(&account.held)
+    if owed.terms.kind != c"b" or owed.terms.drain_ticks:
+        fresh_at_us = max(fresh_at_us, view_fresh_at(owed))
+    elif owed.amount.level_ticks:
+        return <int64_t>1 << 62             # until it is taken
+    return fresh_at_us - account.ahead_us
+
+
+cdef inline void account_free(Account* account) noexcept nogil:
+    if account == NULL:
+        return
+    view_free(&account.held)
+    view_free(&account.owed)
+    rt_drop(account.share)
+    free(account)
+
+
+cdef inline int64_t named_fresh_at(const NamedSlot* named) noexcept nogil:
+    cdef int64_t fresh_at_us = max(view_fresh_at(&named.slot.view), named.keep_until_us)
+    return fresh_at_us if named.account == NULL else max(fresh_at_us, account_fresh_at(named.account))
+
+
+cdef inline int64_t slot_fresh_at(const Shard* shard, const Slot* slot) noexcept nogil:
     cdef View[2] views
+    if shard.slot_bytes != sizeof(Slot):
+        return named_fresh_at(<NamedSlot*>slot)
     if slot_views(slot, views) == 1:
         return view_fresh_at(views)
     return max(view_fresh_at(views), view_fresh_at(&views[1]))
 
 
-cdef inline int64_t slot_used_share(const Slot* slot, int64_t now_us) noexcept nogil:
-    """How much of its capacity a key has used, in 2^20ths; of two definitions the larger share."""
+cdef inline int64_t view_used_share(const View* view, int64_t now_us) noexcept nogil:
+    return (min(view_used(view, now_us), view.terms.capacity) << 20) // view.terms.capacity
+
+
+cdef inline int64_t slot_used_share(const Shard* shard, const Slot* slot, int64_t now_us) noexcept nogil:
+    """How much of its capacity a key has used, in 2^20ths; of two definitions the larger share, and of what was admitted here too."""
     cdef View[2] views
+    cdef const Account* account
     cdef int64_t share = 0
     cdef int i, count = slot_views(slot, views)
     for i in range(count):
-        share = max(share, (min(view_used(&views[i], now_us), views[i].terms.capacity) << 20) // views[i].terms.capacity)
+        share = max(share, view_used_share(&views[i], now_us))
+    account = (<NamedSlot*>slot).account if shard.slot_bytes != sizeof(Slot) else NULL
+    if account != NULL:
+        now_us = max(now_us + account.ahead_us, account.newest_us)
+        share = max(share, max(view_used_share(&account.held, now_us), view_used_share(&account.owed, now_us)))
     return share
 
 
@@ -175,6 +226,7 @@ cdef inline void slot_free(const Shard* shard, Slot* slot) noexcept nogil:
     cdef int i, count = slot_views(slot, views)
     if shard.slot_bytes != sizeof(Slot):
         free((<NamedSlot*>slot).name)
+        account_free((<NamedSlot*>slot).account)
     for i in range(count):
         view_free(&views[i])
     if slot.view.terms == NULL:
@@ -242,7 +294,7 @@ cdef inline int shard_rebuild(Shard* shard, int64_t now_us) noexcept nogil:
     cdef Shard rebuilt
     cdef uint32_t i, kept = 0
     for i in range(shard.room):
-        if tags_of(shard)[i] and slot_fresh_at(slot_at(shard, i)) > now_us:
+        if tags_of(shard)[i] and slot_fresh_at(shard, slot_at(shard, i)) > now_us:
             kept += 1
     rebuilt.used = rebuilt.hand = 0
     rebuilt.room = <uint16_t>max(<uint32_t>SHARD_ROOM_MIN, kept + kept // 3)
@@ -254,7 +306,7 @@ cdef inline int shard_rebuild(Shard* shard, int64_t now_us) noexcept nogil:
     for i in range(shard.room):
         if not tags_of(shard)[i]:
             continue
-        if slot_fresh_at(slot_at(shard, i)) > now_us:
+        if slot_fresh_at(shard, slot_at(shard, i)) > now_us:
             shard_place(&rebuilt, slot_at(shard, i))
         else:
             slot_free(shard, slot_at(shard, i))

@@ -15,7 +15,8 @@ from hypothesis import assume, example, given, note, settings
 from hypothesis import strategies as st
 
 from ratethrottle import ConfigurationError, RateThrottleRule
-from ratethrottle._core import CompiledRule
+from ratethrottle._core import CompiledRule, KeyTable
+from ratethrottle._layout import Layout
 from ratethrottle._outage import Shares
 from tests import intervals
 from tests.oracle import Account, Answer, Oracle
@@ -41,18 +42,18 @@ def share_of(rule: RateThrottleRule, n: int, rank: int) -> RateThrottleRule | No
 
 
 def shares_of(n: int, rank: int = 0, max_keys: int = 100) -> Shares:
-    shares = Shares(max_keys)
+    shares = Shares(KeyTable(max_keys, clock_us=lambda: START_US, bounds=True), Layout(b"p", 64))
     shares.set_share(n, rank)
     return shares
 
 
 def taken(shares: Shares, now_us: int, most: int = 7) -> dict[Any, list[tuple[int, int]]]:
-    """All that is owed, by key."""
+    """All that is owed, by what stands of a key's name behind its mark."""
     found: dict[Any, list[tuple[int, int]]] = {}
     while shares.owing:
         items = shares.take_owed(most, now_us)
         assert len(items) <= most
-        found |= {text: ages for _, text, _, _, ages in items}
+        found |= {name.rpartition(b"=")[2].decode(): ages for _, name, _, _, ages in items}
     return found
 
 
@@ -401,8 +402,7 @@ def test_without_a_share_and_above_it_a_check_is_denied_until_the_next_attempt(s
     assert 0 < retry_us != RETRY_US
     process.shares.set_share(0, 0)
     assert process.check(rule, START_US, 1) == denied
-    assert Shares(1)._decide(rule, "key", "=", START_US, 1, retry_us=RETRY_US) == denied
-    assert process.shares.refused == 0
+    assert shares_of(0)._decide(rule, "key", "=", START_US, 1, retry_us=RETRY_US) == denied
 
 
 def test_a_bucket_with_a_burst_but_no_rate_to_share_is_denied() -> None:
@@ -426,7 +426,7 @@ def test_a_rate_that_no_rule_of_its_own_could_have_is_rounded_down() -> None:
 @example(rule=RateThrottleRule("rule", 10**9, 86_400), seed=160)  # more than can be counted, of which the oldest has left
 def test_allow_admits_everything_and_owes_it_up_to_what_can_be_counted(rule: RateThrottleRule, seed: int) -> None:
     note(f"seed {seed}")
-    rng, shares, now_us, log = random.Random(seed), Shares(5), START_US, Counter[int]()
+    rng, shares, now_us, log = random.Random(seed), shares_of(0), START_US, Counter[int]()
     compiled, window = rule.compiled, rule.window_us
     for _ in range(100):
         now_us += rng.randrange(max(2, window // 20))
@@ -461,7 +461,7 @@ def test_what_is_known_counts_the_less_the_older_it_is() -> None:
     rule = RateThrottleRule("rule", 10, 10, strategy="token_bucket").compiled
     known: Known = (rule, [0, 10 * rule.unit_ticks], 1, 5_000_000)
     for age_s, left in ((0, 0), (1, 0), (2, 1), (5, 2), (10, 5), (100, 5)):
-        at = 5_000_000 + age_s * 1_000_000
+        at = 5_000_000 + age_s * 1_000_000 * 64 // 63 + 1  # a 64th of it may be how much faster this clock is
         found = shares_of(2)._decide(rule, "key", "=", START_US, 1, known=known, known_now_us=at, consume=False)
         assert found[1] == left
 
@@ -472,34 +472,53 @@ def test_a_window_known_by_a_clock_that_is_a_little_off_is_the_nearest_one(into_
     assert START_US % 10**6 == 0
     # The store said how far into its window it was; here it is a quarter of a window.
     known: Known = (rule, [0, 6, 250_000 - into_us], 1, 0)
-    assert shares_of(2)._decide(rule, "key", "=", START_US + 250_000, 1, known=known, consume=False)[1] == left
+    found = shares_of(2)._decide(rule, "key", "=", START_US + 250_000, 1, known=known, known_now_us=0, consume=False)
+    assert found[1] == left
 
 
-def test_a_full_table_admits_nobody_it_could_not_account_for_until_an_account_is_over() -> None:
-    shares, rule = shares_of(1, max_keys=20), RateThrottleRule("rule", 5, 1).compiled
-    for key in range(20):
-        assert shares._decide(rule, f"key {key}", "=", START_US + key, 1)[0]
-    assert shares._decide(rule, "one more", "=", START_US + 100, 1, retry_us=RETRY_US) == (False, 0, RETRY_US, RETRY_US)
-    assert shares._decide(rule, "key 7", "=", START_US + 100, 1)[0]
-    assert (len(shares), shares.refused, shares.owing) == (20, 1, 20)
-    assert len(taken(shares, START_US + 100)) == 20
-    assert not shares._decide(rule, "one more", "=", START_US + 100, 1)[0]
-    assert shares._decide(rule, "one more", "=", START_US + 1_000_002, 1)[0]
-    assert len(shares) <= 20
+def table_of(max_keys: int, n: int = 1) -> tuple[Shares, KeyTable]:
+    bounds = KeyTable(max_keys, bounds=True)
+    shares = Shares(bounds, Layout(b"p", 64))
+    shares.set_share(n, 0)
+    return shares, bounds
+
+
+@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_full_table_denies_nobody_for_it_and_counts_what_it_forgets(strategy: str, everything: bool) -> None:
+    (shares, bounds), rule = table_of(20), make_rule(strategy, 5, 1_000_000, 5).compiled
     for key in range(1000):
-        assert shares._decide(rule, f"later {key}", "=", START_US + 10**7 * (key + 1), 1)[0]
-    assert (len(shares) <= 20, shares.refused) == (True, 2)
-    shares.sweep(START_US + 10**11)
-    assert (len(shares), shares.owing) == (0, 0)
+        assert shares._decide(rule, f"key {key}", "=", START_US, 1, everything=everything)[0]
+        assert len(shares) == len(bounds) == shares.owing == min(key + 1, 20)
+    assert bounds.evictions == 980
+    assert sum(units for ages in taken(shares, START_US).values() for _, units in ages) == 20 * max(1, rule.unit_ticks)
+    assert (len(shares), shares.owing) == (20, 0)
+
+
+def test_what_has_used_most_outlives_a_flood_of_keys() -> None:
+    (shares, _), rule = table_of(100), make_rule("fixed_window", 5, 1_000_000, 5).compiled
+    assert shares._decide(rule, "busy", "=", START_US, 5)[0]
+    for key in range(1000):
+        assert shares._decide(rule, f"key {key}", "=", START_US, 1)[0]
+    assert not shares._decide(rule, "busy", "=", START_US, 1)[0]
+    assert taken(shares, START_US)["busy"] == [(0, 5)]
+
+
+def test_what_is_over_makes_room_before_anything_is_forgotten() -> None:
+    (shares, bounds), rule = table_of(2000), RateThrottleRule("rule", 5, 1).compiled
+    for second in range(5):
+        for key in range(2000):
+            assert shares._decide(rule, f"key {second} {key}", "=", START_US + second * 10**7, 1)[0]
+    assert (len(bounds), bounds.evictions) == (2000, 0)
 
 
 def test_a_larger_share_owes_a_larger_part_of_what_is_known() -> None:
     rule = RateThrottleRule("rule", 100, 60, strategy="fixed_window").compiled
     known: Known = (rule, [0, 60, 0], 1, 0)
     shares = shares_of(10)
-    assert shares._decide(rule, "key", "=", START_US, 1, known=known)[:2] == (True, 3)
+    assert shares._decide(rule, "key", "=", START_US, 1, known=known, known_now_us=0)[:2] == (True, 3)
     shares.set_share(2, 0)
-    assert shares._decide(rule, "key", "=", START_US, 1, known=known)[:2] == (True, 19)
+    assert shares._decide(rule, "key", "=", START_US, 1, known=known, known_now_us=0)[:2] == (True, 19)
 
 
 def test_a_bucket_that_drained_owes_nothing_but_one_that_may_not_drain_does() -> None:
@@ -521,7 +540,7 @@ def test_peeks_and_denials_make_no_account() -> None:
     assert (len(shares), shares.owing) == (0, 0)
 
 
-def test_a_key_is_one_account_in_any_form_and_comes_back_as_it_stands_in_redis() -> None:
+def test_a_key_is_one_account_in_any_form_and_is_called_as_in_redis() -> None:
     class Text(str):
         __slots__ = ()
 
@@ -532,13 +551,15 @@ def test_a_key_is_one_account_in_any_form_and_comes_back_as_it_stands_in_redis()
     shares._decide(rule, b"(i5 ", "(", START_US, 1, tag=4)
     shares._decide(rule, b"5" * 32, "#", START_US, 1, tag=5)
     shares._decide(other, "5" * 32, "=", START_US, 1, tag=5)
-    assert len(shares) == 5 - 1
-    assert sorted(shares.take_owed(10, START_US), key=lambda item: item[2:]) == [
-        (rule, b"5" * 32, "#", 5, [(0, 1)]),
-        (rule, b"(i5 ", "(", 4, [(0, 1)]),
-        (rule, "ключ", "=", 3, [(0, 3)]),
-        (other, "5" * 32, "=", 5, [(0, 1)]),
-    ]
+    assert len(shares) == 4
+    found = shares.take_owed(10, START_US + 7)
+    assert {(name, newest_us): ages for _, name, _, newest_us, ages in found} == {
+        (b"p:{5}:rule:#" + b"5" * 32, 7): [(7, 1)],
+        (b"p:{4}:rule:(i5 ", 7): [(7, 1)],
+        ("p:{3}:rule:=ключ".encode(), 7): [(7, 3)],
+        (b"p:{5}:other:=" + b"5" * 32, 7): [(7, 1)],
+    }
+    assert {(item[0].kind, item[0].limit, item[0].window_us) for item in found} == {("s", 5, 1_000_000)}
 
 
 def test_a_rule_that_was_pickled_is_the_same_to_an_account() -> None:
@@ -560,30 +581,30 @@ def test_a_child_forgets_what_its_parent_owes() -> None:
 @pytest.mark.parametrize(("n", "rank"), [(0, 1), (2, 2), (-1, 0), (3, -1)])
 def test_a_rank_is_one_of_those_there_are(n: int, rank: int) -> None:
     with pytest.raises(ValueError, match="rank is from 0"):
-        Shares(1).set_share(n, rank)
+        shares_of(1).set_share(n, rank)
 
 
 def test_accounts_come_and_go_in_any_order_and_none_is_lost() -> None:
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")
-    rng, shares, rule = random.Random(seed), shares_of(1, max_keys=5000), RateThrottleRule("rule", 3, 1).compiled
+    rng, rule = random.Random(seed), RateThrottleRule("rule", 3, 1).compiled
+    shares, bounds = table_of(5000)
     now_us, owed = START_US, Counter[str]()
     for _ in range(30_000):
         now_us += rng.randrange(100)
         key, what = f"key {rng.randrange(4000)}", rng.random()
         if shares._decide(rule, key, "=", now_us, 1)[0]:
             owed[key] += 1
-        if what < 0.01:
-            shares.sweep(now_us, rng.randrange(50))
+        if what < 0.001:
+            shares.sweep(now_us)
         elif what < 0.02:
-            for _, text, _, _, ages in shares.take_owed(rng.randrange(300), now_us):
-                assert isinstance(text, str)
-                assert sum(units for _, units in ages) <= owed.pop(text), f"seed {seed}"
-        assert shares.owing <= len(shares) <= 4000
+            for _, name, _, _, ages in shares.take_owed(rng.randrange(300), now_us):
+                assert sum(units for _, units in ages) <= owed.pop(name.rpartition(b"=")[2].decode()), f"seed {seed}"
+        assert shares.owing <= len(bounds) <= 4000
     late = now_us + 2 * 10**6
-    for _ in range(200):
-        shares.sweep(late)
-    assert (len(shares), shares.owing, shares.refused) == (0, 0, 0)
+    shares.sweep(late)
+    assert (len(shares), len(bounds), shares.owing, bounds.evictions) == (0, 0, 0, 0)
+    assert bounds.size_bytes < 10_000
 
 
 def test_what_is_known_of_a_slower_rule_has_drained_by_its_rate() -> None:
