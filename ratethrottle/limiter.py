@@ -28,6 +28,7 @@ OPTIONS: Final[Mapping[str, tuple[str, str, str, str]]] = MappingProxyType(
         "on_full": ("memory", '"evict"', "", '"evict" or "deny"'),
         "prefix": ("redis", '"ratethrottle"', "", "1 to 64 characters without spaces and braces"),
         "deadline": ("redis", "0.25", "seconds", "0.005 to 60"),
+        "connect_timeout": ("redis", "None", "seconds", "0.005 to 60; None: 5, or the client's socket_connect_timeout if longer"),
         "tags": ("redis", "64", "hash tags", "1 to 16,384"),
         "connections": ("redis", "1", "connections", "1 to 8"),
         "max_waiting": ("redis", "100,000", "checks", "1 to 1,000,000"),
@@ -58,11 +59,12 @@ class Request:
 class RateThrottleCore(Limiter):
     """Decides who may do what now. Keeps its state in `storage` (default: `InMemoryStorage`).
 
-    Use it from any number of tasks. `async with` is optional: it closes the limiter at its end. Nothing connects before the first check.
+    Use it from any number of tasks. `async with` is optional: it connects, waits for that up to `connect_timeout`, and closes the
+    limiter at its end. Without it, nothing connects before the first check.
     A storage that was passed in is closed too, but never the Redis client that the storage was made from.
 
-    require_storage: with True `async with` waits for the storage, and raises StorageError when it doesn't answer within its
-    deadline, under each outage policy; the limiter isn't closed by that, so that it can be entered again.
+    require_storage: with True `async with` raises StorageError when the storage doesn't answer, under each outage policy; the
+    limiter isn't closed by that, so that it can be entered again.
 
     Raises ConfigurationError.
     """
@@ -200,6 +202,7 @@ def create_limiter(
     | on_full | memory | "evict" | | "evict" or "deny" |
     | prefix | redis | "ratethrottle" | | 1 to 64 characters without spaces and braces |
     | deadline | redis | 0.25 | seconds | 0.005 to 60 |
+    | connect_timeout | redis | None | seconds | 0.005 to 60; None: 5, or the client's socket_connect_timeout if longer |
     | tags | redis | 64 | hash tags | 1 to 16,384 |
     | connections | redis | 1 | connections | 1 to 8 |
     | max_waiting | redis | 100,000 | checks | 1 to 1,000,000 |

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 from collections.abc import Callable, Iterator
 
 import fakeredis
@@ -63,3 +65,17 @@ def script_client(request: pytest.FixtureRequest) -> redis.Redis:
         client: redis.Redis = request.getfixturevalue("redis_client")
         return client
     return fakeredis.FakeRedis(server=request.getfixturevalue("fake_server"))
+
+
+@pytest.fixture
+def black_hole() -> Iterator[tuple[str, int]]:
+    """An address where connecting itself never ends: a listener whose queue is full."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(3):
+            client = stack.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(listener.getsockname())
+        yield listener.getsockname()

@@ -357,15 +357,16 @@ async def test_cancelled_checks_swap_no_replies(redis_url: str) -> None:
 
 
 async def test_a_check_cancelled_before_it_was_sent_costs_nothing(redis_server: RedisServer) -> None:
-    async with create_limiter("redis", redis_url=redis_server.url, rules=[MANY], deadline=5) as limiter:
-        task = asyncio.ensure_future(limiter.check("user"))
-        await asyncio.sleep(0)
-        assert not line_of(limiter)._open
-        assert line_of(limiter)._waiting_count == 1
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        assert line_of(limiter)._waiting_count == 0
-        assert (await limiter.peek("user")).remaining == 1_000_000
+    limiter = create_limiter("redis", redis_url=redis_server.url, rules=[MANY], deadline=5)
+    task = asyncio.ensure_future(limiter.check("user"))
+    await asyncio.sleep(0)
+    assert not line_of(limiter)._open
+    assert line_of(limiter)._waiting_count == 1
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert line_of(limiter)._waiting_count == 0
+    assert (await limiter.peek("user")).remaining == 1_000_000
+    await limiter.aclose()
 
 
 async def test_past_the_bound_of_the_queue_a_call_fails_at_once(redis_url: str) -> None:

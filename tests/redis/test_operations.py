@@ -202,13 +202,15 @@ async def test_a_required_storage_that_is_not_there_is_an_error_at_the_start_and
         server.close()
 
 
-async def test_a_required_storage_that_says_nothing_is_an_error_within_the_deadline() -> None:
+async def test_a_required_storage_that_says_nothing_is_an_error_once_an_attempt_has_had_its_time() -> None:
     with RedisServer() as server:
         server.pause()
-        limiter = create_limiter("redis", redis_url=server.url, deadline=0.2, require_storage=True)
+        limiter = create_limiter("redis", redis_url=server.url, deadline=0.2, connect_timeout=0.7, require_storage=True)
+        began_s = time.monotonic()
         async with asyncio.timeout(2):
-            with pytest.raises(StorageUnavailable, match=r"within 0\.2 s"):
+            with pytest.raises(StorageUnavailable, match=r"within 0\.7 s"):
                 await limiter.__aenter__()
+        assert time.monotonic() - began_s >= 0.69
         server.resume()
         await limiter.aclose()
 
@@ -230,10 +232,8 @@ async def test_without_that_a_service_starts_while_redis_is_away() -> None:
 
 
 async def test_the_statistics_of_a_process(redis_server: RedisServer) -> None:
-    async with (
-        Relay(redis_server.socket) as relay,
-        create_limiter("redis", redis_url=relay.url, rules=[RULE], deadline=5, max_bounds=1_000) as limiter,
-    ):
+    async with Relay(redis_server.socket) as relay:
+        limiter = create_limiter("redis", redis_url=relay.url, rules=[RULE], deadline=5, max_bounds=1_000)
         assert limiter.statistics() == Statistics()
         await limiter.check("user:0")
         first = limiter.statistics()
@@ -248,6 +248,7 @@ async def test_the_statistics_of_a_process(redis_server: RedisServer) -> None:
         lost = limiter.statistics()
         assert (lost.connections, lost.waiting, lost.in_flight) == (0, 0, 0)
         assert lost.entries > 1
+        await limiter.aclose()
 
 
 async def test_a_check_that_waits_for_a_connection_is_counted() -> None:
@@ -257,12 +258,13 @@ async def test_a_check_that_waits_for_a_connection_is_counted() -> None:
 
     async with await asyncio.start_server(silent, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
-        async with create_limiter("redis", redis_url=f"redis://127.0.0.1:{port}", rules=[RULE], deadline=0.2) as limiter:
-            checks = [asyncio.ensure_future(limiter.check(f"user:{number}")) for number in range(7)]
-            await asyncio.sleep(0.01)
-            assert limiter.statistics().waiting == 7
-            await asyncio.gather(*checks, return_exceptions=True)
-            assert limiter.statistics().waiting == 0
+        limiter = create_limiter("redis", redis_url=f"redis://127.0.0.1:{port}", rules=[RULE], deadline=0.2)
+        checks = [asyncio.ensure_future(limiter.check(f"user:{number}")) for number in range(7)]
+        await asyncio.sleep(0.01)
+        assert limiter.statistics().waiting == 7
+        await asyncio.gather(*checks, return_exceptions=True)
+        assert limiter.statistics().waiting == 0
+        await limiter.aclose()
 
 
 def test_counts_go_on_when_loops_come_and_go(redis_server: RedisServer) -> None:
@@ -323,6 +325,10 @@ async def test_the_user_that_the_page_proposes_can_do_all_that_is_needed() -> No
     with RedisServer("--user", *proposed_user()) as server, server.client() as client:
         server.grow_old()  # then the script changes states in place
         told: list[events.Event] = []
+
+        async def told_of(kind: str) -> bool:
+            return any(event.kind == kind for event in told)
+
         url = f"redis://limiter:password@127.0.0.1:{server.port}/0?client_name=app"
         storage = RedisStorage.from_url(url, deadline=2, expected_processes=1)
         async with RateThrottleCore(storage, rules=rules, require_storage=True) as limiter:
@@ -337,6 +343,7 @@ async def test_the_user_that_the_page_proposes_can_do_all_that_is_needed() -> No
                 loses()
                 if loses == server.stop:
                     assert (await limiter.check("another", rule="r")).source == "outage"
+                    await until(lambda: told_of("outage_began"))
                     server.start()
                 await until(lambda: asked(limiter))
                 await use(limiter, rules)

@@ -53,8 +53,9 @@ async def test_without_redis_the_policy_decides(options: dict[str, Any], expecte
 async def test_who_denies_for_want_of_a_number_says_so() -> None:
     for options, silent in (({}, False), ({"expected_processes": 2}, True), ({"on_outage": "deny"}, True)):
         told: list[Event] = []
-        async with limiter_of(f"redis://127.0.0.1:{free_port()}", **options) as limiter:
-            limiter.on_event(told.append)
+        limiter = limiter_of(f"redis://127.0.0.1:{free_port()}", **options)
+        limiter.on_event(told.append)
+        async with limiter:
             await limiter.check("user")
         assert ("expected_processes" not in str(told[0])) == silent
 
@@ -124,8 +125,9 @@ async def test_a_redis_that_comes_late_is_taken_up() -> None:
     server = RedisServer()
     try:
         told: list[Event] = []
-        async with limiter_of(server.url, expected_processes=1) as limiter:
-            limiter.on_event(told.append)
+        limiter = limiter_of(server.url, expected_processes=1)
+        limiter.on_event(told.append)
+        async with limiter:
             assert (await limiter.check("user")).source == "outage"
             server.start()
             assert await until(lambda: served(limiter)) < 1.2
@@ -498,7 +500,7 @@ async def test_a_storage_takes_options_by_either_way() -> None:
 async def test_clearing_a_prefix_leaves_others_alone_and_waits_for_nobody_for_ever() -> None:
     with RedisServer() as server, server.client() as client:
         client.set("theirs", "1")
-        storage = RedisStorage.from_url(server.url, prefix="a*", deadline=0.2)
+        storage = RedisStorage.from_url(server.url, prefix="a*", deadline=0.2, connect_timeout=0.5)
         async with RateThrottleCore(storage, rules=[RULE]) as limiter:
             await limiter.check("user")
             client.set("ab:theirs", "1")

@@ -105,8 +105,9 @@ def never(words: list[bytes]) -> None:
 async def refused_at_once(url: str, *, within_s: float = 2.0, **options: Any) -> tuple[str, list[Event]]:
     """Check three times under the policy that would hide it; returns what the error says, and the events."""
     told: list[Event] = []
-    async with create_limiter("redis", redis_url=url, rules=[RULE], deadline=2, on_outage="allow", **options) as limiter:
-        limiter.on_event(told.append)
+    limiter = create_limiter("redis", redis_url=url, rules=[RULE], deadline=2, on_outage="allow", **options)
+    limiter.on_event(told.append)  # before anything connects
+    async with limiter:
         began_s = time.monotonic()
         for _ in range(3):
             with pytest.raises(StorageRefused) as refused:
@@ -240,10 +241,8 @@ async def test_an_error_that_nobody_knows_is_a_refusal_once_it_has_come_three_ti
     redis_server: RedisServer, command: bytes
 ) -> None:
     """Until then it may be anything, and the policy decides; another answer ends it."""
-    async with (
-        Filter(redis_server.socket, lambda said: "ERR zwölf".encode() if said[0] == command else None) as proxy,
-        create_limiter("redis", redis_url=proxy.url, rules=[RULE], deadline=1, on_outage="allow") as limiter,
-    ):
+    async with Filter(redis_server.socket, lambda said: "ERR zwölf".encode() if said[0] == command else None) as proxy:
+        limiter = create_limiter("redis", redis_url=proxy.url, rules=[RULE], deadline=1, on_outage="allow")
         told: list[Event] = []
         limiter.on_event(told.append)
         assert (await limiter.check("user")).source == "outage"
@@ -261,8 +260,9 @@ async def test_an_error_that_nobody_knows_is_a_refusal_once_it_has_come_three_ti
             await limiter.check("user")
         proxy.refuses = never
         await until(lambda: served(limiter))
-        assert (await limiter.check("user")).source == "redis"
+        assert (await limiter.check("another")).source == "redis"
         assert [event.kind for event in told] == ["outage_began", "refused", "outage_ended"]
+        await limiter.aclose()
 
 
 async def test_a_call_that_is_answered_with_the_same_error_again_and_again_is_refused(redis_server: RedisServer) -> None:
@@ -358,8 +358,9 @@ async def test_a_server_without_room_for_another_client_says_so_and_heals(passwo
 async def test_an_outage_says_what_the_system_said() -> None:
     async def outage_of(url: str) -> str:
         told: list[Event] = []
-        async with create_limiter("redis", redis_url=url, rules=[RULE], deadline=2, on_outage="raise") as limiter:
-            limiter.on_event(told.append)
+        limiter = create_limiter("redis", redis_url=url, rules=[RULE], deadline=2, on_outage="raise")
+        limiter.on_event(told.append)
+        async with limiter:
             with pytest.raises(StorageUnavailable) as away:
                 await limiter.check("user")
         assert str(away.value) in told[0].message

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import gc
 import inspect
-import socket
 import time
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -115,20 +114,6 @@ class FakeSentinel:
                         b"*3\r\n$9\r\nsubscribe\r\n$14\r\n+switch-master\r\n:1\r\n" if b"SUBSCRIBE" in asked else self.reply
                     )
         writer.transport.abort()
-
-
-@pytest.fixture
-def black_hole() -> Iterator[Address]:
-    """An address where connecting itself never ends: a listener whose queue is full."""
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.socket())
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        for _ in range(3):
-            client = stack.enter_context(socket.socket())
-            client.setblocking(False)
-            client.connect_ex(listener.getsockname())
-        yield listener.getsockname()
 
 
 # Discovery

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from ratethrottle import RedisStorage, create_limiter
 from ratethrottle.errors import ConfigurationError
 from ratethrottle.storage.redis.settings import Settings
 from ratethrottle.storage.redis.urls import client_of
+from tests.redis.certificates import make_certificates
 
 
 def settings(url: str | None, **more: Any) -> Settings:
@@ -41,17 +43,42 @@ def test_a_sentinel_url_says_it_all() -> None:
         assert one._kwargs.get("db", 0) == 0
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("valkey://service:p%40ss@one:7/3?client_name=us", "redis://service:p%40ss@one:7/3?client_name=us"),
+        ("valkeys://:secret@one/2", "rediss://:secret@one/2"),
+        ("valkey+sentinel://:secret@one:1,two/m/3", "redis+sentinel://:secret@one:1,two/m/3"),
+        ("valkeys+sentinel://one/m", "rediss+sentinel://one/m"),
+    ],
+)
+def test_valkeys_own_schemes_say_the_same(theirs: str, ours: str) -> None:
+    for one, other in zip(
+        (settings(theirs), *settings(theirs).sentinels), (settings(ours), *settings(ours).sentinels), strict=True
+    ):
+        assert one._class is other._class
+        names = one._kwargs.keys() - {"retry"}
+        assert {name: one._kwargs[name] for name in names} == {name: other._kwargs[name] for name in names}
+    made = settings("redis:///0", sentinels=["one"], master_name="m")._kwargs
+    assert settings("valkey:///0", sentinels=["one"], master_name="m")._kwargs.keys() == made.keys()
+
+
 def test_without_credentials_of_their_own_sentinels_get_none() -> None:
     [sentinel] = settings("redis+sentinel://service:secret@one/mymaster").sentinels
     assert not sentinel._kwargs.get("username")
     assert not sentinel._kwargs.get("password")
 
 
-def test_with_tls_sentinels_and_nodes_are_both_secured() -> None:
-    made = settings("rediss+sentinel://:secret@one:1/mymaster?ssl_ca_certs=/ca.pem&ssl_check_hostname=false")
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
+    return tuple(make_certificates(tmp_path_factory.mktemp("tls")))
+
+
+def test_with_tls_sentinels_and_nodes_are_both_secured(certificates: tuple[Path, ...]) -> None:
+    made = settings(f"rediss+sentinel://:secret@one:1/mymaster?ssl_ca_certs={certificates[2]}&ssl_check_hostname=false")
     for one in (made, *made.sentinels):
         assert one._class is redis.asyncio.SSLConnection
-        assert one._kwargs["ssl_ca_certs"] == "/ca.pem"
+        assert one._kwargs["ssl_ca_certs"] == str(certificates[2])
         assert one._kwargs["ssl_check_hostname"] is False
 
 
@@ -99,7 +126,12 @@ def test_with_the_options_the_url_has_no_host() -> None:
         ("redis+sentinel://" + ",".join(f"a{n}" for n in range(33)) + "/m", "1 to 32"),
         ("redis+sentinel://a:1/m?sentinel_pasword=pa55word", "did you mean 'sentinel_password'"),
         ("redis+sentinel://a:1/m?ssl_ca_certs=x", "belong to rediss"),
-        ("redis+sentinel://a:1/m?db=pa55word", "wrong kind"),
+        ("redis+sentinel://a:1/m?db=pa55word", "has db with a value of the wrong kind; it is a number"),
+        ("valkey+sentinel://a:1/m?socket_timeout=pa55word", "has socket_timeout with a value of the wrong kind"),
+        ("rediss://a?ssl_min_version=TLSv1.2", "it is 771 for TLS 1.2, or 772 for TLS 1.3"),
+        ("valkeys://a?ssl_include_verify_flags=pa55word", "names of ssl.VerifyFlags"),
+        ("valkey://localhost/pa55word", "no valid URL"),
+        ("valkeyss://localhost", "valkey and valkeys stand for redis and rediss"),
         ("redis+sentinel://a:1/m?host=pa55word", "doesn't exist"),
         ("rediss+sentinel://a:1/m?ssl_ca_cert=x", "did you mean 'ssl_ca_certs'"),
         ("redis+sentinels://a:1/m", "must begin with"),

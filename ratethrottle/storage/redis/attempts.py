@@ -1,4 +1,9 @@
-"""When to connect: at once after a loss, and while Redis is away at most twice a second in this process."""
+"""When to connect: at once after a loss, while Redis is away at most twice a second in this process, and less often when it stays away.
+
+For the first seconds of an outage nothing is gained by waiting longer: an attempt that is refused costs next to nothing, and Redis is
+taken up within half a second. Later, and from the start where an attempt costs somebody a token, attempts get rarer, up to EVERY_MOST_S.
+Those of all processes fall together all the same: a rarer turn is one of the more frequent ones.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +23,10 @@ from ratethrottle.storage.redis.replies import Repeated
 # the time that the store leaves them to tell what they know, and yet don't knock at the very same moment.
 EVERY_S = 0.5
 JITTER_S = 0.1
+# Seconds that an outage has lasted, and how many there are between two attempts from then on.
+RARER: tuple[tuple[float, float], ...] = ((45.0, 10.0), (25.0, 2.0), (15.0, 1.0))
+EVERY_MOST_S = 10.0
+ROUNDING_S = 0.005
 
 
 class Connected(Protocol):
@@ -40,28 +49,43 @@ class Attempts:
         self.repeated = Repeated()  # error replies that come back
         self._open: weakref.WeakSet[Connected] = weakref.WeakSet()
         self._jitter_s = random.random() * JITTER_S  # noqa: S311  # no secret
-        self._failing = False
+        self._failing_since_s: float | None = None
+        self._costly = 0  # attempts in a row that failed and had asked for credentials
+        self._every_s = EVERY_S  # between two turns
         self._next_s = 0.0  # the turn that was taken last, by the monotonic clock
         self._waiting: set[Callable[[], None]] = set()
         self._losses: deque[float] = deque(maxlen=2)
 
+    def began(self) -> None:
+        """Count an attempt."""
+        self.count += 1
+
     def wait_s(self) -> float:
         """Take the next turn; returns how many seconds away it is."""
-        self.count += 1
-        if not self._failing:
+        if self._failing_since_s is None:
             return 0.0
         now_s = time.monotonic()
         last_s = max(now_s, self._next_s)  # another line's turn, if that is still to come
+        lasts_s = now_s - self._failing_since_s
+        self._every_s = next((every_s for from_s, every_s in RARER if lasts_s >= from_s), EVERY_S)
         # By the wall clock, which processes share; but what is kept isn't, or a clock that is set back would make us wait as long.
         phase_s = time.time() - now_s - self._jitter_s
-        slot = int((last_s + phase_s) / EVERY_S + 0.01) + 1  # the last turn is itself such an instant, but for rounding
-        self._next_s = slot * EVERY_S - phase_s
+        # The last turn is itself such an instant, but for rounding.
+        slot = int((last_s + phase_s + ROUNDING_S) / self._every_s) + 1
+        self._next_s = slot * self._every_s - phase_s
+        if self._costly > 1:
+            # For the sake of whoever gives out the credentials: he had better not be asked by all processes at the same moment.
+            most_s = min(EVERY_S * 2.0 ** min(self._costly - 1, 10), EVERY_MOST_S)
+            self._next_s = max(self._next_s, last_s + most_s * random.uniform(0.5, 1.0))  # noqa: S311  # no secret
+            self._every_s = max(self._every_s, most_s)
         return self._next_s - now_s
 
     def until_next_s(self) -> float:
         """How many seconds it is until the next turn: before that it isn't worth asking again."""
         now_s = time.monotonic()
-        return min(self._next_s - now_s, EVERY_S) if self._failing and self._next_s > now_s else EVERY_S
+        if self._failing_since_s is None or self._next_s <= now_s:
+            return EVERY_S
+        return min(self._next_s - now_s, self._every_s)
 
     @property
     def full(self) -> bool:
@@ -77,21 +101,24 @@ class Attempts:
         """Take note that it has none any more."""
         self._open.discard(line)
 
-    def failed(self) -> None:
-        """There is no connection, or Redis doesn't serve us on it."""
-        self._failing = True
+    def failed(self, *, costly: bool = False) -> None:
+        """There is no connection, or Redis doesn't serve us on it. costly: credentials were asked for."""
+        if self._failing_since_s is None:
+            self._failing_since_s = time.monotonic()
+        self._costly += costly
 
     def lost(self) -> None:
         """Take note that a connection was lost. That may happen; twice in a second it is no better than no connection."""
         now_s = time.monotonic()
         self._losses.append(now_s)
         if len(self._losses) == 2 and now_s - self._losses[0] < 2 * EVERY_S:
-            self._failing = True
+            self.failed()
 
     def succeeded(self) -> None:
         """Redis has answered: who waits for a turn needn't."""
-        if self._failing:
-            self._failing = False
+        self._costly = 0
+        if self._failing_since_s is not None:
+            self._failing_since_s = None
             self._next_s = 0.0
             for hurry in list(self._waiting):
                 hurry()

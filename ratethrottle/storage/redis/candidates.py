@@ -5,37 +5,38 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import redis
 from redis.asyncio.connection import AbstractConnection
 
 from ratethrottle.errors import StorageRefused, StorageUnavailable
-from ratethrottle.storage.redis.settings import Address, Settings, close
+from ratethrottle.storage.redis.greeting import Reached, first, load
+from ratethrottle.storage.redis.settings import Address, Ask, Settings, close
 from ratethrottle.storage.redis.tasks import own_task
 
+ROLE = (b"ROLE",)
 
-async def open_master(settings: Settings, address: Address) -> AbstractConnection:
+
+async def open_master(settings: Settings, address: Address) -> Reached:
     """Open a connection to a server that says it is a master. Raises redis-py's errors, OSError and StorageUnavailable."""
-    connection = await settings.connect(address)
-    try:
-        role = await role_of(connection)
-    except BaseException:
-        await close(connection)
-        raise
-    if role == b"master":
-        return connection
-    await close(connection)
-    kind = {b"slave": "a replica", b"sentinel": "a sentinel"}.get(role, "something else")
-    raise StorageUnavailable(f"the sentinels name {spelled(address)} as the master, but it says that it is {kind}")
+
+    async def check_role(connection: AbstractConnection, replies: list[Any], ask: Ask) -> Reached:
+        role = role_of(replies[0])
+        if role != b"master":
+            kind = {b"slave": "a replica", b"sentinel": "a sentinel"}.get(role, "something else")
+            raise StorageUnavailable(f"the sentinels name {spelled(address)} as the master, but it says that it is {kind}")
+        return await load(connection, replies[1:], ask)
+
+    return await settings.reach((ROLE, *first()), check_role, address)
 
 
-async def role_of(connection: AbstractConnection) -> bytes:
-    """Ask a server what it is."""
-    await connection.send_command("ROLE", check_health=False)
-    try:
-        reply = await connection.read_response(disable_decoding=True)
-    except redis.exceptions.NoPermissionError as error:
-        raise StorageRefused("the Redis user may not ask a server for its role; allow it ROLE") from error
+def role_of(reply: object) -> bytes:
+    """Read what a server says it is. Raises what the reply is, if that is an error, and StorageRefused."""
+    if isinstance(reply, redis.exceptions.NoPermissionError):
+        raise StorageRefused("the Redis user may not ask a server for its role; allow it ROLE") from reply
+    if isinstance(reply, Exception):
+        raise reply
     return reply[0] if isinstance(reply, list) and reply and isinstance(reply[0], bytes) else b""
 
 
@@ -55,10 +56,10 @@ class Candidates:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._attempts: dict[Address, asyncio.Task[AbstractConnection]] = {}
+        self._attempts: dict[Address, asyncio.Task[Reached]] = {}
 
     @property
-    def pending(self) -> list[asyncio.Task[AbstractConnection]]:
+    def pending(self) -> list[asyncio.Task[Reached]]:
         """The attempts that are still on."""
         return [attempt for attempt in self._attempts.values() if not attempt.done()]
 
@@ -75,9 +76,7 @@ class Candidates:
                 work = open_master(self._settings, address)
                 self._attempts[address] = own_task(loop, work, "ratethrottle candidate")
 
-    def choose(
-        self, voices: Counter[Address], sentinels: int, *, more_may_speak: bool
-    ) -> tuple[Address, AbstractConnection] | None:
+    def choose(self, voices: Counter[Address], sentinels: int, *, more_may_speak: bool) -> tuple[Address, Reached] | None:
         """Choose the master among the servers that say they are one, by how many of the sentinels name each; None to wait."""
         masters = [address for address, attempt in self._attempts.items() if succeeded(attempt) and voices[address]]
         if not masters:
@@ -111,9 +110,9 @@ class Candidates:
             await asyncio.wait(attempts)
         for attempt in attempts:
             if succeeded(attempt):
-                await close(attempt.result())
+                await close(attempt.result().connection)
 
 
-def succeeded(attempt: asyncio.Task[AbstractConnection]) -> bool:
+def succeeded(attempt: asyncio.Task[Reached]) -> bool:
     """Whether it found a master. Looking keeps its error from being reported as forgotten."""
     return attempt.done() and not attempt.cancelled() and attempt.exception() is None

@@ -7,28 +7,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
+import math
 import os
-import re
 
-import redis
-import redis.asyncio
 from redis.asyncio.connection import AbstractConnection
 
 from ratethrottle._calls import Call, Calls, Gathering
 from ratethrottle._repair import Errand
 from ratethrottle.errors import StorageError, StorageProtocolError, StorageRefused, StorageUnavailable
 from ratethrottle.storage.redis.attempts import EVERY_S, Attempts
-from ratethrottle.storage.redis.failures import failure, guess_of, lost_again, no_connection, refusal, was_reset
-from ratethrottle.storage.redis.scripts import NAMES, SHEBANG, script
+from ratethrottle.storage.redis.failures import failure, guess_of, lost_again, no_connection, refusal
+from ratethrottle.storage.redis.race import Pace
 from ratethrottle.storage.redis.settings import abort, close
 from ratethrottle.storage.redis.tasks import own_task
 from ratethrottle.storage.redis.topology import Master
-from ratethrottle.storage.redis.wire import Receiver, is_fake, take_over
+from ratethrottle.storage.redis.wire import Receiver, take_over
 
-# How long a server has to say why it won't have us, before anything is said to it.
-REASON_S = 0.05
 IN_FLIGHT_MAX = 2
-RUN_ID = re.compile(rb"^run_id:([0-9a-f]{1,40})\r?$", re.MULTILINE)
+# How much longer than usual a server may be silent that this process has never heard.
+FAR_S = 0.8
 
 
 def closed() -> StorageUnavailable:
@@ -39,7 +37,9 @@ def closed() -> StorageUnavailable:
 class Line(Gathering):
     """Carries the calls of one event loop. Not for other loops or processes."""
 
-    def __init__(self, calls: Calls, master: Master, attempts: Attempts, deadline_s: float, max_waiting: int) -> None:
+    def __init__(
+        self, calls: Calls, master: Master, attempts: Attempts, *, deadline_s: float, connect_timeout_s: float, max_waiting: int
+    ) -> None:
         super().__init__(calls, asyncio.get_running_loop(), max_waiting)
         self.process = os.getpid()
         self.master = master  # shared by the lines of this loop
@@ -48,15 +48,18 @@ class Line(Gathering):
         self._connected = False  # ever
         self._attempts = attempts
         self._deadline_s = deadline_s
+        self._connect_timeout_s = connect_timeout_s
         self._woken = asyncio.Event()  # wakes the owner
         self._hurry = asyncio.Event()  # it needn't wait for its turn to connect: there is another master, or Redis answers
         self._wanted = False  # a connection, by somebody
-        self._reaching = False  # for it, at this moment
+        self.failures = 0  # attempts to connect that came to nothing
+        self._tried_s = -math.inf  # when the last one was begun, by the loop's clock
+        self._patience: asyncio.Timeout | None = None  # of the attempt that is under way
         self._connection: AbstractConnection | None = None
         self._receiver: Receiver | None = None
         self._dropped: list[AbstractConnection] = []  # not heard any more, and to be closed by the owner
-        self._shebang = True
         self._sent_before_error = 0  # calls, when Redis last answered one with an error
+        self._context = contextvars.Context()  # of what is called later: it belongs to no request
         self._owner = own_task(self.loop, self._own(), "ratethrottle line")
 
     @property
@@ -66,8 +69,11 @@ class Line(Gathering):
 
     @property
     def probing(self) -> bool:
-        """Whether Redis is being connected to, asked which epoch it is in, or told what it has missed."""
-        return self._reaching or self._open
+        """Whether Redis is being connected to, asked which epoch it is in, or told what it has missed.
+
+        An attempt that hasn't heard anything in a deadline's time goes on, but nobody expects much of it.
+        """
+        return self._open or (self._patience is not None and self.loop.time() - self._tried_s < self._deadline_s)
 
     def connect(self) -> None:
         """Have the owner connect, before a check needs it."""
@@ -93,6 +99,8 @@ class Line(Gathering):
         self._stale = True
         self._attempts.succeeded()  # how the old one did says nothing of the new one
         self._hurry.set()
+        if self._patience is not None and not self._patience.expired():
+            self._patience.reschedule(self.loop.time())  # the attempt to reach the old one ends here
         if self._open:
             self._drop(StorageUnavailable("Redis is no master any more; the check may have been counted"))
             self.connect()
@@ -128,91 +136,74 @@ class Line(Gathering):
             # Where the deadline leaves it the time, a check waits rather than being decided without Redis. A refusal stays one.
             if not self.away and not isinstance(self.reason, StorageRefused) and wait_s > self._deadline_s / 2:
                 self._go_away(lost_again(wait_s))
-            with self._attempts.waiting(self._hurry_up), contextlib.suppress(TimeoutError):  # then it is this line's turn
-                async with asyncio.timeout(wait_s):
-                    await self._hurry.wait()
+            await self._wait(wait_s)
         self._hurry.clear()
         if self._attempts.full:
             self._go_away(self._no_room())  # that is no failure of Redis, and doesn't slow the others down
             await asyncio.sleep(EVERY_S)
             return
-        self._reaching = True
+        self._stale = False
+        asked = self.master.credentials_asked
+        # An attempt is patient; checks aren't. Nobody is told of an outage who hasn't asked for anything yet.
+        impatience = self.loop.call_later(self._deadline_s, self._go_on_without, context=self._context)
         try:
-            async with asyncio.timeout(self._deadline_s):
-                connection, run = await self._reach()
+            async with asyncio.timeout(self._connect_timeout_s) as self._patience:
+                reached = await self.master.reach(Pace(self._turn, self._began))
         except Exception as error:  # noqa: BLE001  # whatever redis-py or a credential provider raises, the callers get ours
-            self._attempts.failed()
-            found = failure(error, self._deadline_s, sent=False)
+            if self._stale:
+                self.connect()  # to the new one
+                return
+            self._attempts.failed(costly=self.master.credentials_asked > asked)
+            self.failures += 1
+            found = failure(error, self._connect_timeout_s, sent=False)
             self._go_away(self._attempts.repeated.judge("connecting", self, found, guess_of(error)))
             return
         finally:
-            self._reaching = False
+            self._patience = None
+            impatience.cancel()
+        if self._stale:
+            await close(reached.connection)
+            self.connect()
+            return
         self._attempts.opened(self, again=self._connected)
         self._attempts.repeated.went("connecting")
         self._connected = True
-        self._connection = connection
+        self._connection = reached.connection
         self._receiver = Receiver(self._received, self._lost)
-        wire = take_over(connection, self._receiver)
-        scripts = {name: (script(name).sha(self._shebang), script(name).body(self._shebang)) for name in NAMES}
-        self._opened(wire.write, scripts, run)
+        wire = take_over(reached.connection, self._receiver)
+        self._opened(wire.write, reached.scripts, reached.run)
 
-    async def _reach(self) -> tuple[AbstractConnection, bytes]:
-        """Connect and load the scripts; returns the connection, and which run of the server this is."""
-        for patient in (False, True):
-            connection = await self.master.connect()
-            self._stale = False
-            try:
-                if patient:
-                    await asyncio.sleep(min(REASON_S, self._deadline_s / 4))
-                run = await self._load(connection)
-                self._check_stale()
-            except BaseException as error:
-                await close(connection)
-                # A server that doesn't accept our certificate says so only after the handshake, and its reason is lost with the
-                # connection if we write meanwhile: then it is given the time to say it first.
-                if patient or not isinstance(connection, redis.asyncio.SSLConnection) or not was_reset(error):
-                    raise
-            else:
-                return connection, run
-        raise AssertionError
+    def _began(self) -> None:
+        """Count a try to connect."""
+        self._attempts.began()
+        self._tried_s = self.loop.time()
+
+    async def _turn(self) -> None:
+        """Wait for the turn to try once more what is silent."""
+        if not self._connected:
+            # A server that has never been heard yet may just be far away. One that has been may be back at any moment.
+            await asyncio.sleep(FAR_S)
+        self._attempts.failed()
+        wait_s = self._attempts.wait_s()
+        if not self._hurry.is_set():
+            await self._wait(wait_s)
+        self._hurry.clear()
+
+    async def _wait(self, wait_s: float) -> None:
+        """Wait for a turn, or until there is another master or Redis answers somebody else."""
+        with self._attempts.waiting(self._hurry_up), contextlib.suppress(TimeoutError):  # then it is this line's turn
+            async with asyncio.timeout(wait_s):
+                await self._hurry.wait()
+
+    def _go_on_without(self, asked: bool = False) -> None:
+        """Leave decisions to the policies, while the attempt goes on: a deadline's time has passed. asked: so has a check's."""
+        if not self._open and not self.away and (asked or self._connected or self._waiting_count):
+            self._go_away(no_connection(self._deadline_s))
 
     def _no_room(self) -> StorageUnavailable:
         return StorageUnavailable(
             f"this process has its max_connections ({self._attempts.most}) to Redis already, for its other event loops"
         )
-
-    def _check_stale(self) -> None:
-        if self._stale:
-            raise StorageUnavailable("Redis is no master any more, and the new one was not reached in time")
-
-    async def _load(self, connection: AbstractConnection) -> bytes:
-        """Load the scripts, with `#!lua` where it is known: fakeredis loads such a script, but calls it a syntax error.
-
-        Returns which run of the server this is.
-        """
-        probe: list[list[bytes]] = [[b"EVAL", SHEBANG + b"return 1", b"0"]]
-        for self._shebang in (True, False):
-            # All in one round trip: a deadline covers connecting, and a secure connection has taken several already.
-            commands = [*probe, [b"INFO", b"server"]]
-            commands += [[b"SCRIPT", b"LOAD", script(name).body(self._shebang)] for name in NAMES]
-            await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
-            refusals = []
-            run = b""
-            for command in commands:
-                try:
-                    reply = await connection.read_response(disable_decoding=True)
-                    if command[0] == b"INFO" and (found := RUN_ID.search(reply)):
-                        run = found[1]
-                except redis.ResponseError as error:
-                    # fakeredis has no INFO, and is always the same run.
-                    if command[0] != b"INFO" or not is_fake(connection):
-                        refusals.append(error)
-            if not refusals:
-                return run.ljust(40, b"0")
-            if not probe or "near '#'" not in str(refusals[0]):
-                raise refusals[0]
-            probe = []
-        raise AssertionError
 
     # What the gathering asks for:
 
@@ -221,6 +212,8 @@ class Line(Gathering):
 
     def _unsent(self) -> StorageError:
         if not self._open:
+            # Who comes later needn't wait as long to hear the same.
+            self.loop.call_soon(self._go_on_without, True, context=self._context)
             return no_connection(self._deadline_s)
         return StorageUnavailable(f"Redis is slow: the check was not sent within {self._deadline_s} s, nor counted")
 
@@ -274,6 +267,7 @@ class Line(Gathering):
         self._go_away(StorageUnavailable(words))
 
     def _drop(self, error: StorageError) -> None:
+        self.failures += not self.ready
         self._attempts.lost()
         self._let_go()
         self._shut(error)

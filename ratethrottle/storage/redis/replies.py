@@ -13,7 +13,7 @@ from ratethrottle.errors import StorageError, StorageProtocolError, StorageRefus
 from ratethrottle.storage.redis.words import IN_SCRIPT, READ_MAX, masked
 
 # What an ACL gives our user, beside a password and the keys of our prefix. docs/operations.md has the whole line.
-RIGHTS = "-@all +@read +@write -@dangerous -@scripting +eval +evalsha +script|load +info +role +time +select +client|setname"
+RIGHTS = "-@all +@read +@write -@dangerous -@scripting +eval +evalsha +script|load +script|exists +info +role +time +select +client|setname"
 NEEDED = "AUTH (with a password), SELECT (with a database), CLIENT (with a client_name), INFO, SCRIPT LOAD, EVAL and EVALSHA"
 
 # How often the same words are an outage before they are a refusal.

@@ -11,17 +11,21 @@ import math
 import random
 import re
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 from redis.asyncio.connection import AbstractConnection
 
 from ratethrottle.errors import StorageProtocolError
-from ratethrottle.storage.redis.settings import Address, Settings, close
+from ratethrottle.storage.redis.greeting import Command
+from ratethrottle.storage.redis.settings import Address, Ask, Settings, close
 from ratethrottle.storage.redis.tasks import own_task
 
 # It is asked again so long after its last answer: what was missed on +switch-master is noticed then.
 POLL_S = 1.0
 # A sentinel that is away is tried at most twice a second, and not by all processes at once.
 RETRY_S = (0.5, 0.75)
+# How long a sentinel may take to answer before its connection is given up; nobody waits for it that long.
+ANSWERS_S = 1.0
 # A subscription that is silent for so long is asked whether it still lives.
 SILENCE_S = 5.0
 HOST = re.compile(rb"[0-9A-Za-z._:%-]{1,255}\Z")
@@ -73,13 +77,15 @@ class Sentinel:
 
     async def _converse(self) -> None:
         """Ask for as long as it answers."""
-        async with self._connection() as connection:
+        self._asked.clear()
+        question = (b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", self._master_name)
+        async with self._connection(question) as (_, first, ask):
             # Only beside a connection that answers, so that one which is away is not tried twice as often.
             listening: asyncio.Task[None] | None = None
             try:
+                answer = first
                 while True:
-                    self._asked.clear()
-                    self.named = await self._question(connection)
+                    self.named = address(answer)
                     self.waiting_since_s = None
                     self._heard()
                     if listening is None:
@@ -88,23 +94,20 @@ class Sentinel:
                         async with asyncio.timeout(POLL_S):
                             await self._asked.wait()
                     self._wait()
+                    self._asked.clear()
+                    async with asyncio.timeout(max(ANSWERS_S, self._settings.deadline_s)):
+                        [answer] = await ask([question])
             finally:
                 if listening is not None:
                     listening.cancel()
                     if not self._loop.is_closed():  # by somebody who leaves tasks behind: nothing can be waited for any more
                         await asyncio.wait([listening])
 
-    async def _question(self, connection: AbstractConnection) -> Address | None:
-        async with asyncio.timeout(self._settings.deadline_s):
-            await connection.send_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._master_name, check_health=False)
-            return address(await connection.read_response(disable_decoding=True))
-
     async def _listen(self) -> None:
         """Hear of +switch-master, for as long as the sentinel answers at all."""
         while True:
             with contextlib.suppress(Exception):  # as above; what is missed here, the questions find out
-                async with self._connection() as connection:
-                    await connection.send_command("SUBSCRIBE", "+switch-master", check_health=False)
+                async with self._connection((b"SUBSCRIBE", b"+switch-master")) as (connection, _, _):
                     await self._hear(connection)
             await asyncio.sleep(random.uniform(*RETRY_S))  # noqa: S311  # it guards nothing
 
@@ -121,19 +124,29 @@ class Sentinel:
             asked = said is None
 
     @contextlib.asynccontextmanager
-    async def _connection(self) -> AsyncIterator[AbstractConnection]:
-        async with asyncio.timeout(self._settings.deadline_s):
-            connection = await self._settings.connect()
+    async def _connection(self, question: Command) -> AsyncIterator[tuple[AbstractConnection, Any, Ask]]:
+        """Connect and ask, all in one write; gives the connection, the answer, and what asks more."""
+
+        async def keep(connection: AbstractConnection, replies: list[Any], ask: Ask) -> tuple[AbstractConnection, Any, Ask]:
+            return connection, replies[0], ask
+
+        async with asyncio.timeout(self._settings.connect_timeout_s):
+            reached = await self._settings.reach((question,), keep)
         try:
-            yield connection
+            yield reached
         finally:
             if not self._loop.is_closed():  # by somebody who leaves tasks behind: nothing can be closed any more
-                await close(connection)
+                await close(reached[0])
 
 
 def address(said: object) -> Address | None:
-    """Read the reply to GET-MASTER-ADDR-BY-NAME: None where no such master is known. Raises StorageProtocolError for anything else."""
+    """Read the reply to GET-MASTER-ADDR-BY-NAME: None where no such master is known.
+
+    Raises what an error reply is, and StorageProtocolError for anything else.
+    """
     match said:
+        case Exception():
+            raise said
         case None:
             return None
         case [bytes() as host, bytes() as port] if HOST.match(host) and port.isdigit() and 1 <= int(port[:6]) <= 65535:

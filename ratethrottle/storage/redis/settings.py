@@ -6,10 +6,13 @@ The client itself, its pool and its connections are left alone.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import inspect
+import socket
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import redis
 import redis.asyncio
@@ -20,6 +23,12 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from ratethrottle.errors import ConfigurationError
+from ratethrottle.storage.redis.aside import Shared
+from ratethrottle.storage.redis.failures import was_reset
+from ratethrottle.storage.redis.greeting import Command, Credentials, ask, greet
+from ratethrottle.storage.redis.names import Names, Place, dial
+from ratethrottle.storage.redis.race import Pace, Progress, Race
+from ratethrottle.storage.redis.strange import check_tls, strange
 
 # What our connections decide for themselves, or can't take from a client: its parser may be the synchronous one, its retries
 # would resend what may have run, its decoding would cost time and fail on bytes.
@@ -60,70 +69,219 @@ OURS = frozenset(
 
 # How long a certificate that was replaced on disk may stay in use for new connections.
 TLS_SHARED_S = 60
-
-
-# How long a sentinel may take to answer before its connection is given up; nobody waits for it that long.
-SENTINEL_ANSWERS_S = 1.0
+# How long an attempt to connect may take, where neither the option nor the client's socket_connect_timeout says more.
+CONNECT_S = 5.0
+CONNECT_MOST_S = 60.0
+# How long a server has to say why it won't have us, before anything is said to it.
+REASON_S = 0.05
 
 Address = tuple[str, int]
+HALF_SECONDS = Pace()
+T = TypeVar("T")
+# Asks more on a new connection: commands in one write, and the list of their replies.
+Ask = Callable[[Sequence[Command]], Awaitable[list[Any]]]
+Then = Callable[[AbstractConnection, list[Any], Ask], Awaitable[T]]
 
 
 class Settings:
     """Makes connections to one server, or to the servers that sentinels name. Raises ConfigurationError for a strange client.
 
+    deadline_s: of a check. connect_timeout_s: of an attempt to connect; None: 5, or the client's socket_connect_timeout if longer.
     sentinels: settings of their own for each of them, with their credentials; none for a single server. master_name: what they
     know the master by. forced_host: stands in for the host that they name, where theirs can't be reached from here.
     """
 
-    def __init__(self, client: Any, deadline_s: float) -> None:
+    def __init__(
+        self, client: Any, deadline_s: float, connect_timeout_s: float | None = None, *, names: Names | None = None
+    ) -> None:
         if not isinstance(client, (redis.Redis, redis.asyncio.Redis)):
-            cluster = "Cluster" in type(client).__name__
-            raise ConfigurationError(
-                f"RedisStorage takes a client of redis-py (redis.asyncio.Redis, redis.Redis or a Sentinel's master_for), not a "
-                f"{type(client).__name__}" + (": clusters are not supported yet" if cluster else "")
-            )
+            raise ConfigurationError(strange(client))
         pool: Any = client.connection_pool  # the pools of redis-py's two halves and of its sentinels have no common type
         self.deadline_s = deadline_s
         self.sentinels: tuple[Settings, ...] = ()
         self.master_name = ""
         self.forced_host: str | None = None
-        self._tls: Any = None
-        self._tls_since_s = 0.0
+        self._names = names = names or Names()
         manager = getattr(pool, "sentinel_manager", None)
         if manager is not None:
             if not pool.is_master:
                 raise ConfigurationError("RedisStorage writes, so it takes a Sentinel's master_for(...), not its replica")
             self.master_name = pool.service_name
             self.forced_host = getattr(manager, "_force_master_ip", None)
-            patience_s = max(SENTINEL_ANSWERS_S, deadline_s)
-            self.sentinels = tuple(Settings(sentinel, patience_s) for sentinel in manager.sentinels)
+            self.sentinels = tuple(
+                Settings(sentinel, deadline_s, connect_timeout_s, names=names) for sentinel in manager.sentinels
+            )
         self._class = asyncio_twin(pool.connection_class)
-        self._kwargs = own_kwargs(self._class, pool.connection_kwargs, deadline_s)
+        # What the client says of each step is heard; what redis-py says where nobody does, isn't.
+        self._step_s = given_s(pool.connection_kwargs, "socket_connect_timeout")
+        self._reply_s = given_s(pool.connection_kwargs, "socket_timeout")
+        self._kwargs = own_kwargs(self._class, pool.connection_kwargs, self._step_s)
+        self.connect_timeout_s = (
+            min(max(CONNECT_S, self._step_s or 0.0), CONNECT_MOST_S) if connect_timeout_s is None else connect_timeout_s
+        )
+        self._fake = "fakeredis" in self._class.__module__
+        # Somebody's own connections make themselves, and greet as they please.
+        self._dials = self._class._connect is redis.asyncio.Connection._connect and all(
+            getattr(self._class, name) in (getattr(redis.asyncio.Connection, name), getattr(redis.asyncio.SSLConnection, name))
+            for name in ("__init__", "_connection_arguments")
+        )
+        self._greets = (
+            not self._fake
+            and self._kwargs.get("redis_connect_func") is None
+            and all(
+                getattr(self._class, name, None) is getattr(AbstractConnection, name, None)
+                for name in ("on_connect", "on_connect_check_health")
+            )
+        )
+        self._credentials: Credentials | None = None
+        if self._kwargs.get("credential_provider") is not None:
+            self._credentials = Credentials(self._kwargs["credential_provider"], keeps=self._greets)
+            self._kwargs["credential_provider"] = self._credentials
+        self._tls: Any = secured(self._class, self._kwargs)
+        self._tls_since_s = time.monotonic()
+        self._reading = Shared(functools.partial(secured, self._class, self._kwargs), "ratethrottle certificates")
+
+    @property
+    def credentials_asked(self) -> int:
+        """How often the client's credential provider was asked."""
+        return self._credentials.count if self._credentials is not None else 0
 
     async def connect(self, address: Address | None = None) -> AbstractConnection:
         """Open a connection, to `address` where sentinels named it. Raises redis-py's errors and OSError; the caller bounds the time."""
+        return await self.reach((), _only, address)
+
+    async def reach(
+        self,
+        first: Sequence[Command],
+        then: Then[T],
+        address: Address | None = None,
+        pace: Pace = HALF_SECONDS,
+    ) -> T:
+        """Open a connection, send `first` in one write with our greeting, and return what `then` makes of the replies.
+
+        then: ends without closing the connection. pace: when a server that says nothing is tried once more.
+        Raises redis-py's errors, OSError and what `then` raises; the caller bounds the time.
+        """
         kwargs = dict(self._kwargs)
         if address is not None:
             kwargs["host"], kwargs["port"] = address
-        connection = self._class(**kwargs)
-        self._share_tls(connection)
+        await self._read_certificates()
+        places = None
+        if self._dials:
+            places = await self._names.places(str(kwargs.get("host", "localhost")), int(kwargs.get("port", 6379)))
+
+        async def begin(progress: Progress) -> tuple[AbstractConnection, T]:
+            for patient in (False, True):
+                try:
+                    return await self._try(kwargs, places, first, then, progress, patient=patient)
+                except Exception as error:
+                    # A server that doesn't accept our certificate says so only after the handshake, and its reason is lost with the
+                    # connection if we write meanwhile: then it is given the time to say it first.
+                    if patient or self._tls is None or not was_reset(error):
+                        raise
+            raise AssertionError
+
+        return (await Race(begin, pace, _close_first).run())[1]
+
+    async def _try(
+        self,
+        kwargs: dict[str, Any],
+        places: list[Place] | None,
+        first: Sequence[Command],
+        then: Then[T],
+        progress: Progress,
+        *,
+        patient: bool,
+    ) -> tuple[AbstractConnection, T]:
+        connection: Any = self._class(**kwargs)
+        if self._tls is not None:
+            connection.ssl_context = self._tls
+        replies: list[Any] | None = None
+
+        async def greeting(_: AbstractConnection) -> None:
+            nonlocal replies
+            progress.heard()
+            if patient:
+                await asyncio.sleep(min(REASON_S, self.deadline_s / 4))
+            replies = await greet(connection, first, self._credentials, progress, self._reply_s)
+
+        if self._greets:
+            connection.redis_connect_func = greeting
+            connection.on_connect = _nothing  # connections over Unix sockets call it beside that
+        dialled = None
         try:
-            await connection.connect()  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
+            if places is not None:
+                async with asyncio.timeout(self._step_s):
+                    dialled = await dial(places)
+                progress.heard()
+                connection._connection_arguments = functools.partial(through, connection, dialled)
+            await connection.connect()
+            progress.heard()
+            more = functools.partial(ask, connection, progress=progress, reply_s=self._reply_s)
+            if replies is None:
+                replies = await more(first) if first else []
+            return connection, await then(connection, replies, more)
         except BaseException:
             await close(connection)
+            if dialled is not None:
+                dialled.close()
             raise
-        return connection
 
-    def _share_tls(self, connection: AbstractConnection) -> None:
-        """Let connections share what was read from certificate files, which stops the loop for tens of milliseconds."""
-        made = getattr(connection, "ssl_context", None)
-        if made is None:
-            return
+    async def _read_certificates(self) -> None:
+        """Read them anew now and then, off the loop: it takes tens of milliseconds. If they can't be read now, the old ones stay."""
         now_s = time.monotonic()
-        if self._tls is None or now_s - self._tls_since_s > TLS_SHARED_S:
-            self._tls, self._tls_since_s = made, now_s
-        else:
-            connection.ssl_context = self._tls  # type: ignore[attr-defined]  # only connections over TLS have one
+        if self._tls is not None and now_s - self._tls_since_s > TLS_SHARED_S:
+            self._tls_since_s = now_s
+            with contextlib.suppress(Exception):  # perhaps they are just being written
+                self._tls = await self._reading.get()
+
+
+async def _nothing() -> None:
+    """Leave the greeting to us."""
+
+
+async def _only(connection: AbstractConnection, _replies: list[Any], _ask: Ask) -> AbstractConnection:
+    return connection
+
+
+async def _close_first(reached: tuple[AbstractConnection, Any]) -> None:
+    await close(reached[0])
+
+
+def through(connection: Any, dialled: socket.socket) -> dict[str, Any]:
+    """Build what redis-py connects with: a socket that is connected already, and the name that the certificate is held against."""
+    arguments = dict(type(connection)._connection_arguments(connection))
+    host = arguments.pop("host", None)
+    arguments.pop("port", None)
+    if arguments.get("ssl"):
+        arguments.setdefault("server_hostname", host)
+    return {**arguments, "sock": dialled}
+
+
+def given_s(kwargs: Mapping[str, Any], name: str) -> float | None:
+    """Read a timeout of the client's; None where it is redis-py's default, or no limit."""
+    value = kwargs.get(name)
+    theirs = inspect.signature(AbstractConnection.__init__).parameters[name].default
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value == theirs or not value > 0:
+        return None
+    return float(value)
+
+
+def secured(connection_class: type[AbstractConnection], kwargs: Mapping[str, Any]) -> Any:
+    """Read certificate files, and make what connections over TLS share; None for those without. Raises ConfigurationError."""
+    if not issubclass(connection_class, redis.asyncio.SSLConnection):
+        return None
+    check_tls(kwargs)
+    made: Any = None
+    why = ""
+    try:
+        made = connection_class(**kwargs).ssl_context
+        made.get()
+    except (redis.RedisError, OSError, ValueError, TypeError) as error:  # ssl.SSLError is an OSError
+        why = type(error).__name__
+    if why:
+        raise ConfigurationError(f"the client's TLS settings can't be used ({why}); check those that begin with ssl_")
+    return made
 
 
 def abort(connection: AbstractConnection) -> None:
@@ -160,7 +318,7 @@ def asyncio_twin(connection_class: type) -> type[AbstractConnection]:
     return redis.asyncio.Connection
 
 
-def own_kwargs(connection_class: type, theirs: Mapping[str, Any], deadline_s: float) -> dict[str, Any]:
+def own_kwargs(connection_class: type, theirs: Mapping[str, Any], step_s: float | None) -> dict[str, Any]:
     """Build the arguments of a connection of ours: where and as whom from theirs, how from us."""
     fake = "fakeredis" in connection_class.__module__
     accepted = {
@@ -182,9 +340,9 @@ def own_kwargs(connection_class: type, theirs: Mapping[str, Any], deadline_s: fl
     kwargs.update(
         protocol=2,
         retry=Retry(NoBackoff(), 0),
-        socket_connect_timeout=deadline_s,
         # Who awaits bounds the time. With one of its own, redis-py writes through asyncio.wait_for, which up to Python 3.11 can lose
         # a cancellation: the task that was told to end goes on, and who waits for its end waits for ever.
+        socket_connect_timeout=step_s,
         socket_timeout=None,
     )
     if not fake:

@@ -21,7 +21,7 @@ from ratethrottle.events import Events
 from ratethrottle.rule import RateThrottleRule
 from ratethrottle.storage import Statistics
 from ratethrottle.storage.redis import topology
-from ratethrottle.storage.redis.attempts import EVERY_S, JITTER_S, Attempts
+from ratethrottle.storage.redis.attempts import Attempts
 from ratethrottle.storage.redis.failures import failure
 from ratethrottle.storage.redis.line import Line
 from ratethrottle.storage.redis.notices import Notices
@@ -55,8 +55,10 @@ class RedisStorage(Calls):
 
     client: a redis-py client, asyncio or synchronous, or a Sentinel's `master_for`. Only its settings are used: the storage
     makes connections of its own, and leaves the client alone. prefix: begins every key, without braces.
-    deadline: seconds until a check has its answer or a StorageError, 0.005 to 60. tags: hash tags over which keys spread,
-    1 to 16,384. connections: on which decisions travel, for each event loop, 1 to 8; a key always takes the same one.
+    deadline: seconds until a check has its answer or a StorageError, 0.005 to 60. connect_timeout: seconds that an attempt to
+    connect may take, 0.005 to 60; it goes on while checks are decided by the policy. None is 5, or the client's
+    socket_connect_timeout if that is longer. tags: hash tags over which keys spread, 1 to 16,384. connections: on which
+    decisions travel, for each event loop, 1 to 8; a key always takes the same one.
     max_waiting: checks that may wait for each of them, 1 to 1,000,000. prefilter_ttl: for how many seconds a denial may be
     repeated without asking Redis again, 0 to 60: so much later is it felt elsewhere that a key was reset. max_bounds: keys of
     which this process remembers what Redis said last, 1 to 10^8. max_connections: for decisions in all event loops of this
@@ -79,6 +81,7 @@ class RedisStorage(Calls):
         *,
         prefix: str = "ratethrottle",
         deadline: float = 0.25,
+        connect_timeout: float | None = None,
         tags: int = 64,
         connections: int = 1,
         max_waiting: int = 100_000,
@@ -92,6 +95,8 @@ class RedisStorage(Calls):
         if not isinstance(prefix, str) or not PREFIX.match(prefix):
             raise ConfigurationError(f"prefix is {prefix!r}; it is 1 to 64 characters without spaces and braces")
         seconds("deadline", deadline, 0.005, 60)
+        if connect_timeout is not None:
+            seconds("connect_timeout", connect_timeout, 0.005, 60)
         seconds("prefilter_ttl", prefilter_ttl, 0, 60)
         whole("tags", tags, TAGS_MAX)
         whole("connections", connections, 8)
@@ -104,7 +109,7 @@ class RedisStorage(Calls):
             whole("expected_processes", expected_processes, 100_000)
         one_of("on_outage", on_outage, get_args(OnOutage))
         one_of("on_overload", on_overload, get_args(OnOverload))
-        self._settings = Settings(client, deadline)
+        self._settings = Settings(client, deadline, connect_timeout)
         check_installed()
         super().__init__(
             Layout(prefix.encode(), tags),
@@ -139,6 +144,7 @@ class RedisStorage(Calls):
     ) -> Self:
         """Make a storage from redis://, rediss:// (TLS), unix://, redis+sentinel:// or rediss+sentinel://.
 
+        valkey and valkeys stand for redis and rediss.
         sentinels, master_name: find the master through these; then `url` has no host, and may be left out. In a URL the user and
         the password are those of the data nodes; for sentinels there are the parameters sentinel_username and sentinel_password.
 
@@ -209,7 +215,7 @@ class RedisStorage(Calls):
         pattern = re.sub(rb"([*?\[\]\\^-])", rb"\\\1", self.layout.epoch_key.removesuffix(b"epoch")) + b"*"
         found = topology.master(self._settings, self._notices.moved)  # not that of the lines, which may be of another loop
         try:
-            async with asyncio.timeout(self._deadline_s):
+            async with asyncio.timeout(self._settings.connect_timeout_s):
                 connection = await found.connect()
             try:
                 cursor = b"0"
@@ -230,23 +236,29 @@ class RedisStorage(Calls):
             await found.aclose()
 
     async def open(self, required: bool = False) -> None:
-        """Connect; if it is required, wait for an answer, and raise StorageError when none comes within the deadline."""
+        """Connect, and wait until Redis serves us or an attempt has failed; if it is required, raise StorageError then.
+
+        It takes `connect_timeout` at most.
+        """
         lines = self._gatherings_here()
-        # Who was told of an outage before is answered by that until the next attempt to connect: here that one is waited for.
-        known = any(line.reason is not None for line in lines)
+        give_up_s = time.monotonic() + self._settings.connect_timeout_s
+        before = [line.failures for line in lines]
         for line in lines:
             line.connect()
+        while time.monotonic() < give_up_s and not all(  # noqa: ASYNC110  # an answer on each of several lines
+            line.ready or line.closed or line.failures > failures for line, failures in zip(lines, before, strict=True)
+        ):
+            await asyncio.sleep(ASK_AGAIN_S)
         if required:
             # To read a key that nobody writes takes all that a check does: a connection, our scripts and the right to run them.
             probe = Limiter(self)
             probe._install(RateThrottleRule("probe", 1, 1, on_outage="raise").compiled)
-            give_up_s = time.monotonic() + (EVERY_S + JITTER_S + self._deadline_s if known else 0)
             while True:
                 try:
                     await self.peek(probe._entry("probe"))
                 except StorageError:
                     # One that has just lost something answers, and decides again within a second.
-                    if time.monotonic() >= give_up_s + (LEARNS_S if self.knowledge.learning else 0):
+                    if not self.knowledge.learning or time.monotonic() >= give_up_s + LEARNS_S:
                         raise
                     await asyncio.sleep(ASK_AGAIN_S)
                 else:
@@ -285,7 +297,15 @@ class RedisStorage(Calls):
                     self._lines.pop(known, None)
             found = topology.master(self._settings, self._notices.moved)
             lines = self._lines[loop] = tuple(
-                Line(self, found, self._attempts, self._deadline_s, self._max_waiting) for _ in range(self._connections)
+                Line(
+                    self,
+                    found,
+                    self._attempts,
+                    deadline_s=self._deadline_s,
+                    connect_timeout_s=self._settings.connect_timeout_s,
+                    max_waiting=self._max_waiting,
+                )
+                for _ in range(self._connections)
             )
         return lines
 

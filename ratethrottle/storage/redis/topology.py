@@ -18,8 +18,10 @@ from redis.asyncio.connection import AbstractConnection
 
 from ratethrottle.errors import StorageRefused, StorageUnavailable
 from ratethrottle.storage.redis.candidates import Candidates, majority, open_master
+from ratethrottle.storage.redis.greeting import Reached, first, load
+from ratethrottle.storage.redis.race import Pace
 from ratethrottle.storage.redis.sentinel import Sentinel
-from ratethrottle.storage.redis.settings import Address, Settings, abort, close
+from ratethrottle.storage.redis.settings import HALF_SECONDS, Address, Settings, abort, close
 from ratethrottle.storage.redis.tasks import own_task
 
 T = TypeVar("T")
@@ -28,7 +30,7 @@ T = TypeVar("T")
 GRACE_S = 0.05
 # How long a sentinel is waited for before it has no voice in whether to leave a master that still answers.
 SILENT_S = 0.5
-# A part of the deadline, so that who asked is told what was found, and not only that it took too long.
+# A part of what an attempt may take, so that who asked is told what was found, and not only that it took too long.
 FIND_SHARE = 0.9
 # A connection on which a server was found to be the master is given to whoever connects next, within so long.
 SPARE_S = 0.2
@@ -44,7 +46,19 @@ class Master:
 
     async def connect(self) -> AbstractConnection:
         """Open a connection. Raises redis-py's errors, OSError and StorageUnavailable; the caller bounds the time."""
-        return await self._settings.connect()
+        return (await self.reach(HALF_SECONDS)).connection
+
+    async def reach(self, pace: Pace) -> Reached:
+        """Open a connection and load our scripts. Raises as `connect` does; the caller bounds the time.
+
+        pace: when a server that says nothing is tried once more.
+        """
+        return await self._settings.reach(first(), load, pace=pace)
+
+    @property
+    def credentials_asked(self) -> int:
+        """How often the client's credential provider was asked."""
+        return self._settings.credentials_asked
 
     def watch(self, moved: Callable[[], None]) -> None:
         """Have `moved` called, in the loop, when every connection must be left: the master is elsewhere, or is suspected."""
@@ -86,7 +100,7 @@ class FollowedMaster(Master):
         self._current: Address | None = None  # the newest master: what connections are open to
         self._trusted = False  # whether the next connection goes there without a search
         self._verified_at_s = -TRUST_S
-        self._spare: AbstractConnection | None = None
+        self._spare: Reached | None = None
         self._spare_ends: asyncio.TimerHandle | None = None
         self._dropped: list[AbstractConnection] = []  # to be closed by the task that follows
         self._news = self._loop.create_future()  # done, and replaced, with every answer of a sentinel
@@ -98,15 +112,16 @@ class FollowedMaster(Master):
         """Have `moved` called, in the loop, when every connection must be left: the master is elsewhere, or is suspected."""
         self._watchers.append(moved)
 
-    async def connect(self) -> AbstractConnection:
+    async def reach(self, pace: Pace) -> Reached:
         """Open a connection to the master. Raises redis-py's errors, OSError and StorageUnavailable; the caller bounds the time."""
+        pace.began()  # what is tried again within, has a pace of its own
         self._begin()
         for last in (False, True):
             address = self._current if self._trusted else None
             if address is None:
                 address = await self._find_together()
             try:
-                connection = self._take_spare() or await open_master(self._settings, address)
+                reached = self._take_spare() or await open_master(self._settings, address)
             except BaseException as error:
                 # A deadline that passed says as much as a refusal: the next attempt looks among all that the sentinels name.
                 self._distrust(address)
@@ -114,8 +129,8 @@ class FollowedMaster(Master):
                     raise
                 continue
             if address == self._current:
-                return connection
-            await close(connection)  # it has moved meanwhile
+                return reached
+            await close(reached.connection)  # it has moved meanwhile
         raise StorageUnavailable("the master is moving from one server to another")
 
     def suspect(self) -> None:
@@ -176,12 +191,12 @@ class FollowedMaster(Master):
 
     # What is done about it
 
-    def _take(self, address: Address, connection: AbstractConnection) -> None:
+    def _take(self, address: Address, reached: Reached) -> None:
         """Take a server that was found to be the master, and leave the one before."""
         before = self._current
         self._current, self._trusted, self._verified_at_s = address, True, self._loop.time()
         self._drop_spare()
-        self._spare = connection
+        self._spare = reached
         self._spare_ends = self._loop.call_later(SPARE_S, self._drop_spare)
         if before not in (None, address):
             self._followed(f"{before[0]}:{before[1]}", f"{address[0]}:{address[1]}")
@@ -196,7 +211,7 @@ class FollowedMaster(Master):
             self._trusted = False
             self._drop_spare()
 
-    def _take_spare(self) -> AbstractConnection | None:
+    def _take_spare(self) -> Reached | None:
         spare, self._spare = self._spare, None
         if self._spare_ends is not None:
             self._spare_ends.cancel()
@@ -206,8 +221,8 @@ class FollowedMaster(Master):
     def _drop_spare(self) -> None:
         spare = self._take_spare()
         if spare is not None:
-            abort(spare)
-            self._dropped.append(spare)
+            abort(spare.connection)
+            self._dropped.append(spare.connection)
             self._heard()
 
     async def _follow(self) -> None:
@@ -238,11 +253,11 @@ class FollowedMaster(Master):
         if agreed in (None, self._current):
             return voices
         try:
-            async with asyncio.timeout(self._settings.deadline_s):
-                connection = await open_master(self._settings, agreed)
+            async with asyncio.timeout(self._settings.connect_timeout_s):
+                reached = await open_master(self._settings, agreed)
         except Exception:  # noqa: BLE001  # whatever it is: a sentinel may lie, or be too early; it will be asked again
             return None
-        self._take(agreed, connection)
+        self._take(agreed, reached)
         return None
 
     async def _tidy(self) -> None:
@@ -262,7 +277,7 @@ class FollowedMaster(Master):
 
     async def _find(self) -> Address:
         """Try the addresses that sentinels name, as they come in, until one is found that may be taken."""
-        until_s = self._loop.time() + self._settings.deadline_s * FIND_SHARE
+        until_s = self._loop.time() + self._settings.connect_timeout_s * FIND_SHARE
         candidates = Candidates(self._settings)
         self._ask()
         try:
@@ -274,7 +289,7 @@ class FollowedMaster(Master):
                     self._take(*chosen)
                     return chosen[0]
                 left_s = until_s - self._loop.time()
-                if left_s <= 0 or not (candidates.hopeful or self._awaited(self._settings.deadline_s)):
+                if left_s <= 0 or not (candidates.hopeful or self._awaited(self._settings.connect_timeout_s)):
                     raise candidates.failure(voices) or self._nobody()
                 await asyncio.wait(
                     [self._news, *candidates.pending], timeout=min(left_s, GRACE_S / 4), return_when=asyncio.FIRST_COMPLETED

@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
-from urllib.parse import parse_qsl, unquote
+from urllib.parse import parse_qsl, unquote, urlencode
 
 import redis.asyncio
 from redis.asyncio.connection import parse_url
@@ -19,8 +19,9 @@ from redis.asyncio.sentinel import Sentinel
 from ratethrottle.errors import ConfigurationError
 from ratethrottle.storage.redis.settings import Address
 
-SCHEMES = ("redis", "rediss", "unix")
 SENTINEL_SCHEMES = ("redis+sentinel", "rediss+sentinel")
+# Valkey's own schemes say the same; redis-py knows those of Redis.
+TWINS = {"valkey": "redis", "valkeys": "rediss", "valkey+sentinel": "redis+sentinel", "valkeys+sentinel": "rediss+sentinel"}
 FORMS = {
     "redis": "redis://user:password@host:port/db",
     "rediss": "rediss://user:password@host:port/db",
@@ -72,6 +73,11 @@ TLS_PARAMETERS = frozenset(
     }
 )
 SENTINEL_PARAMETERS = frozenset({"sentinel_username", "sentinel_password"})
+KINDS = {
+    "ssl_min_version": "771 for TLS 1.2, or 772 for TLS 1.3",
+    "ssl_include_verify_flags": "names of ssl.VerifyFlags with commas between them",
+    "ssl_exclude_verify_flags": "names of ssl.VerifyFlags with commas between them",
+}
 PATH = re.compile(r"(/\d{0,9})?\Z", re.ASCII)
 MASTER_NAME = re.compile(r"[A-Za-z0-9._-]{1,255}\Z")
 SENTINEL_PATH = re.compile(r"/([A-Za-z0-9._-]{1,255})(?:/(\d{0,9}))?\Z", re.ASCII)
@@ -90,11 +96,11 @@ def client_of(url: object, sentinels: object = None, master_name: object = None)
     if scheme in SENTINEL_SCHEMES:
         return _client_by_sentinel_url(scheme, rest)
     _, path, query = _parts(rest)
-    _parameters(scheme, query)
+    _check_values(_parameters(scheme, query))
     client = None
     if scheme == "unix" or PATH.match(path):
         with contextlib.suppress(ValueError, TypeError):  # their messages quote the URL
-            client = redis.asyncio.Redis.from_url(str(url))
+            client = redis.asyncio.Redis.from_url(f"{scheme}://{rest}")
     if client is None:
         raise ConfigurationError(f"redis_url is no valid URL; write {FORMS[scheme]}, with anything odd in a password as %xx")
     return client
@@ -102,9 +108,11 @@ def client_of(url: object, sentinels: object = None, master_name: object = None)
 
 def _split(url: object) -> tuple[str, str]:
     scheme, found, rest = url.partition("://") if isinstance(url, str) else ("", "", "")
+    scheme = TWINS.get(scheme, scheme)
     if not found or scheme not in FORMS:
         raise ConfigurationError(
-            "redis_url must begin with redis://, rediss:// or unix://, or with redis+sentinel:// or rediss+sentinel://"
+            "redis_url must begin with redis://, rediss:// or unix://, or with redis+sentinel:// or rediss+sentinel:// "
+            "(valkey and valkeys stand for redis and rediss)"
         )
     return scheme, rest
 
@@ -139,6 +147,17 @@ def _parameters(scheme: str, query: str) -> dict[str, str]:
     if len({name for name, _ in pairs}) < len(pairs):
         raise ConfigurationError("redis_url has a parameter twice")
     return dict(pairs)
+
+
+def _check_values(parameters: dict[str, str]) -> None:
+    """Raise ConfigurationError for a value that redis-py can't read; it names the parameter."""
+    for name, value in parameters.items():
+        read = False
+        with contextlib.suppress(ValueError):  # its message may quote the value
+            parse_url(f"redis://localhost?{urlencode({name: value})}")
+            read = True
+        if not read:
+            raise ConfigurationError(f"redis_url has {name} with a value of the wrong kind; it is {KINDS.get(name, 'a number')}")
 
 
 def _client_by_sentinel_url(scheme: str, rest: str) -> Any:
@@ -177,6 +196,7 @@ def _client_by_options(url: object, sentinels: object, master_name: object) -> A
 
 def _sentinel_client(scheme: str, user: str, query: str, db: str, *, sentinels: list[Address], master_name: str) -> Any:
     own = _parameters(scheme, query)
+    _check_values(own)
     plain = scheme.partition("+")[0]
     try:
         # redis-py knows which of the parameters are numbers.

@@ -1,0 +1,136 @@
+"""One attempt to connect, and what is tried again beside it while nothing is heard.
+
+An attempt is patient: what it has achieved isn't thrown away. But what was lost on the way never comes, however long it is waited for:
+the packet of a network that was away, the answer of a server that was replaced. So a silent one gets a fresh one beside it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from ratethrottle.storage.redis.tasks import own_task
+
+T = TypeVar("T")
+
+# A server that has said nothing for so long gets another try, at the next turn. Less than a turn takes, so that none is left out.
+SILENT_S = 0.4
+
+
+class Progress:
+    """Since when a try has been waiting for the server; not while it waits for something else."""
+
+    def __init__(self) -> None:
+        self._since_s: float | None = None
+        self.heard()
+
+    def heard(self) -> None:
+        """Take note that the server has said something."""
+        self._since_s = time.monotonic()
+
+    def elsewhere(self) -> None:
+        """Take note that something else is waited for, until the next `heard`."""
+        self._since_s = None
+
+    def silent_in_s(self) -> float:
+        """How long it is until the server has been silent for too long."""
+        return SILENT_S if self._since_s is None else self._since_s + SILENT_S - time.monotonic()
+
+
+async def half_second() -> None:
+    """Wait for the next turn of who shares it with nobody."""
+    await asyncio.sleep(0.5 - SILENT_S)
+
+
+def uncounted() -> None:
+    """Count nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """When a server that is silent may be tried once more. turn: comes then. began: told of each try, the first one too."""
+
+    turn: Callable[[], Coroutine[Any, Any, None]] = half_second
+    began: Callable[[], None] = uncounted
+
+
+class Race(Generic[T]):
+    """Runs `begin`, and again whenever the newest try is silent and its turn has come.
+
+    At most two run at a time: the oldest, which may have achieved the most, and the newest. discard: closes what comes too late.
+    """
+
+    def __init__(
+        self, begin: Callable[[Progress], Coroutine[Any, Any, T]], pace: Pace, discard: Callable[[T], Awaitable[None]]
+    ) -> None:
+        self._begin = begin
+        self._pace = pace
+        self._discard = discard
+        self._loop = asyncio.get_running_loop()
+        self._tries: dict[asyncio.Task[T], Progress] = {}  # in the order in which they began
+        self._dropped: set[asyncio.Task[T]] = set()
+        self._turning: asyncio.Task[None] | None = None
+
+    async def run(self) -> T:
+        """Return what the first try returns. Raises what a try raises, unless another one still makes progress."""
+        self._start()
+        try:
+            while True:
+                await self._wait()
+                for task in [task for task in self._tries if task.done()]:
+                    del self._tries[task]
+                    came = not task.cancelled() and task.exception() is None
+                    if came or all(other.silent_in_s() <= 0 for other in self._tries.values()):
+                        return task.result()
+                self._renew()
+        finally:
+            await self._end()
+
+    @property
+    def _silent_in_s(self) -> float:
+        return list(self._tries.values())[-1].silent_in_s()
+
+    def _start(self) -> None:
+        for middle in list(self._tries)[1:]:
+            middle.cancel()
+            self._dropped.add(middle)
+            del self._tries[middle]
+        progress = Progress()
+        self._tries[own_task(self._loop, self._begin(progress), "ratethrottle try")] = progress
+        self._pace.began()
+
+    async def _wait(self) -> None:
+        """Wait until a try has ended, is silent, or its turn has come."""
+        waits: set[asyncio.Task[Any]] = {*self._tries}
+        timeout_s = None
+        if self._turning is not None:
+            waits.add(self._turning)
+        else:
+            timeout_s = max(self._silent_in_s, 0.001)
+        await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+
+    def _renew(self) -> None:
+        """Begin another try if the newest one is silent and it is its turn."""
+        silent = self._silent_in_s <= 0
+        if self._turning is None and silent:
+            self._turning = own_task(self._loop, self._pace.turn(), "ratethrottle turn")
+        elif self._turning is not None and self._turning.done():
+            self._turning.result()
+            self._turning = None
+            if silent:
+                self._start()
+
+    async def _end(self) -> None:
+        left: set[asyncio.Task[Any]] = {*self._tries, *self._dropped}
+        if self._turning is not None:
+            left.add(self._turning)
+        for task in left:
+            task.cancel()
+        if left and not self._loop.is_closed():  # by somebody who leaves tasks behind: nothing can be waited for any more
+            await asyncio.wait(left)
+            for task in left - {self._turning}:
+                if not task.cancelled() and task.exception() is None:
+                    await self._discard(task.result())
