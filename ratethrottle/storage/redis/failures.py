@@ -116,6 +116,11 @@ def _lost(error: BaseException, sent: bool) -> StorageUnavailable:
         return StorageUnavailable(
             f"Redis can't be reached ({why}); is it up, is the address right, and does its port want TLS (rediss://)?"
         )
+    if cause is error and isinstance(error, redis.ConnectionError):
+        # By the other side, which said nothing of why.
+        return StorageUnavailable(
+            f"Redis can't be reached ({why}); is it up, and is there a proxy before it, which may close at a command that it doesn't know?"
+        )
     return StorageUnavailable(f"Redis can't be reached ({why}); is it up, and is the address right?")
 
 

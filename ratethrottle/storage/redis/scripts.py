@@ -11,6 +11,7 @@ from importlib.resources import files
 from ratethrottle.errors import ConfigurationError
 
 HEADER = re.compile(r"^--- (\w+): (.*)$", re.MULTILINE)
+CALLED = re.compile(rb"""\bp?call\(\s*(?:call,\s*)?['"](\w+)""")
 SHEBANG = b"#!lua\n"
 NAMES = ("beat", "decide", "repair", "reset")
 ALONE = {"beat"}  # reads no states
@@ -64,6 +65,12 @@ def _missing(name: str) -> str:
         f"the package ratethrottle is incomplete: its file storage/redis/lua/{name}.lua is missing or damaged, and RedisStorage needs it; "
         "install it again, with its data files (PyInstaller: --collect-all ratethrottle)"
     )
+
+
+@cache
+def commands() -> frozenset[str]:
+    """Name the commands that the scripts run. Raises ConfigurationError as `script` does."""
+    return frozenset(command.decode() for name in NAMES for command in CALLED.findall(script(name).text))
 
 
 def check_installed() -> None:
