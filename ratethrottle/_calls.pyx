@@ -326,11 +326,12 @@ cdef inline int64_t count_of(Call call, const CallEntry* entry) noexcept:
 
 
 cdef bint possible_beat(const int64_t* numbers, int count) noexcept:
-    """Whether this may be the reply to a beat: now, epoch, when learning began, what is left of it, processes, rank, keys evicted, slot.
+    """Whether this may be the reply to a beat: now, epoch, when learning began, what is left of it, processes, rank, evictions,
+    whether to forget, slot.
 
     Whatever else says so (a proxy, a bug) must not spoil what is known here for as long as this process lives.
     """
-    return (count == 8
+    return (count == 9
             and 0 <= numbers[0] <= LEVEL_MAX
             and 1 <= numbers[1] <= numbers[0] + YEAR_US
             and 0 <= numbers[2] <= numbers[0] + YEAR_US
@@ -338,7 +339,8 @@ cdef bint possible_beat(const int64_t* numbers, int count) noexcept:
             and 0 <= numbers[4] <= PROCESSES_MAX
             and (0 <= numbers[5] < numbers[4] or numbers[4] == numbers[5] == 0)
             and -1 <= numbers[6] <= LEVEL_MAX
-            and -1 <= numbers[7] < PROCESSES_MAX)
+            and 0 <= numbers[7] <= 1
+            and -1 <= numbers[8] < PROCESSES_MAX)
 
 
 cdef class Gathering:
@@ -704,7 +706,7 @@ cdef class Gathering:
         self.epoch_text = b"%b%016d%016d" % (self.run, epoch, learning_from_us)
         self.refused = False
         self._answered()
-        if self.knowledge.meet(epoch, numbers[3], numbers[4], numbers[5], now_us):
+        if self.knowledge.meet(epoch, numbers[3], numbers[4], numbers[5], numbers[7], now_us):
             self._notice("state_lost", len(self.bounds))
         if self.bounds.evictions != self.told_evictions:
             self.told_evictions = self.bounds.evictions

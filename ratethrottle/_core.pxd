@@ -76,6 +76,7 @@ cdef class KeyTable:
     cdef int64_t now_us(self) except -1
     cdef void forked(self) noexcept
     cdef void notice_fork(self) noexcept
+    cdef void empty(self) noexcept
     cdef int locate(self, CompiledRule rule, bint joined, const char* data, Py_ssize_t length, Place* place) except -1
     cdef int meet(self, CompiledRule rule) except -1
     cdef void remove(self, Shard* shard, uint32_t index) noexcept

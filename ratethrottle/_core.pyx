@@ -485,6 +485,20 @@ cdef class KeyTable:
         self.used += shard.used
         return 0
 
+    cdef void empty(self) noexcept:
+        """Let go of every key."""
+        cdef Shard* shard
+        cdef uint32_t i, j
+        for i in range(self.shard_count):
+            shard = &self.shards[i]
+            for j in range(shard.room):
+                if tags_of(shard)[j]:
+                    slot_free(shard, slot_at(shard, j))
+            free(shard.slots)
+            shard.slots = NULL
+            shard.room = shard.used = shard.hand = 0
+        self.used = 0
+
     cdef Terms* terms_of(self, CompiledRule rule) except NULL:
         while rule.home != self.secret[2]:
             self.meet(rule)

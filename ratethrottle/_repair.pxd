@@ -43,7 +43,7 @@ cdef class Knowledge:
     cdef object asserting                    # an iterator over the errands that tell what is known
     cdef unsigned forks
 
-    cdef bint meet(self, int64_t epoch, int64_t learning_us, int64_t count, int64_t rank, int64_t now_us) except -1
+    cdef bint meet(self, int64_t epoch, int64_t learning_us, int64_t count, int64_t rank, bint forgets, int64_t now_us) except -1
     cdef Errand beat(self, bytes purpose, bint asks, done)
     cdef Errand next_errand(self, int64_t now_us)
     cdef bint idle(self) noexcept

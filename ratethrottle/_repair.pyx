@@ -109,21 +109,38 @@ cdef class Knowledge:
         cdef Errand errand
         return self.bounds.owing + sum([len(errand.owed) for errand in (*self.errands, *self.out) if errand.owed is not None])
 
-    cdef bint meet(self, int64_t epoch, int64_t learning_us, int64_t count, int64_t rank, int64_t now_us) except -1:
-        """Take up what a beat has told. True in another epoch: the store may have lost what is known here, and is told it."""
+    def forget_all(self):
+        """Know nothing of any key, and owe nothing: everything was cleared."""
+        self.shares.clear()
+        self.bounds.empty()
+        self.errands = deque()
+        self.out = set()
+        self.asserting = None
+        self.charged = []
+        self.live_until_us = 0
+
+    cdef bint meet(self, int64_t epoch, int64_t learning_us, int64_t count, int64_t rank, bint forgets, int64_t now_us) except -1:
+        """Take up what a beat has told. True in another epoch: the store may have lost what is known here, and is told it.
+
+        forgets: the store was cleared in that epoch, or since the one known here.
+        """
         cdef bint another = self.epoch and self.epoch != epoch
-        if another:
+        if another and forgets:
+            self.epochs += 1
+            self.forget_all()
+            another = False
+        elif another:
             self.epochs += 1
             # What is still to be charged is charged here. An assertion that waits speaks of the epoch before.
             self.errands = deque([errand for errand in self.errands if (<Errand>errand).args[0] == b"charge"])
             self.asserting = self.assertions()
             self.shares.begin()
-        self.epoch = epoch
         # Of one epoch it only becomes shorter, when all have come: a reply may be older than another line's.
-        if another or self.learning_until_us <= now_us:
+        if self.epoch != epoch or self.learning_until_us <= now_us:
             self.learning_until_us = now_us + learning_us
         else:
             self.learning_until_us = min(self.learning_until_us, now_us + learning_us)
+        self.epoch = epoch
         if count == 0:                       # it was only looked at
             return another
         if count != self.last_count:

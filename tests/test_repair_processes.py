@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ratethrottle import RateThrottleRule
+from ratethrottle.errors import StorageUnavailable
+from tests.clocked import RUN
 from tests.intervals import PromiseBrokenError, check
-from tests.processes import Check, Process, World
+from tests.processes import Check, Process, World, running
 from tests.strategies import STRATEGIES
 
 pytestmark = pytest.mark.redis
@@ -155,3 +157,38 @@ def test_without_telling_it_the_promise_is_broken(
         except PromiseBrokenError:
             broken += 1
     assert broken > 0
+
+
+def test_what_was_admitted_before_a_clear_is_charged_by_nobody(redis_client: redis.Redis) -> None:
+    """One process is cut off when all is cleared, and owes what it has admitted alone."""
+    world = World(redis_client)
+    rule = RateThrottleRule("r", 10, 60, on_outage="local").compiled
+    near, far = Process(world), Process(world)
+    for process in (near, far):
+        process.check("k", rule)
+    for _ in range(60):
+        for process in (near, far):
+            process.round_trip()
+        world.t_us += 20_000
+    far.line.lose()
+    with running(far.loop):
+        far.line._go_away(StorageUnavailable("cut off"))
+    alone = far.check("k", rule).decision
+    assert alone is not None
+    assert alone.allowed
+    assert far.knowledge.owed == 1
+    words = (RUN, near.knowledge.epoch, "clearing", "clear", 0, 0, world.server_us())
+    keys = (world.layout.epoch_key, world.layout.processes_key)
+    redis_client.evalsha(world.store.shas["beat"], 2, *keys, "id", *words)
+    # It isn't counted any more, nor is anybody waited for.
+    check = near.check("k", rule)
+    near.round_trip()
+    assert check.decision is not None
+    assert (check.decision.source, check.decision.remaining) == ("redis", 9)
+    far.line.wanted = True
+    far.round_trip()
+    assert far.knowledge.owed == len(far.bounds) == 0
+    check = far.check("k", rule)
+    far.round_trip()
+    assert check.decision is not None
+    assert (check.decision.source, check.decision.remaining) == ("redis", 8)

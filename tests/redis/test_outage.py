@@ -488,6 +488,50 @@ async def test_what_was_charged_is_known_from_then_on(key: str | tuple[str | int
             assert (await limiter.peek(key)).remaining == LIMIT - 10
 
 
+async def test_what_was_cleared_comes_back_by_nobody() -> None:
+    """Nor is it taken for what a process has leased or owes; another prefix and other people's keys stay as they are."""
+    rules = (RULE, RateThrottleRule("leased", 10_000, 3600, lease=True))
+    with RedisServer() as server, server.client() as client:
+        storages = [RedisStorage.from_url(server.url, prefix=prefix) for prefix in ("app", "app", "app:other", "ap")]
+        async with contextlib.AsyncExitStack() as stack:
+            mine, theirs, other, shorter = [
+                await stack.enter_async_context(RateThrottleCore(storage, rules=rules)) for storage in storages
+            ]
+            for limiter in (mine, theirs, other, shorter):
+                for _ in range(LIMIT):
+                    assert (await limiter.check(f"user of {id(limiter)}", "r")).allowed
+            for _ in range(200):
+                await theirs.check("user", "leased")
+            for key in ("app:session:1", "app:{1}:somebody", "app:{x}:r:=k", "app:charged:x"):
+                client.set(key, "somebody else's")
+            others = set(client.keys()) - set(client.keys("app:{*}:*:=*"))
+            await storages[0].clear()
+            assert others <= set(client.keys())
+            assert not [key for key in client.keys("app:{*}:*:=*") if not key.startswith(b"app:{x}")]
+            assert (await mine.check(f"user of {id(mine)}", "r")).allowed
+            await asyncio.sleep(0.3)
+            for limiter in (mine, theirs):
+                for user in (mine, theirs):
+                    decision = await limiter.peek(f"user of {id(user)}", "r")
+                    assert decision.source == "redis"
+                    assert decision.remaining == LIMIT - (user is mine)
+            assert (await mine.peek("user", "leased")).remaining == 10_000
+            assert (await theirs.peek("user", "leased")).remaining == 10_000
+            for limiter in (other, shorter):
+                assert (await limiter.peek(f"user of {id(limiter)}", "r")).remaining == 0
+
+
+async def test_to_clear_takes_as_many_calls_as_it_needs() -> None:
+    with RedisServer() as server, server.client() as client:
+        storage = RedisStorage.from_url(server.url, deadline=5)
+        async with RateThrottleCore(storage, rules=[RULE]) as limiter:
+            for first in range(0, 3_000, 1_000):
+                await limiter.check_many([f"user {number}" for number in range(first, first + 1_000)])
+            assert len(client.keys("*:=user *")) == 3_000
+            await storage.clear()
+            assert not client.keys("*:=user *")
+
+
 async def test_a_storage_takes_options_by_either_way() -> None:
     storage = RedisStorage.from_url(f"redis://127.0.0.1:{free_port()}", on_outage="allow")
     async with RateThrottleCore(storage, rules=[RULE]) as limiter:

@@ -506,7 +506,7 @@ class Beats:
         reply = self.server.run("beat", ["processes"], now_us, run, known, process, purpose, 0, processes)
         assert reply[0] == now_us
         assert self.client.get(EPOCH_KEY) == f"{run}{reply[1]:016}{reply[2]:016}".encode()
-        return reply[1:-2]  # the last are of evicted keys, which no server here has, and its slot
+        return reply[1:-3]  # the last are of evicted keys, which no server here has, whether to forget, and its slot
 
 
 def test_an_epoch_is_named_by_the_first_beat_and_learnt_where_one_was_before(script_client: redis.Redis) -> None:
@@ -656,6 +656,49 @@ def test_two_processes_never_have_one_slot(script_client: redis.Redis) -> None:
         stored = {member.decode(): int(score) for member, score in script_client.zrange("processes", 0, -1, withscores=True)}
         assert slots.items() <= stored.items()
         assert len(set(stored.values())) == len(stored) <= 12
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_was_cleared_counts_no_more_before_it_is_deleted(script_client: redis.Redis, strategy: str) -> None:
+    """Nor does it come back, whoever may still know of it."""
+    rule = make_rule(strategy, 100, MINUTE_US).compiled
+    server = Server(script_client, NOW_US)
+    server.check(NOW_US, rule, 60)
+    old = script_client.get("k")
+    now_us = NOW_US + 1_000
+    clear = ("processes",), now_us, RUN, NOW_US, "p", "clear", 0, 0
+    at_us, epoch, began_us, *_ = server.run("beat", list(clear[0]), *clear[1:])
+    assert (at_us, epoch, began_us) == (now_us, now_us, 0)
+    before, server.epoch = server.epoch, epoch_text(epoch, 0)
+    assert script_client.get(EPOCH_KEY) == server.epoch.encode() + b"1" + b"0" * 16
+    # A call of before isn't run, and one of now finds nothing.
+    call = make_call([(rule, "k", 1)])
+    call.args[1] = before
+    assert server.decide.send(script_client, now_us, call) == [b"id", -1]
+    assert server.left(now_us + 1, rule) == 100
+    assert script_client.get("k") == old
+    assert server.charge(now_us + 1, rule, "m", *((0, 5 * rule.unit_ticks) if rule.kind == "b" else (0, 5))) == 1
+    assert server.left(now_us + 1, rule) == 95
+    assert script_client.get("k") != old
+    # What is deleted is what is older.
+    text = script("clear").text.decode()
+    script_client.set("l", "damaged")
+    script_client.rpush("m", 1)
+    mine = (4, EPOCH_KEY, "k", "l", "m", "id")
+    assert script_client.eval(text, *mine, before) == [b"id", -1]
+    assert script_client.eval(text, *mine, server.epoch) == [b"id", 2]
+    assert script_client.exists("k", "l", "m") == 1
+    # Who comes from before has to forget; who doesn't, has not; and nobody learns from anybody.
+    for known, forgets in ((NOW_US, 1), (0, 0), (epoch, 0), (NOW_US - 5, 1)):
+        reply = server.run("beat", ["processes"], now_us + 2, RUN, known, f"p{known}", "count", 0, 1)
+        assert reply[1:4] == [epoch, 0, 0]
+        assert reply[-2] == forgets
+    # Later the calls are named by the epoch alone again, and a failover changes nothing of it.
+    late_us = now_us + REPAIR_US
+    server.run("beat", ["processes"], late_us, RUN, epoch, "p", "count", 0, 1)
+    assert script_client.get(EPOCH_KEY) == server.epoch.encode()
+    for known, forgets in ((NOW_US, 1), (epoch, 0)):
+        assert server.run("beat", ["processes"], late_us, RUN[::-1], known, "p", "count", 0, 1)[-2] == forgets
 
 
 def test_a_beat_that_is_none_is_refused_and_nothing_is_written(script_client: redis.Redis) -> None:

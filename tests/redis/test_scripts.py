@@ -49,11 +49,11 @@ def test_the_header_names_what_python_sends_and_reads() -> None:
     assert repair["reply"] == ("request", "server_us", "applied")
     beat = script("beat").header
     assert beat["ARGV"] == ("request", "run", "known_epoch", "process_id", "purpose", "statistics", "known_processes")
-    numbers = ("server_us", "epoch", "learning_began", "learning_us", "processes", "rank", "evicted_keys", "slot")
+    numbers = ("server_us", "epoch", "learning_began", "learning_us", "processes", "rank", "evicted_keys", "forgets", "slot")
     assert beat["reply"] == ("request", *numbers)
 
 
-@pytest.mark.parametrize("name", ["decide", "reset", "repair", "beat"])
+@pytest.mark.parametrize("name", ["decide", "reset", "repair", "beat", "clear"])
 def test_scripts_are_ascii_and_use_only_what_every_redis_has(name: str) -> None:
     text = script(name).text.decode("ascii")
     code = "\n".join(line.partition("--")[0] for line in text.splitlines())

@@ -14,7 +14,7 @@ HEADER = re.compile(r"^--- (\w+): (.*)$", re.MULTILINE)
 CALLED = re.compile(rb"""\bp?call\(\s*(?:call,\s*)?['"](\w+)""")
 SHEBANG = b"#!lua\n"
 NAMES = ("beat", "decide", "repair", "reset")
-ALONE = {"beat"}  # reads no states
+ALONE = {"beat", "clear"}  # they read no states
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,5 +75,5 @@ def commands() -> frozenset[str]:
 
 def check_installed() -> None:
     """Read all scripts. Raises ConfigurationError if one of them isn't there."""
-    for name in NAMES:
+    for name in (*NAMES, "clear"):
         script(name)

@@ -22,6 +22,7 @@ from ratethrottle.rule import RateThrottleRule
 from ratethrottle.storage import Statistics
 from ratethrottle.storage.redis import topology
 from ratethrottle.storage.redis.attempts import Attempts
+from ratethrottle.storage.redis.clearing import Clearing
 from ratethrottle.storage.redis.failures import failure
 from ratethrottle.storage.redis.line import Line
 from ratethrottle.storage.redis.notices import Notices
@@ -208,26 +209,21 @@ class RedisStorage(Calls):
             await asyncio.sleep(0)
 
     async def clear(self) -> None:
-        """Delete every key of our prefix, those of all limiters that share it: for tests and demos.
+        """Reset every key of exactly this prefix, for all limiters that share it, and delete their states: for tests and demos.
+
+        Other processes forget what they know of before it as soon as they hear of it: at the next call, or within 0.1 s. A denial
+        that one of them has just heard may be repeated until then. Keys of other prefixes, as `app:other` beside `app`, and those
+        that others keep under `app:` stay. So do the few by which processes know of each other and of this.
 
         Raises StorageError, also when one step of it isn't answered within the deadline; cancelled or failed, it may be half done.
         """
-        pattern = re.sub(rb"([*?\[\]\\^-])", rb"\\\1", self.layout.epoch_key.removesuffix(b"epoch")) + b"*"
         found = topology.master(self._settings, self._notices.moved)  # not that of the lines, which may be of another loop
         try:
             async with asyncio.timeout(self._settings.connect_timeout_s):
                 connection = await found.connect()
             try:
-                cursor = b"0"
-                while True:
-                    async with asyncio.timeout(self._deadline_s):
-                        await connection.send_command("SCAN", cursor, "MATCH", pattern, "COUNT", 1000)
-                        cursor, keys = await connection.read_response(disable_decoding=True)
-                        if keys:
-                            await connection.send_command("DEL", *keys)
-                            await connection.read_response()
-                    if cursor == b"0":
-                        return
+                knowledge = self.knowledge
+                await Clearing(connection, self.layout, self._deadline_s).run(knowledge.epoch, knowledge.forget_all)
             finally:
                 await close(connection)
         except (redis.RedisError, OSError) as error:

@@ -1,13 +1,15 @@
 --- Names the epoch, and counts the processes that are there.
 --- KEYS: epoch_key processes_key
 --- ARGV: request run known_epoch process_id purpose statistics known_processes
---- reply: request server_us epoch learning_began learning_us processes rank evicted_keys slot
+--- reply: request server_us epoch learning_began learning_us processes rank evicted_keys forgets slot
 -- An epoch is one run of one server over one data set. Its key holds the server's run id (40 characters), E (16 digits: its name, us,
 -- always greater than those before it) and M (16 digits: by when all have come who have to tell what they knew of before, by this
--- server's clock; 0 while nobody is known to know of anything). docs/arithmetic.md specifies it under "Repair".
--- purpose: `count` (the process), `leave`, or `look`, if it was counted only just. known_processes: how many shared the limits in the
--- epoch that it knows, 0 if it wasn't one of them, 10^9 if that isn't sure. Who isn't counted hears 0 for the number of processes and its
--- rank, and -1 for its slot.
+-- server's clock; 0 while nobody is known to know of anything). docs/arithmetic.md specifies it under "Repair". While
+-- states are repaired, there may be 17 digits more, of which calls needn't know: 1 if what isn't of this epoch was cleared, and 16 that are 0.
+-- `<epoch_key>:cleared` holds E of the last clear. A process that comes from an earlier epoch has to forget (1) what it knows.
+-- purpose: `count` (the process), `leave`, `look`, if it was counted only just, or `clear`, to begin an epoch without a past.
+-- known_processes: how many shared the limits in the epoch that it knows, 0 if it wasn't one of them, 10^9 if that isn't sure. Who isn't
+-- counted hears 0 for the number of processes and its rank, and -1 for its slot.
 -- Each process has a slot: a bit in four maps. processes_key is a sorted set of process ids by slot, and the other keys begin with its
 -- name: `:marks` (who has come in this period), `:last` and `:before` (in the two before it), `:alive` (who is counted: in any of them),
 -- and `:count`, four numbers: when this period began, how many are counted, when that set has changed last (16, 8 and 16 digits), and, while
@@ -15,7 +17,8 @@
 -- docs/arithmetic.md has it under "Counting".
 local LEARN_US, REPAIR_US, PERIOD_US, OTHERS_US, YEAR_US = 250000, 10000000, 900000, 500000, 31622400000000
 local EACH_US = 100
-local max, min, floor, match, format, sub, call = math.max, math.min, math.floor, string.match, string.format, string.sub, redis.call
+local max, min, floor, match, format = math.max, math.min, math.floor, string.match, string.format
+local find, sub, call = string.find, string.sub, redis.call
 local KEYS, ARGV, refuse = KEYS, ARGV, redis.error_reply
 local request, run, known, process, purpose = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5]
 local processes = tonumber(ARGV[7])
@@ -24,8 +27,8 @@ if #KEYS ~= 2 or #ARGV ~= 7 then return refuse('RATETHROTTLE the number of keys 
 if #run ~= 40 or match(run, '%W') then return refuse('RATETHROTTLE a run is 40 letters and digits') end
 if not (known and known >= 0 and known <= 9999999999999999 and known % 1 == 0) then return refuse('RATETHROTTLE the epoch is none') end
 if process == '' then return refuse('RATETHROTTLE no process id') end
-if purpose ~= 'count' and purpose ~= 'look' and purpose ~= 'leave' then
-  return refuse('RATETHROTTLE a process is counted, looks or leaves')
+if purpose ~= 'count' and purpose ~= 'look' and purpose ~= 'leave' and purpose ~= 'clear' then
+  return refuse('RATETHROTTLE a process is counted, looks, leaves or clears')
 end
 if not (processes and processes >= 0 and processes % 1 == 0) then return refuse('RATETHROTTLE the number of processes is none') end
 
@@ -34,13 +37,17 @@ local marks, last, before, alive, head = place .. ':marks', place .. ':last', pl
 local clock = call('TIME')
 local now = clock[1] * 1000000 + clock[2]
 -- MGET takes what is no text for absent, where GET would fail for ever.
-local found = call('MGET', KEYS[1], head)
-local value = found[1] or ''
+local found = call('MGET', KEYS[1], head, KEYS[1] .. ':cleared')
+local stood, suffix = found[1] or '', ''
+local value = stood
+if #value == 89 and not find(value, '%D', 73) then value, suffix = sub(value, 1, 72), sub(value, 73) end
 local theirs, epoch, began = match(value, '^(%w+)(%d%d%d%d%d%d%d%d%d%d%d%d%d%d%d%d)(%d%d%d%d%d%d%d%d%d%d%d%d%d%d%d%d)$')
-local stood, learns = value, false
 -- No clock is set so far ahead: what stands there was damaged, or a process was told so. It heals, and keeps nobody out: of such a process
 -- it is only taken that it knew something.
 if known > now + YEAR_US then known = 1 end
+-- A process that has to forget has nothing to tell either.
+local learns, forgets = false, known > 0 and known < (tonumber(found[3] or 0) or 0)
+if forgets then known = 0 end
 if not theirs or #value ~= 72 or epoch + 0 > now + YEAR_US then
   epoch, began, learns = max(now, known + 1), 0, known > 0
 elseif theirs ~= run or known > epoch + 0 then
@@ -50,6 +57,10 @@ else
   epoch, began = epoch + 0, began + 0
   -- A process that knew an older epoch comes to one that was taken for the first: what was granted meanwhile counts as since.
   learns = known > 0 and known < epoch and began == 0 and now - epoch < REPAIR_US
+end
+if purpose == 'clear' then
+  epoch, began, learns, suffix = max(now, epoch + 1), 0, false, '1' .. format('%016.0f', 0)
+  call('SET', KEYS[1] .. ':cleared', format('%.0f', epoch))
 end
 if learns then
   -- Who found nobody a moment ago comes at its next turn. Until then only those are counted that have something to tell.
@@ -128,7 +139,7 @@ local function count()
 end
 
 if learns then forget() end
-if purpose ~= 'look' or comes then
+if purpose ~= 'look' and purpose ~= 'clear' or comes then
   if not pcall(count) then
     -- A key of ours is of another type, or there is no room, which is said then.
     forget()
@@ -137,7 +148,9 @@ if purpose ~= 'look' or comes then
   end
   if slot < 0 then members, rank = 0, 0 end
 end
-value = run .. format('%016.0f%016.0f', epoch, began)
+-- What is older is taken for absent only for so long.
+if learns or now - (began > 0 and began or epoch) >= REPAIR_US then suffix = '' end
+value = run .. format('%016.0f%016.0f', epoch, began) .. suffix
 if value ~= stood then call('SET', KEYS[1], value) end
 
 -- Unless the clock was set back by more than that.
@@ -149,4 +162,4 @@ if ARGV[6] == '1' then
   local heard, stats = pcall(call, 'INFO', 'stats')
   evicted = heard and type(stats) == 'string' and match(stats, 'evicted_keys:(%d+)') or 0
 end
-return {request, now, epoch, began, learning, members, rank, evicted + 0, slot}
+return {request, now, epoch, began, learning, members, rank, evicted + 0, forgets and 1 or 0, slot}

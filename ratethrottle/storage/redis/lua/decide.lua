@@ -92,8 +92,9 @@ if not rules then return refuse(wrong) end
 -- and the expiry stay. Where nils from `ends`, which is empty yet, make room, a table doesn't grow, for which all that it holds is counted.
 local states, ends, resets = call('MGET', unpack(KEYS)), {nil}, {nil}
 local partly, numbers, places = false, {unpack(ends, 1, key_count + 1)}, {unpack(ends, 1, key_count + 1)}
-if states[1] ~= ARGV[3] then return {request, -1} end
-if not enter(ARGV[3]) then return refuse('RATETHROTTLE the epoch is none') end
+local entered = enter(states, ARGV[3])
+if entered == nil then return {request, -1} end
+if not entered then return refuse('RATETHROTTLE the epoch is none') end
 local reply, filled, entries, at = {request, now, unpack(ends, 1, 4 * key_count)}, 2, 0, 6 + 8 * rule_count
 -- Pairs of entry and generation.
 local generations, reset_count, consumes = nil, 0, mode == 'check'

@@ -238,8 +238,9 @@ end
 if #ARGV ~= at then return refuse('RATETHROTTLE the number of arguments is wrong') end
 
 local states = call('MGET', unpack(KEYS))
-if states[1] ~= ARGV[3] then return {request, -1} end
-if not enter(ARGV[3]) then return refuse('RATETHROTTLE the epoch is none') end
+local entered = enter(states, ARGV[3])
+if entered == nil then return {request, -1} end
+if not entered then return refuse('RATETHROTTLE the epoch is none') end
 views()
 local marker = charges and KEYS[key_count + 2]
 if charges and states[key_count + 2] or not charges and repair_us == 0 then return {request, now, 0} end

@@ -14,8 +14,9 @@ for k = 1, #KEYS do
   seen[KEYS[k]] = true
 end
 local states, reply = call('MGET', unpack(KEYS)), {request, now}
-if states[1] ~= ARGV[2] then return {request, -1} end
-if not enter(ARGV[2]) then return refuse('RATETHROTTLE the epoch is none') end
+local entered = enter(states, ARGV[2])
+if entered == nil then return {request, -1} end
+if not entered then return refuse('RATETHROTTLE the epoch is none') end
 views()
 
 for k = 2, key_count + 1 do

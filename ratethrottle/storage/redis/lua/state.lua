@@ -31,16 +31,30 @@ local now = clock[1] * 1000000 + clock[2]
 -- The epoch's name, and how long from now on states still note what was granted since it began: 0 in normal operation.
 local epoch, repair_us = 0, 0
 
--- Takes in the epoch key's value; false if it is none.
-local function enter(value)
+-- Takes in the epoch key's value, which stands before the states: nil if it isn't the one expected, false if that is none.
+local function enter(states, expected)
+  local value, cleared = states[1], false
+  if value ~= expected then
+    -- There may be more behind it, which beat.lua describes.
+    if not value or #value ~= 89 or sub(value, 1, 72) ~= expected then return nil end
+    cleared = sub(value, 73, 73) == '1'
+  end
   -- M, by when all have come; 0 where nobody knew of anything before, and then E is the server's time too.
-  local began = number(sub(value, 57), 0, 9999999999999999)
-  if not began or #value ~= 72 then return false end
-  epoch = sub(value, 41, 56)
+  local began = number(sub(expected, 57), 0, 9999999999999999)
+  if not began or #expected ~= 72 then return false end
+  epoch = sub(expected, 41, 56)
   if began == 0 then began = epoch + 0 end
   -- A clock that was set back by more than that has left the epoch's beginning behind as well.
   local past = now - began
   if past < REPAIR_US and past > -REPAIR_US then repair_us = REPAIR_US - past end
+  if cleared and repair_us > 0 then
+    -- What was there when all was cleared may not have been deleted yet. A marker is '1' alone.
+    local mark = '1e' .. epoch
+    for k = 2, #KEYS do
+      local state = states[k]
+      if state and #state > 1 and sub(state, 1, 18) ~= mark then states[k] = false end
+    end
+  end
   return true
 end
 

@@ -1,0 +1,78 @@
+"""Deletes what a prefix has in Redis, in a way that no process brings back."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+import redis
+from redis.asyncio.connection import AbstractConnection
+
+from ratethrottle._layout import Layout
+from ratethrottle.errors import StorageUnavailable
+from ratethrottle.storage.redis.scripts import script
+
+RUN_ID: Final = re.compile(rb"^run_id:([0-9a-f]{1,40})\r?$", re.MULTILINE)
+KEYS_MAX: Final = 500  # of a call
+RENEWED_S: Final = 5.0  # states of before it are taken for absent for ten seconds after an epoch began
+ROUNDS: Final = 3
+
+
+class Clearing:
+    """One `clear()` on a connection of its own."""
+
+    def __init__(self, connection: AbstractConnection, layout: Layout, deadline_s: float) -> None:
+        self._connection = connection
+        self._layout = layout
+        self._deadline_s = deadline_s
+        prefix = layout.epoch_key.removesuffix(b":epoch")
+        self._pattern = re.sub(rb"([*?\[\]\\^-])", rb"\\\1", prefix) + b":{*"
+        self._ours = re.compile(re.escape(prefix) + rb":\{[0-9]{1,5}\}:[^:]+:[=(#].*\Z", re.DOTALL)
+
+    async def _ask(self, *words: bytes | int) -> Any:
+        async with asyncio.timeout(self._deadline_s):
+            await self._connection.send_command(*words)
+            return await self._connection.read_response(disable_decoding=True)
+
+    async def _run_id(self) -> bytes:
+        try:
+            found = RUN_ID.search(await self._ask(b"INFO", b"server"))
+        except redis.ResponseError as error:
+            if "unknown command" not in str(error).lower():
+                raise
+            found = None
+        return (found[1] if found else b"").ljust(40, b"0")
+
+    async def _begin(self, known_epoch: int) -> bytes:
+        """Begin an epoch without a past; returns what its key holds. From now on nothing of before it counts."""
+        run = await self._run_id()
+        words = (b"clear", run, known_epoch, b"clear", b"clear", 0, 0)
+        keys = (self._layout.epoch_key, self._layout.processes_key)
+        reply = await self._ask(b"EVAL", script("beat").body(shebang=False), len(keys), *keys, *words)
+        return b"%b%016d%016d" % (run, reply[2], reply[3])
+
+    async def _delete(self, epoch: bytes, keys: list[bytes]) -> bool:
+        """Delete what isn't of this epoch; False if there is another one by now."""
+        text = script("clear").body(shebang=False)
+        reply = await self._ask(b"EVAL", text, 1 + len(keys), self._layout.epoch_key, *keys, b"clear", epoch)
+        return int(reply[1]) >= 0
+
+    async def run(self, known_epoch: int, begun: Callable[[], object]) -> None:
+        """Clear. begun: called once nothing of before counts any more, before it is deleted."""
+        for _ in range(ROUNDS):
+            epoch, since_s = await self._begin(known_epoch), time.monotonic()
+            begun()
+            cursor, same = b"0", True
+            while same:
+                cursor, found = await self._ask(b"SCAN", cursor, b"MATCH", self._pattern, b"COUNT", 1000)
+                ours = [key for key in found if self._ours.match(key)]
+                for first in range(0, len(ours), KEYS_MAX):
+                    if time.monotonic() - since_s > RENEWED_S:
+                        epoch, since_s = await self._begin(known_epoch), time.monotonic()
+                    same = same and await self._delete(epoch, ours[first : first + KEYS_MAX])
+                if same and cursor == b"0":
+                    return
+        raise StorageUnavailable("Redis was replaced, or lost its data, each time its keys were being deleted")
