@@ -30,7 +30,7 @@ from asyncio import _get_running_loop as running_loop
 from asyncio import current_task
 from collections import deque
 from contextvars import Context
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from os import urandom
 
 from ratethrottle.errors import StorageProtocolError, StorageRefused, StorageTimeout, StorageUnavailable
@@ -56,6 +56,7 @@ cdef enum:
     WATCH_US = 100_000                       # while what an idle one knows still counts: it must hear of a loss within LEARN
     PROCESSES_MAX = 1_000_000
     LEARNING_MAX_US = 10_000_000
+    RETURNS_MAX = 10_000                     # leases that wait for a connection to be given back on
     GIVE_BACK_US = 1_000_000                 # a bound is kept for so long after its lease, so that the rest of that goes back
     MOVED = -1                               # instead of numbers: it wasn't run, this is another epoch than it expected
 
@@ -184,6 +185,7 @@ cdef struct CallEntry:                       # equal checks of one key, decided 
     int64_t ahead
     int64_t back
     int64_t back_us
+    bint returns                             # it only gives back units that no bound holds any more
     Queue waiters
 
 
@@ -343,6 +345,46 @@ cdef bint possible_beat(const int64_t* numbers, int count) noexcept:
             and -1 <= numbers[8] < PROCESSES_MAX)
 
 
+cdef Py_ssize_t read_numbers(object sent, bytes data, Py_ssize_t at, int64_t* numbers, int* count) except -3:
+    """Read the reply to a call, an errand, or SCRIPT LOAD (None): returns where it ends, INCOMPLETE or BROKEN.
+
+    numbers: has room for ENTRIES_MAX * NUMBERS_MAX + 1 of them.
+    """
+    cdef const char* text = PyBytes_AS_STRING(data)
+    cdef Py_ssize_t size = PyBytes_GET_SIZE(data)
+    cdef bytes request
+    cdef int64_t number
+    cdef int i
+    count[0] = 0
+    if sent is None:
+        at = read_number(text, at, size, c"$", &number)
+        if at < 0 or number != 40:
+            return at if at < 0 else BROKEN
+        return at + 42 if at + 42 <= size else INCOMPLETE
+    at = read_number(text, at, size, c"*", &number)
+    if at < 0:
+        return at
+    request = (<Errand>sent).request if isinstance(sent, Errand) else (<Call>sent).request
+    count[0] = <int>min(max(number - 1, <int64_t>0), <int64_t>(ENTRIES_MAX * NUMBERS_MAX + 1))
+    if count[0] != number - 1:
+        return BROKEN
+    at = read_number(text, at, size, c"$", &number)
+    if at < 0:
+        return at
+    if number != PyBytes_GET_SIZE(request):
+        return BROKEN
+    if at + number + 2 > size:
+        return INCOMPLETE
+    if memcmp(text + at, PyBytes_AS_STRING(request), number) or text[at + number] != c"\r" or text[at + number + 1] != c"\n":
+        return BROKEN
+    at += number + 2
+    for i in range(count[0]):
+        at = read_number(text, at, size, c":", &numbers[i])
+        if at < 0:
+            return at
+    return at
+
+
 cdef class Gathering:
     """What waits for one connection of one event loop, and what is on its way there. The base of `Line`, which has the connection.
 
@@ -366,7 +408,7 @@ cdef class Gathering:
     cdef Queue parked                        # they ask what is being asked already
     cdef object in_flight                    # Calls and Errands in the order of their replies, and None for that to SCRIPT LOAD
     cdef readonly bint _open                 # there is a connection
-    cdef bint ended
+    cdef readonly bint ended
     cdef object write
     cdef bint scheduled
     cdef object timer
@@ -398,7 +440,8 @@ cdef class Gathering:
     cdef int64_t told_evictions
     cdef Buffer buffer
     cdef uint16_t* places
-    cdef list leases                         # a heap of (until_us, turn, PendingDecision): what may have to be given back
+    cdef list leases                         # a heap of (until_us, turn, PendingDecision, at_us): what may have to be given back
+    cdef list returns                        # (PendingDecision, units, server_us, epoch): what has to be, and no bound holds any more
     cdef readonly int64_t sent_calls
     cdef readonly int64_t sent_entries
 
@@ -423,6 +466,7 @@ cdef class Gathering:
         self.max_waiting = max_waiting
         self.in_flight = deque()
         self.leases = []
+        self.returns = []
         self.rest = b""
         self._session = urandom(6).hex().encode() + b"-"
 
@@ -581,6 +625,8 @@ cdef class Gathering:
         cdef int64_t retry_us
         if pending.mode == PEEK and pending.group is None:
             return complete(pending, error)  # our own look at what was charged
+        if pending.mode == GIVE_BACK and pending.stage == WAITING and not self.ended:
+            self.return_later(pending, now_us)
         if policy == RAISE or (pending.mode != CHECK and pending.mode != PEEK) or self.ended or isinstance(error, StorageRefused):
             return complete(pending, twin_of(error))
         retry_us = max(self._retry_us(), self.knowledge.learning_until_us - now_us, 1)
@@ -752,6 +798,7 @@ cdef class Gathering:
                 self.served = True
                 self._notice("recovery", None)
             self.look_at_charged()
+            self.queue_returns(now_us)
             self.schedule()
         return 0
 
@@ -973,8 +1020,10 @@ cdef class Gathering:
         return place
 
     cdef inline bint joins(self, Call call, const CallEntry* entry, PendingDecision pending) noexcept:
-        if call.mode == RESET or pending.mode == GIVE_BACK:
+        if call.mode == RESET or pending.mode == GIVE_BACK and pending.key is None:
             return True
+        if pending.mode == GIVE_BACK or entry.returns:
+            return False
         return entry.cost == pending.units and entry.rule == <PyObject*>pending.rule
 
     cdef CallEntry* add_entry(self, Call call, PendingDecision pending, int key_index) except NULL:
@@ -985,6 +1034,7 @@ cdef class Gathering:
         entry.rule = <PyObject*>pending.rule
         entry.key_index = key_index
         entry.cost = pending.units
+        entry.returns = pending.mode == GIVE_BACK and pending.key is not None
         call.size += 1
         return entry
 
@@ -1169,8 +1219,6 @@ cdef class Gathering:
         cdef Py_ssize_t size = PyBytes_GET_SIZE(data), end
         cdef Call call
         cdef Errand errand = None
-        cdef bytes request
-        cdef int64_t number
         cdef int64_t[ENTRIES_MAX * NUMBERS_MAX + 1] numbers
         cdef int i, count, answers
         oldest = self.in_flight[0]
@@ -1185,35 +1233,12 @@ cdef class Gathering:
             if errand is not None and not self.ready:
                 self.tell()
             return end + 2
+        at = read_numbers(oldest, data, at, numbers, &count)
+        if at < 0:
+            return at
         if oldest is None:                   # the reply to SCRIPT LOAD
-            at = read_number(text, at, size, c"$", &number)
-            if at < 0 or number != 40:
-                return at if at < 0 else BROKEN
-            if at + 42 > size:
-                return INCOMPLETE
             self.in_flight.popleft()
-            return at + 42
-        at = read_number(text, at, size, c"*", &number)
-        if at < 0:
             return at
-        request = errand.request if errand is not None else call.request
-        count = <int>min(max(number - 1, <int64_t>0), <int64_t>(ENTRIES_MAX * NUMBERS_MAX + 1))
-        if count != number - 1:
-            return BROKEN
-        at = read_number(text, at, size, c"$", &number)
-        if at < 0:
-            return at
-        if number != PyBytes_GET_SIZE(request):
-            return BROKEN
-        if at + number + 2 > size:
-            return INCOMPLETE
-        if memcmp(text + at, PyBytes_AS_STRING(request), number) or text[at + number] != c"\r" or text[at + number + 1] != c"\n":
-            return BROKEN
-        at += number + 2
-        for i in range(count):
-            at = read_number(text, at, size, c":", &numbers[i])
-            if at < 0:
-                return at
         if count == 1 and numbers[0] == MOVED:
             self.in_flight.popleft()
             self.moved(oldest)
@@ -1353,8 +1378,7 @@ cdef class Gathering:
         self.knowledge.note_generation(sample, generation, server_us, now_us)
         bound = self.bound_of(entry.hashed, &shard, &index)
         if bound != NULL:                    # what was said before that comes too late
-            bound.heard = True
-            bound.sent_us, bound.received_us, bound.server_us = call.sent_us, now_us, server_us
+            bound.received_us, bound.server_us = now_us, server_us
         return 0
 
     cdef int settle_entry(self, Call call, CallEntry* entry, const int64_t* answer, int64_t ahead) except -1:
@@ -1459,6 +1483,11 @@ cdef class Gathering:
         if call.mode != CHECK:
             return 0
         bound = self.bound_of(entry.hashed, &shard, &index)
+        if entry.returns:
+            _, entry.back, entry.back_us, _ = (<PendingDecision>entry.waiters.first).key
+            if bound != NULL:
+                bound.returned_us = call.sent_us
+            return 0
         if bound == NULL:
             return 0
         if entry.count:
@@ -1469,12 +1498,14 @@ cdef class Gathering:
             return 0
         # Another definition's account knows nothing of it; under another lead it is still the same units that must go back.
         # And what was taken in another life of the store's data may be lost there: what goes back would be others' units.
+        size = bound.lease_size
+        spent = size - bound.lease_units
         if bound.lease_units and bound.lease_epoch == self.epoch and same_definition(bound.lease_terms, &rule.terms):
             entry.back = bound.lease_units
             entry.back_us = bound.lease_at_us - lead(rule)
             bound.returned_us = call.sent_us
-        size = bound.lease_size
-        spent = size - bound.lease_units
+        else:
+            self.bounds.orphan(bound)        # it goes back under the rule that it was taken under
         bound.lease_units = bound.lease_size = 0
         if entry.count == 0:
             return 0
@@ -1494,6 +1525,7 @@ cdef class Gathering:
         cdef int64_t for_us = rule.lease_us, ends_us
         if rule.terms.kind == c"f" or rule.terms.kind == c"c":  # it ends with the window
             for_us = min(for_us, rule.terms.window_us - answer[2 if rule.terms.kind == c"f" else 3])
+        self.bounds.orphan(bound)            # of another bound that this one has replaced meanwhile
         bound.lease_units = bound.lease_size = ahead
         # From before the request was sent, and a 64th and the rounding of two clocks less: the store's may be the faster one.
         bound.lease_until_us = sent_us + for_us - for_us // DRIFT_SHARE - 2
@@ -1502,7 +1534,7 @@ cdef class Gathering:
         bound.lease_terms = rule.home_terms  # which `learn` has just met
         bound.lease_epoch = self.epoch
         ends_us = bound.lease_until_us
-        heappush(self.leases, (ends_us, self.turns, sample))
+        heappush(self.leases, (ends_us, self.turns, sample, bound.lease_at_us))
         self.turns += 1                      # so that no two are equal
         self.wind(now_us, ends_us)
         return 0
@@ -1513,16 +1545,112 @@ cdef class Gathering:
         cdef Shard* shard
         cdef uint32_t index
         cdef Bound* bound
+        cdef int64_t at_us
         while self.leases and self.leases[0][0] <= now_us:
-            sample = heappop(self.leases)[2]
+            _, _, sample, at_us = heappop(self.leases)
             bound = self.bound_of(sample.hashed, &shard, &index)
-            if bound == NULL or bound.lease_units == 0 or bound.lease_until_us > now_us:
+            if not self.ready or bound == NULL or bound.lease_units == 0 or bound.lease_at_us != at_us:
+                self.return_lease(sample, at_us, now_us)
                 continue
             pending = pending_for(sample.rule, sample.text, sample.mark, sample.tag, GIVE_BACK)
             pending.hashed = sample.hashed
             self.queue(pending, now_us)
+        self.queue_returns(now_us)
         self.schedule()
         return 0
+
+    cdef int return_lease(self, PendingDecision sample, int64_t at_us, int64_t now_us) except -1:
+        """Take what is left of a lease from wherever it is, and give it back as soon as that can be."""
+        cdef int64_t units = self.bounds.adopt(sample.hashed, at_us, self.knowledge.epoch, now_us)
+        if units:
+            self.put_back(sample, units, at_us - lead(sample.rule), self.knowledge.epoch)
+        return 0
+
+    cdef int put_back(self, PendingDecision sample, int64_t units, int64_t server_us, int64_t epoch) except -1:
+        """Give back units that were granted to `sample` ahead, at that time, and that nobody here may spend."""
+        if len(self.returns) < RETURNS_MAX:
+            self.returns.append((sample, units, server_us, epoch))
+        return 0
+
+    cdef int return_later(self, PendingDecision pending, int64_t now_us) except -1:
+        """It wasn't sent in time. What gives back the lease of a bound is looked for there."""
+        cdef Shard* shard
+        cdef uint32_t index
+        cdef Bound* bound
+        if pending.key is not None:
+            self.returns.append(pending.key)
+            return 0
+        bound = self.bound_of(pending.hashed, &shard, &index)
+        if bound != NULL and bound.lease_units and bound.lease_until_us <= now_us:
+            self.return_lease(pending, bound.lease_at_us, now_us)
+        return 0
+
+    cdef int queue_returns(self, int64_t now_us, Group group=None) except -1:
+        cdef PendingDecision sample, pending
+        if not self.ready or not self.returns:
+            return 0
+        returns, self.returns = self.returns, []
+        for item in returns:
+            sample, units, _, epoch = item
+            if epoch != self.epoch:          # it was lost there
+                continue
+            pending = pending_for(sample.rule, sample.text, sample.mark, sample.tag, GIVE_BACK)
+            pending.hashed = sample.hashed
+            pending.units = units
+            pending.key = item
+            if group is not None:
+                pending.group = group
+                group.members.append(pending)
+                group.left += 1
+            self.queue(pending, now_us)
+        self.schedule()
+        return 0
+
+    def _return_leases(self, CompiledRule rule=None):
+        """Give back at once what is left of the leases under a rule, or of all. Returns a future that tells when it is done, or None."""
+        cdef Group group = Group.__new__(Group)
+        cdef PendingDecision sample
+        cdef int64_t at_us, now_us = self.bounds.now_us()
+        leases, self.leases = self.leases, []
+        for item in leases:
+            _, _, sample, at_us = item
+            if rule is None or sample.rule == rule:
+                self.return_lease(sample, at_us, now_us)
+            else:
+                self.leases.append(item)
+        heapify(self.leases)
+        group.future = self.loop.create_future()
+        group.members = []
+        group.left = 0
+        self.queue_returns(now_us, group)
+        self._flush()
+        return group.future if group.left else None
+
+    def _late_replies(self):
+        """What reads the replies that are late, if a lease may be among them; None if there is nothing to hear."""
+        cdef Late late = Late.__new__(Late)
+        cdef Call call
+        cdef int i
+        cdef bint leases = False, asks
+        late.gathering = self
+        late.epoch = self.epoch
+        late.rest = self.rest
+        late.in_flight = deque()
+        for sent in self.in_flight:
+            samples = None
+            if isinstance(sent, Call):
+                call = <Call>sent
+                asks = False
+                samples = []
+                for i in range(call.size):
+                    if call.entries[i].ahead and call.entries[i].waiters.count:
+                        samples.append(<object>call.entries[i].waiters.first)
+                        leases = asks = True
+                    else:
+                        samples.append(None)
+                samples = samples if asks else None
+            late.in_flight.append((sent, samples))
+        return late if leases else None
 
     # The end of a connection, and of everything:
 
@@ -1611,7 +1739,7 @@ cdef class Gathering:
     cdef int take_back(self, Call call) except -1:
         """What was not run waits again, each where it was."""
         cdef int i
-        cdef PendingDecision pending
+        cdef PendingDecision pending, sample
         cdef CallEntry* entry
         cdef Queue again
         cdef const Terms* terms
@@ -1620,6 +1748,7 @@ cdef class Gathering:
         cdef Bound* bound
         for i in range(call.size):
             entry = &call.entries[i]
+            sample = <PendingDecision>entry.waiters.first if entry.waiters.count else None
             memset(&again, 0, sizeof(Queue))
             while entry.waiters.first != NULL:
                 pending = <PendingDecision>entry.waiters.first
@@ -1632,14 +1761,21 @@ cdef class Gathering:
             # Nor was anything given back.
             terms = self.bounds.terms_of(<CompiledRule>entry.rule)
             bound = self.bound_of(entry.hashed, &shard, &index)
-            if bound == NULL:
+            if bound != NULL:
+                bound.leasing = bound.leasing and entry.ahead == 0
+            if entry.back == 0 or entry.returns:
                 continue
-            bound.leasing = bound.leasing and entry.ahead == 0
-            if entry.back and bound.lease_units == 0:
+            if bound == NULL or bound.lease_units:
+                if sample is not None:
+                    self.put_back(sample, entry.back, entry.back_us, self.epoch)
+            else:
                 bound.lease_units = bound.lease_size = entry.back
                 bound.lease_epoch = self.epoch
                 bound.lease_at_us = entry.back_us + lead(<CompiledRule>entry.rule)
                 bound.lease_terms = terms
+                if sample is not None:       # the entry of before may have been looked at meanwhile
+                    heappush(self.leases, (bound.lease_until_us, self.turns, sample, bound.lease_at_us))
+                    self.turns += 1
         return 0
 
     def _end(self, error):
@@ -1652,3 +1788,62 @@ cdef class Gathering:
         timer, self.timer = self.timer, None
         if timer is not None:
             timer.cancel()
+
+
+@cython.final
+cdef class Late:
+    """Hears the replies to calls that were given up, for what their leases took: that goes back, and nothing else of them is believed."""
+
+    cdef Gathering gathering
+    cdef object in_flight                    # (Call, Errand or None; the first check of each entry that asked for a lease)
+    cdef bytes rest
+    cdef int64_t epoch
+
+    def __init__(self):
+        raise TypeError("what is late is heard by a gathering's `_late_replies`")
+
+    def received(self, bytes data not None):
+        """Take what came. False once there is nothing more to hear, or it isn't what was asked for."""
+        cdef int64_t[ENTRIES_MAX * NUMBERS_MAX + 1] numbers
+        cdef Py_ssize_t at = 0, after
+        cdef int count = 0
+        data = self.rest + data
+        while self.in_flight and at < PyBytes_GET_SIZE(data):
+            sent, samples = self.in_flight[0]
+            if PyBytes_AS_STRING(data)[at] == c"-":
+                after = read_line(PyBytes_AS_STRING(data), at, PyBytes_GET_SIZE(data))
+                after = after + 2 if after >= 0 else after
+            else:
+                after = read_numbers(sent, data, at, numbers, &count)
+            if after == BROKEN or after == INCOMPLETE and PyBytes_GET_SIZE(data) - at > REPLY_BYTES_MAX:
+                self.in_flight.clear()
+                return False
+            if after == INCOMPLETE:
+                break
+            self.in_flight.popleft()
+            if PyBytes_AS_STRING(data)[at] != c"-" and samples is not None and not (count == 1 and numbers[0] == MOVED):
+                self.take(<Call>sent, samples, numbers, count)
+            at = after
+        self.rest = data[at:]
+        return bool(self.in_flight)
+
+    cdef int take(self, Call call, list samples, const int64_t* numbers, int count) except -1:
+        cdef const int64_t* answer = numbers + 1
+        cdef CallEntry* entry
+        cdef CompiledRule rule
+        cdef int i, leases, length
+        if self.gathering.measure(call, numbers, count) < 0:
+            self.in_flight.clear()
+            return 0
+        for leases in range(2):
+            for i in range(call.size):
+                entry = &call.entries[i]
+                rule = <CompiledRule>entry.rule
+                if (rule.lease_units > 0) != leases:
+                    continue
+                length = answer_length(&rule.terms, answer[0], count_of(call, entry))
+                if leases and answer[length] > 0 and samples[i] is not None:
+                    self.gathering.put_back(samples[i], answer[length], numbers[0], self.epoch)
+                answer += length + leases
+        self.gathering.queue_returns(self.gathering.bounds.now_us())
+        return 0

@@ -70,7 +70,7 @@ cdef class KeyTable:
     cdef void note_owes(self, Shard* shard, Bound* bound, bint owes) noexcept
     cdef void drop_account(self, Shard* shard, Bound* bound) noexcept
     cdef void orphan(self, Bound* bound) noexcept
-    cdef int64_t adopt(self, Hash128 hashed, int64_t at_us, int64_t epoch) noexcept
+    cdef int64_t adopt(self, Hash128 hashed, int64_t at_us, int64_t epoch, int64_t now_us) noexcept
     cdef int tidy(self, int64_t now_us) except -1
     cdef int rebuild(self, Shard* shard, int64_t now_us) except -1
     cdef int64_t now_us(self) except -1

@@ -180,6 +180,7 @@ class Group:
 class Remote:
     @property
     def bounds(self) -> KeyTable: ...
+    def _return_leases(self, rule: CompiledRule) -> None: ...
 
 @disjoint_base
 class Limiter:

@@ -430,7 +430,7 @@ cdef class KeyTable:
             self.orphan_count += 1
             bound.lease_units = 0
 
-    cdef int64_t adopt(self, Hash128 hashed, int64_t at_us, int64_t epoch) noexcept:
+    cdef int64_t adopt(self, Hash128 hashed, int64_t at_us, int64_t epoch, int64_t now_us) noexcept:
         """Units that are left of a lease, to be given back by the caller alone; 0 if there are none, or of another epoch."""
         cdef Shard* shard
         cdef uint32_t index
@@ -440,6 +440,7 @@ cdef class KeyTable:
         cdef int64_t units
         if bound != NULL and bound.lease_units > 0 and bound.lease_at_us == at_us:
             units, bound.lease_units = bound.lease_units, 0
+            bound.returned_us = now_us       # what is known from before that denies nothing
             return units if bound.lease_epoch == epoch else 0
         for i in range(<int>min(self.orphan_count, <int64_t>ORPHANS_MAX)):
             orphan = &self.orphans[i]
@@ -1191,6 +1192,9 @@ cdef class Group:
 
 
 cdef class Remote:
+    def _return_leases(self, CompiledRule rule):
+        """Give back what is left of leases under a rule that isn't asked about any more."""
+
     cdef bint allows(self, CompiledRule rule) noexcept:
         """Whether everything is admitted while the store is away, so that no bound denies then."""
         return (rule.policy if rule.policy != OF_STORAGE else self.on_outage) == ALLOW
@@ -1289,11 +1293,16 @@ cdef class Limiter:
         self._rules = {}
 
     def _install(self, CompiledRule rule not None):
+        replaced = self._rules.get(rule.name)
         self._rules[rule.name] = rule
+        if replaced is not None and self.remote is not None:
+            self.remote._return_leases(replaced)
         self.only = rule if len(self._rules) == 1 else None
 
     def _uninstall(self, name):
-        del self._rules[name]
+        removed = self._rules.pop(name)
+        if self.remote is not None:
+            self.remote._return_leases(removed)
         self.only = next(iter(self._rules.values())) if len(self._rules) == 1 else None
 
     cdef CompiledRule which(self, object name):

@@ -25,6 +25,7 @@ class Relay:
         self.connections = 0
         self.port = 0
         self._writers: set[asyncio.StreamWriter] = set()
+        self._clients: list[asyncio.StreamWriter] = []  # of them, the oldest first
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -47,6 +48,16 @@ class Relay:
         self.cut()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    @property
+    def open(self) -> int:
+        """How many connections of clients there are."""
+        return len(self._clients)
+
+    def say(self, reply: bytes) -> None:
+        """Say something on each connection."""
+        for writer in self._clients:
+            writer.write(reply)
+
     def cut(self) -> None:
         """Break every connection."""
         for writer in self._writers:
@@ -62,6 +73,7 @@ class Relay:
             return
         upstream_reader, upstream = await asyncio.open_unix_connection(str(self.target))
         self._writers |= {writer, upstream}
+        self._clients.append(writer)
         forth = asyncio.create_task(self._pass(reader, upstream, self._listen))
         back = asyncio.create_task(self._pass(upstream_reader, writer, self._answer))
         await asyncio.wait([forth, back], return_when=asyncio.FIRST_COMPLETED)
@@ -69,6 +81,7 @@ class Relay:
             end.transport.abort()
         await asyncio.gather(forth, back)
         self._writers -= {writer, upstream}
+        self._clients.remove(writer)
 
     def _answer(self, data: bytes) -> bytes:
         return self.tamper(data)

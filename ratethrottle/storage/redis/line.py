@@ -27,6 +27,8 @@ from ratethrottle.storage.redis.wire import Receiver, take_over
 IN_FLIGHT_MAX = 2
 # How much longer than usual a server may be silent that this process has never heard.
 FAR_S = 0.8
+# How long a connection that was late is heard for what its leases took.
+LATE_S = 10.0
 
 
 def closed() -> StorageUnavailable:
@@ -58,6 +60,9 @@ class Line(Gathering):
         self._connection: AbstractConnection | None = None
         self._receiver: Receiver | None = None
         self._dropped: list[AbstractConnection] = []  # not heard any more, and to be closed by the owner
+        # One that was late, is heard for what its leases took, and decides nothing any more; and what ends that.
+        self._late_one: tuple[AbstractConnection, Receiver, asyncio.TimerHandle] | None = None
+        self._returning: asyncio.Future[None] | None = None  # leases, at the end
         self._sent_before_error = 0  # calls, when Redis last answered one with an error
         self._context = contextvars.Context()  # of what is called later: it belongs to no request
         self._owner = own_task(self.loop, self._own(), "ratethrottle line")
@@ -81,11 +86,20 @@ class Line(Gathering):
         self._woken.set()
 
     def end(self) -> asyncio.Task[None]:
-        """Fail what is waiting, and have the connection closed: that is done when the task is that it returns."""
-        self._leave()
-        self._end(closed())  # a task that is cancelled before it began wouldn't
+        """Fail what is waiting, and have the connection closed: that is done when the task is that it returns.
+
+        Where leases have to be given back first, it takes up to the deadline, unless `end_now` is called.
+        """
+        if not (self.ready and self._lease_count):
+            self._leave()
+            self._end(closed())  # a task that is cancelled before it began wouldn't
         self._owner.cancel()
         return self._owner
+
+    def end_now(self) -> None:
+        """Wait for nothing any more."""
+        if self._returning is not None:
+            self._returning.cancel()
 
     def abandon(self) -> None:
         """Have the line closed by its own loop. From any thread, and from a destructor."""
@@ -101,6 +115,7 @@ class Line(Gathering):
         self._hurry.set()
         if self._patience is not None and not self._patience.expired():
             self._patience.reschedule(self.loop.time())  # the attempt to reach the old one ends here
+        self._forget_late()
         if self._open:
             self._drop(StorageUnavailable("Redis is no master any more; the check may have been counted"))
             self.connect()
@@ -125,10 +140,24 @@ class Line(Gathering):
                     self._wanted = False
                     await self._open_connection()
         finally:
-            self._end(closed())
-            if not self.loop.is_closed():  # by somebody who leaves tasks behind: nothing can be closed any more
-                self._let_go()
-                await self._tidy()
+            try:
+                await self._give_all_back()
+            finally:
+                self._end(closed())
+                if not self.loop.is_closed():  # by somebody who leaves tasks behind: nothing can be closed any more
+                    self._let_go()
+                    self._forget_late()
+                    await self._tidy()
+
+    async def _give_all_back(self) -> None:
+        """Give back what is left of leases, as far as the store answers within the deadline: nobody will spend it any more."""
+        if self.ended or not self.ready or not self._lease_count or self.loop.is_closed() or self.process != os.getpid():
+            return
+        self._returning = self._return_leases()
+        self._leave()
+        if self._returning is not None:
+            await asyncio.wait([self._returning], timeout=self._deadline_s)
+            self._returning.cancel()
 
     async def _open_connection(self) -> None:
         wait_s = self._attempts.wait_s()
@@ -263,8 +292,38 @@ class Line(Gathering):
     def _late(self) -> None:
         words = f"Redis didn't answer within {self._deadline_s} s, and the connection was dropped"
         self._attempts.failed()
+        self._hear_late()
         self._drop(StorageUnavailable(f"{words}; the check may have been counted"))
         self._go_away(StorageUnavailable(words))
+
+    def _hear_late(self) -> None:
+        """Go on hearing a connection that is about to be dropped, if replies may come on it to what asked for leases."""
+        late = self._late_replies()
+        if late is None or self._receiver is None or self._connection is None:
+            return
+        self._forget_late()
+
+        def received(data: bytes) -> None:
+            if not late.received(data):
+                self._forget_late()
+
+        self._receiver.let_go()
+        receiver, self._receiver = Receiver(received, lambda _: self._forget_late()), None
+        connection, self._connection = self._connection, None
+        take_over(connection, receiver)  # a new one, as uvloop calls what it was given at first
+        self._attempts.closed(self)
+        self._late_one = connection, receiver, self.loop.call_later(LATE_S, self._forget_late, context=self._context)
+
+    def _forget_late(self) -> None:
+        """Have the connection that was late closed: there is nothing more to hear on it, or it has taken too long."""
+        if self._late_one is not None:
+            connection, receiver, timer = self._late_one
+            self._late_one = None
+            timer.cancel()
+            receiver.let_go()
+            abort(connection)
+            self._dropped.append(connection)
+            self._woken.set()
 
     def _drop(self, error: StorageError) -> None:
         self.failures += not self.ready

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from typing import Any, Literal, Self, get_args
 import redis
 
 from ratethrottle._calls import Calls
-from ratethrottle._core import Decision, Entry, KeyTable, Limiter
+from ratethrottle._core import CompiledRule, Decision, Entry, KeyTable, Limiter
 from ratethrottle._layout import Layout
 from ratethrottle.errors import ConfigurationError, StorageError, StorageUnavailable, shown
 from ratethrottle.events import Events
@@ -270,7 +271,22 @@ class RedisStorage(Calls):
         abandon(self._lines)
         if lines and lines[0].process == os.getpid():
             # All of it before the first await: who is cancelled here leaves nothing that runs on.
-            await asyncio.wait([*[line.end() for line in lines], *lines[0].master.end()])
+            ends = [*[line.end() for line in lines], *lines[0].master.end()]
+            try:
+                await asyncio.wait(ends)
+            except asyncio.CancelledError:
+                for line in lines:
+                    line.end_now()
+                raise
+
+    def _return_leases(self, rule: CompiledRule) -> None:
+        """Have every line give back what is left of leases under a rule that isn't asked about any more. From any thread."""
+        if rule.lease_units:
+            for loop, lines in list(self._lines.items()):
+                for line in lines:
+                    if line.process == os.getpid():
+                        with contextlib.suppress(RuntimeError):  # the loop is closed
+                            loop.call_soon_threadsafe(line._return_leases, rule)
 
     def _gatherings_here(self) -> tuple[Line, ...]:
         """Find or make the lines of this process and this loop."""
