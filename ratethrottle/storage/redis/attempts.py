@@ -29,6 +29,11 @@ EVERY_MOST_S = 10.0
 ROUNDING_S = 0.005
 
 
+def every_s(lasts_s: float) -> float:
+    """Say how many seconds there are between two attempts, in an outage that has lasted so long."""
+    return next((every_s for from_s, every_s in RARER if lasts_s >= from_s), EVERY_S)
+
+
 class Connected(Protocol):
     """A line, as far as it is counted."""
 
@@ -66,8 +71,7 @@ class Attempts:
             return 0.0
         now_s = time.monotonic()
         last_s = max(now_s, self._next_s)  # another line's turn, if that is still to come
-        lasts_s = now_s - self._failing_since_s
-        self._every_s = next((every_s for from_s, every_s in RARER if lasts_s >= from_s), EVERY_S)
+        self._every_s = every_s(now_s - self._failing_since_s)
         # By the wall clock, which processes share; but what is kept isn't, or a clock that is set back would make us wait as long.
         phase_s = time.time() - now_s - self._jitter_s
         # The last turn is itself such an instant, but for rounding.

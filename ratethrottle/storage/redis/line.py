@@ -29,6 +29,8 @@ IN_FLIGHT_MAX = 2
 FAR_S = 0.8
 # How long a connection that was late is heard for what its leases took.
 LATE_S = 10.0
+# A timer that fires so late was kept from it by its loop.
+STOOD_STILL_S = 0.02
 
 
 def closed() -> StorageUnavailable:
@@ -57,6 +59,8 @@ class Line(Gathering):
         self.failures = 0  # attempts to connect that came to nothing
         self._tried_s = -math.inf  # when the last one was begun, by the loop's clock
         self._patience: asyncio.Timeout | None = None  # of the attempt that is under way
+        self._impatience: asyncio.TimerHandle | None = None  # of checks, with that attempt
+        self._resigning = False
         self._connection: AbstractConnection | None = None
         self._receiver: Receiver | None = None
         self._dropped: list[AbstractConnection] = []  # not heard any more, and to be closed by the owner
@@ -174,7 +178,7 @@ class Line(Gathering):
         self._stale = False
         asked = self.master.credentials_asked
         # An attempt is patient; checks aren't. Nobody is told of an outage who hasn't asked for anything yet.
-        impatience = self.loop.call_later(self._deadline_s, self._go_on_without, context=self._context)
+        self._allow(self._deadline_s)
         try:
             async with asyncio.timeout(self._connect_timeout_s) as self._patience:
                 reached = await self.master.reach(Pace(self._turn, self._began))
@@ -189,7 +193,7 @@ class Line(Gathering):
             return
         finally:
             self._patience = None
-            impatience.cancel()
+            self._allow(None)
         if self._stale:
             await close(reached.connection)
             self.connect()
@@ -224,9 +228,28 @@ class Line(Gathering):
             async with asyncio.timeout(wait_s):
                 await self._hurry.wait()
 
-    def _go_on_without(self, asked: bool = False) -> None:
-        """Leave decisions to the policies, while the attempt goes on: a deadline's time has passed. asked: so has a check's."""
-        if not self._open and not self.away and (asked or self._connected or self._waiting_count):
+    def _allow(self, for_s: float | None) -> None:
+        """Give the attempt so long until checks go on without it; None to take that back."""
+        if self._impatience is not None:
+            self._impatience.cancel()
+            self._impatience = None
+        if for_s is not None:
+            due_s = self.loop.time() + for_s
+            self._impatience = self.loop.call_later(for_s, self._go_on_without, due_s, context=self._context)
+
+    def _go_on_without(self, due_s: float) -> None:
+        """Leave decisions to the policies while the attempt goes on, where it was due to come to something by now."""
+        late_s = self.loop.time() - due_s
+        if late_s > STOOD_STILL_S:
+            # The loop stood still: what came meanwhile hasn't been looked at yet.
+            self._allow(min(late_s, self._deadline_s))
+        elif self._connected or self._waiting_count:
+            self._resign()
+
+    def _resign(self) -> None:
+        self._resigning = False
+        # A refusal stays one: whoever is far away is slow to say it again.
+        if not self._open and not self.away and not self.refused and not self.ended:
             self._go_away(no_connection(self._deadline_s))
 
     def _no_room(self) -> StorageUnavailable:
@@ -241,8 +264,10 @@ class Line(Gathering):
 
     def _unsent(self) -> StorageError:
         if not self._open:
-            # Who comes later needn't wait as long to hear the same.
-            self.loop.call_soon(self._go_on_without, True, context=self._context)
+            # A check that comes later needn't wait as long to hear the same.
+            if not self._resigning:
+                self._resigning = True
+                self.loop.call_soon(self._resign, context=self._context)
             return no_connection(self._deadline_s)
         return StorageUnavailable(f"Redis is slow: the check was not sent within {self._deadline_s} s, nor counted")
 

@@ -16,13 +16,14 @@ from typing import Any
 from redis.asyncio.connection import AbstractConnection
 
 from ratethrottle.errors import StorageProtocolError
+from ratethrottle.storage.redis.attempts import EVERY_MOST_S, EVERY_S, every_s
 from ratethrottle.storage.redis.greeting import Command
 from ratethrottle.storage.redis.settings import Address, Ask, Settings, close
 from ratethrottle.storage.redis.tasks import own_task
 
 # It is asked again so long after its last answer: what was missed on +switch-master is noticed then.
 POLL_S = 1.0
-# A sentinel that is away is tried at most twice a second, and not by all processes at once.
+# A sentinel that is away is tried at most twice a second, less often when it stays away, and not by all processes at once.
 RETRY_S = (0.5, 0.75)
 # How long a sentinel may take to answer before its connection is given up; nobody waits for it that long.
 ANSWERS_S = 1.0
@@ -47,6 +48,7 @@ class Sentinel:
         self._switched = switched
         self._loop = asyncio.get_running_loop()
         self._asked = asyncio.Event()
+        self._away_since_s: float | None = None
         self.ask()
         self.task = own_task(self._loop, self._own(), "ratethrottle sentinel")
 
@@ -69,9 +71,13 @@ class Sentinel:
             try:
                 await self._converse()
             except Exception as error:  # noqa: BLE001  # whatever redis-py or a credential provider raises: this sentinel is away
+                if self._away_since_s is None:
+                    self._away_since_s = self._loop.time()
                 self.named, self.error, self.waiting_since_s = None, error, None
                 self._heard()
-            await asyncio.sleep(random.uniform(*RETRY_S))  # noqa: S311  # it guards nothing
+            lasts_s = self._loop.time() - (self._away_since_s or self._loop.time())
+            retry_s = random.uniform(*RETRY_S) * every_s(lasts_s) / EVERY_S  # noqa: S311  # it guards nothing
+            await asyncio.sleep(min(retry_s, EVERY_MOST_S))
             # Whoever it has let down before isn't made to wait for it again.
             self.error, self.waiting_since_s = None, -math.inf
 
@@ -83,6 +89,7 @@ class Sentinel:
             # Only beside a connection that answers, so that one which is away is not tried twice as often.
             listening: asyncio.Task[None] | None = None
             try:
+                self._away_since_s = None
                 answer = first
                 while True:
                     self.named = address(answer)
