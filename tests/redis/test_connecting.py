@@ -578,6 +578,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
         ({"ssl_certfile": "{server.crt}", "ssl_keyfile": "{ca.key}"}, "ssl_certfile and ssl_keyfile can't be used together"),
         ({"ssl_keyfile": "{ca.key}"}, "ssl_keyfile is given without ssl_certfile"),
         ({"ssl_ciphers": "s3cret"}, "ssl_ciphers can't be used"),
+        ({"ssl_include_verify_flags": ["s3cret"]}, "ssl_include_verify_flags can't be used"),
         ({"ssl_min_version": "s3cret"}, "ssl_min_version can't be used"),
     ],
 )

@@ -6,7 +6,6 @@ The client itself, its pool and its connections are left alone.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import inspect
 import socket
@@ -22,7 +21,7 @@ from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from ratethrottle.errors import ConfigurationError
+from ratethrottle.errors import ConfigurationError, StorageRefused
 from ratethrottle.storage.redis.aside import Shared
 from ratethrottle.storage.redis.failures import was_reset
 from ratethrottle.storage.redis.greeting import Command, Credentials, ask, greet
@@ -119,26 +118,17 @@ class Settings:
         self.connect_timeout_s = (
             min(max(CONNECT_S, self._step_s or 0.0), CONNECT_MOST_S) if connect_timeout_s is None else connect_timeout_s
         )
-        self._fake = "fakeredis" in self._class.__module__
-        # Somebody's own connections make themselves, and greet as they please.
-        self._dials = self._class._connect is redis.asyncio.Connection._connect and all(
-            getattr(self._class, name) in (getattr(redis.asyncio.Connection, name), getattr(redis.asyncio.SSLConnection, name))
-            for name in ("__init__", "_connection_arguments")
-        )
-        self._greets = (
-            not self._fake
-            and self._kwargs.get("redis_connect_func") is None
-            and all(
-                getattr(self._class, name, None) is getattr(AbstractConnection, name, None)
-                for name in ("on_connect", "on_connect_check_health")
-            )
-        )
+        self._dials = dials(self._class)
+        self._greets = greets(self._class) and self._kwargs.get("redis_connect_func") is None
         self._credentials: Credentials | None = None
         if self._kwargs.get("credential_provider") is not None:
             self._credentials = Credentials(self._kwargs["credential_provider"], keeps=self._greets)
             self._kwargs["credential_provider"] = self._credentials
-        self._tls: Any = secured(self._class, self._kwargs)
-        self._tls_since_s = time.monotonic()
+        self._secure = issubclass(self._class, redis.asyncio.SSLConnection)
+        if self._secure:
+            check_tls(self._kwargs)
+        self._tls: Any = None  # what connections share: certificates are read by the first attempt
+        self._tls_since_s = 0.0
         self._reading = Shared(functools.partial(secured, self._class, self._kwargs), "ratethrottle certificates")
 
     @property
@@ -177,7 +167,7 @@ class Settings:
                 except Exception as error:
                     # A server that doesn't accept our certificate says so only after the handshake, and its reason is lost with the
                     # connection if we write meanwhile: then it is given the time to say it first.
-                    if patient or self._tls is None or not was_reset(error):
+                    if patient or not self._secure or not was_reset(error):
                         raise
             raise AssertionError
 
@@ -228,12 +218,38 @@ class Settings:
             raise
 
     async def _read_certificates(self) -> None:
-        """Read them anew now and then, off the loop: it takes tens of milliseconds. If they can't be read now, the old ones stay."""
+        """Read them, and now and then anew, off the loop: it takes tens of milliseconds. If they can't be read anew, the old ones stay.
+
+        Raises StorageRefused.
+        """
         now_s = time.monotonic()
-        if self._tls is not None and now_s - self._tls_since_s > TLS_SHARED_S:
-            self._tls_since_s = now_s
-            with contextlib.suppress(Exception):  # perhaps they are just being written
-                self._tls = await self._reading.get()
+        if not self._secure or (self._tls is not None and now_s - self._tls_since_s < TLS_SHARED_S):
+            return
+        try:
+            self._tls = await self._reading.get()
+        except Exception as error:
+            if self._tls is None:  # otherwise they may just be being written
+                raise StorageRefused(
+                    f"the client's TLS settings can't be used ({type(error).__name__}); check those that begin with ssl_"
+                ) from error
+        self._tls_since_s = now_s
+
+
+def dials(connection_class: type[AbstractConnection]) -> bool:
+    """Whether connections connect as redis-py's own do, over TCP. Somebody's own do it themselves."""
+    plain, secure = redis.asyncio.Connection, redis.asyncio.SSLConnection
+    return connection_class._connect is plain._connect and all(
+        getattr(connection_class, name) in (getattr(plain, name), getattr(secure, name))
+        for name in ("__init__", "_connection_arguments")
+    )
+
+
+def greets(connection_class: type[AbstractConnection]) -> bool:
+    """Whether connections begin as redis-py's own do. Somebody's own, and those to fakeredis, do it themselves."""
+    return "fakeredis" not in connection_class.__module__ and all(
+        getattr(connection_class, name, None) is getattr(AbstractConnection, name, None)
+        for name in ("on_connect", "on_connect_check_health")
+    )
 
 
 async def _nothing() -> None:
@@ -268,19 +284,9 @@ def given_s(kwargs: Mapping[str, Any], name: str) -> float | None:
 
 
 def secured(connection_class: type[AbstractConnection], kwargs: Mapping[str, Any]) -> Any:
-    """Read certificate files, and make what connections over TLS share; None for those without. Raises ConfigurationError."""
-    if not issubclass(connection_class, redis.asyncio.SSLConnection):
-        return None
-    check_tls(kwargs)
-    made: Any = None
-    why = ""
-    try:
-        made = connection_class(**kwargs).ssl_context
-        made.get()
-    except (redis.RedisError, OSError, ValueError, TypeError) as error:  # ssl.SSLError is an OSError
-        why = type(error).__name__
-    if why:
-        raise ConfigurationError(f"the client's TLS settings can't be used ({why}); check those that begin with ssl_")
+    """Read certificate files, and make what connections over TLS share. Raises what redis-py and the system raise."""
+    made: Any = connection_class(**kwargs).ssl_context  # type: ignore[attr-defined]  # those over TLS have one
+    made.get()
     return made
 
 

@@ -5,6 +5,7 @@ No message repeats a value of the client's: a path or a password may stand where
 
 from __future__ import annotations
 
+import functools
 import ssl
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -51,13 +52,7 @@ def strange(client: Any) -> str:
 
 def check_tls(settings: Mapping[str, Any]) -> None:
     """Try each of the TLS settings on its own. Raises ConfigurationError that names the one that can't work."""
-    required = settings.get("ssl_cert_reqs", "required")
-    if isinstance(required, str) and required not in REQUIREMENTS:
-        near = required.lower().removeprefix("cert_")
-        hint = f'; write "{near}"' if near in REQUIREMENTS else ""
-        raise ConfigurationError(f'ssl_cert_reqs is "none", "optional" or "required"{hint}')
-    if required is not None and not isinstance(required, (str, ssl.VerifyMode)):
-        raise ConfigurationError('ssl_cert_reqs is "none", "optional" or "required", or one of ssl.VerifyMode')
+    _check_requirement(settings.get("ssl_cert_reqs", "required"))
     for name in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"):
         if settings.get(name) is not None:
             _readable(name, settings[name])
@@ -69,32 +64,54 @@ def check_tls(settings: Mapping[str, Any]) -> None:
     scratch = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     if certificate is not None:
         _tried(
+            # An empty password: with none, OpenSSL would ask for it at the terminal.
             lambda: scratch.load_cert_chain(certificate, key, settings.get("ssl_password") or ""),
             "ssl_certfile and ssl_keyfile can't be used together",
             "they are a certificate and its own key in PEM form, and ssl_password is the key's if it is encrypted",
         )
-    if settings.get("ssl_ca_certs") is not None:
-        _tried(
-            lambda: scratch.load_verify_locations(cafile=settings["ssl_ca_certs"]),
-            "ssl_ca_certs can't be used",
-            "it is a file of certificates in PEM form",
-        )
-    if settings.get("ssl_ca_data") is not None:
-        _tried(
-            lambda: scratch.load_verify_locations(cadata=settings["ssl_ca_data"]),
-            "ssl_ca_data can't be used",
-            "it is certificates in PEM form, as text",
-        )
-    if settings.get("ssl_ciphers") is not None:
-        _tried(
-            lambda: scratch.set_ciphers(settings["ssl_ciphers"]), "ssl_ciphers can't be used", "it is a list in OpenSSL's form"
-        )
-    if settings.get("ssl_min_version") is not None:
-        _tried(
-            lambda: setattr(scratch, "minimum_version", settings["ssl_min_version"]),
-            "ssl_min_version can't be used",
-            "it is one of ssl.TLSVersion, such as TLSv1_2; in a URL 771 is TLS 1.2, and 772 is TLS 1.3",
-        )
+    for name, (use, hint) in USES.items():
+        value = settings.get(name)
+        if value is not None:
+            _tried(functools.partial(use, scratch, value), f"{name} can't be used", hint)
+
+
+def _check_requirement(required: object) -> None:
+    words = 'ssl_cert_reqs is "none", "optional" or "required"'
+    if isinstance(required, str) and required not in REQUIREMENTS:
+        near = required.lower().removeprefix("cert_")
+        hint = f'; write "{near}"' if near in REQUIREMENTS else ""
+        raise ConfigurationError(words + hint)
+    if required is not None and not isinstance(required, (str, ssl.VerifyMode)):
+        raise ConfigurationError(f"{words}, or one of ssl.VerifyMode")
+
+
+def _check_flags(_: ssl.SSLContext, flags: Any) -> None:
+    for flag in flags:
+        ssl.VerifyFlags(flag)
+
+
+def _limit_versions(context: ssl.SSLContext, version: Any) -> None:
+    context.minimum_version = version
+
+
+# How each setting is used, and what it is.
+USES: Mapping[str, tuple[Callable[[ssl.SSLContext, Any], object], str]] = {
+    "ssl_ca_certs": (
+        lambda context, value: context.load_verify_locations(cafile=value),
+        "it is a file of certificates in PEM form",
+    ),
+    "ssl_ca_data": (
+        lambda context, value: context.load_verify_locations(cadata=value),
+        "it is certificates in PEM form, as text",
+    ),
+    "ssl_ciphers": (ssl.SSLContext.set_ciphers, "it is a list in OpenSSL's form"),
+    "ssl_include_verify_flags": (_check_flags, "it is a list of ssl.VerifyFlags"),
+    "ssl_exclude_verify_flags": (_check_flags, "it is a list of ssl.VerifyFlags"),
+    "ssl_min_version": (
+        _limit_versions,
+        "it is one of ssl.TLSVersion, such as TLSv1_2; in a URL 771 is TLS 1.2, and 772 is TLS 1.3",
+    ),
+}
 
 
 def _readable(name: str, path: Any) -> None:
