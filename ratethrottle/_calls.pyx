@@ -17,7 +17,8 @@ from ratethrottle._arithmetic cimport (
 from ratethrottle._bound cimport Bound, bound_fresh_at, bound_learn, bound_verdict, DENIED, DRIFT_SHARE, LEASED, OPEN
 from ratethrottle._core cimport (
     ALLOW, CHECK, CompiledRule, COMPLETE, Decision, decision_new, DENY, GIVE_BACK, Group, KeyTable, LEASE, Mode, OF_STORAGE, OUTAGE,
-    PARKED, PEEK, PendingDecision, Policy, policy_of, PREFILTER, RAISE, REDIS, Remote, RESET, SENT, Waiter, WAITING, WHOLE,
+    OVERLOAD, PARKED, PEEK, PendingDecision, Policy, policy_of, PREFILTER, RAISE, REDIS, Remote, RESET, SENT, Waiter, WAITING,
+    WHOLE,
 )
 from ratethrottle._layout cimport Layout, pending_for, pending_of
 from ratethrottle._repair cimport Errand, Knowledge
@@ -53,6 +54,11 @@ cdef enum:
     BEAT_US = 500_000                        # between two beats of a process that is busy
     IDLE_BEAT_US = 1_000_000                 # and of one that isn't
     EVICTED_US = 5_000_000                   # between two questions whether Redis evicts keys
+    LOOK_US = 1_000                          # what has run out of time is judged so much later: first what has come is read
+    BLOCKED_US = 10_000                      # a timer that is so late tells that the loop was kept from its work
+    SPARES_MAX = 2
+    SPARED_US = 40_000                       # and then a line that is connected has so long at most to catch up
+    STEPS_MAX = 1_024                        # of tasks in a row, before the loop has its turn
     WATCH_US = 100_000                       # while what an idle one knows still counts: it must hear of a loss within LEARN
     PROCESSES_MAX = 1_000_000
     LEARNING_MAX_US = 10_000_000
@@ -62,6 +68,7 @@ cdef enum:
 
 cdef int64_t LEVEL_MAX = (<int64_t>1 << 53) - 1
 cdef int64_t YEAR_US = 31_622_400_000_000    # no server's clock is set so far ahead of when an epoch began
+cdef int64_t NEVER_US = (<int64_t>1 << 63) - 1
 
 cdef inline int64_t lead(CompiledRule rule) noexcept:
     """How far ahead of now units of a sliding window are counted from that are taken ahead."""
@@ -199,7 +206,7 @@ cdef class Call:
     cdef list rules
     cdef bytes request
     cdef int64_t sent_us
-    cdef int64_t deadline_us                 # of the one that waits longest
+    cdef int64_t deadline_us                 # of the one that waits longest; NEVER_US once nobody waits any more
 
     def __cinit__(self):
         self.entries = <CallEntry*>malloc(ENTRIES_MAX * sizeof(CallEntry))
@@ -300,6 +307,7 @@ cdef class Calls(Remote):
         cdef PendingDecision pending
         cdef Mode kind = PEEK if mode == "peek" else RESET if mode == "reset" else CHECK
         group.future = loop_here().create_future()
+        group.deadline_us = self.bounds.now_us() + self.deadline_us
         group.members = [pending_of(entry, kind) for entry in entries]
         group.left = len(group.members) + 1
         try:
@@ -413,6 +421,10 @@ cdef class Gathering:
     cdef bint scheduled
     cdef object timer
     cdef int64_t timer_at_us
+    cdef int spares                          # how often in a row what has run out of time is looked at once more; it is judged at
+    cdef int64_t spared_until_us
+    cdef int64_t excused_until_us            # what was held up by a loop that was blocked may still be sent
+    cdef int64_t took_us                     # what was answered last
     cdef Py_ssize_t max_waiting
     cdef bytes rest                          # of a reply that hasn't come whole
     cdef readonly bytes _session
@@ -553,9 +565,14 @@ cdef class Gathering:
             self.schedule_connection()
             return 0
         if self.waiting.count + self.parked.count >= self.max_waiting:
-            self.overflow(pending)
+            self.overload(pending, f"{self.max_waiting} checks are waiting for Redis already")
+            if pending.error is not None and pending.group is not None:
+                raise pending.error          # nothing of the group that hasn't been sent is sent any more
             return 0
-        pending.deadline_us = now_us + self.deadline_us
+        if self.spares and self.waiting.count == 0 and not self.in_flight:
+            self.spares = 0                  # that was for others
+        # All of a group within one deadline, however long it takes to enter them.
+        pending.deadline_us = now_us + self.deadline_us if pending.group is None else pending.group.deadline_us
         pending.turn = self.turns
         self.turns += 1
         if pending.group is None:
@@ -566,7 +583,7 @@ cdef class Gathering:
             pending.waiter = waiter
         pending.stage = PARKED if asked else WAITING
         push(&self.parked if asked else &self.waiting, pending)
-        self.wind(now_us, pending.deadline_us)
+        self.wind(now_us, self.tick_us(now_us))
         self.schedule()
         return 0
 
@@ -591,8 +608,8 @@ cdef class Gathering:
     def _step(self):
         """Step the tasks of all checks that were decided, in order, and send what they ask next."""
         cdef list woken = self.woken
-        cdef Py_ssize_t i = 0, count = len(woken), middle = count // 2 if count >= HALVED_MIN else 0
-        self.woken = []
+        cdef Py_ssize_t i = 0, count = min(len(woken), <Py_ssize_t>STEPS_MAX), middle = count // 2 if count >= HALVED_MIN else 0
+        self.woken = woken[count:]
         self.scheduled = True                # what they ask is sent below, so none of them need see to that
         try:
             while i < count:
@@ -605,7 +622,8 @@ cdef class Gathering:
                     self.scheduled = True
         finally:
             if i < count:                    # KeyboardInterrupt or SystemExit, which a task lets through, or no memory
-                self.woken[:0] = woken[i:]
+                self.woken[:0] = woken[i:count]
+            if i < len(woken):
                 self.call_soon(self._step, context=self.context)
             self._flush()
             self.schedule()                  # where there is no connection, or there was none left to send on
@@ -637,17 +655,20 @@ cdef class Gathering:
         self.knowledge.by_policy += 1
         return complete_with(pending, decision_new(pending.rule, pending.key, pending.units, OUTAGE, &out))
 
-    cdef int overflow(self, PendingDecision pending) except -1:
-        """More waits already than may: that is this process's load, and no outage of Redis."""
+    cdef int overload(self, PendingDecision pending, words) except -1:
+        """Decide what this process asks faster than it is answered: that is its own load, and no outage of Redis."""
         cdef Outcome out
-        if not self.deny_overload or pending.mode == RESET:
-            error = StorageUnavailable(
-                f"{self.max_waiting} checks are waiting for Redis already; that is this process's load, not an outage")
-            if pending.group is None:
-                return complete(pending, error)
-            raise error                      # nothing of the group that hasn't been sent is sent any more
+        self.knowledge.overloads += 1
+        if not self.deny_overload or (pending.mode != CHECK and pending.mode != PEEK):
+            return complete(pending, StorageUnavailable(f"{words}; that is this process's load, not an outage"))
         out = Outcome(False, False, 0, self.deadline_us, self.deadline_us)
-        return complete_with(pending, decision_new(pending.rule, pending.key, pending.units, OUTAGE, &out))
+        return complete_with(pending, decision_new(pending.rule, pending.key, pending.units, OVERLOAD, &out))
+
+    cdef int run_out(self, PendingDecision pending, int64_t now_us) except -1:
+        """Decide what wasn't sent in time: the line was too busy, if there is one."""
+        if self._open and self.ready:
+            return self.overload(pending, f"the check was not sent within {self.deadline_us / 1e6} s, nor counted")
+        return self.fall_back(pending, self._unsent(), now_us)
 
     def _go_away(self, error):
         """Redis doesn't answer, or not in time: from now on policies decide, until it does."""
@@ -723,7 +744,7 @@ cdef class Gathering:
             put_bulk(buffer, PyBytes_AS_STRING(word), PyBytes_GET_SIZE(word))
         self.write(PyBytes_FromStringAndSize(buffer.bytes, buffer.used))
         self.in_flight.append(errand)
-        self.wind(now_us, errand.deadline_us)
+        self.wind(now_us, self.tick_us(now_us))
         return 0
 
     cdef int beat(self) except -1:
@@ -792,6 +813,9 @@ cdef class Gathering:
             self._answer_waiting(repairing())
             self.wind(now_us, knowledge.learning_until_us)
         if self.ready:
+            # Now that there is a connection, what it is for takes little time.
+            self.spared_until_us = min(self.spared_until_us, now_us + SPARED_US)
+            self.excused_until_us = min(self.excused_until_us, now_us + SPARED_US)
             self.reason = None
             if self.away or not self.served:  # an outage may have outlived the loop that met it
                 self.come_back()
@@ -876,25 +900,24 @@ cdef class Gathering:
             if at_us >= self.timer_at_us:
                 return 0
             self.timer.cancel()
-        self.timer_at_us = at_us
+        self.timer_at_us = max(at_us, now_us)
         self.timer = self.loop.call_later(max(at_us - now_us, <int64_t>0) / 1e6, self._ring, context=self.context)
         return 0
 
+    cdef inline int64_t tick_us(self, int64_t now_us) noexcept:
+        """When to look after those who wait: several times before their deadline, which tells whether the loop works meanwhile."""
+        return now_us + self.deadline_us // 8
+
     def _ring(self):
-        """Fail what has waited too long."""
+        """Judge what has waited too long, and see to what comes by time."""
         cdef int64_t now_us = self.bounds.now_us()
-        cdef bint late = False
         self.timer = None
         try:
-            self.expire(&self.waiting, now_us)
-            self.expire(&self.parked, now_us)
-            for call in self.in_flight:
-                if isinstance(call, Errand):
-                    late = late or (<Errand>call).deadline_us <= now_us
-                elif call is not None and (<Call>call).deadline_us <= now_us:
-                    late = self.expire_call(<Call>call, now_us) or late
-            if late:
-                self._late()
+            if not self.spared(now_us):
+                if self.expire_calls(now_us):
+                    self._late()
+                self.expire(&self.waiting, now_us)
+                self.expire(&self.parked, now_us)
             self.give_back(now_us)
             if not self.ready or self.bounds.owing:
                 self.tell()
@@ -902,24 +925,59 @@ cdef class Gathering:
         finally:                             # whatever it was, nobody may be left waiting
             self.wind_again(now_us)
 
+    cdef bint spared(self, int64_t now_us) except -1:
+        """Whether to look once more, later, before anything is judged: an answer may have come that hasn't been read yet.
+
+        Where the loop was kept from its work, what it could not send, or the connection that it could not make, has some time too.
+        """
+        cdef int64_t late_us = now_us - self.timer_at_us, first_us = self.first_deadline_us()
+        if first_us == NEVER_US:
+            self.spares = 0
+            return True                      # there is nothing to judge
+        # Twice for long blocks, but not for ever: a loop that is always late must not keep anybody waiting.
+        if self.spares and (now_us < self.spared_until_us or self.spares == SPARES_MAX or late_us <= self.deadline_us // 4):
+            self.spares = self.spares if now_us < self.spared_until_us else 0
+            return self.spares > 0
+        if late_us > BLOCKED_US:
+            self.excuse(now_us)
+            late_us = self.excused_until_us - now_us
+        elif first_us <= now_us:
+            late_us = LOOK_US
+        else:
+            return True
+        self.spares += 1
+        self.spared_until_us = now_us + late_us
+        return True
+
+    cdef inline int excuse(self, int64_t now_us) noexcept:
+        """Give what waits more time where the timer is late: the loop was kept from its work."""
+        cdef int64_t late_us = now_us - self.timer_at_us
+        if late_us > BLOCKED_US:
+            self.excused_until_us = now_us + min(late_us, <int64_t>SPARED_US if self.ready else self.deadline_us)
+        return 0
+
+    cdef int64_t first_deadline_us(self) except -1:
+        """When the next one of all that waits has waited too long."""
+        cdef int64_t first_us = NEVER_US
+        for sent in self.in_flight:
+            if isinstance(sent, Errand):
+                first_us = min(first_us, (<Errand>sent).deadline_us)
+            elif sent is not None:
+                first_us = min(first_us, min((<Call>sent).deadline_us, (<Call>sent).sent_us + self.deadline_us))
+        if self.waiting.first != NULL:
+            first_us = min(first_us, (<PendingDecision>self.waiting.first).deadline_us)
+        if self.parked.first != NULL:
+            first_us = min(first_us, (<PendingDecision>self.parked.first).deadline_us)
+        return first_us
+
     cdef int wind_again(self, int64_t now_us) except -1:
         """Ring when the next one of all that waits has waited too long, or the next lease ends."""
-        cdef int64_t next_us = 0, deadline_us
-        for call in self.in_flight:
-            if call is None:
-                continue
-            deadline_us = (<Errand>call).deadline_us if isinstance(call, Errand) else (<Call>call).deadline_us
-            if next_us == 0 or deadline_us < next_us:
-                next_us = deadline_us
-        if self.waiting.first != NULL:
-            next_us = min(next_us or (<PendingDecision>self.waiting.first).deadline_us,
-                          (<PendingDecision>self.waiting.first).deadline_us)
-        if self.parked.first != NULL:
-            next_us = min(next_us or (<PendingDecision>self.parked.first).deadline_us,
-                          (<PendingDecision>self.parked.first).deadline_us)
+        cdef int64_t next_us = self.first_deadline_us()
+        if next_us < NEVER_US:
+            next_us = min(max(next_us, self.spared_until_us) if self.spares else next_us, self.tick_us(now_us))
         if self.leases:
-            next_us = min(next_us or self.leases[0][0], self.leases[0][0])
-        if next_us:
+            next_us = min(next_us, self.leases[0][0])
+        if next_us < NEVER_US:
             self.wind(now_us, next_us)
         return 0
 
@@ -928,19 +986,31 @@ cdef class Gathering:
         while queue.first != NULL and (<PendingDecision>queue.first).deadline_us <= now_us:
             pending = <PendingDecision>queue.first
             take(queue, pending)
-            self.fall_back(pending, self._unsent(), now_us)
+            self.run_out(pending, now_us)
         return 0
 
     def _unsent(self):
-        """The error of a check that ran out of time before it was sent."""
+        """The error of a check that ran out of time before there was a connection that it could be sent on."""
         raise NotImplementedError
 
-    cdef bint expire_call(self, Call call, int64_t now_us) except -1:
-        """Fail what has waited too long for a reply; True when nobody waits for it any more."""
+    cdef bint expire_calls(self, int64_t now_us) except -1:
+        """Answer those who have waited too long for a reply; True when one is late, counted from when it was asked for."""
+        cdef bint late = False
+        for sent in list(self.in_flight):
+            if isinstance(sent, Errand):
+                late = late or (<Errand>sent).deadline_us <= now_us
+            elif sent is not None:
+                late = late or (<Call>sent).sent_us + self.deadline_us <= now_us
+                if (<Call>sent).deadline_us <= now_us:
+                    self.expire_call(<Call>sent, now_us, late)
+        return late
+
+    cdef int expire_call(self, Call call, int64_t now_us, bint late) except -1:
         cdef int i
         cdef PyObject* waiter
         cdef PendingDecision pending
-        cdef int64_t next_us = 0
+        cdef bint answered = self.heard_us > call.sent_us and 2 * (now_us - self.heard_us) < self.deadline_us
+        call.deadline_us = NEVER_US
         for i in range(call.size):
             waiter = call.entries[i].waiters.first
             while waiter != NULL:
@@ -948,12 +1018,14 @@ cdef class Gathering:
                 waiter = pending.after
                 if pending.stage == COMPLETE:
                     continue
-                if pending.deadline_us <= now_us:
+                if pending.deadline_us > now_us:
+                    call.deadline_us = min(call.deadline_us, pending.deadline_us)
+                # Redis is slow only where it was what held this up: nothing else was answered meanwhile, nor did it wait here for longer.
+                elif not late and (answered or 2 * (pending.deadline_us - call.sent_us) < self.deadline_us):
+                    self.overload(pending, f"the check was not answered within {self.deadline_us / 1e6} s; it may have been counted")
+                else:
                     self.fall_back(pending, StorageTimeout(self.deadline_us / 1e6), now_us)
-                elif next_us == 0 or pending.deadline_us < next_us:
-                    next_us = pending.deadline_us
-        call.deadline_us = next_us if next_us else call.deadline_us
-        return next_us == 0
+        return 0
 
     # Building a call:
 
@@ -961,12 +1033,14 @@ cdef class Gathering:
         """Take what waits into a call, equal checks of a key as one of at most `most` entries; none if all of it has gone."""
         cdef PendingDecision pending
         cdef CallEntry* entry
-        cdef int64_t now_us = self.bounds.now_us()
+        cdef int64_t now_us = self.bounds.now_us(), soon_us = now_us + min(2 * self.took_us, self.deadline_us // 4)
         cdef Mode mode
         cdef uint16_t place
         cdef int keys = 0
         cdef bint began = False, asked = False
         memset(self.places, 0, PLACES * sizeof(uint16_t))
+        if self.timer is not None:           # it rings after this
+            self.excuse(now_us)
         while self.waiting.first != NULL:
             pending = <PendingDecision>self.waiting.first
             mode = CHECK if pending.mode == GIVE_BACK else pending.mode
@@ -975,9 +1049,10 @@ cdef class Gathering:
             if self.gone(pending):
                 self.drop(pending)
                 continue
-            if pending.deadline_us <= now_us:
+            # Nor what would be answered too late: it would be counted for nothing.
+            if pending.deadline_us <= soon_us and self.excused_until_us <= now_us:
                 take(&self.waiting, pending)
-                self.fall_back(pending, self._unsent(), now_us)
+                self.run_out(pending, now_us)
                 continue
             place = self.place_of(call, pending.hashed)
             # Units that this process holds by now go first: a call would give them back.
@@ -1340,6 +1415,7 @@ cdef class Gathering:
         cdef int64_t ahead
         cdef int i, leases, length, place = 0
         self.heard_us = now_us
+        self.took_us = now_us - call.sent_us
         if not self.bounds.owing:  # what was admitted here is as old as this process's clock says
             self.knowledge.ahead_us = numbers[0] - now_us
         if call.mode == RESET:
@@ -1666,6 +1742,7 @@ cdef class Gathering:
         self.run = run
         self.rest = b""
         self.evicted = -1
+        self.took_us = 0
         self.asked_evicted_us = self.counted_us = 0
         self._open = True
         self.beat()

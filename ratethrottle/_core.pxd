@@ -101,6 +101,7 @@ cdef enum Source:
     PREFILTER
     LEASE
     OUTAGE
+    OVERLOAD
 
 
 cdef class Decision:
@@ -184,6 +185,7 @@ cdef class Group:
     cdef readonly object future
     cdef object error
     cdef Py_ssize_t left
+    cdef int64_t deadline_us
 
 
 cdef class Remote:

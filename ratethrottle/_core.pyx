@@ -802,7 +802,7 @@ cdef class KeyTable:
 
 # ------------------------------------------------------------------------------------------------------------ decisions
 
-cdef tuple SOURCES = ("memory", "redis", "prefilter", "lease", "outage")
+cdef tuple SOURCES = ("memory", "redis", "prefilter", "lease", "outage", "overload")
 
 
 cdef object seconds_up(int64_t us):
@@ -853,7 +853,7 @@ cdef class Decision:
 
     @property
     def source(self):
-        """Who decided: "memory", "redis", "prefilter", "lease" or "outage"."""
+        """Who decided: "memory", "redis", "prefilter", "lease", "outage" or "overload"."""
         return SOURCES[self.source_index]
 
     @property

@@ -27,6 +27,7 @@ cdef class Knowledge:
     cdef readonly int64_t epochs             # how many came after it
     cdef readonly int64_t processes          # that share the limits; 0: unknown
     cdef readonly int64_t by_policy          # checks that were decided here, without the store
+    cdef readonly int64_t overloads          # and those that were too many for it
     cdef readonly bytes process_id
     cdef public object noticed               # is told what happened, for events
     cdef int64_t learning_until_us           # in this process's time: others may still tell the store what they know

@@ -237,9 +237,11 @@ class Process(Calls):
         deadline_us: int = 250_000,
         offset_us: int = START_US,
         max_bounds: int = 1_000,
+        deny_overload: bool = False,
     ) -> None:
         self.world, self.rate, self.offset_us = world, rate, offset_us
-        super().__init__(world.layout, KeyTable(max_bounds, bounds=True, clock_us=self.now_us), deadline_us, ttl_us)
+        table = KeyTable(max_bounds, bounds=True, clock_us=self.now_us)
+        super().__init__(world.layout, table, deadline_us, ttl_us, deny_overload=deny_overload)
         self.loop = FakeLoop(self.now_us)
         self.line = Connection(self, self.loop)
         self.limiter = Limiter(self)
@@ -283,6 +285,13 @@ class Process(Calls):
         """Let the loop run what is due."""
         with running(self.loop):
             self.loop.turn()
+
+    def work(self, for_us: int) -> None:
+        """Time passes, and the loop works: it is never late by more than a millisecond."""
+        while for_us > 0:
+            self.world.t_us += min(for_us, 1_000)
+            for_us -= 1_000
+            self.turn()
 
     def round_trip(self) -> None:
         """Let the loop run, and everything that it sends be answered at once."""

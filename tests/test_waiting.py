@@ -254,14 +254,13 @@ def test_an_asker_without_an_answer_leaves_nobody_stuck(world: World, process: P
     hot(world, process)
     asker = process.check("k", RULE)
     fly(process)
-    world.t_us += DEADLINE_US // 2
+    process.work(DEADLINE_US // 2)
     parked = [process.check("k", RULE) for _ in range(3)]
     if lost == "connection":
         process.line.lose()
     else:
         process.line.unserved.clear()
-        world.t_us += DEADLINE_US // 2
-        process.turn()
+        process.work(DEADLINE_US // 2 + 2_000)
     process.poll()
     assert isinstance(asker.error, StorageUnavailable if lost == "connection" else StorageTimeout)
     if lost == "reply":  # that is an outage, and the policy here is to raise
@@ -374,6 +373,153 @@ def test_two_calls_that_were_not_run_for_want_of_the_script_are_sent_again_in_or
     assert allowed([first, second, third]) == [True, True, False]
     assert [counts(request) for request in process.line.requests if not request.loads][-1] == [(2, 1), (3, 1), (1, 1)]
     world.end()
+
+
+# Overload, and a loop that is blocked:
+
+BIG = RateThrottleRule("big", 1_000, 60).compiled
+LATE_US = 2_000  # a timer of the loop, and one more look
+
+
+def answer(process: Process) -> None:
+    """Redis answers the next call."""
+    process.line.serve()
+    process.line.deliver()
+    process.poll()
+
+
+def crowd(world: World, process: Process, count: int = 1_000) -> list[Check]:
+    """More than is answered in time, on a line that is in use: two calls of it are on their way."""
+    process.check("warm", BIG)
+    world.settle()
+    checks = [process.check(f"k{i}", BIG) for i in range(count)]
+    process.turn()
+    return checks
+
+
+def test_what_waits_too_long_for_a_line_that_is_answered_is_overload_and_no_outage(world: World) -> None:
+    process = Process(world, deadline_us=DEADLINE_US, deny_overload=True)
+    checks = crowd(world, process)
+    while not all(check.over for check in checks):
+        process.work(60_000)
+        answer(process)
+        process.poll()
+    assert sources(checks) == {"redis", "overload"}
+    denied = [check for check in checks if check.decision.source == "overload"]
+    assert not any(check.decision for check in denied)
+    assert all(check.ended_us - check.began_us <= DEADLINE_US + 60_000 for check in denied)
+    assert process.knowledge.overloads == len(denied)
+    assert not process.line.away
+    world.end()
+
+
+def test_overload_can_be_an_error_that_says_whether_the_check_was_counted(world: World, process: Process) -> None:
+    checks = crowd(world, process)
+    for _ in range(3):  # a call leaves for each that is answered, the last one when most of its time is over
+        process.work(60_000)
+        answer(process)
+    process.work(DEADLINE_US - 180_000 + LATE_US)
+    process.poll()
+    errors = [str(check.error) for check in checks if check.error is not None]
+    assert all("this process's load" in error for error in errors)
+    assert {"may have been counted" in error for error in errors} == {True, False}
+    assert all(("nor counted" in error) != ("may have been counted" in error) for error in errors)
+    assert not process.line.away
+    world.end()
+
+
+def test_a_store_that_stops_answering_in_the_midst_of_a_crowd_is_an_outage(world: World, process: Process) -> None:
+    checks = crowd(world, process)
+    answer(process)
+    began_us = process.now_us()
+    while not process.line.away:
+        process.work(1_000)
+    process.poll()
+    assert process.now_us() - began_us <= DEADLINE_US + LATE_US
+    assert all(check.over for check in checks)
+    errors = [str(check.error) for check in checks if check.error]
+    assert not any("load" in error for error in errors)
+    assert len(errors) == len(checks) - 128
+
+
+def test_an_answer_that_takes_longer_than_the_deadline_is_an_outage_though_others_come(world: World, process: Process) -> None:
+    """A slow Redis: it answers all the time, and each time too late."""
+    process.check("warm", BIG)
+    world.settle()
+    for i in range(27):
+        assert not process.line.away
+        process.check(f"k{i}", BIG)
+        process.work(10_000)
+        if i == 24:
+            answer(process)
+    assert process.line.away
+
+
+def test_hardly_anybody_is_counted_for_nothing_however_long_the_queue(world: World) -> None:
+    """Twice as many come as are answered: who would hear too late isn't sent."""
+    process = Process(world, deadline_us=20_000)
+    process.check("warm", BIG)
+    world.settle()
+    checks: list[Check] = []
+    for i in range(100):
+        checks += [process.check(f"k{i}:{j}", BIG) for j in range(128)]
+        process.work(1_000)
+        if i % 2:
+            process.line.serve()
+            process.line.deliver()
+    world.settle()
+    errors = [str(check.error) for check in checks if check.error is not None]
+    granted = sum(check.decision is not None for check in checks)
+    assert len(errors) > 20 * 128
+    assert granted > 40 * 128
+    assert sum("may have been counted" in error for error in errors) < granted / 20
+
+
+@pytest.mark.parametrize("block_us", [DEADLINE_US - 1_000, DEADLINE_US, DEADLINE_US + 1_000, 300_000, 2_000_000])
+@pytest.mark.parametrize("when", ["entered", "sent", "answered"])
+def test_a_loop_that_was_blocked_is_no_outage(world: World, process: Process, block_us: int, when: str) -> None:
+    process.check("warm", RULE)
+    world.settle()
+    process.work(100_000)
+    check = process.check("k", RULE)
+    if when != "entered":
+        process.turn()
+    if when == "answered":
+        process.line.serve()
+    world.t_us += block_us
+    process.turn()  # timers come before what has arrived, as they do on some loops
+    process.work(1_000)
+    process.turn()
+    answer(process)
+    assert sources([check]) == {"redis"}
+    assert not process.line.away
+    world.end()
+
+
+@pytest.mark.parametrize("block_us", [DEADLINE_US - 1_000, DEADLINE_US, 300_000, 2_000_000])
+@pytest.mark.parametrize("worked_us", [0, 1_000, 30_000])
+def test_nor_is_one_that_was_blocked_while_it_connected(world: World, process: Process, block_us: int, worked_us: int) -> None:
+    check = process.check("k", RULE)
+    process.work(worked_us)
+    world.t_us += block_us
+    process.work(min(DEADLINE_US - worked_us, block_us) // 2)
+    world.settle()
+    assert sources([check]) == {"redis"}
+    world.end()
+
+
+def test_a_loop_that_is_always_late_keeps_nobody_waiting(world: World, process: Process) -> None:
+    process.check("warm", RULE)
+    world.settle()
+    checks = []
+    for i in range(60):
+        checks.append(process.check(f"k{i}", RULE))
+        world.t_us += 25_000
+        process.turn()
+        process.poll()
+    late_us = 2 * 25_000
+    assert all(check.ended_us - check.began_us <= DEADLINE_US + 50_000 + late_us for check in checks if check.over)
+    assert all(check.over for check in checks[:40])
 
 
 # Nothing is left behind:

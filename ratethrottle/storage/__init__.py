@@ -24,7 +24,8 @@ class Statistics:
     How often since the storage was made:
     calls: script calls sent. entries: entries sent in them, equal checks of a key being one. reconnections: connections that
     took the place of a lost one. attempts: to connect. desyncs: replies that didn't belong to their request. evictions: keys
-    that were forgotten before they were fresh. epoch_changes: losses of state in Redis.
+    that were forgotten before they were fresh. epoch_changes: losses of state in Redis. overloads: checks that were decided by
+    `on_overload`.
     """
 
     keys: int = 0
@@ -43,6 +44,7 @@ class Statistics:
     desyncs: int = 0
     evictions: int = 0
     epoch_changes: int = 0
+    overloads: int = 0
 
 
 class Storage(Protocol):

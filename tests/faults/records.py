@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-SOURCES = ("redis", "prefilter", "lease", "outage", "memory")
+SOURCES = ("redis", "prefilter", "lease", "outage", "memory", "overload")
 ERRORS = ("StorageUnavailable", "StorageTimeout", "StorageProtocolError", "StorageRefused", "other error", "cancelled")
 KINDS = (*SOURCES, *ERRORS, "loop was late", "connects")
 LATE, CONNECTS = KINDS.index("loop was late"), KINDS.index("connects")

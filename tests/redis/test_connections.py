@@ -381,7 +381,8 @@ async def test_by_default_it_is_denied_there_and_that_is_no_outage(redis_url: st
     """Whatever the policy for outages: this one would raise."""
     async with create_limiter("redis", redis_url=redis_url, rules=[MANY], max_waiting=10) as limiter:
         decisions = await asyncio.gather(*(limiter.check("user") for _ in range(50)))
-        assert [decision.source for decision in decisions] == ["redis"] * 10 + ["outage"] * 40
+        assert [decision.source for decision in decisions] == ["redis"] * 10 + ["overload"] * 40
+        assert limiter.statistics().overloads == 40
         assert all(decision.allowed == (decision.source == "redis") for decision in decisions)
         assert all(decision.retry_after > 0 for decision in decisions if not decision.allowed)
         assert limiter.statistics().breaker == "closed"

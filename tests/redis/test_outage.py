@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import re
 import time
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -233,6 +234,46 @@ async def turns_during(limiter: RateThrottleCore, how: str, checks: int) -> int:
             await ask("user")
     other.cancel()
     return turns
+
+
+# What is none
+
+
+@pytest.mark.parametrize("how", ["gather", "check_many"])
+async def test_a_crowd_is_decided_by_redis_or_denied_as_overload(how: str) -> None:
+    with RedisServer() as server:
+        async with limiter_of(server.url, on_outage="allow") as limiter:
+            told: list[Event] = []
+            limiter.on_event(told.append)
+            assert await served(limiter)
+            keys = [f"user:{number}" for number in range(30_000)]
+            if how == "gather":
+                decisions = await asyncio.gather(*(limiter.check(key) for key in keys))
+            else:
+                decisions = await limiter.check_many(keys)
+            count = Counter((decision.source, decision.allowed) for decision in decisions)
+            assert set(count) <= {("redis", True), ("overload", False)}
+            assert limiter.statistics().overloads == count["overload", False]
+            assert limiter.statistics().breaker == "closed"
+            assert (await limiter.check("user")).source == "redis"
+            assert told == []
+
+
+@pytest.mark.parametrize("turns", range(4))
+async def test_a_loop_that_was_blocked_is_not_an_outage(turns: int) -> None:
+    with RedisServer() as server:
+        async with limiter_of(server.url, deadline=0.1) as limiter:
+            told: list[Event] = []
+            limiter.on_event(told.append)
+            await limiter.check("user")
+            await asyncio.sleep(0.2)
+            for blocked_s in (0.1, 0.15, 0.3):
+                check = asyncio.ensure_future(limiter.check("user"))
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                time.sleep(blocked_s)  # noqa: ASYNC251  # that is what this is about
+                assert (await check).source == "redis"
+            assert told == []
 
 
 # What it has lost

@@ -69,7 +69,8 @@ class RedisStorage(Calls):
     on_outage: what a check is when Redis doesn't answer within the deadline: "local" is decided here, by this process's share of
     the limit; "allow" is allowed, "deny" denied, and "raise" raises the StorageError. expected_processes: how many share the
     limits, 1 to 100,000, for as long as no heartbeat has told; with None, "local" denies until then.
-    on_overload: what a check is when `max_waiting` wait already: "deny" is denied, "raise" raises StorageUnavailable.
+    on_overload: what a check is when `max_waiting` wait already, or when it can't be answered in time since so many others wait:
+    "deny" is denied, "raise" raises StorageUnavailable.
 
     Raises ConfigurationError, also if the package was installed without its Lua scripts. Nothing connects before the first check, or
     `async with`.
@@ -174,6 +175,7 @@ class RedisStorage(Calls):
             desyncs=self._notices.desyncs,
             evictions=self.bounds.evictions,
             epoch_changes=self.knowledge.epochs,
+            overloads=self.knowledge.overloads,
         )
 
     async def decide(self, entries: Sequence[Entry]) -> list[Decision]:

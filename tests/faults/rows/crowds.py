@@ -21,7 +21,7 @@ TIGHT = RateThrottleRule("tight", 100, 10)
 
 @row(short=True)
 def crowd_50_000(run: Run) -> None:
-    """50,000 concurrent checks in one gather: no error, at most `max_connections` sockets, the rest by policy in time"""
+    """50,000 concurrent checks in one gather: no error, no outage, at most `max_connections` sockets, the rest denied in time"""
     count = run.count(50_000, 20_000)
 
     async def main(url: str) -> None:
@@ -52,6 +52,8 @@ def crowd_50_000(run: Run) -> None:
         run.expect(
             len(decisions) == count, f"{count - len(decisions)} errors: {[r for r in results if not isinstance(r, Decision)][:1]}"
         )
+        by_policy = sum(decision.source == "outage" for decision in decisions)
+        run.expect(not by_policy and limiter.statistics().breaker == "closed", f"{by_policy} decisions by policy")
         run.expect(most + 1 <= MAX_CONNECTIONS, f"{most + 1} connections")
         run.expect(grown <= 200_000_000, f"memory grew by {grown / 1e6:.0f} MB")
         # All share one loop: each is late by what the others take, which is this process's own CPU time and no wait.
