@@ -237,31 +237,46 @@ cdef object loop_here():
     return loop
 
 
+@cython.final
+cdef class Tally:
+    """What the gatherings of one storage have in common, and not with those of another one of this process."""
+
+    cdef readonly int64_t by_policy          # checks that were decided here, without the store
+    cdef readonly int64_t overloads          # and those that were too many for it
+    cdef public object noticed               # is told what happened, for events
+
+
 cdef class Calls(Remote):
     """The compiled part of a storage: which gathering a check belongs to. One for all event loops of a process.
 
     layout: names the keys. deadline_us: how long a check may wait. ttl_us: how long a bound denies before it is asked again.
     on_outage: who decides while Redis is away, where a rule doesn't say. expected: how many processes share the limits (0: unknown)
     until the store has counted them. deny_overload: what is too much for the queue is denied, instead of an error.
+    knowledge: that of another storage of this process, which has the same keys; `bounds` are of it then.
     """
 
     cdef readonly Layout layout
     cdef readonly Knowledge knowledge
+    cdef readonly Tally tally
     cdef readonly int64_t deadline_us
+    cdef unsigned forks
     cdef bint deny_overload
     cdef object here                         # the event loop that asked last, and its gatherings
     cdef tuple here_gatherings
     cdef unsigned here_forks
 
     def __init__(self, Layout layout not None, KeyTable bounds not None, int64_t deadline_us, int64_t ttl_us,
-                 str on_outage not None="raise", int64_t expected=0, *, bint deny_overload=False):
+                 str on_outage not None="raise", int64_t expected=0, *, bint deny_overload=False, Knowledge knowledge=None):
         self.layout = layout
         self.bounds = bounds
         self.deadline_us = deadline_us
         self.ttl_us = ttl_us
         self.on_outage = policy_of(on_outage)
         self.deny_overload = deny_overload
-        self.knowledge = Knowledge(bounds, layout, expected)
+        self.knowledge = Knowledge(bounds, layout) if knowledge is None else knowledge
+        self.knowledge.expect(expected)
+        self.tally = Tally()
+        self.forks = bounds.forks
 
     def _gatherings_here(self):
         """The gatherings of the running loop and this process, as a tuple."""
@@ -285,7 +300,11 @@ cdef class Calls(Remote):
 
     def _forked(self):
         """Whether this is the first call in a process that was forked; what belonged to the other one is given up then."""
-        return self.knowledge.forked()
+        self.knowledge.forked()              # once, for all storages that share it
+        if self.forks == self.bounds.forks:
+            return False
+        self.forks = self.bounds.forks
+        return True
 
     def _forget_here(self):
         """Ask for the gatherings anew."""
@@ -337,11 +356,11 @@ cdef inline int64_t count_of(Call call, const CallEntry* entry) noexcept:
 
 cdef bint possible_beat(const int64_t* numbers, int count) noexcept:
     """Whether this may be the reply to a beat: now, epoch, when learning began, what is left of it, processes, rank, evictions,
-    whether to forget, slot.
+    whether to forget, slot, for how long processes have been counted without a gap.
 
     Whatever else says so (a proxy, a bug) must not spoil what is known here for as long as this process lives.
     """
-    return (count == 9
+    return (count == 10
             and 0 <= numbers[0] <= LEVEL_MAX
             and 1 <= numbers[1] <= numbers[0] + YEAR_US
             and 0 <= numbers[2] <= numbers[0] + YEAR_US
@@ -350,7 +369,8 @@ cdef bint possible_beat(const int64_t* numbers, int count) noexcept:
             and (0 <= numbers[5] < numbers[4] or numbers[4] == numbers[5] == 0)
             and -1 <= numbers[6] <= LEVEL_MAX
             and 0 <= numbers[7] <= 1
-            and -1 <= numbers[8] < PROCESSES_MAX)
+            and -1 <= numbers[8] < PROCESSES_MAX
+            and 0 <= numbers[9] <= LEVEL_MAX)
 
 
 cdef Py_ssize_t read_numbers(object sent, bytes data, Py_ssize_t at, int64_t* numbers, int* count) except -3:
@@ -403,6 +423,7 @@ cdef class Gathering:
     cdef Layout layout
     cdef KeyTable bounds
     cdef readonly Knowledge knowledge
+    cdef readonly Tally tally
     cdef int64_t deadline_us
     cdef int64_t ttl_us
     cdef Policy on_outage
@@ -442,12 +463,12 @@ cdef class Gathering:
     cdef bytes epoch_text                    # what calls expect the epoch to be called
     cdef int64_t epoch                       # that of the last beat on this connection; 0 before it
     cdef bint beating
+    cdef bint named                          # how keys are called was said on this connection, and is that in this epoch
     cdef int64_t beaten_us                   # when the last beat was answered
     cdef int64_t heard_us                    # when anything was
     cdef int64_t evicted                     # keys that this run of the server has evicted; −1 before the first beat
     cdef int64_t evicted_before
     cdef int64_t asked_evicted_us
-    cdef int64_t counted_us
     cdef int last_size                       # how many entries the call had that was sent last
     cdef int64_t told_evictions
     cdef Buffer buffer
@@ -467,6 +488,7 @@ cdef class Gathering:
         self.layout = calls.layout
         self.bounds = calls.bounds
         self.knowledge = calls.knowledge
+        self.tally = calls.tally
         self.deadline_us = calls.deadline_us
         self.ttl_us = calls.ttl_us
         self.on_outage = calls.on_outage
@@ -652,13 +674,13 @@ cdef class Gathering:
             out = Outcome(False, False, 0, retry_us, retry_us)
         else:
             self.knowledge.shares.decide(pending, now_us, now_us + self.knowledge.ahead_us, retry_us, policy == ALLOW, &out)
-        self.knowledge.by_policy += 1
+        self.tally.by_policy += 1
         return complete_with(pending, decision_new(pending.rule, pending.key, pending.units, OUTAGE, &out))
 
     cdef int overload(self, PendingDecision pending, words) except -1:
         """Decide what this process asks faster than it is answered: that is its own load, and no outage of Redis."""
         cdef Outcome out
-        self.knowledge.overloads += 1
+        self.tally.overloads += 1
         if not self.deny_overload or (pending.mode != CHECK and pending.mode != PEEK):
             return complete(pending, StorageUnavailable(f"{words}; that is this process's load, not an outage"))
         out = Outcome(False, False, 0, self.deadline_us, self.deadline_us)
@@ -706,8 +728,8 @@ cdef class Gathering:
 
     def _notice(self, what, fact):
         """Tell of something that happened."""
-        if self.knowledge.noticed is not None:
-            self.knowledge.noticed(what, self, fact)
+        if self.tally.noticed is not None:
+            self.tally.noticed(what, self, fact)
 
     cdef inline int schedule_connection(self) except -1:
         if not self._open and not self.ended:
@@ -750,30 +772,35 @@ cdef class Gathering:
     cdef int beat(self) except -1:
         """Say that this process is there, and hear which epoch this is."""
         cdef int64_t now_us = self.bounds.now_us()
+        cdef Knowledge knowledge = self.knowledge
         if not self.beating:
             self.beating = True
-            counts = now_us - self.counted_us >= BEAT_US - 1000
-            asks = now_us - self.asked_evicted_us >= EVICTED_US
-            self.counted_us = now_us if counts else self.counted_us
+            # A process is counted once, however many connections it has; a new connection may be to another store.
+            counts = self.epoch == 0 or now_us - knowledge.counted_us >= knowledge.pace_us(BEAT_US) - 1000
+            asks = now_us - self.asked_evicted_us >= max(<int64_t>EVICTED_US, 1000 * knowledge.pace_us(0))
+            knowledge.counted_us = now_us if counts else knowledge.counted_us
             self.asked_evicted_us = now_us if asks else self.asked_evicted_us
-            self.run_errand(self.knowledge.beat(b"count" if counts else b"look", asks, self._beaten))
+            self.run_errand(knowledge.beat(b"count" if counts else b"look", asks, not self.named, self._beaten))
+            self.named = True
         return 0
 
     def _leave(self):
         """Say that this process goes, so that the shares of the others needn't wait for that."""
-        if self._open and self.epoch:
-            self.run_errand(self.knowledge.beat(b"leave", False, None))
+        # Another limiter of this process may go on.
+        if self._open and self.epoch and not self.knowledge.users:
+            self.run_errand(self.knowledge.beat(b"leave", False, False, None))
 
     def _beaten(self, numbers):
         """Take up the reply to a beat."""
         cdef int64_t epoch = numbers[1], learning_from_us = numbers[2], now_us = self.bounds.now_us()
         self.beating = False
         self.beaten_us = now_us
+        self.named = self.named and self.epoch in (0, epoch)
         self.epoch = epoch
         self.epoch_text = b"%b%016d%016d" % (self.run, epoch, learning_from_us)
         self.refused = False
         self._answered()
-        if self.knowledge.meet(epoch, numbers[3], numbers[4], numbers[5], numbers[7], now_us):
+        if self.knowledge.meet(epoch, numbers[3], numbers[4], numbers[5], numbers[9], numbers[7], now_us):
             self._notice("state_lost", len(self.bounds))
         if self.bounds.evictions != self.told_evictions:
             self.told_evictions = self.bounds.evictions
@@ -840,7 +867,9 @@ cdef class Gathering:
 
     cdef int64_t quiet_us(self, int64_t now_us) noexcept:
         """For how long nothing need be said: not for long where a loss must be noticed, or that learning is over."""
-        return WATCH_US if now_us < max(self.knowledge.live_until_us, self.knowledge.learning_until_us) else IDLE_BEAT_US
+        if now_us < max(self.knowledge.live_until_us, self.knowledge.learning_until_us):
+            return self.knowledge.pace_us(WATCH_US)
+        return self.knowledge.pace_us(BEAT_US if self.knowledge.shares.n == 0 else IDLE_BEAT_US)
 
     cdef int wind_beat(self, int64_t now_us) except -1:
         return self.wind(now_us, now_us + self.quiet_us(now_us))
@@ -887,7 +916,7 @@ cdef class Gathering:
                 if call.size:
                     self.last_size = call.size
                     self.send(call)
-                    if call.sent_us - self.beaten_us >= BEAT_US:
+                    if call.sent_us - self.beaten_us >= self.knowledge.pace_us(BEAT_US):
                         self.beat()
             except BaseException:
                 self._fail(call, StorageUnavailable("the check could not be sent"))
@@ -1743,7 +1772,8 @@ cdef class Gathering:
         self.rest = b""
         self.evicted = -1
         self.took_us = 0
-        self.asked_evicted_us = self.counted_us = 0
+        self.asked_evicted_us = 0
+        self.named = False
         self._open = True
         self.beat()
 
@@ -1751,6 +1781,7 @@ cdef class Gathering:
         """The connection is gone. What was on its way may have been run, and gets `error`; what waits goes on waiting."""
         self._open = self.ready = self.beating = False
         self.epoch = 0
+        self.knowledge.doubt()
         self.write = None
         self.rest = b""
         self.by_value = False

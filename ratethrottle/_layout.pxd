@@ -12,6 +12,8 @@ cdef class Layout:
     cdef readonly bytes epoch_key
     cdef readonly bytes processes_key
     cdef readonly bytes charged_key          # and what was charged
+    cdef readonly bytes layout_key           # says by which layout its keys are called
+    cdef readonly bytes layout
 
     cdef int address(self, PendingDecision pending) except -1
     cdef int put_key(self, Buffer* buffer, PendingDecision pending) except -1

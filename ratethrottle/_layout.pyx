@@ -58,6 +58,8 @@ cdef class Layout:
         self.epoch_key = prefix + b":epoch"
         self.processes_key = prefix + b":processes"
         self.charged_key = prefix + b":charged:"
+        self.layout_key = prefix + b":layout"
+        self.layout = b"tags=%d" % tags
 
     cdef int address(self, PendingDecision pending) except -1:
         """Find the key's tag; digest a long key."""

@@ -19,7 +19,7 @@ cdef class Share:                            # of one definition of a rule; the 
 cdef class Shares:
     cdef KeyTable bounds
     cdef Layout layout
-    cdef int64_t n
+    cdef readonly int64_t n                  # of how many processes this is the share of one; 0: nobody knows
     cdef int64_t rank
     cdef int64_t outage
     cdef dict made                           # a rule's numbers -> its Share

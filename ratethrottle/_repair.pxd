@@ -21,15 +21,14 @@ cdef class Errand:
 
 
 cdef class Knowledge:
+    cdef object __weakref__
     cdef readonly KeyTable bounds
     cdef readonly Shares shares
     cdef readonly int64_t epoch              # which life of the store's data the bounds are of; 0 before the first one
     cdef readonly int64_t epochs             # how many came after it
     cdef readonly int64_t processes          # that share the limits; 0: unknown
-    cdef readonly int64_t by_policy          # checks that were decided here, without the store
-    cdef readonly int64_t overloads          # and those that were too many for it
     cdef readonly bytes process_id
-    cdef public object noticed               # is told what happened, for events
+    cdef readonly object users               # the storages of this process that share it and aren't closed, as a WeakSet
     cdef int64_t learning_until_us           # in this process's time: others may still tell the store what they know
     cdef int64_t live_until_us               # so long does something that is known count
     cdef int64_t ahead_us                    # by how much the store's clock is ahead of this process's
@@ -37,6 +36,8 @@ cdef class Knowledge:
     cdef int64_t last_count                  # of the processes, and since when it is that
     cdef int64_t alike_since_us
     cdef int64_t fewer_since_us              # since when the store counts fewer processes than we do
+    cdef int64_t expected                    # how many share the limits, by our options; 0: unknown
+    cdef int64_t counted_us                  # when any line has had this process counted
     cdef Layout layout
     cdef object errands                      # to be done before anything is asked
     cdef set out                             # errands that were sent and have no answer yet
@@ -44,8 +45,12 @@ cdef class Knowledge:
     cdef object asserting                    # an iterator over the errands that tell what is known
     cdef unsigned forks
 
-    cdef bint meet(self, int64_t epoch, int64_t learning_us, int64_t count, int64_t rank, bint forgets, int64_t now_us) except -1
-    cdef Errand beat(self, bytes purpose, bint asks, done)
+    cdef bint meet(self, int64_t epoch, int64_t learning_us, int64_t count, int64_t rank, int64_t whole_us, bint forgets,
+                   int64_t now_us) except -1
+    cdef int take_count(self, int64_t count, int64_t rank, bint whole, int64_t now_us) except -1
+    cdef int doubt(self) except -1
+    cdef int64_t pace_us(self, int64_t least_us) noexcept
+    cdef Errand beat(self, bytes purpose, bint asks, bint named, done)
     cdef Errand next_errand(self, int64_t now_us)
     cdef bint idle(self) noexcept
     cdef list known_in(self, uint32_t index, int64_t now_us)

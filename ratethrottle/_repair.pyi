@@ -1,7 +1,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any, final
+from weakref import WeakSet
 
-from ratethrottle._calls import Gathering
 from ratethrottle._core import KeyTable
 from ratethrottle._layout import Layout
 from ratethrottle._outage import Shares
@@ -30,7 +30,6 @@ class Errand:
 
 @final
 class Knowledge:
-    noticed: Callable[[str, Gathering, Any], object] | None
     def __init__(self, bounds: KeyTable, layout: Layout, expected: int = 0) -> None: ...
     @property
     def bounds(self) -> KeyTable: ...
@@ -43,11 +42,10 @@ class Knowledge:
     @property
     def processes(self) -> int: ...
     @property
-    def by_policy(self) -> int: ...
-    @property
-    def overloads(self) -> int: ...
-    @property
     def process_id(self) -> bytes: ...
+    @property
+    def users(self) -> WeakSet[Any]: ...
+    def expect(self, expected: int) -> None: ...
     @property
     def learning(self) -> bool: ...
     @property

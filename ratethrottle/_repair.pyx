@@ -18,11 +18,14 @@ from ratethrottle._table cimport Shard, slot_at, tags_of
 
 from collections import deque
 from os import urandom
+from weakref import WeakSet
 
 
 cdef enum:
     ROWS_MAX = 128                           # keys of an errand
-    LAPSE_US = 3_000_000                     # for so long the store counts a process that isn't heard of
+    WHOLE_US = 3_000_000                     # for so long processes must have been counted without a gap: then all that live have come
+    FEWER_US = 1_000_000                     # for so long the store must have counted fewer
+    EACH_US = 100                            # between two beats, for each process there is
     ALIKE_US = 450_000                       # two beats of half a second agree
     MANY = 1_000_000_000                     # processes: more than there ever are
     STALLED_US = 250_000                     # after its deadline an errand is another line's to run, if its own is stalled
@@ -67,20 +70,19 @@ cdef class Errand:
 
 @cython.final
 cdef class Knowledge:
-    """What the gatherings of a storage share."""
+    """What the storages of one process share that keep their keys under one prefix on the same server: to it, they are one process."""
 
     def __init__(self, KeyTable bounds not None, Layout layout not None, int64_t expected=0):
         self.bounds = bounds
         self.layout = layout
         self.shares = Shares(bounds, layout)
-        # Of a rank that isn't known: no more than what each of them may have.
-        self.shares.set_share(expected, max(expected - 1, 0))
+        self.expect(expected)
         self.errands = deque()
         self.charged = []
         self.out = set()
         self.process_id = urandom(8).hex().encode()
         self.forks = bounds.forks
-        self.noticed = None
+        self.users = WeakSet()
 
     cdef bint forked(self) except -1:
         """In a process that was forked give up what belongs to the other: what it has to tell, and what it owes. True there, once."""
@@ -90,8 +92,10 @@ cdef class Knowledge:
         self.forks = self.bounds.forks
         self.process_id = urandom(8).hex().encode()
         # As they were counted, this one wasn't among them.
-        self.processes = self.last_count = 0
+        self.processes = self.counted_us = 0
         self.sure = False
+        self.doubt()
+        self.shares.set_share(self.expected, max(self.expected - 1, 0))
         self.errands = deque()
         self.out = set()
         self.asserting = None
@@ -119,7 +123,16 @@ cdef class Knowledge:
         self.charged = []
         self.live_until_us = 0
 
-    cdef bint meet(self, int64_t epoch, int64_t learning_us, int64_t count, int64_t rank, bint forgets, int64_t now_us) except -1:
+    def expect(self, int64_t expected):
+        """Note how many processes share the limits by a storage's options: of several numbers the largest. 0: it doesn't say."""
+        if expected > self.expected:
+            self.expected = expected
+            # Of a rank that isn't known: no more than what each of them may have.
+            if self.processes < expected:
+                self.shares.set_share(expected, expected - 1)
+
+    cdef bint meet(self, int64_t epoch, int64_t learning_us, int64_t count, int64_t rank, int64_t whole_us, bint forgets,
+                   int64_t now_us) except -1:
         """Take up what a beat has told. True in another epoch: the store may have lost what is known here, and is told it.
 
         forgets: the store was cleared in that epoch, or since the one known here.
@@ -135,35 +148,67 @@ cdef class Knowledge:
             self.errands = deque([errand for errand in self.errands if (<Errand>errand).args[0] == b"charge"])
             self.asserting = self.assertions()
             self.shares.begin()
+        if self.epoch != epoch:
+            self.doubt()
         # Of one epoch it only becomes shorter, when all have come: a reply may be older than another line's.
         if self.epoch != epoch or self.learning_until_us <= now_us:
             self.learning_until_us = now_us + learning_us
         else:
             self.learning_until_us = min(self.learning_until_us, now_us + learning_us)
         self.epoch = epoch
-        if count == 0:                       # it was only looked at
-            return another
+        if count:                            # else it was only looked at
+            self.take_count(count, rank, whole_us >= WHOLE_US, now_us)
+        return another
+
+    cdef int take_count(self, int64_t count, int64_t rank, bint whole, int64_t now_us) except -1:
+        """Take up how many processes there are. `whole`: the store has counted for long enough to have heard of all of them."""
+        cdef int64_t n
+        cdef bint alike
         if count != self.last_count:
             self.last_count = count
             self.alike_since_us = now_us
-        self.sure = count == self.processes and now_us - self.alike_since_us >= ALIKE_US
+        alike = now_us - self.alike_since_us >= ALIKE_US
         if count >= self.processes:
-            self.fewer_since_us = 0
-        elif self.fewer_since_us == 0:
-            # They may have been forgotten only, by a store that lost its data.
-            self.fewer_since_us = now_us
-        if self.fewer_since_us == 0 or now_us - self.fewer_since_us > LAPSE_US:
+            self.sure = count == self.processes and alike
             self.processes = count
             self.fewer_since_us = 0
-            self.shares.set_share(count, rank)
-        return another
+        else:
+            self.sure = False
+            if self.fewer_since_us == 0:
+                # They may have been forgotten only, by a store that lost its data.
+                self.fewer_since_us = now_us
+            if whole and now_us - self.fewer_since_us >= FEWER_US:
+                self.processes = count
+                self.fewer_since_us = 0
+        # A share that is too large is granted by each of them: until the count is settled, the largest number that anything says.
+        n = self.processes if whole else max(self.processes, self.expected)
+        # Where nothing else has said how many there are, two beats must agree.
+        if whole or alike or self.expected or self.shares.n:
+            self.shares.set_share(n, rank if count == n and (alike or whole) and rank < n else n - 1)
+        return 0
 
-    cdef Errand beat(self, bytes purpose, bint asks, done):
-        """Say that this process is there or leaves, or look which epoch this is, and what was evicted if it `asks`."""
+    cdef int doubt(self) except -1:
+        """Who was counted must be counted anew: the store is another one, or wasn't reached for a while."""
+        self.last_count = self.fewer_since_us = 0
+        return 0
+
+    cdef int64_t pace_us(self, int64_t least_us) noexcept:
+        """How long to wait between two beats: the store has about ten thousand a second at most, of all processes together."""
+        return max(least_us, EACH_US * max(self.processes, self.last_count))
+
+    cdef Errand beat(self, bytes purpose, bint asks, bint named, done):
+        """Say that this process is there or leaves, or look which epoch this is, and what was evicted if it `asks`.
+
+        named: say how keys are called, too.
+        """
         # Who isn't sure how many there are has everybody wait for as long as may be.
         number = self.processes if self.sure or self.processes == 0 else MANY
-        return Errand("beat", [self.layout.processes_key], [
-            self.process_id, purpose, b"1" if asks else b"0", b"%d" % number], done)
+        cdef list keys = [self.layout.processes_key]
+        cdef list args = [self.process_id, purpose, b"1" if asks else b"0", b"%d" % number]
+        if named:
+            keys.append(self.layout.layout_key)
+            args.append(self.layout.layout)
+        return Errand("beat", keys, args, done)
 
     cdef Errand next_errand(self, int64_t now_us):
         """What the store has to be told next, or None."""

@@ -12,6 +12,8 @@ import pytest
 import redis
 import uvloop
 
+from ratethrottle._repair import Knowledge
+from ratethrottle.storage.redis import storage
 from tests.servers import RedisServer
 
 
@@ -37,6 +39,21 @@ def redis_server(shared_redis_server: RedisServer) -> RedisServer:
         client.flushall()
         client.script_flush()
     return shared_redis_server
+
+
+@pytest.fixture
+def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have each storage of the test be a process of its own to Redis, as if it were in one."""
+    monkeypatch.setattr(storage, "SHARING", Apart())
+
+
+class Apart:
+    """Shares nothing."""
+
+    def find(self, _what: object, user: object, make: Callable[[], Knowledge]) -> Knowledge:
+        made = make()
+        made.users.add(user)
+        return made
 
 
 @pytest.fixture

@@ -150,6 +150,7 @@ class Connection(Gathering):
         self.unsettled: deque[Request] = deque()
         self.requests: list[Request] = []
         self.tamper: Callable[[Request, Any], Any] = lambda request, reply: reply
+        self.connect_at_us = 0  # for tests that say when
         self.mute = False  # what it would tell the store of what it knows is taken for told
 
     def _connect(self) -> None:
@@ -238,10 +239,11 @@ class Process(Calls):
         offset_us: int = START_US,
         max_bounds: int = 1_000,
         deny_overload: bool = False,
+        expected: int = 0,
     ) -> None:
         self.world, self.rate, self.offset_us = world, rate, offset_us
         table = KeyTable(max_bounds, bounds=True, clock_us=self.now_us)
-        super().__init__(world.layout, table, deadline_us, ttl_us, deny_overload=deny_overload)
+        super().__init__(world.layout, table, deadline_us, ttl_us, expected=expected, deny_overload=deny_overload)
         self.loop = FakeLoop(self.now_us)
         self.line = Connection(self, self.loop)
         self.limiter = Limiter(self)

@@ -408,7 +408,7 @@ def test_what_waits_too_long_for_a_line_that_is_answered_is_overload_and_no_outa
     denied = [check for check in checks if check.decision.source == "overload"]
     assert not any(check.decision for check in denied)
     assert all(check.ended_us - check.began_us <= DEADLINE_US + 60_000 for check in denied)
-    assert process.knowledge.overloads == len(denied)
+    assert process.tally.overloads == len(denied)
     assert not process.line.away
     world.end()
 

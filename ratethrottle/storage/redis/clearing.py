@@ -62,6 +62,8 @@ class Clearing:
 
     async def run(self, known_epoch: int, begun: Callable[[], object]) -> None:
         """Clear. begun: called once nothing of before counts any more, before it is deleted."""
+        # Whoever lives and has a layout says so again in the epoch that begins.
+        await self._ask(b"DEL", self._layout.layout_key)
         for _ in range(ROUNDS):
             epoch, since_s = await self._begin(known_epoch), time.monotonic()
             begun()

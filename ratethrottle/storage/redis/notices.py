@@ -31,11 +31,10 @@ OF_A_FACT: Final[dict[str, Callable[[Any], Event]]] = {
 class Notices:
     """Told by any line; tells the events. An outage lasts from when the first line goes away until none is away and one is served."""
 
-    def __init__(self, events: Events, policy: str, expected: int | None) -> None:
+    def __init__(self, events: Events, policy: str) -> None:
         self.desyncs = 0
         self._events = events
         self._policy = policy
-        self._expected = expected
         self._away: weakref.WeakSet[Gathering] = weakref.WeakSet()
         self._since_s: float | None = None  # when the outage that is going on began
         self._decided = 0
@@ -55,16 +54,16 @@ class Notices:
         match what:
             case "outage":
                 if self._since_s is None:
-                    self._since_s, self._decided = time.monotonic(), line.knowledge.by_policy
+                    self._since_s, self._decided = time.monotonic(), line.tally.by_policy
                 self._away.add(line)
                 reason = str(fact)
-                if self._policy == "local" and not (self._expected or line.knowledge.processes):
+                if self._policy == "local" and not line.knowledge.shares.n:
                     reason += "; how many processes share the limits isn't known (expected_processes), so that all is denied"
                 self._events.emit(OutageBegan(reason, self._policy))
             case "recovery":
                 self._away.discard(line)
                 if not self._away and self._since_s is not None:
-                    took_s, decided = time.monotonic() - self._since_s, line.knowledge.by_policy - self._decided
+                    took_s, decided = time.monotonic() - self._since_s, line.tally.by_policy - self._decided
                     self._since_s = None
                     self._events.emit(OutageEnded(took_s, decided))
             case "end":

@@ -10,7 +10,7 @@ import functools
 import inspect
 import socket
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import redis
@@ -135,6 +135,20 @@ class Settings:
     def credentials_asked(self) -> int:
         """How often the client's credential provider was asked."""
         return self._credentials.count if self._credentials is not None else 0
+
+    @property
+    def where(self) -> Hashable:
+        """Where the data is: equal for two clients of the same database, as far as their settings tell. Not as whom they connect."""
+        kwargs = self._kwargs
+        database = int(kwargs.get("db") or 0)
+        if self.sentinels:
+            return frozenset(sentinel.where for sentinel in self.sentinels), self.master_name, database
+        if "fakeredis" in self._class.__module__:
+            # A server without a name of its own is only where it is.
+            return kwargs.get("server") or object(), database
+        if kwargs.get("path"):
+            return kwargs["path"], database
+        return str(kwargs.get("host") or "localhost").lower(), int(kwargs.get("port") or 6379), database
 
     async def connect(self, address: Address | None = None) -> AbstractConnection:
         """Open a connection, to `address` where sentinels named it. Raises redis-py's errors and OSError; the caller bounds the time."""

@@ -17,6 +17,7 @@ import redis
 from ratethrottle._calls import Calls
 from ratethrottle._core import CompiledRule, Decision, Entry, KeyTable, Limiter
 from ratethrottle._layout import Layout
+from ratethrottle._repair import Knowledge
 from ratethrottle.errors import ConfigurationError, StorageError, StorageUnavailable, shown
 from ratethrottle.events import Events
 from ratethrottle.rule import RateThrottleRule
@@ -29,6 +30,7 @@ from ratethrottle.storage.redis.line import Line
 from ratethrottle.storage.redis.notices import Notices
 from ratethrottle.storage.redis.scripts import check_installed
 from ratethrottle.storage.redis.settings import Settings, close
+from ratethrottle.storage.redis.sharing import SHARING
 from ratethrottle.storage.redis.urls import client_of
 
 OnOutage = Literal["local", "allow", "deny", "raise"]
@@ -114,21 +116,26 @@ class RedisStorage(Calls):
         one_of("on_overload", on_overload, get_args(OnOverload))
         self._settings = Settings(client, deadline, connect_timeout)
         check_installed()
+        layout = Layout(prefix.encode(), tags)
+        shared = SHARING.find(
+            (self._settings.where, prefix, tags), self, lambda: Knowledge(KeyTable(max_bounds, bounds=True), layout)
+        )
         super().__init__(
-            Layout(prefix.encode(), tags),
-            KeyTable(max_bounds, bounds=True),
+            layout,
+            shared.bounds,
             round(deadline * 1_000_000),
             round(prefilter_ttl * 1_000_000),
             on_outage,
             expected_processes or 0,
             deny_overload=on_overload == "deny",
+            knowledge=shared,
         )
         self._attempts = Attempts(max_connections)
         self._deadline_s = deadline
         self._connections = connections
         self._max_waiting = max_waiting
         self.events = Events()
-        self.knowledge.noticed = self._notices = Notices(self.events, on_outage, expected_processes)
+        self.tally.noticed = self._notices = Notices(self.events, on_outage)
         self._sent_before = (0, 0)  # script calls and entries, by lines that are gone
         self._without_wait = 0
         self._lines: dict[asyncio.AbstractEventLoop, tuple[Line, ...]] = {}
@@ -175,7 +182,7 @@ class RedisStorage(Calls):
             desyncs=self._notices.desyncs,
             evictions=self.bounds.evictions,
             epoch_changes=self.knowledge.epochs,
-            overloads=self.knowledge.overloads,
+            overloads=self.tally.overloads,
         )
 
     async def decide(self, entries: Sequence[Entry]) -> list[Decision]:
@@ -266,6 +273,7 @@ class RedisStorage(Calls):
     async def aclose(self) -> None:
         """Close our connections for good, those of other loops too. The client that was passed in stays as it is."""
         self._closed = True
+        self.knowledge.users.discard(self)
         self._forget_here()
         for known in list(self._lines.values()):
             self._remember_sent(known)

@@ -1,7 +1,7 @@
 --- Names the epoch, and counts the processes that are there.
---- KEYS: epoch_key processes_key
---- ARGV: request run known_epoch process_id purpose statistics known_processes
---- reply: request server_us epoch learning_began learning_us processes rank evicted_keys forgets slot
+--- KEYS: epoch_key processes_key layout_key
+--- ARGV: request run known_epoch process_id purpose statistics known_processes layout
+--- reply: request server_us epoch learning_began learning_us processes rank evicted_keys forgets slot whole_us
 -- An epoch is one run of one server over one data set. Its key holds the server's run id (40 characters), E (16 digits: its name, us,
 -- always greater than those before it) and M (16 digits: by when all have come who have to tell what they knew of before, by this
 -- server's clock; 0 while nobody is known to know of anything). docs/arithmetic.md specifies it under "Repair". While
@@ -12,9 +12,12 @@
 -- counted hears 0 for the number of processes and its rank, and -1 for its slot.
 -- Each process has a slot: a bit in four maps. processes_key is a sorted set of process ids by slot, and the other keys begin with its
 -- name: `:marks` (who has come in this period), `:last` and `:before` (in the two before it), `:alive` (who is counted: in any of them),
--- and `:count`, four numbers: when this period began, how many are counted, when that set has changed last (16, 8 and 16 digits), and, while
--- some are waited for, how many are (10 digits). Between two of these scripts a process may mark its own slot and read `:count` by itself.
+-- and `:count`, five numbers: when this period began, how many are counted, when that set has changed last (16, 8 and 16 digits), while
+-- some are waited for how many are (10 digits), and since when processes have been counted without a gap (16 digits), of which whole_us
+-- tells the time that has passed: while that is short, processes that live may not be counted yet.
 -- docs/arithmetic.md has it under "Counting".
+-- layout_key and layout may be left out. The first that comes with it has it written down, and who comes with another one is refused: such
+-- processes would call one key by two names.
 local LEARN_US, REPAIR_US, PERIOD_US, OTHERS_US, YEAR_US = 250000, 10000000, 900000, 500000, 31622400000000
 local EACH_US = 100
 local max, min, floor, match, format = math.max, math.min, math.floor, string.match, string.format
@@ -23,7 +26,7 @@ local KEYS, ARGV, refuse = KEYS, ARGV, redis.error_reply
 local request, run, known, process, purpose = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5]
 local processes = tonumber(ARGV[7])
 if not request or request == '' then return refuse('RATETHROTTLE no request id') end
-if #KEYS ~= 2 or #ARGV ~= 7 then return refuse('RATETHROTTLE the number of keys or arguments is wrong') end
+if not (#KEYS == 2 and #ARGV == 7 or #KEYS == 3 and #ARGV == 8) then return refuse('RATETHROTTLE the number of keys or arguments is wrong') end
 if #run ~= 40 or match(run, '%W') then return refuse('RATETHROTTLE a run is 40 letters and digits') end
 if not (known and known >= 0 and known <= 9999999999999999 and known % 1 == 0) then return refuse('RATETHROTTLE the epoch is none') end
 if process == '' then return refuse('RATETHROTTLE no process id') end
@@ -31,6 +34,16 @@ if purpose ~= 'count' and purpose ~= 'look' and purpose ~= 'leave' and purpose ~
   return refuse('RATETHROTTLE a process is counted, looks, leaves or clears')
 end
 if not (processes and processes >= 0 and processes % 1 == 0) then return refuse('RATETHROTTLE the number of processes is none') end
+
+if KEYS[3] then
+  if not match(ARGV[8], '^tags=%d+$') then return refuse('RATETHROTTLE the layout is none') end
+  local layout = call('MGET', KEYS[3])[1] or ''
+  if not match(layout, '^tags=%d+$') then
+    call('SET', KEYS[3], ARGV[8])
+  elseif layout ~= ARGV[8] then
+    return refuse('RATETHROTTLE layout ' .. layout .. ' is in use, not ' .. ARGV[8])
+  end
+end
 
 local place = KEYS[2]
 local marks, last, before, alive, head = place .. ':marks', place .. ':last', place .. ':before', place .. ':alive', place .. ':count'
@@ -68,7 +81,7 @@ if learns then
 end
 
 local comes, waits = known > 0 and known < epoch and processes > 0, began > now and began <= now + OTHERS_US
-local members, rank, slot, expected = 0, 0, -1, 0
+local members, rank, slot, expected, whole = 0, 0, -1, 0, 0
 
 local function forget()
   call('DEL', place, marks, last, before, alive, head)
@@ -78,10 +91,10 @@ end
 -- Counts the process, or lets it go. Its cost doesn't depend on how many there are, but for a few bits of each, read by Redis itself.
 local function count()
   local text = found[2]
-  local swept, changed, written = 0, 0, true
-  if text and #text == 50 and not match(text, '%D') then
-    swept, members, changed, expected = sub(text, 1, 16) + 0, sub(text, 17, 24) + 0, sub(text, 25, 40) + 0, sub(text, 41, 50) + 0
-    written = false
+  local swept, changed, since, written = 0, 0, now, true
+  if text and #text == 66 and not match(text, '%D') then
+    swept, members, changed = sub(text, 1, 16) + 0, sub(text, 17, 24) + 0, sub(text, 25, 40) + 0
+    expected, since, written = sub(text, 41, 50) + 0, sub(text, 51, 66) + 0, false
   elseif text then
     forget()
   end
@@ -90,6 +103,7 @@ local function count()
   if past >= period or past < 0 then
     -- The period is over. That of who is late, or after the clock was set, may have been several.
     local stand = call('GET', alive)
+    if past < 0 or past >= 2 * period then since = now end
     for _ = 1, past < 0 and 1 or min(3, floor(past / period)) do
       call('BITOP', 'OR', before, last)
       call('BITOP', 'OR', last, marks)
@@ -127,9 +141,10 @@ local function count()
   -- As many have come as were known.
   if comes and waits and members >= expected then began = now end
   if began <= now and expected > 0 then expected, written = 0, true end
+  whole = max(0, now - since)
   if written then
     local lapse = format('%.0f', 4 * period / 1000)
-    call('SET', head, format('%016.0f%08.0f%016.0f%010.0f', swept, members, changed, expected), 'PX', lapse)
+    call('SET', head, format('%016.0f%08.0f%016.0f%010.0f%016.0f', swept, members, changed, expected, since), 'PX', lapse)
     call('PEXPIRE', place, lapse)
     call('PEXPIRE', marks, lapse)
     call('PEXPIRE', last, lapse)
@@ -143,10 +158,10 @@ if purpose ~= 'look' and purpose ~= 'clear' or comes then
   if not pcall(count) then
     -- A key of ours is of another type, or there is no room, which is said then.
     forget()
-    members, rank, slot, expected = 0, 0, -1, 0
+    members, rank, slot, expected, whole = 0, 0, -1, 0, 0
     count()
   end
-  if slot < 0 then members, rank = 0, 0 end
+  if slot < 0 then members, rank, whole = 0, 0, 0 end
 end
 -- What is older is taken for absent only for so long.
 if learns or now - (began > 0 and began or epoch) >= REPAIR_US then suffix = '' end
@@ -162,4 +177,4 @@ if ARGV[6] == '1' then
   local heard, stats = pcall(call, 'INFO', 'stats')
   evicted = heard and type(stats) == 'string' and match(stats, 'evicted_keys:(%d+)') or 0
 end
-return {request, now, epoch, began, learning, members, rank, evicted + 0, forgets and 1 or 0, slot}
+return {request, now, epoch, began, learning, members, rank, evicted + 0, forgets and 1 or 0, slot, whole}

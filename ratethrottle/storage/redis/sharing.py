@@ -1,0 +1,39 @@
+"""What the storages of one process share: to Redis, those that keep the same keys are one process.
+
+They share the limits as one, have one table of what is known of each key, and one account of what was admitted while Redis was away.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Final
+
+from ratethrottle._repair import Knowledge
+
+
+class Sharing:
+    """The knowledge of this process, by what it is of, for as long as a storage has it. For all threads."""
+
+    def __init__(self) -> None:
+        self._known: weakref.WeakValueDictionary[Hashable, Knowledge] = weakref.WeakValueDictionary()
+        self._lock = threading.Lock()
+        # Another thread may hold it while this one forks.
+        os.register_at_fork(after_in_child=self._renew)
+
+    def _renew(self) -> None:
+        self._lock = threading.Lock()
+
+    def find(self, what: Hashable, user: object, make: Callable[[], Knowledge]) -> Knowledge:
+        """Return what an open storage of this process knows of the very same keys, or else something new. `user` is one of its users then."""
+        with self._lock:
+            found = self._known.get(what)
+            if found is None or not found.users:
+                found = self._known[what] = make()
+            found.users.add(user)
+            return found
+
+
+SHARING: Final = Sharing()
