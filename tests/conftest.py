@@ -14,6 +14,7 @@ import uvloop
 
 from ratethrottle._repair import Knowledge
 from ratethrottle.storage.redis import storage
+from ratethrottle.storage.redis.sharing import SHARING
 from tests.servers import RedisServer
 
 
@@ -39,6 +40,12 @@ def redis_server(shared_redis_server: RedisServer) -> RedisServer:
         client.flushall()
         client.script_flush()
     return shared_redis_server
+
+
+@pytest.fixture(autouse=True)
+def of_this_test_only() -> None:
+    """What a limiter of another test knows, which wasn't closed there, is of data that was flushed."""
+    SHARING._known.clear()
 
 
 @pytest.fixture

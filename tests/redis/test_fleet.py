@@ -117,7 +117,9 @@ def test_a_count_is_not_believed_before_it_is_settled(redis_client: redis.Redis)
     fleet = [Process(world, expected=4) for _ in range(4)]
     for life in range(8):
         for process in fleet:
-            process.line.connect_at_us = world.t_us + 100_000 * ((process is not fleet[0]) * (1 + fleet.index(process) * life % 3))
+            process.line.connect_at_us = world.t_us + 100_000 * (
+                (process is not fleet[0]) * (1 + fleet.index(process) * life % 3)
+            )
         for _ in range(8):
             turn(world, fleet)
             assert [process.knowledge.shares.n for process in fleet] == [4] * 4

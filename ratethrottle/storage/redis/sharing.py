@@ -27,7 +27,7 @@ class Sharing:
         self._lock = threading.Lock()
 
     def find(self, what: Hashable, user: object, make: Callable[[], Knowledge]) -> Knowledge:
-        """Return what an open storage of this process knows of the very same keys, or else something new. `user` is one of its users then."""
+        """Return what an open storage of this process knows of the very same keys, or else something new, as one more user of it."""
         with self._lock:
             found = self._known.get(what)
             if found is None or not found.users:

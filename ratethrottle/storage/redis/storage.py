@@ -61,8 +61,8 @@ class RedisStorage(Calls):
     makes connections of its own, and leaves the client alone. prefix: begins every key, without braces.
     deadline: seconds until a check has its answer or a StorageError, 0.005 to 60. connect_timeout: seconds that an attempt to
     connect may take, 0.005 to 60; it goes on while checks are decided by the policy. None is 5, or the client's
-    socket_connect_timeout if that is longer. tags: hash tags over which keys spread, 1 to 16,384. connections: on which
-    decisions travel, for each event loop, 1 to 8; a key always takes the same one.
+    socket_connect_timeout if that is longer. tags: hash tags over which keys spread, 1 to 16,384, the same for all who share a
+    prefix. connections: on which decisions travel, for each event loop, 1 to 8; a key always takes the same one.
     max_waiting: checks that may wait for each of them, 1 to 1,000,000. prefilter_ttl: for how many seconds a denial may be
     repeated without asking Redis again, 0 to 60: so much later is it felt elsewhere that a key was reset. max_bounds: keys of
     which this process remembers what Redis said last, 1 to 10^8. max_connections: for decisions in all event loops of this
@@ -70,9 +70,11 @@ class RedisStorage(Calls):
 
     on_outage: what a check is when Redis doesn't answer within the deadline: "local" is decided here, by this process's share of
     the limit; "allow" is allowed, "deny" denied, and "raise" raises the StorageError. expected_processes: how many share the
-    limits, 1 to 100,000, for as long as no heartbeat has told; with None, "local" denies until then.
+    limits, 1 to 100,000, at least for as long as heartbeats haven't settled it; with None, "local" denies until two agree.
     on_overload: what a check is when `max_waiting` wait already, or when it can't be answered in time since so many others wait:
     "deny" is denied, "raise" raises StorageUnavailable.
+
+    Storages of one process with the same server, database, prefix and tags share what is known, and count as one process.
 
     Raises ConfigurationError, also if the package was installed without its Lua scripts. Nothing connects before the first check, or
     `async with`.

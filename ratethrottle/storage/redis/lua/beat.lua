@@ -35,22 +35,22 @@ if purpose ~= 'count' and purpose ~= 'look' and purpose ~= 'leave' and purpose ~
 end
 if not (processes and processes >= 0 and processes % 1 == 0) then return refuse('RATETHROTTLE the number of processes is none') end
 
-if KEYS[3] then
-  if not match(ARGV[8], '^tags=%d+$') then return refuse('RATETHROTTLE the layout is none') end
-  local layout = call('MGET', KEYS[3])[1] or ''
-  if not match(layout, '^tags=%d+$') then
-    call('SET', KEYS[3], ARGV[8])
-  elseif layout ~= ARGV[8] then
-    return refuse('RATETHROTTLE layout ' .. layout .. ' is in use, not ' .. ARGV[8])
-  end
-end
+if KEYS[3] and not match(ARGV[8], '^tags=%d+$') then return refuse('RATETHROTTLE the layout is none') end
 
 local place = KEYS[2]
 local marks, last, before, alive, head = place .. ':marks', place .. ':last', place .. ':before', place .. ':alive', place .. ':count'
 local clock = call('TIME')
 local now = clock[1] * 1000000 + clock[2]
 -- MGET takes what is no text for absent, where GET would fail for ever.
-local found = call('MGET', KEYS[1], head, KEYS[1] .. ':cleared')
+local found = call('MGET', KEYS[1], head, KEYS[1] .. ':cleared', KEYS[3] or head)
+if KEYS[3] then
+  local layout = found[4] or ''
+  if not match(layout, '^tags=%d+$') then
+    call('SET', KEYS[3], ARGV[8])
+  elseif layout ~= ARGV[8] then
+    return refuse('RATETHROTTLE layout ' .. layout .. ' is in use, not ' .. ARGV[8])
+  end
+end
 local stood, suffix = found[1] or '', ''
 local value = stood
 if #value == 89 and not find(value, '%D', 73) then value, suffix = sub(value, 1, 72), sub(value, 73) end
