@@ -77,7 +77,7 @@ cdef inline bint bound_assertion(const Bound* bound, int64_t now_us, int64_t* nu
     cdef const Window* window
     cdef int64_t then_us = aged_late(bound, now_us)
     cdef int64_t past_us = then_us - known.at_us
-    numbers[1] = numbers[2] = 0
+    numbers[0] = numbers[1] = numbers[2] = 0
     if rule.kind == c"b":
         # Below zero it still says by how much, for a store that has begun to drain earlier.
         past_us = min(past_us, view_reach(rule) + LATE_US)
