@@ -17,7 +17,7 @@ from ratethrottle.errors import (
 )
 from ratethrottle.limiter import RateThrottleCore, Request, create_limiter
 from ratethrottle.rule import RateThrottleRule
-from ratethrottle.storage import Statistics
+from ratethrottle.storage import Outcomes, Statistics
 from ratethrottle.storage.memory import InMemoryStorage
 from ratethrottle.storage.redis import RedisStorage
 
@@ -28,6 +28,7 @@ __all__ = [
     "InMemoryStorage",
     "InvalidRequest",
     "LimiterClosed",
+    "Outcomes",
     "PendingDecision",
     "RateLimitExceeded",
     "RateThrottleCore",

@@ -18,7 +18,7 @@ from ratethrottle._bound cimport Bound, bound_fresh_at, bound_learn, bound_verdi
 from ratethrottle._core cimport (
     ALLOW, CHECK, CompiledRule, COMPLETE, Decision, decision_new, DENY, GIVE_BACK, Group, KeyTable, LEASE, Mode, OF_STORAGE, OUTAGE,
     OVERLOAD, PARKED, PEEK, PendingDecision, Policy, policy_of, PREFILTER, RAISE, REDIS, Remote, RESET, SENT, Waiter, WAITING,
-    WHOLE,
+    WHOLE, count_decision,
 )
 from ratethrottle._layout cimport Layout, pending_for, pending_of
 from ratethrottle._repair cimport Errand, Knowledge
@@ -164,6 +164,8 @@ cdef inline int complete(PendingDecision pending, object error) except -1:
 
 
 cdef inline int complete_with(PendingDecision pending, Decision decision) except -1:
+    if pending.mode == CHECK:
+        count_decision(pending.rule, decision.source_index, decision.out.allowed)
     Py_INCREF(<PyObject*>decision)
     pending.decision = <PyObject*>decision
     return complete(pending, None)

@@ -19,10 +19,20 @@ cdef enum Policy:                            # what answers while the storage ca
 cdef Policy policy_of(object word) except *
 
 
+cdef enum:
+    SOURCES_MAX = 8
+
+
+cdef class Tally:
+    """What a limiter has decided under a rule of a name: twice the source, plus whether it was allowed -> how often."""
+
+    cdef uint64_t[2 * SOURCES_MAX] counts
+
+
 cdef class CompiledRule:
     cdef readonly str name
     cdef readonly str strategy
-    cdef readonly int64_t limit
+    cdef readonly int64_t limit              # 0: everything is denied, and the terms are those of a limit of 1
     cdef readonly int64_t lease_us           # for how long units taken ahead may be spent
     cdef readonly int64_t lease_units        # the most that are taken ahead at once; 0: none ever
     cdef Policy policy
@@ -31,6 +41,8 @@ cdef class CompiledRule:
     cdef uint64_t home
     cdef Terms* home_terms
     cdef uint64_t home_seed
+    cdef uint64_t* counts                    # of the tally of the limiter that it is installed in
+    cdef Tally tally
 
     cdef tuple shape(self)
     cdef tuple facts(self)
@@ -115,12 +127,17 @@ cdef class Decision:
     cdef tuple facts(self)
 
 
+cdef inline void count_decision(CompiledRule rule, Source source, bint allowed) noexcept:
+    rule.counts[2 * source + allowed] += 1
+
+
 cdef Decision decision_new(CompiledRule rule, object key, int64_t cost, Source source, const Outcome* out)
 
 
 cdef enum Stage:
     COMPLETE                                 # the decision is here, or what went wrong, or it was handed over
     NEW                                      # nobody has awaited it yet
+    MADE                                     # by the library for itself: nobody will
     WAITING                                  # in the queue of a gathering
     PARKED                                   # until another check has asked the same
     SENT
@@ -138,7 +155,7 @@ cdef enum:
 
 cdef class PendingDecision:
     cdef PyObject* decision                  # owned until it is handed over; NULL before and after
-    cdef bint lets_others_run                # yield to the loop once, although the decision is here
+    cdef int lets_others_run                 # yield to the loop once, although the decision is here; or ASKED_FOR_TRUTH
     cdef Stage stage
     # Of a check that has to ask:
     cdef Remote remote
@@ -147,7 +164,7 @@ cdef class PendingDecision:
     cdef object text                         # what `data` points into: the key itself, or its joined or digested form
     cdef const char* data
     cdef Py_ssize_t size
-    cdef char mark                           # "=", "(" or "#": what stands before it in Redis; or WHOLE
+    cdef char mark                           # "=", "(" or "#": what stands before it in Redis; WHOLE; or DECIDED if nothing is asked
     cdef uint32_t tag
     cdef Mode mode
     cdef int64_t units

@@ -15,7 +15,7 @@ from libc.string cimport memcpy, memset
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 
 from ratethrottle._arithmetic cimport (
-    answer_length, ceil_div, decide_views, judge, NO_MEMORY, Outcome, report, same_definition, settle, take_answer, Terms, Units,
+    answer_length, ceil_div, decide_views, judge, NEVER, NO_MEMORY, Outcome, report, same_definition, settle, take_answer, Terms, Units,
     View, view_ahead, view_audit, view_charge, view_count, view_derive, view_free, view_fullest, view_rebase, view_roll, Window,
     window_clone, window_drop, window_live, WRITE,
 )
@@ -32,7 +32,7 @@ from math import nextafter
 from os import urandom
 from sys import _getframe as current_frame
 
-from ratethrottle.errors import CostExceedsLimit, InvalidRequest, LimiterClosed
+from ratethrottle.errors import CostExceedsLimit, InvalidRequest, LimiterClosed, listed
 
 
 cdef extern from *:
@@ -73,14 +73,10 @@ cdef extern from "Python.h":
         PYGEN_RETURN
         PYGEN_ERROR
         PYGEN_NEXT
-    ctypedef struct PyMethodDef:
-        const char* ml_name
-        void* ml_meth
-        int ml_flags
-        const char* ml_doc
-    int METH_FASTCALL
-    int METH_KEYWORDS
-    object PyDescr_NewMethod(PyTypeObject*, PyMethodDef*)
+    size_t PY_VECTORCALL_ARGUMENTS_OFFSET
+    object PyMethod_New(object function, object instance)
+    PyTypeObject* Py_TYPE(PyObject*)
+    void PyObject_GC_UnTrack(PyObject*)
     int PyContext_Enter(object) except -1
     int PyContext_Exit(object) except -1
     object PyObject_Vectorcall(PyObject*, PyObject**, size_t, PyObject*)
@@ -144,9 +140,32 @@ cdef extern from *:
     static inline void rt_raise_set(void) {}
 
     /* Cython fills neither am_send nor a tp_iternext that may return NULL without a traceback entry. */
-    static void rt_set_slots(PyTypeObject *type, sendfunc send, iternextfunc next) {
+    static destructor rt_free_pending;
+    static void rt_set_slots(PyTypeObject *type, sendfunc send, iternextfunc next, destructor dealloc) {
         type->tp_as_async->am_send = send;
         type->tp_iternext = next;
+        rt_free_pending = type->tp_dealloc;
+        type->tp_dealloc = dealloc;
+    }
+
+    /* For an object that has lost its last reference. Returns whether somebody keeps it after all: a hook for the warning. */
+    static int rt_warn_unawaited(PyObject *dying) {
+        PyObject *kind, *value, *traceback;
+        Py_SET_REFCNT(dying, 1);
+        PyErr_Fetch(&kind, &value, &traceback);
+        if (PyErr_WarnEx(PyExc_RuntimeWarning, "coroutine 'RateThrottleCore.check' was never awaited", 1) < 0)
+            PyErr_WriteUnraisable(dying);
+        PyErr_Restore(kind, value, traceback);
+        Py_SET_REFCNT(dying, Py_REFCNT(dying) - 1);
+        return Py_REFCNT(dying) > 0;
+    }
+
+    /* A call of `limiter.check` reaches a descriptor of this type without a bound method in between. */
+    static void rt_set_method(PyTypeObject *type, Py_ssize_t vectorcall_offset) {
+        type->tp_vectorcall_offset = vectorcall_offset;
+        type->tp_call = PyVectorcall_Call;
+        type->tp_flags |= Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_METHOD_DESCRIPTOR;
+        PyType_Modified(type);
     }
 
     """
@@ -156,7 +175,10 @@ cdef extern from *:
     void rt_raise_set() except *
     Py_ssize_t Py_REFCNT(PyObject*)
     void rt_set_slots(PyTypeObject* type, PySendResult (*send)(PyObject*, PyObject*, PyObject**) noexcept,
-                      PyObject* (*next)(PyObject*) noexcept)
+                      PyObject* (*next)(PyObject*) noexcept, void (*dealloc)(PyObject*) noexcept)
+    void rt_free_pending(PyObject*) noexcept
+    bint rt_warn_unawaited(PyObject*) noexcept
+    void rt_set_method(PyTypeObject* type, Py_ssize_t vectorcall_offset)
 
 
 # ---------------------------------------------------------------------------------------------------------------- rules
@@ -168,6 +190,14 @@ cdef Policy policy_of(object word) except *:
     return <Policy><int>POLICIES.index(word)
 
 
+cdef uint64_t[2 * SOURCES_MAX] nobodys       # where rules count that no limiter has installed
+
+
+@cython.final
+cdef class Tally:
+    pass
+
+
 @cython.final
 cdef class CompiledRule:
     """A rule as the arithmetic uses it: exact integers only. Made by `RateThrottleRule`, compared by value."""
@@ -177,8 +207,8 @@ cdef class CompiledRule:
                  int64_t lease_us=0, int64_t lease_units=0, str on_outage=None):
         if kind not in ("b", "s", "c", "f"):
             raise ValueError(f"kind is one of b, s, c and f, not {kind!r}")
-        if capacity < 1 or window_us < 1 or limit < 1 or (kind == "b" and (unit_ticks < 1 or drain_ticks < 1)):
-            raise ValueError("capacity, window and limit are positive, and so are the ticks of a bucket")
+        if capacity < 1 or window_us < 1 or limit < 0 or (kind == "b" and (unit_ticks < 1 or drain_ticks < 1)):
+            raise ValueError("capacity and window are positive, and so are the ticks of a bucket; a limit is 0 or more")
         if (kind == "s" and slot_us < 1) or (kind == "c" and coarse_us < 1):
             raise ValueError("a sliding window has a slot, a sliding counter a coarse time, of at least 1 µs")
         self.name = name
@@ -187,6 +217,7 @@ cdef class CompiledRule:
         self.lease_us = lease_us
         self.lease_units = lease_units
         self.policy = policy_of(on_outage)
+        self.counts = nobodys
         self.terms = Terms(<char>ord(kind), capacity, window_us, unit_ticks, drain_ticks, slot_us, coarse_us,
                            ceil_div(window_us, coarse_us) if coarse_us else 0,
                            window_us // 8 + (slot_us if slot_us > 1 else 0))
@@ -221,6 +252,12 @@ cdef class CompiledRule:
     def on_outage(self):
         """What answers while the storage can't; None: what the storage is told."""
         return POLICIES[self.policy]
+
+    def blocking(self):
+        """The rule that denies everything, and leaves alone what was used under this one."""
+        cdef CompiledRule rule = CompiledRule(*self.facts())
+        rule.limit = 0
+        return rule
 
     cdef tuple shape(self):
         return (self.kind, self.terms.capacity, self.terms.window_us, self.terms.unit_ticks, self.terms.drain_ticks,
@@ -725,6 +762,7 @@ cdef class KeyTable:
         cdef Place place
         self.locate_entry(entry, &place)
         self.decide_located(&place, self.now_us(), entry.cost, &out)
+        count_decision(entry.rule, MEMORY, out.allowed)
         return decision_new(entry.rule, entry.key, entry.cost, MEMORY, &out)
 
     def peek(self, Entry entry not None):
@@ -849,7 +887,7 @@ cdef class Decision:
     @property
     def limit(self):
         """The rule's capacity: the most units that can be used at once."""
-        return self.terms.terms.capacity
+        return self.terms.terms.capacity if self.terms.limit else 0
 
     @property
     def source(self):
@@ -989,7 +1027,11 @@ cdef class PendingDecision:
 
     def close(self):
         """Stop waiting (coroutine protocol). What was not sent yet is not sent any more."""
+        cdef PyObject* decision = self.decision
         self.lets_others_run = False
+        if self.mark == DECIDED and decision != NULL:
+            self.decision = NULL
+            Py_DECREF(decision)
         if self.stage != COMPLETE:
             if self.remote is not None:
                 self.remote.leave(self)
@@ -1000,6 +1042,7 @@ cdef class PendingDecision:
         # From 3.12 on the repr of a Task asks whether its coroutine is true; that is no decision taken for one.
         if current_frame(0).f_globals.get("__name__") == "asyncio.base_tasks":
             return True
+        self.lets_others_run = ASKED_FOR_TRUTH   # that nobody awaits it need not be said as well
         raise TypeError("this is not a decision yet: await it (`if await limiter.check(key):`)")
 
     def __repr__(self):
@@ -1010,8 +1053,11 @@ cdef class PendingDecision:
 
 
 ctypedef PyObject* (*Waits)(PyObject*) noexcept
+ctypedef void (*Destroys)(PyObject*) noexcept
 
 cdef enum:
+    DECIDED = 100                            # the mark of a check that was decided by the call
+    ASKED_FOR_TRUTH = 2
     YIELD_EVERY = 128                        # consecutive complete checks, then the loop gets a turn
 
 
@@ -1047,22 +1093,21 @@ cdef Waits wait = <Waits><void*>pending_wait
 
 
 cdef PySendResult pending_send(PyObject* this, PyObject* value, PyObject** result) noexcept:
-    cdef PendingDecision pending = <PendingDecision>this
-    if pending.decision == NULL:
+    if (<PendingDecision>this).decision == NULL:
         result[0] = wait(this)
         if result[0] == NULL:
             return PYGEN_ERROR
         if result[0] != <PyObject*>None:
             return PYGEN_NEXT
         Py_DECREF(result[0])
-    if pending.lets_others_run:
-        pending.lets_others_run = False
+    if (<PendingDecision>this).lets_others_run:
+        (<PendingDecision>this).lets_others_run = False
         Py_INCREF(None)
         result[0] = <PyObject*>None
         return PYGEN_NEXT
     # Handed over, not shared: a decision that nobody keeps can then serve the next check.
-    result[0] = pending.decision
-    pending.decision = NULL
+    result[0] = (<PendingDecision>this).decision
+    (<PendingDecision>this).decision = NULL
     return PYGEN_RETURN
 
 
@@ -1075,7 +1120,46 @@ cdef PyObject* pending_next(PyObject* this) noexcept:
     return result
 
 
-rt_set_slots(<PyTypeObject*>PendingDecision, pending_send, pending_next)
+# One that was given up: it holds nothing and has no references, the collector doesn't know it, and the next check uses it again.
+cdef PyObject* spare_pending = NULL
+
+
+cdef void pending_given_up(PyObject* this) noexcept:
+    """Warn of a check that was never awaited, as a coroutine does."""
+    cdef PyObject* decision = (<PendingDecision>this).decision
+    cdef bint unawaited = (<PendingDecision>this).stage == NEW or ((<PendingDecision>this).mark == DECIDED and decision != NULL)
+    if unawaited:
+        unawaited = (<PendingDecision>this).lets_others_run != ASKED_FOR_TRUTH
+        (<PendingDecision>this).stage = COMPLETE
+        (<PendingDecision>this).lets_others_run = False
+        (<PendingDecision>this).decision = NULL
+        Py_XDECREF(decision)
+        if unawaited and rt_warn_unawaited(this):
+            return                               # somebody keeps it
+    rt_free_pending(this)
+
+
+# Through a pointer, so that the compiler leaves the way of those who await free of it.
+cdef Destroys give_up = pending_given_up
+
+
+cdef void pending_dealloc(PyObject* this) noexcept:
+    """Keep one for the next check that is decided at once."""
+    global spare_pending
+    if spare_pending == NULL and (<PendingDecision>this).mark == DECIDED and (<PendingDecision>this).decision == NULL:
+        spare_pending = this
+    else:
+        give_up(this)
+
+
+cdef int make_spare() except -1:
+    cdef PendingDecision pending = PendingDecision.__new__(PendingDecision)
+    pending.mark = DECIDED
+    PyObject_GC_UnTrack(<PyObject*>pending)
+    return 0                                 # it has lost its only reference now
+
+
+rt_set_slots(<PyTypeObject*>PendingDecision, pending_send, pending_next, pending_dealloc)
 
 
 @cython.final
@@ -1220,10 +1304,37 @@ cdef class Entry:
     cdef inline bint joined(self):
         return PyBytes_AS_STRING(self.canonical)[0] == c"("
 
+    def costing(self, int64_t units):
+        """The same entry with another cost."""
+        cdef Entry entry = Entry.__new__(Entry)
+        entry.rule = self.rule
+        entry.key = self.key
+        entry.canonical = self.canonical
+        entry.cost = units
+        return entry
+
+    def asked(self, Decision decision not None):
+        """A decision on a cost of 1, as that on a cost of 0, which only asks: allowed."""
+        cdef Outcome out = decision.settled()[0]
+        out.allowed = True
+        out.retry_us = 0
+        return decision_new(self.rule, self.key, 0, decision.source_index, &out)
+
+    def blocked(self, bint checks):
+        """The decision of a rule with a limit of 0. It is counted if it `checks`."""
+        cdef Outcome out = Outcome(self.cost == 0, False, 0, 0 if self.cost == 0 else NEVER, 0)
+        if checks:
+            count_decision(self.rule, MEMORY, False)
+        return decision_new(self.rule, self.key, self.cost, MEMORY, &out)
+
     def decided(self, str source not None, bint allowed, int64_t remaining, int64_t retry_us, int64_t reset_us):
         """The decision that a storage took on this entry. `retry_us` −1 is never."""
         cdef Outcome out = Outcome(allowed, False, remaining, retry_us, reset_us)
         return decision_new(self.rule, self.key, self.cost, <Source>SOURCES.index(source), &out)
+
+
+cdef enum:
+    COST_MAX = 1_000_000_000                 # under a rule that denies everything
 
 
 cdef bytes joined_key(object key):
@@ -1252,21 +1363,23 @@ cdef bytes utf8(object text):
         raise InvalidRequest("the key holds a lone surrogate and has no UTF-8; decode the bytes it came from strictly") from None
 
 
-cdef int64_t units_of(object cost, CompiledRule rule) except -1:
-    """The cost as an integer from 1 to the rule's capacity."""
+cdef int64_t units_of(object cost, CompiledRule rule, int64_t least=1) except -1:
+    """The cost as an integer from `least` (1, or 0 for a peek) to the rule's capacity."""
     cdef int overflow = 0
     cdef long long units
+    cdef int64_t most = rule.terms.capacity if rule.limit else COST_MAX
     if PyBool_Check(cost):
-        raise InvalidRequest(f"the cost is {cost}; it is a whole number of units, at least 1")
+        raise InvalidRequest(f"the cost is {cost}; it is a whole number of units, at least {least}")
     try:
         index = PyNumber_Index(cost)
     except TypeError:
-        raise InvalidRequest(f"the cost is a {type(cost).__name__}; it is a whole number (int) of units, at least 1") from None
+        raise InvalidRequest(f"the cost is a {type(cost).__name__}; it is a whole number (int) of units, at least {least}") from None
     units = PyLong_AsLongLongAndOverflow(index, &overflow)
-    if overflow > 0 or (overflow == 0 and units > rule.terms.capacity):
-        raise CostExceedsLimit(index, rule.terms.capacity, rule.name)
-    if overflow < 0 or units < 1:
-        raise InvalidRequest("the cost is below 1; it is a whole number of units, at least 1")
+    if overflow > 0 or (overflow == 0 and units > most):
+        raise CostExceedsLimit(index, rule.terms.capacity if rule.limit else 0, rule.name)
+    if overflow < 0 or units < least:
+        hint = "; peek(key, cost=0) says what is left" if overflow == 0 and units == 0 else ""
+        raise InvalidRequest(f"the cost is below {least}; it is a whole number of units, at least {least}{hint}")
     return units
 
 
@@ -1280,7 +1393,7 @@ cdef class Limiter:
     cdef readonly object _storage
     cdef public bint _closed
     cdef Decision spare_decision             # the last ones made: used again when nobody has kept them
-    cdef PendingDecision spare_pending
+    cdef readonly int _blocking              # rules with a limit of 0
     cdef uint32_t complete                   # complete checks since the loop last had a turn
     cdef object last_key                     # of the check before, a str, and where it belongs: who asks again isn't hashed again
     cdef CompiledRule last_terms
@@ -1293,40 +1406,67 @@ cdef class Limiter:
         self._rules = {}
 
     def _install(self, CompiledRule rule not None):
-        replaced = self._rules.get(rule.name)
+        cdef CompiledRule before = self._rules.get(rule.name)
+        if rule.tally is not None and rule is not before:    # another limiter counts there, or did
+            rule = CompiledRule(*rule.facts())
+        rule.tally = Tally.__new__(Tally) if before is None else before.tally
+        rule.counts = rule.tally.counts
         self._rules[rule.name] = rule
-        if replaced is not None and self.remote is not None:
-            self.remote._return_leases(replaced)
-        self.only = rule if len(self._rules) == 1 else None
+        self._blocking += (rule.limit == 0) - (before is not None and before.limit == 0)
+        if before is not None and self.remote is not None:
+            self.remote._return_leases(before)
+        self.find_only()
 
     def _uninstall(self, name):
-        removed = self._rules.pop(name)
+        cdef CompiledRule rule = self._rules.pop(name)
+        self._blocking -= rule.limit == 0
         if self.remote is not None:
-            self.remote._return_leases(removed)
-        self.only = next(iter(self._rules.values())) if len(self._rules) == 1 else None
+            self.remote._return_leases(rule)
+        self.find_only()
+
+    cdef int find_only(self) except -1:
+        self.only = next(iter(self._rules.values())) if len(self._rules) == 1 and not self._blocking else None
+        return 0
+
+    def _counted(self):
+        """What was decided under rules that there are: name -> source -> (allowed, denied), without zeros."""
+        cdef CompiledRule rule
+        cdef dict counted = {}
+        cdef dict of_rule
+        cdef int source
+        for rule in self._rules.values():
+            of_rule = {}
+            for source in range(len(SOURCES)):
+                if rule.counts[2 * source] or rule.counts[2 * source + 1]:
+                    of_rule[SOURCES[source]] = (rule.counts[2 * source + 1], rule.counts[2 * source])
+            if of_rule:
+                counted[rule.name] = of_rule
+        return counted
 
     cdef CompiledRule which(self, object name):
         if name is None:
             if self.only is not None:
                 return self.only
+            if len(self._rules) == 1:
+                return <CompiledRule>next(iter(self._rules.values()))
             if not self._rules:
                 raise InvalidRequest("the limiter has no rule yet; add one with add_rule(...)")
-            raise InvalidRequest(f"the limiter has several rules; name one of {', '.join(sorted(self._rules))} (rule=...)")
+            raise InvalidRequest(f"the limiter has several rules; name one (rule=...): {listed(self._rules)}")
         if not isinstance(name, str):
             raise InvalidRequest(f"rule is a {type(name).__name__}; it is the name (str) of a rule")
         found = self._rules.get(name)
         if found is None:
             # Without the name: when the arguments were swapped, it is a key.
-            raise InvalidRequest(f"the limiter has no such rule; it has {', '.join(sorted(self._rules)) or 'none yet'}")
+            raise InvalidRequest(f"the limiter has no such rule; it has {listed(self._rules, name) or 'none yet'}")
         return <CompiledRule>found
 
-    def _entry(self, key, rule=None, cost=1):
-        """Validate a call. Raises InvalidRequest, CostExceedsLimit or LimiterClosed."""
+    def _entry(self, key, rule=None, cost=1, int64_t least=1):
+        """Validate a call; `least` is the lowest cost. Raises InvalidRequest, CostExceedsLimit or LimiterClosed."""
         cdef Entry entry = Entry.__new__(Entry)
         if self._closed:
             raise LimiterClosed()
         entry.rule = self.which(rule)
-        entry.cost = units_of(cost, entry.rule)
+        entry.cost = units_of(cost, entry.rule, least)
         entry.key = key
         if PyUnicode_Check(key):
             if not key:
@@ -1339,38 +1479,43 @@ cdef class Limiter:
         return entry
 
     def check(self, key, rule=None, *, cost=1):
-        """Decide whether `key` may use `cost` units under `rule` now, and consume them if so. Await the result.
-
-        Never waits for capacity: a denial is a `Decision` that is false. In memory, and where a lease or what Redis said last is
-        enough, it is decided, and consumed, by the call; by Redis once it is awaited: cancelled before it was sent it consumes
-        nothing, after that it may have.
-
-        Raises `InvalidRequest` at once for a bad key, rule or cost (`CostExceedsLimit` above the rule's capacity),
-        `LimiterClosed` after `aclose`; when awaited, a `StorageError` if the storage can't answer within its deadline.
-        """
+        """What `RateThrottleCore.check` does."""
+        cdef CompiledRule terms
+        cdef int64_t units
         if self._closed:
             raise LimiterClosed()
         terms = self.which(rule)
-        return self.checked(key, terms, 1 if cost is 1 else units_of(cost, terms))
+        units = 1 if cost is 1 else units_of(cost, terms)
+        return self.checked(<PyObject*>key, terms, units) if terms.limit else self.denied(terms, key, units)
 
-    cdef PendingDecision checked(self, object key, CompiledRule terms, int64_t units):
-        """Decide what is valid but for its key."""
+    @cython.final
+    cdef PendingDecision denied(self, CompiledRule terms, object key, int64_t units):
+        """The decision of a rule with a limit of 0."""
+        cdef Place place
+        self.located(key, terms, &place)     # raises for what is no key
+        self.blank_outcome()[0] = Outcome(False, False, 0, NEVER, 0)
+        return self.completed(terms, <PyObject*>key, units, MEMORY)
+
+    @cython.final
+    cdef PendingDecision checked(self, PyObject* given, CompiledRule terms, int64_t units):
+        """Decide what is valid but for its key, which the caller holds."""
         cdef bytes joined = None
         cdef Place place
         cdef Outcome* out
         cdef int64_t now_us
-        if key is self.last_key and terms is self.last_terms and self.table.forks == forks:
+        if given == <PyObject*>self.last_key and terms is self.last_terms and self.table.forks == forks:
             place = self.last_place
         else:
-            joined = self.located(key, terms, &place)
+            joined = self.located(<object>given, terms, &place)
         now_us = self.table.now_us()
         # From here on no Python code runs, so that no other thread can come to the spare decision before it is handed out.
         out = self.blank_outcome()
         if self.remote is not None:
-            return self.bounded(&place, now_us, units, out, terms, key, joined)
+            return self.bounded(&place, now_us, units, out, terms, <object>given, joined)
         self.table.decide_located(&place, now_us, units, out)
-        return self.completed(terms, key, units, MEMORY)
+        return self.completed(terms, given, units, MEMORY)
 
+    @cython.final
     cdef bytes located(self, object key, CompiledRule terms, Place* place):
         """Say where a key belongs. Returns the joined form of a tuple, with its mark; None for a str."""
         cdef bytes joined
@@ -1392,6 +1537,7 @@ cdef class Limiter:
             self.last_place = place[0]
         return None
 
+    @cython.final
     cdef PendingDecision bounded(self, const Place* place, int64_t now_us, int64_t units, Outcome* out, CompiledRule terms,
                                  object key, bytes joined):
         """The decision of a bound or a lease, or an awaitable that asks the store."""
@@ -1404,7 +1550,7 @@ cdef class Limiter:
             if verdict == DENIED and self.table.away and self.remote.allows(terms):
                 verdict = OPEN
             if verdict == DENIED or verdict == LEASED:
-                return self.completed(terms, key, units, LEASE if verdict == LEASED else PREFILTER)
+                return self.completed(terms, <PyObject*>key, units, LEASE if verdict == LEASED else PREFILTER)
         self.complete = 0
         pending = PendingDecision.__new__(PendingDecision)
         pending.stage = NEW
@@ -1433,56 +1579,84 @@ cdef class Limiter:
             self.spare_decision = Decision.__new__(Decision)
         return &self.spare_decision.out
 
-    cdef inline PendingDecision completed(self, CompiledRule terms, object key, int64_t units, Source source):
+    cdef inline PendingDecision completed(self, CompiledRule terms, PyObject* key, int64_t units, Source source):
         """The spare decision, its outcome filled in, as an awaitable that is complete."""
-        cdef PendingDecision pending
-        cdef PyObject* unclaimed
+        global spare_pending
+        cdef PyObject* pending
         cdef PyObject* decision = <PyObject*>self.spare_decision
         # The reference that is handed over, taken first: giving up the last key may run code that checks, and needs another spare.
         Py_INCREF(self.spare_decision)
         if (<Decision>decision).terms is not terms:
             (<Decision>decision).terms = terms
-        if (<Decision>decision).key is not key:
-            (<Decision>decision).key = key
+        if <PyObject*>(<Decision>decision).key != key:
+            (<Decision>decision).key = <object>key
         (<Decision>decision).cost = units
         (<Decision>decision).source_index = source
-        if Py_REFCNT(<PyObject*>self.spare_pending) != 1:
-            self.spare_pending = PendingDecision.__new__(PendingDecision)
-        unclaimed = self.spare_pending.decision
-        self.spare_pending.decision = decision
-        self.spare_pending.lets_others_run = False
+        count_decision(terms, source, (<Decision>decision).out.allowed)
+        if spare_pending == NULL:
+            make_spare()
+        pending = spare_pending
+        spare_pending = NULL
+        (<PendingDecision>pending).decision = decision
         self.complete += 1
         if self.complete >= YIELD_EVERY:
             self.complete = 0
             # Only asyncio takes a bare yield as "next, please"; another loop gives turns by its own rules.
-            self.spare_pending.lets_others_run = running_loop() is not None
-        if unclaimed != NULL:                    # of a check that was never awaited
-            pending = self.spare_pending         # no spare any more, whatever runs now
-            Py_DECREF(unclaimed)
-            return pending
-        return self.spare_pending
+            (<PendingDecision>pending).lets_others_run = running_loop() is not None
+        return <PendingDecision>pending
 
 
-cdef object check_called(PyObject* limiter, PyObject** args, Py_ssize_t count, PyObject* names):
+cdef object general_check = Limiter.check
+ctypedef PyObject* (*Vectorcall)(PyObject*, PyObject**, size_t, PyObject*) noexcept
+
+
+@cython.final
+cdef class CheckMethod:
+    """`check` of a limiter's class. Calls compiled code; all else that it is asked for is that of the `async def` it stands for.
+
+    So `inspect.iscoroutinefunction`, `inspect.signature` and `unittest.mock` see a coroutine function.
+    """
+
+    cdef Vectorcall vectorcall
+    cdef PyObject* owner                     # the class; it outlives what hangs from it
+    cdef object template
+
+    def __set_name__(self, owner, name):
+        self.owner = <PyObject*>owner
+
+    def __get__(self, instance, owner):
+        return self if instance is None else PyMethod_New(self, instance)
+
+    def __getattr__(self, name):
+        return getattr(self.template, name)
+
+    @property
+    def __doc__(self):
+        return self.template.__doc__
+
+    @property
+    def __module__(self):
+        return self.template.__module__
+
+    def __repr__(self):
+        return f"<compiled method {self.template.__qualname__}>"
+
+
+cdef object check_called(PyObject* method, PyObject** args, size_t counted, PyObject* names):
     """`check` as the interpreter calls it: with just a key there is nothing to parse."""
-    cdef PyObject* whole[8]
-    cdef Py_ssize_t i, total
-    if count == 1 and names == NULL and not (<Limiter>limiter)._closed and (<Limiter>limiter).only is not None:
-        return (<Limiter>limiter).checked(<object>args[0], (<Limiter>limiter).only, 1)
-    total = count + (PyTuple_GET_SIZE(<object>names) if names != NULL else 0)
-    if total > 7:
-        raise TypeError("check() takes a key, a rule and a cost")
-    whole[0] = limiter
-    for i in range(total):
-        whole[i + 1] = args[i]
-    return PyObject_Vectorcall(<PyObject*>Limiter.check, whole, count + 1, names)
+    cdef size_t count = counted & ~PY_VECTORCALL_ARGUMENTS_OFFSET
+    if (count == 2 and names == NULL and <PyObject*>Py_TYPE(args[0]) == (<CheckMethod>method).owner
+            and not (<Limiter>args[0])._closed and (<Limiter>args[0]).only is not None):
+        return (<Limiter>args[0]).checked(args[1], (<Limiter>args[0]).only, 1)
+    if count == 0 or not isinstance(<object>args[0], Limiter):
+        raise TypeError("check() is a method of a limiter, and was called without one")
+    return PyObject_Vectorcall(<PyObject*>general_check, args, count, names)
 
 
-cdef bytes CHECK_DOC = b"check($self, key, rule=None, *, cost=1)\n--\n\n" + Limiter.check.__doc__.encode()
-cdef PyMethodDef CHECK_METHOD = PyMethodDef("check", <void*>check_called, METH_FASTCALL | METH_KEYWORDS, CHECK_DOC)
-
-
-def own_check(cls):
-    """Give a subclass of `Limiter` a `check` of its own: the interpreter calls one straight only on the very class it is of."""
-    cls.check = PyDescr_NewMethod(<PyTypeObject*>cls, &CHECK_METHOD)
-    return cls
+def compiled_check(template):
+    """Stand in for an `async def check` of a subclass of `Limiter`, which is never run."""
+    cdef CheckMethod method = CheckMethod.__new__(CheckMethod)
+    method.vectorcall = <Vectorcall><void*>check_called
+    method.template = template
+    rt_set_method(<PyTypeObject*>CheckMethod, <char*>&method.vectorcall - <char*><PyObject*>method)
+    return method

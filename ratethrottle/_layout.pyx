@@ -7,7 +7,7 @@ from libc.stdint cimport uint32_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memchr, memcpy, memset
 
-from ratethrottle._core cimport CHECK, CompiledRule, Entry, Mode, NEW, PendingDecision, WHOLE
+from ratethrottle._core cimport CHECK, CompiledRule, Entry, MADE, Mode, PendingDecision, WHOLE
 from ratethrottle._resp cimport Buffer, buffer_room, digits, put, put_bulk, put_head
 
 from hashlib import blake2b
@@ -133,7 +133,7 @@ cdef class Layout:
 
 cdef PendingDecision pending_of(Entry entry, Mode mode):
     cdef PendingDecision pending = PendingDecision.__new__(PendingDecision)
-    pending.stage = NEW
+    pending.stage = MADE
     pending.mode = mode
     pending.rule = entry.rule
     pending.key = entry.key
@@ -148,7 +148,7 @@ cdef PendingDecision pending_of(Entry entry, Mode mode):
 cdef PendingDecision pending_for(CompiledRule rule, object text, char mark, uint32_t tag, Mode mode):
     """Ask about a key, with what an addressed check has of it, or by its name, marked WHOLE. Nobody waits for the answer."""
     cdef PendingDecision pending = PendingDecision.__new__(PendingDecision)
-    pending.stage = NEW
+    pending.stage = MADE
     pending.mode = mode
     pending.rule = rule
     pending.units = 1

@@ -18,6 +18,9 @@ a password or a key.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
+from itertools import islice
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,6 +34,47 @@ def shown(value: object) -> str:
     except Exception:  # noqa: BLE001  # somebody else's __repr__, or an int of more digits than Python prints
         return f"some {type(value).__name__} that can't be shown"
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+SHOWN_NAMES = 5
+COMPARED_NAMES = 100  # an error must come at once, also with 100,000 names
+SLIPPED_LETTERS = 40  # a longer name isn't looked for with one letter changed
+NAME_LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"
+
+
+def few(names: Collection[str], wrong: str = "") -> list[str]:
+    """Pick at most five names to show, those nearest to `wrong` first.
+
+    The time is bounded, whatever the number of names: one that differs in one letter is found among any number, other near ones
+    among the first 100.
+    """
+    compared = list(islice(names, COMPARED_NAMES))
+    near = []
+    if 0 < len(wrong) <= SLIPPED_LETTERS:
+        found = [*(slip for slip in slips(wrong) if slip in names), *difflib.get_close_matches(wrong, compared, SHOWN_NAMES)]
+        near = difflib.get_close_matches(wrong, list(dict.fromkeys(found)), SHOWN_NAMES)
+    others = [name for name in compared if name not in near]
+    return [*near, *(sorted(others) if len(names) <= COMPARED_NAMES else others)][:SHOWN_NAMES]
+
+
+def listed(names: Collection[str], wrong: str = "") -> str:
+    """Name at most five of them, those nearest to `wrong` first, and say how many more there are; "" for none."""
+    return ", ".join(few(names, wrong)) + more(names)
+
+
+def more(names: Collection[str]) -> str:
+    """Say how many names `few` leaves out; "" for none."""
+    return f" and {len(names) - SHOWN_NAMES:,} more" if len(names) > SHOWN_NAMES else ""
+
+
+def slips(name: str) -> set[str]:
+    """Everything that becomes `name` by one slip: a letter too many, too few or wrong, two swapped, or the case."""
+    found = {name.lower(), name.upper()}
+    for i in range(len(name) + 1):
+        head, tail = name[:i], name[i:]
+        found |= {head + tail[1:], head + tail[1:2] + tail[:1] + tail[2:]}
+        found |= {head + letter + rest for letter in NAME_LETTERS for rest in (tail, tail[1:])}
+    return found
 
 
 class RateThrottleError(Exception):

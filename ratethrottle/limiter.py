@@ -6,16 +6,19 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType, TracebackType
 from typing import Any, Final, Self
 
-from ratethrottle._core import Decision, Entry, Limiter, own_check
-from ratethrottle.errors import ConfigurationError, InvalidRequest, LimiterClosed, shown
+from anyio.lowlevel import checkpoint
+
+from ratethrottle._core import Decision, Entry, Limiter, compiled_check
+from ratethrottle.errors import ConfigurationError, InvalidRequest, LimiterClosed, few, listed, more, shown
 from ratethrottle.events import Callback
 from ratethrottle.rule import RateThrottleRule
-from ratethrottle.storage import Statistics, Storage
+from ratethrottle.storage import Outcomes, Statistics, Storage
 from ratethrottle.storage.memory import InMemoryStorage
 from ratethrottle.storage.redis import RedisStorage
 
@@ -54,8 +57,6 @@ class Request:
     cost: int = 1
 
 
-@own_check
-@own_check
 class RateThrottleCore(Limiter):
     """Decides who may do what now. Keeps its state in `storage` (default: `InMemoryStorage`).
 
@@ -69,7 +70,7 @@ class RateThrottleCore(Limiter):
     Raises ConfigurationError.
     """
 
-    # Without an instance dict the interpreter finds `check` without looking there first.
+    # Without an instance dict the interpreter finds `check` without looking there first; see `__setattr__`.
     __slots__ = ("__weakref__", "_by_name", "_require_storage")
 
     def __init__(
@@ -117,10 +118,25 @@ class RateThrottleCore(Limiter):
 
         Raises ConfigurationError if there is no rule of this name.
         """
+        if not isinstance(name, str):
+            raise ConfigurationError(f"remove_rule takes the name (str) of a rule, not a {type(name).__name__}")
         if name not in self._by_name:
-            raise ConfigurationError(f"there is no rule {shown(name)}; there are {', '.join(sorted(self._by_name)) or 'none'}")
+            raise ConfigurationError(f"there is no rule {shown(name)}; there are {listed(self._by_name, name) or 'none'}")
         del self._by_name[name]
         self._uninstall(name)
+
+    @compiled_check
+    async def check(self, key: Key, rule: str | None = None, *, cost: int = 1) -> Decision:
+        """Decide whether `key` may use `cost` units under `rule` now, and consume them if so. Await the result.
+
+        Never waits for capacity: a denial is a `Decision` that is false. In memory, and where a lease or what Redis said last is
+        enough, it is decided, and consumed, by the call; by Redis once it is awaited: cancelled before it was sent it consumes
+        nothing, after that it may have.
+
+        Raises `InvalidRequest` at once for a bad key, rule or cost (`CostExceedsLimit` above the rule's capacity),
+        `LimiterClosed` after `aclose`; when awaited, a `StorageError` if the storage can't answer within its deadline.
+        """
+        raise NotImplementedError  # never run: `_core.pyx` holds what is called
 
     async def check_many(self, requests: Iterable[Key | Request]) -> list[Decision]:
         """Decide several checks in order, in one gathering; each consumes on its own. Returns their decisions in order.
@@ -134,12 +150,25 @@ class RateThrottleCore(Limiter):
                 f"check_many takes an iterable of keys or Requests, not a {type(requests).__name__}; for one there is check(key)"
             )
         entries = [self._request(request) for request in requests]
-        return await self._storage.decide(entries) if entries else []
+        if not self._blocking:
+            return await self._storage.decide(entries) if entries else []
+        asked = [entry for entry in entries if entry.rule.limit]
+        if not asked:
+            await checkpoint()
+        decided = iter(await self._storage.decide(asked) if asked else [])
+        return [next(decided) if entry.rule.limit else entry.blocked(checks=True) for entry in entries]
 
     async def peek(self, key: Key, rule: str | None = None, *, cost: int = 1) -> Decision:
-        """Say what `check` would decide now, and consume nothing. `remaining` is what is left now. Raises what `check` raises."""
-        decision: Decision = await self._storage.peek(self._entry(key, rule, cost))
-        return decision
+        """Say what `check` would decide now, and consume nothing. `remaining` is what is left now. Raises what `check` raises.
+
+        With a cost of 0 it only asks, and is always allowed.
+        """
+        entry = self._entry(key, rule, cost, 0)
+        if not entry.rule.limit:
+            await checkpoint()
+            return entry.blocked(checks=False)
+        decision: Decision = await self._storage.peek(entry if entry.cost else entry.costing(1))
+        return decision if entry.cost else entry.asked(decision)
 
     async def reset(self, key: Key, rule: str | None = None) -> None:
         """Forget what the key has used under the rule. Raises what `check` raises."""
@@ -156,9 +185,12 @@ class RateThrottleCore(Limiter):
         return remove
 
     def statistics(self) -> Statistics:
-        """Count what the storage did and holds in this process. Costs no I/O; also after `aclose`."""
+        """Count what the storage did and holds in this process, and what this limiter decided. Costs no I/O; also after `aclose`."""
         counted: Statistics = self._storage.statistics()
-        return counted
+        decisions = {
+            rule: {source: Outcomes(*both) for source, both in sources.items()} for rule, sources in self._counted().items()
+        }
+        return replace(counted, decisions=decisions)
 
     async def aclose(self) -> None:
         """Close the limiter and its storage. Later calls raise LimiterClosed; closing again does nothing."""
@@ -175,15 +207,61 @@ class RateThrottleCore(Limiter):
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self.aclose()
 
+    def __setattr__(self, name: str, value: object) -> None:
+        """Let a test replace a method of this limiter, as `unittest.mock.patch.object` does.
+
+        There is no instance dict to put it in: the limiter gets a class of its own, which is dropped with the last of them.
+        """
+        patched = isinstance(self, _Patched)
+        method = not name.startswith("__") and callable(inspect.getattr_static(type(self), name, None))
+        if not method or (hasattr(self, "__dict__") and not patched):
+            super().__setattr__(name, value)
+            return
+        if not patched:
+            own = type(type(self).__name__, (_Patched, type(self)), {"__slots__": (), "__module__": type(self).__module__})
+            super().__setattr__("__class__", own)
+        setattr(type(self), name, _Replaced(value))
+
+    def __delattr__(self, name: str) -> None:
+        """Take a replaced method away again."""
+        if not isinstance(self, _Patched) or name not in self.__dict__:
+            super().__delattr__(name)
+            return
+        delattr(type(self), name)
+        if not self.__dict__:
+            super().__setattr__("__class__", type(self).__mro__[2])
+
     def __repr__(self) -> str:
-        return (
-            f"<RateThrottleCore {type(self._storage).__name__} rules={sorted(self._by_name)}{' closed' if self._closed else ''}>"
-        )
+        rules = f"rules={few(self._by_name)}{more(self._by_name)}"
+        return f"<RateThrottleCore {type(self._storage).__name__} {rules}{' closed' if self._closed else ''}>"
 
     def _request(self, request: Key | Request) -> Entry:
         if isinstance(request, Request):
             return self._entry(request.key, request.rule, request.cost)
         return self._entry(request)
+
+
+class _Replaced:
+    """What stands in a limiter's own class in the place of a method: found as it is, not bound."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
+        return self.value
+
+    def __call__(self, *args: Any, **options: Any) -> Any:  # as a method can be: see `__setattr__`
+        return self.value(*args, **options)
+
+
+class _Patched:
+    """The class of a limiter of which a method was replaced."""
+
+    __slots__ = ()
+
+    @property
+    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]  # what is set on this limiter alone, to whoever restores it
+        return {name: found.value for name, found in vars(type(self)).items() if isinstance(found, _Replaced)}
 
 
 def create_limiter(

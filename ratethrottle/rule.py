@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from fractions import Fraction
 from typing import Any, Final, Literal, cast
@@ -28,6 +28,7 @@ STRATEGIES: Final = {
     "fixed_window": "f",
 }
 ON_OUTAGE: Final = ("local", "allow", "deny", "raise")
+MAX_NAME = 128
 NAME = re.compile(r"[A-Za-z0-9_.-]+\Z")
 # No more digits than any limit or window has: what follows is computed exactly, and must stay cheap and finite.
 RATE = re.compile(r"\s*(\d[\d_]{0,14})\s*(?:/|\bper\b)\s*(\d{1,15}(?:\.\d{1,15})?)?\s*([A-Za-z]+)\s*\Z", re.ASCII)
@@ -45,16 +46,23 @@ UNITS_S: Final = {
     "hour": Fraction(3600),
     "d": Fraction(86400),
     "day": Fraction(86400),
+    "w": Fraction(7 * 86400),
+    "week": Fraction(7 * 86400),
 }
+NOT_FIXED: Final = {"mo": 30, "mon": 30, "month": 30, "quarter": 90, "y": 365, "yr": 365, "year": 365}  # about so many days
+RATE_FORM: Final = (
+    'a rate is written as "1000/minute", "10/s", "100 per 5 minutes" or "5/15m", its unit one of ms, s, sec, second, m, min, '
+    "minute, h, hr, hour, d, day, w, week and their plurals"
+)
 
 
 @dataclass(frozen=True)
 class RateThrottleRule:
     """Allow `limit` units in each `window`, counted by `strategy`.
 
-    name: letters, digits and `_.-`; one limiter has one rule of a name, and it is part of the keys in Redis.
-    limit: units, 1 to 10^9. window: seconds (int, float) or a timedelta, 1 ms to 366 days, a whole number of µs.
-    strategy: "sliding_window" (never more than `limit` in any interval), "token_bucket", "leaky_bucket",
+    name: letters, digits and `_.-`, at most 128; one limiter has one rule of a name, and it is part of the keys in Redis.
+    limit: units, 1 to 10^9, or 0, which denies everything. window: seconds (int, float) or a timedelta, 1 ms to 366 days, a whole
+    number of µs. strategy: "sliding_window" (never more than `limit` in any interval), "token_bucket", "leaky_bucket",
     "sliding_counter" or "fixed_window". burst: capacity of a bucket in units, 1 to 10^9 (default: `limit`).
     lease: let a busy process take units ahead in Redis and spend them without asking: True, or the most units at once.
     lease_ttl: for how many seconds at most, 0.005 to 1; a quarter of the window (an eighth of a sliding one), or of the time
@@ -80,19 +88,26 @@ class RateThrottleRule:
             raise ConfigurationError(
                 f"the name of a rule is letters, digits and any of _ . - (it becomes part of a key), not {shown(self.name)}"
             )
+        if len(self.name) > MAX_NAME:
+            raise ConfigurationError(
+                f"the name of a rule has at most {MAX_NAME} characters (it becomes part of every key), and {shown(self.name)} has "
+                f"{len(self.name):,}"
+            )
         if not isinstance(self.strategy, str) or self.strategy not in STRATEGIES:
             near = difflib.get_close_matches(str(self.strategy), STRATEGIES, 1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ConfigurationError(
                 f"rule {self.name!r} has no strategy {shown(self.strategy)}: {hint}there are {', '.join(STRATEGIES)}"
             )
-        _check_units(self.name, "limit", self.limit)
+        _check_limit(self.name, self.limit)
         if self.burst is not None:
             if STRATEGIES[self.strategy] != "b":
                 raise ConfigurationError(
                     f"rule {self.name!r}: burst belongs to token_bucket and leaky_bucket; a {self.strategy} has only its limit"
                 )
             _check_units(self.name, "burst", self.burst)
+            if self.limit == 0:
+                raise ConfigurationError(f"rule {self.name!r}: a limit of 0 denies everything, and has no burst; leave burst out")
         if self.on_outage is not None and (not isinstance(self.on_outage, str) or self.on_outage not in ON_OUTAGE):
             raise ConfigurationError(
                 f"rule {self.name!r}: on_outage is {shown(self.on_outage)}; it is {', '.join(ON_OUTAGE)}, or None for the storage's"
@@ -103,21 +118,39 @@ class RateThrottleRule:
     def parse(cls, name: str, rate: str, **options: Any) -> RateThrottleRule:
         """Make a rule from a rate such as "1000/minute", "10/s", "100 per 5 minutes" or "5/15m".
 
-        Units are ms, s, m, h and d and their names. `options` are those of the class. Raises ConfigurationError.
+        Units are ms, s, m, h, d and w, and their names. A week is 7 days; months and years have no fixed length, and are
+        refused. `options` are those of the class. Raises ConfigurationError.
         """
         found = RATE.match(rate) if isinstance(rate, str) else None
         unit = found[3].lower() if found else ""
         seconds = UNITS_S.get(unit) or UNITS_S.get(unit.removesuffix("s"))
         if found is None or seconds is None:
-            raise ConfigurationError(
-                f'rule {shown(name)}: {shown(rate)} is not a rate; write it as "1000/minute", "10/s", "100 per 5 minutes" or "5/15m"'
-            )
+            raise ConfigurationError(f"rule {shown(name)}: {shown(rate)} is not a rate; {_rate_advice(rate, unit)}")
         window = Fraction(found[2] or 1) * seconds
         window_us = window * 1_000_000
         exact: float | timedelta = int(window) if window.denominator == 1 else float(window)
         if window.denominator != 1 and window_us.denominator == 1 and window_us <= MAX_WINDOW_US:
             exact = timedelta(microseconds=int(window_us))
         return cls(name, int(found[1].replace("_", "")), exact, **options)
+
+    @classmethod
+    def parse_many(cls, name: str, rates: str, **options: Any) -> tuple[RateThrottleRule, ...]:
+        """Make a rule of each rate in a string such as "10/second;1000/day"; they are separated by `;` or `,`.
+
+        Each is called by `name` and its window: "api.1s" and "api.1d" of `name` "api". The window is written in the largest unit
+        that it is a whole number of (w, d, h, m, s, ms, us), so that "60s" and "minute" are both "1m". `options` are those of the class,
+        for each rule. Raises ConfigurationError, also for two rates with the same window.
+        """
+        if not isinstance(rates, str):
+            raise ConfigurationError(f"rule {shown(name)}: {shown(rates)} is not a str of rates; {RATE_FORM}")
+        rules: dict[str, RateThrottleRule] = {}
+        for rate in re.split("[;,]", rates):
+            rule = cls.parse(name, rate, **options)
+            own = f"{name}.{_window_text(rule.window_us)}"
+            if own in rules:
+                raise ConfigurationError(f"rule {shown(name)}: {shown(rates)} holds two rates with a window of {rule.window} s")
+            rules[own] = replace(rule, name=own)
+        return tuple(rules.values())
 
     @property
     def window_us(self) -> int:
@@ -127,7 +160,7 @@ class RateThrottleRule:
     @property
     def capacity(self) -> int:
         """The most units that can be used at once: `burst` of a bucket, `limit` otherwise; with leases, a bucket's is less."""
-        return self.compiled.capacity
+        return self.compiled.capacity if self.limit else 0
 
     @property
     def compiled(self) -> CompiledRule:
@@ -148,6 +181,9 @@ class RateThrottleRule:
 
     def _compile(self, window_us: int) -> CompiledRule:
         kind = STRATEGIES[self.strategy]
+        if self.limit == 0:
+            # Denied before anything is counted; what was used under another limit is kept as one of 1 would keep it.
+            return replace(self, limit=1, lease=False).compiled.blocking()
         unit_ticks, drain_ticks = self._ticks(window_us) if kind == "b" else (0, 0)
         slot_us, coarse_us = steps(kind, self.limit, window_us)
         lease_us, lease_units = self._lease(window_us)
@@ -247,6 +283,46 @@ def _check_units(name: str, what: str, value: object) -> None:
         raise ConfigurationError(f"rule {name!r}: {what} is {shown(value)}; it is a whole number (int) of units")
     if not 1 <= value <= MAX_UNITS:
         raise ConfigurationError(f"rule {name!r}: {what} is {shown(value)}; it is from 1 to {MAX_UNITS:,} units")
+
+
+def _check_limit(name: str, limit: object) -> None:
+    if limit is None or (isinstance(limit, float) and limit == math.inf):
+        raise ConfigurationError(
+            f"rule {name!r}: limit is {limit}; for no limit leave the rule out (a limit is 0 to {MAX_UNITS:,})"
+        )
+    if isinstance(limit, bool) or not isinstance(limit, int):
+        raise ConfigurationError(f"rule {name!r}: limit is {shown(limit)}; it is a whole number (int) of units")
+    if not 0 <= limit <= MAX_UNITS:
+        raise ConfigurationError(
+            f"rule {name!r}: limit is {shown(limit)}; it is from 1 to {MAX_UNITS:,} units, or 0 to deny everything"
+        )
+
+
+def _rate_advice(rate: object, unit: str) -> str:
+    """Say what to write instead of what isn't a rate."""
+    days = NOT_FIXED.get(unit.removesuffix("s"))
+    if days:
+        return f"a {unit.removesuffix('s')} has no fixed length: write it in days, such as {days}d"
+    if isinstance(rate, str) and re.search("[;,]", rate):
+        return f"for several rates there is parse_many; {RATE_FORM}"
+    if isinstance(rate, str) and rate.strip().lower() in ("unlimited", "none", "inf", "infinity", "infinite"):
+        return f"for no limit leave the rule out; {RATE_FORM}"
+    return RATE_FORM
+
+
+def _window_text(window_us: int) -> str:
+    """Write a window in the largest unit that it is a whole number of."""
+    units_us = {
+        "w": 604_800_000_000,
+        "d": 86_400_000_000,
+        "h": 3_600_000_000,
+        "m": 60_000_000,
+        "s": 1_000_000,
+        "ms": 1_000,
+        "us": 1,
+    }
+    unit = next(unit for unit, us in units_us.items() if window_us % us == 0)
+    return f"{window_us // units_us[unit]}{unit}"
 
 
 def _window_us(name: str, window: object) -> int:

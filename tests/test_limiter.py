@@ -43,9 +43,8 @@ def limiter(*rules: RateThrottleRule) -> RateThrottleCore:
 
 
 BAD_CALLS: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
-    ("key", {"cost": 0}, InvalidRequest, "below 1"),
-    ("key", {"cost": -1}, InvalidRequest, "below 1"),
-    ("key", {"cost": -(2**70)}, InvalidRequest, "below 1"),
+    ("key", {"cost": -1}, InvalidRequest, "below"),
+    ("key", {"cost": -(2**70)}, InvalidRequest, "below"),
     ("key", {"cost": 1.5}, InvalidRequest, "float"),
     ("key", {"cost": True}, InvalidRequest, "True"),
     ("key", {"cost": "5"}, InvalidRequest, "str"),
@@ -238,15 +237,17 @@ async def test_a_forgotten_await_is_a_type_error_not_an_open_door() -> None:
 
 async def test_everything_that_takes_a_coroutine_takes_a_check() -> None:
     core = limiter(RateThrottleRule("api", 10, 60))
-    assert isinstance(core.check("key"), PendingDecision)
-    assert asyncio.iscoroutine(core.check("key"))
+    pending = core.check("key")
+    assert isinstance(pending, PendingDecision)
+    assert asyncio.iscoroutine(pending)
+    assert await pending
     assert await asyncio.create_task(core.check("key"))
     assert all(await asyncio.gather(core.check("key"), core.check("key")))
     assert await asyncio.wait_for(core.check("key"), 1)
     async with asyncio.TaskGroup() as group:
         task = group.create_task(core.check("key"))
     assert task.result()
-    assert (await core.peek("key")).remaining == 3
+    assert (await core.peek("key")).remaining == 4
 
 
 async def test_each_check_gives_one_decision() -> None:

@@ -22,8 +22,10 @@ from ratethrottle.terms import TICKS, largest_fraction
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"strategy": "sliding_windw"}, "did you mean 'sliding_window'"),
     ({"strategy": "nonsense"}, "there are sliding_window, token_bucket"),
-    ({"limit": 0}, "from 1 to"),
+    ({"limit": None}, "for no limit leave the rule out"),
+    ({"limit": float("inf")}, "for no limit leave the rule out"),
     ({"limit": -1}, "from 1 to"),
+    ({"name": "n" * 129}, "at most 128 characters .* has 129$"),
     ({"limit": True}, "whole number"),
     ({"limit": 1.5}, "whole number"),
     ({"limit": "5"}, "whole number"),
@@ -80,6 +82,10 @@ def test_a_bad_rule_is_refused_in_words_that_say_what_would_do(bad: dict[str, An
         ("5 per hr", 5, 3_600_000_000),
         ("2/366days", 2, 366 * 86_400 * 10**6),
         (" 9/SEC ", 9, 1_000_000),
+        ("10/week", 10, 604_800_000_000),
+        ("10 per 2 weeks", 10, 1_209_600_000_000),
+        ("3/1w", 3, 604_800_000_000),
+        ("0/s", 0, 1_000_000),
     ],
 )
 def test_rates_are_read_as_people_write_them(rate: str, limit: int, window_us: int) -> None:
@@ -104,7 +110,6 @@ def test_rates_are_read_as_people_write_them(rate: str, limit: int, window_us: i
         "1/" + "9" * 5000 + "s",
         "1/0.0001ms",
         "1/1.0000005s",
-        "0/s",
     ],
 )
 def test_what_is_no_rate_is_refused(rate: Any) -> None:
@@ -289,5 +294,54 @@ def test_a_changed_copy_is_a_rule_of_its_own() -> None:
     rule = RateThrottleRule("rule", 10, 60, strategy="token_bucket", burst=20)
     changed = dataclasses.replace(rule, limit=30)
     assert (changed.limit, changed.burst, changed.compiled.limit) == (30, 20, 30)
-    with pytest.raises(ConfigurationError, match="from 1 to"):
+    with pytest.raises(ConfigurationError, match="has no burst"):
         dataclasses.replace(rule, limit=0)
+
+
+@pytest.mark.parametrize(
+    ("rate", "advice"),
+    [
+        ("10/fortnight", "h, hr, hour, d, day, w, week and their plurals"),
+        ("2000/month", "a month has no fixed length: write it in days, such as 30d"),
+        ("5 per 2 years", "a year has no fixed length: write it in days, such as 365d"),
+        ("unlimited", "for no limit leave the rule out"),
+        ("100/day;10/minute", "for several rates there is parse_many"),
+        ("1,000/minute", "for several rates there is parse_many"),
+        (None, "a rate is written as"),
+    ],
+)
+def test_what_is_no_rate_is_told_what_is(rate: Any, advice: str) -> None:
+    with pytest.raises(ConfigurationError, match=advice):
+        RateThrottleRule.parse("rule", rate)
+
+
+@pytest.mark.parametrize(
+    ("rates", "rules"),
+    [
+        ("10/second;1000/day", [("api.1s", 10, 1), ("api.1d", 1000, 86_400)]),
+        ("10/s, 100 per 5 minutes ,1000/week", [("api.1s", 10, 1), ("api.5m", 100, 300), ("api.1w", 1000, 604_800)]),
+        ("60/60s", [("api.1m", 60, 60)]),
+        ("5/1.5s;7/90s;2/8 days", [("api.1500ms", 5, 1.5), ("api.90s", 7, 90), ("api.8d", 2, 691_200)]),
+    ],
+)
+def test_several_rates_are_several_rules_named_by_their_windows(rates: str, rules: list[tuple[str, int, float]]) -> None:
+    parsed = RateThrottleRule.parse_many("api", rates, strategy="fixed_window")
+    assert parsed == tuple(RateThrottleRule(*rule, strategy="fixed_window") for rule in rules)
+
+
+@pytest.mark.parametrize(
+    ("rates", "words"),
+    [
+        ("10/s;20/second", "two rates with a window of 1 s"),
+        ("10/s;", "'' is not a rate"),
+        ("", "'' is not a rate"),
+        ("10/s;often", "'often' is not a rate"),
+        (["10/s"], "not a str of rates"),
+        ("10/s;5/month", "no fixed length"),
+    ],
+)
+def test_several_rates_that_can_not_be_are_refused(rates: Any, words: str) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        RateThrottleRule.parse_many("api", rates)
+    with pytest.raises(ConfigurationError, match="at most 128 characters"):
+        RateThrottleRule.parse_many("n" * 126, "10/s")

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from ratethrottle._core import Decision, Entry, KeyTable
 from ratethrottle.events import Events
+
+
+@dataclass(frozen=True, slots=True)
+class Outcomes:
+    """How many checks were allowed, and how many denied."""
+
+    allowed: int = 0
+    denied: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +34,10 @@ class Statistics:
     took the place of a lost one. attempts: to connect. desyncs: replies that didn't belong to their request. evictions: keys
     that were forgotten before they were fresh. epoch_changes: losses of state in Redis. overloads: checks that were decided by
     `on_overload`.
+
+    decisions: what this limiter decided since a rule of that name was added: name of the rule -> `source` of the decisions ->
+    Outcomes; only what isn't 0. Peeks, errors and checks that were cancelled don't count. Empty where a storage is asked
+    instead of a limiter.
     """
 
     keys: int = 0
@@ -45,6 +57,7 @@ class Statistics:
     evictions: int = 0
     epoch_changes: int = 0
     overloads: int = 0
+    decisions: Mapping[str, Mapping[str, Outcomes]] = field(default_factory=dict)
 
 
 class Storage(Protocol):

@@ -1,0 +1,368 @@
+"""What people do around a limiter: mocks, inspection, a forgotten `await`, thousands of rules, a limit of 0, counts of decisions."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import inspect
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import AsyncMock, MagicMock, Mock, create_autospec, patch
+
+import pytest
+
+from ratethrottle import (
+    ConfigurationError,
+    CostExceedsLimit,
+    Decision,
+    InMemoryStorage,
+    InvalidRequest,
+    Outcomes,
+    RateThrottleCore,
+    RateThrottleRule,
+    Request,
+    create_limiter,
+)
+from tests.servers import RedisServer
+
+RULE = RateThrottleRule("api", 3, 60)
+NOTHING = RateThrottleRule("nothing", 0, 60)
+
+
+def limiter(*rules: RateThrottleRule) -> RateThrottleCore:
+    return RateThrottleCore(rules=rules or (RULE,))
+
+
+# Inspection and mocks
+
+
+def test_check_is_a_coroutine_function_to_whoever_asks() -> None:
+    core = limiter()
+    for check in (core.check, RateThrottleCore.check):
+        assert inspect.iscoroutinefunction(check)
+        assert asyncio.iscoroutinefunction(check)
+        assert callable(check)
+    assert inspect.ismethod(core.check)
+    assert list(inspect.signature(core.check).parameters) == ["key", "rule", "cost"]
+    assert inspect.signature(core.check).parameters["cost"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert core.check.__name__ == "check"
+    assert core.check.__qualname__ == "RateThrottleCore.check"
+    assert "consume them if so" in (core.check.__doc__ or "")
+
+
+async def test_a_bound_check_and_one_of_a_subclass_decide_like_any_other() -> None:
+    class Mine(RateThrottleCore):
+        pass
+
+    for core in (limiter(), Mine(rules=[RULE])):
+        check = core.check
+        assert [bool(await check("key")) for _ in range(4)] == [True, True, True, False]
+        assert await type(core).check(core, "other", "api", cost=3)
+        assert (await core.check(key="third", rule="api", cost=2)).remaining == 1
+    for arguments in ((), ("key", "api", 1), (1, 2, 3, 4, 5, 6, 7, 8)):
+        with pytest.raises(TypeError):
+            limiter().check(*arguments)  # type: ignore[call-arg,arg-type]  # that it is refused is the test
+    with pytest.raises(TypeError):
+        RateThrottleCore.check("no limiter", "key")  # type: ignore[arg-type]  # likewise
+
+
+async def answer(core: RateThrottleCore) -> str:
+    return "ok" if await core.check("user:1", cost=2) else "429"
+
+
+@pytest.mark.parametrize(
+    "double",
+    [
+        lambda: AsyncMock(spec=RateThrottleCore),
+        lambda: MagicMock(spec=RateThrottleCore),
+        lambda: MagicMock(spec=limiter()),
+        lambda: Mock(spec_set=RateThrottleCore),
+        lambda: create_autospec(limiter(), instance=True),
+        lambda: create_autospec(RateThrottleCore, instance=True),
+        create_autospec(RateThrottleCore),
+    ],
+)
+async def test_a_double_of_a_limiter_is_awaited_like_one(double: Callable[[], Any]) -> None:
+    stands_in = double()
+    assert await answer(stands_in) == "ok"
+    assert await stands_in.peek("user:1")
+    stands_in.check.assert_awaited_once_with("user:1", cost=2)
+    stands_in.check.return_value = False
+    assert await answer(stands_in) == "429"
+
+
+async def test_every_method_can_be_replaced_on_one_limiter_and_comes_back() -> None:
+    core, other = limiter(), limiter()
+    with patch.object(core, "check", AsyncMock(return_value=False)), patch.object(core, "peek", AsyncMock(return_value=1)):
+        assert await answer(core) == "429"
+        assert await core.peek("user:1") == 1
+        assert await answer(other) == "ok"
+        assert isinstance(core, RateThrottleCore)
+        core.add_rule(RateThrottleRule("other", 1, 60))
+        with patch.object(core, "check", AsyncMock(return_value=True)):
+            assert await answer(core) == "ok"
+        assert await answer(core) == "429"
+    with patch.object(core, "check", autospec=True, return_value=False) as check:
+        assert await answer(core) == "429"
+        check.assert_awaited_once_with("user:1", cost=2)
+    assert type(core) is RateThrottleCore
+    assert isinstance(await core.check("user:1", "api"), Decision)
+    core.reset = AsyncMock()  # type: ignore[method-assign]  # what a test may do
+    await core.reset("user:1")
+    core.reset.assert_awaited_once()
+    del core.reset
+    await core.reset("user:1", "api")
+    assert (await core.peek("user:1", "api")).remaining == 3
+
+
+async def test_a_method_can_be_replaced_on_the_class_and_comes_back() -> None:
+    core = limiter()
+    for options in ({"new": AsyncMock(return_value=False)}, {"return_value": False}, {"autospec": True, "return_value": False}):
+        with patch.object(RateThrottleCore, "check", **options):
+            assert await answer(core) == "429"
+    assert await answer(core) == "ok"
+
+
+def test_only_methods_can_be_set_on_a_limiter() -> None:
+    core = limiter()
+    for name in ("chekc", "rules", "colour"):
+        with pytest.raises(AttributeError):
+            setattr(core, name, 1)
+    with pytest.raises(AttributeError):
+        del core.check
+
+
+# A forgotten await
+
+
+@contextmanager
+def heard() -> Iterator[list[str]]:
+    said: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield said
+    said += [f"{warning.category.__name__}: {warning.message}" for warning in caught]
+
+
+NEVER_AWAITED = "RuntimeWarning: coroutine 'RateThrottleCore.check' was never awaited"
+
+
+async def test_a_forgotten_await_is_warned_of_at_once(redis_server: RedisServer) -> None:
+    async with create_limiter("redis", redis_url=redis_server.url, rules=[RULE], deadline=5) as shared:
+        for core in (limiter(), limiter(NOTHING), shared):
+            with heard() as said:
+                core.check("key")
+            assert said == [NEVER_AWAITED]
+            with heard() as said:
+                kept = [core.check("key"), core.check("key")]
+                assert not said
+                del kept
+            assert said == [NEVER_AWAITED] * 2
+        assert (await shared.peek("key")).remaining == 3
+
+
+async def test_nobody_who_awaits_or_gives_up_is_warned(redis_server: RedisServer) -> None:
+    async with create_limiter(
+        "redis", redis_url=redis_server.url, rules=[RateThrottleRule("api", 100, 60)], deadline=5
+    ) as shared:
+        for core in (limiter(RateThrottleRule("api", 100, 60)), shared):
+            with heard() as said:
+                await core.check("key")
+                core.check("key").close()
+                with pytest.raises(KeyError):
+                    core.check("key").throw(KeyError("mine"))
+                await asyncio.gather(core.check("key"), core.check("key"))
+                await core.check_many(["key", "other"])
+                asyncio.get_running_loop().create_task(core.check("key")).cancel()  # before its first step
+                started = asyncio.create_task(core.check("key"))
+                await asyncio.sleep(0)
+                started.cancel()
+                with pytest.raises(TypeError):
+                    bool(core.check("key"))  # that it must be awaited was said
+                for i in range(300):
+                    await core.check(f"key:{i}")
+                await asyncio.sleep(0.01)
+                gc.collect()
+            assert not said
+
+
+async def test_a_warning_that_is_an_error_ends_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    import sys
+
+    unraisable: list[Any] = []
+    before, sys.unraisablehook = sys.unraisablehook, unraisable.append
+    try:
+        core = limiter(RateThrottleRule("api", 1000, 60))
+        for _ in range(5):
+            core.check("key")
+        kept = [hook.object for hook in unraisable]
+        assert [repr(one) for one in kept] == ["<PendingDecision complete>"] * 5
+        with pytest.raises(RuntimeError, match="awaited already"):
+            await kept[0]
+        del kept, unraisable[:]
+        gc.collect()
+        assert (await core.check("key")).remaining == 994
+    finally:
+        sys.unraisablehook = before
+
+
+# Many rules
+
+
+async def test_with_100_000_rules_errors_and_reprs_are_short_quick_and_name_the_nearest() -> None:
+    core = RateThrottleCore()
+    for i in range(100_000):
+        core._by_name[f"tenant-{i}"] = RULE
+        core._rules[f"tenant-{i}"] = RULE.compiled
+    calls: list[tuple[Callable[[], object], str]] = [
+        (lambda: core.check("key", "tenant_54321"), "it has tenant-54321, "),
+        (lambda: core.check("key", "tenant-543210"), "it has tenant-54321, "),
+        (lambda: core.check("key", "Tenant-77"), "it has tenant-77, "),
+        (lambda: core.check("key", "k" * 100_000), "it has tenant-0, "),
+        (lambda: core.remove_rule("tennat-99999"), "there are tenant-99999, "),
+        (lambda: core.remove_rule("nobody"), "there are tenant-0, "),
+    ]
+    for call, words in calls:
+        began = time.thread_time()
+        with pytest.raises(ValueError, match=words) as caught:
+            call()
+        assert time.thread_time() - began < 0.1
+        assert str(caught.value).endswith(" and 99,995 more")
+        assert str(caught.value).count("tenant-") <= 6
+        assert len(str(caught.value)) < 250
+    with pytest.raises(InvalidRequest, match=r"name one \(rule=\.\.\.\): tenant-0, .* and 99,995 more"):
+        core.check("key")
+    assert len(repr(core)) < 150
+
+
+def test_with_few_rules_all_are_named_the_nearest_first() -> None:
+    core = limiter(*(RateThrottleRule(name, 1, 1) for name in ("search", "api", "login", "burst")))
+    with pytest.raises(ConfigurationError, match=r"there are login, api, burst, search$"):
+        core.remove_rule("logn")
+    assert "rules=['api', 'burst', 'login', 'search']" in repr(core)
+
+
+# A limit of 0, and a cost of 0
+
+
+async def test_a_limit_of_0_denies_everything_without_asking_anybody(redis_server: RedisServer) -> None:
+    away = create_limiter("redis", redis_url="redis://127.0.0.1:1", rules=[NOTHING], on_outage="allow")
+    there = create_limiter("redis", redis_url=redis_server.url, rules=[NOTHING], deadline=5)
+    for core in (limiter(NOTHING), away, there):
+        for cost in (1, 5, 1_000_000_000):
+            for denied in (
+                await core.check("key", cost=cost),
+                await core.check(("user", 1), "nothing", cost=cost),
+                await core.peek("key", cost=cost),
+                *(await core.check_many([Request("key", cost=cost)])),
+            ):
+                assert not denied
+                assert (denied.cost, denied.limit, denied.remaining, denied.retry_after) == (cost, 0, 0, math.inf)
+                assert (denied.reset_after, denied.source) == (0.0, "memory")
+                assert "Retry-After" not in denied.headers()
+        assert core.statistics().decisions == {"nothing": {"memory": Outcomes(0, 9)}}
+        with pytest.raises(CostExceedsLimit, match="capacity of 0"):
+            core.check("key", cost=1_000_000_001)
+        with pytest.raises(InvalidRequest):
+            core.check("")
+        assert core.statistics().calls == 0
+        await core.aclose()
+
+
+async def test_a_limit_of_0_for_a_while_is_no_refill() -> None:
+    core = limiter(RULE, RateThrottleRule("other", 5, 60))
+    await core.check("key", "api", cost=2)
+    core.add_rule(RateThrottleRule("api", 0, 60), replace=True)
+    decisions = await core.check_many([Request("key", "api"), Request("key", "other"), Request("key", "api")])
+    assert [(decision.rule, decision.allowed, decision.remaining) for decision in decisions] == [
+        ("api", False, 0),
+        ("other", True, 4),
+        ("api", False, 0),
+    ]
+    core.add_rule(RULE, replace=True)
+    assert (await core.peek("key", "api")).remaining == 1
+    core.add_rule(RateThrottleRule("api", 0, 60), replace=True)
+    await core.reset("key", "api")
+    core.add_rule(RULE, replace=True)
+    assert (await core.peek("key", "api")).remaining == 3
+    core.remove_rule("other")
+    assert (await core.check("key")).allowed
+
+
+def test_a_rule_with_a_limit_of_0_is_a_value_and_has_no_burst() -> None:
+    for strategy in ("sliding_window", "token_bucket", "leaky_bucket", "sliding_counter", "fixed_window"):
+        rule = RateThrottleRule("rule", 0, 60, strategy=strategy)
+        assert (rule.limit, rule.capacity) == (0, 0)
+        assert rule == RateThrottleRule.parse("rule", "0/minute", strategy=strategy)
+        assert rule != RateThrottleRule("rule", 1, 60, strategy=strategy)
+    with pytest.raises(ConfigurationError, match="denies everything, and has no burst"):
+        RateThrottleRule("rule", 0, 60, strategy="token_bucket", burst=5)
+
+
+@pytest.mark.parametrize("strategy", ["sliding_window", "token_bucket", "leaky_bucket", "sliding_counter", "fixed_window"])
+async def test_a_peek_with_a_cost_of_0_says_what_is_left(strategy: str, redis_server: RedisServer) -> None:
+    rule = RateThrottleRule("api", 2, 3600, strategy=strategy)
+    shared = create_limiter("redis", redis_url=redis_server.url, rules=[rule], deadline=5, prefilter_ttl=0)
+    for core in (RateThrottleCore(InMemoryStorage(), rules=[rule]), shared):
+        for left in (2, 1, 0):
+            asked = await core.peek("key", cost=0)
+            assert (asked.allowed, asked.cost, asked.remaining, asked.retry_after) == (True, 0, left, 0.0)
+            assert (await core.peek("key")).reset_after - asked.reset_after < 1
+            if left:
+                await core.check("key")
+        assert not await core.check("key")
+        with pytest.raises(InvalidRequest, match=r"peek\(key, cost=0\) says what is left"):
+            core.check("key", cost=0)
+        for cost in (-1, False, 0.0):
+            with pytest.raises(InvalidRequest, match=r"at least 0"):
+                await core.peek("key", cost=cost)  # type: ignore[arg-type]  # that it is refused is the test
+        await core.aclose()
+
+
+# Counts of decisions
+
+
+async def test_decisions_are_counted_by_rule_and_source(redis_server: RedisServer) -> None:
+    rules = [RULE, RateThrottleRule("other", 1, 3600, strategy="fixed_window")]
+    async with create_limiter("redis", redis_url=redis_server.url, rules=rules, deadline=5) as core:
+        assert core.statistics().decisions == {}
+        for _ in range(2):
+            await core.check("key", "other")
+        await core.check("key", "other")
+        await core.check_many([Request(f"key {i}", "api", cost=2) for i in range(5)])
+        await core.peek("key", "api")
+        assert core.statistics().decisions == {
+            "api": {"redis": Outcomes(5, 0)},
+            "other": {"redis": Outcomes(1, 0), "prefilter": Outcomes(0, 2)},
+        }
+    assert core.statistics().decisions["other"]["redis"].allowed == 1
+
+
+async def test_limiters_that_share_a_rule_count_on_their_own_and_a_changed_rule_goes_on_counting() -> None:
+    one, other = limiter(), limiter()
+    for _ in range(5):
+        await one.check("key")
+    await other.check_many(["key", "key"])
+    assert one.statistics().decisions == {"api": {"memory": Outcomes(allowed=3, denied=2)}}
+    assert other.statistics().decisions == {"api": {"memory": Outcomes(2, 0)}}
+    one.add_rule(RateThrottleRule("api", 4, 60), replace=True)
+    await one.check("key")
+    assert one.statistics().decisions["api"]["memory"] == Outcomes(4, 2)
+    one.remove_rule("api")
+    assert one.statistics().decisions == {}
+    one.add_rule(RULE)
+    await one.check("another")
+    assert one.statistics().decisions["api"]["memory"] == Outcomes(1, 0)
+    assert other.statistics().decisions == {"api": {"memory": Outcomes(2, 0)}}
+    assert InMemoryStorage().statistics().decisions == {}
+
+
+async def test_what_policies_decide_is_counted_as_an_outage() -> None:
+    core = create_limiter("redis", redis_url="redis://127.0.0.1:1", rules=[RULE], on_outage="deny", deadline=0.05)
+    await core.check("key")
+    assert core.statistics().decisions == {"api": {"outage": Outcomes(0, 1)}}
+    await core.aclose()
