@@ -79,6 +79,10 @@ class Shared(Generic[T]):
 
     async def get(self) -> T:
         """Wait for a result. Raises what the work raises."""
+        return await self.begin().outcome()
+
+    def begin(self) -> Work[T]:
+        """Have the work begin, unless it is under way or a result is there."""
         if self._process != os.getpid():  # forked: the thread is the parent's, and so may be whoever holds the lock
             self._process, self._lock, self._last = os.getpid(), threading.Lock(), None
         with self._lock:
@@ -86,7 +90,7 @@ class Shared(Generic[T]):
             if last is None or not self._serves(last):
                 self.count += 1
                 last = self._last = Work(self._work, self._name)
-        return await last.outcome()
+            return last
 
     def _serves(self, last: Work[T]) -> bool:
         if last.ended_s is None:

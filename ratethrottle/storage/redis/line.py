@@ -176,6 +176,7 @@ class Line(Gathering):
             await asyncio.sleep(EVERY_S)
             return
         self._stale = False
+        self._began()
         asked = self.master.credentials_asked
         # An attempt is patient; checks aren't. Nobody is told of an outage who hasn't asked for anything yet.
         self._allow(self._deadline_s)

@@ -51,10 +51,10 @@ def uncounted() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """When a server that is silent may be tried once more. turn: comes then. began: told of each try, the first one too."""
+    """When a server that is silent may be tried once more. turn: comes then. again: told of each try but the first one."""
 
     turn: Callable[[], Coroutine[Any, Any, None]] = half_second
-    began: Callable[[], None] = uncounted
+    again: Callable[[], None] = uncounted
 
 
 class Race(Generic[T]):
@@ -100,7 +100,6 @@ class Race(Generic[T]):
             del self._tries[middle]
         progress = Progress()
         self._tries[own_task(self._loop, self._begin(progress), "ratethrottle try")] = progress
-        self._pace.began()
 
     async def _wait(self) -> None:
         """Wait until a try has ended, is silent, or its turn has come."""
@@ -122,6 +121,7 @@ class Race(Generic[T]):
             self._turning = None
             if silent:
                 self._start()
+                self._pace.again()
 
     async def _end(self) -> None:
         left: set[asyncio.Task[Any]] = {*self._tries, *self._dropped}

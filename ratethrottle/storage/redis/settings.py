@@ -6,6 +6,7 @@ The client itself, its pool and its connections are left alone.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import inspect
 import socket
@@ -125,11 +126,12 @@ class Settings:
             self._credentials = Credentials(self._kwargs["credential_provider"], keeps=self._greets)
             self._kwargs["credential_provider"] = self._credentials
         self._secure = issubclass(self._class, redis.asyncio.SSLConnection)
+        self._tls: Any = None  # what connections share
+        self._tls_since_s = time.monotonic()
+        self._reading = Shared(functools.partial(secured, self._class, self._kwargs), "ratethrottle certificates")
         if self._secure:
             check_tls(self._kwargs)
-        self._tls: Any = None  # what connections share: certificates are read by the first attempt
-        self._tls_since_s = 0.0
-        self._reading = Shared(functools.partial(secured, self._class, self._kwargs), "ratethrottle certificates")
+            self._begin_reading()
 
     @property
     def credentials_asked(self) -> int:
@@ -230,6 +232,16 @@ class Settings:
             if dialled is not None:
                 dialled.close()
             raise
+
+    def _begin_reading(self) -> None:
+        """Read certificates: here and now where no loop would stand still for it, or else so that the first attempt finds them read."""
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            with contextlib.suppress(Exception):  # the first attempt will say it
+                self._tls = secured(self._class, self._kwargs)
+        else:
+            self._reading.begin()
 
     async def _read_certificates(self) -> None:
         """Read them, and now and then anew, off the loop: it takes tens of milliseconds. If they can't be read anew, the old ones stay.

@@ -112,9 +112,8 @@ class FollowedMaster(Master):
         """Have `moved` called, in the loop, when every connection must be left: the master is elsewhere, or is suspected."""
         self._watchers.append(moved)
 
-    async def reach(self, pace: Pace) -> Reached:
+    async def reach(self, pace: Pace) -> Reached:  # noqa: ARG002  # what is tried again within has a pace of its own
         """Open a connection to the master. Raises redis-py's errors, OSError and StorageUnavailable; the caller bounds the time."""
-        pace.began()  # what is tried again within, has a pace of its own
         self._begin()
         for last in (False, True):
             address = self._current if self._trusted else None
