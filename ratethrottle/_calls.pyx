@@ -696,6 +696,7 @@ cdef class Gathering:
 
     def _go_away(self, error):
         """Redis doesn't answer, or not in time: from now on policies decide, until it does."""
+        changed = self.reason is None or str(self.reason) != str(error)
         self.reason = error
         self.refused = isinstance(error, StorageRefused)
         if self.refused:
@@ -705,6 +706,8 @@ cdef class Gathering:
             self.bounds.away += 1
             self.knowledge.shares.begin()
             self._notice("outage", error)
+        elif changed:
+            self._notice("reason", error)
         self._answer_waiting(error)
         self.bounds.tidy(self.bounds.now_us())
         self.schedule_connection()

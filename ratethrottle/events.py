@@ -198,7 +198,7 @@ class Events:
         self._subscribers: dict[object, Callback] = {}
         self._told_s: dict[str, float] = {}
         self._left_out: dict[str, int] = {}
-        self._news_s: dict[str, float] = {}  # by message, when it was told, of kinds whose news is told at once
+        self._news_s: dict[str, float] = {}  # by its text, when something was told whose news is told at once
         self._outage: OutageBegan | None = None  # the one that is going on
         self._outage_told = False
 
@@ -229,7 +229,11 @@ class Events:
         first, so that no outage stays silent for long. OutageEnded is told exactly if its OutageBegan was.
         """
         kind, now_s = event.kind, self._clock_s()
-        due = self._is_news(event, now_s) if event.news_max else now_s - self._told_s.get(kind, float("-inf")) >= event.every_s
+        due = (
+            self._is_news(event.message, event.every_s, event.news_max, now_s)
+            if event.news_max
+            else now_s - self._told_s.get(kind, float("-inf")) >= event.every_s
+        )
         if isinstance(event, OutageBegan):
             if self._outage is not None:
                 if self._outage_told or not due:
@@ -245,14 +249,23 @@ class Events:
         self._told_s[kind] = now_s
         self._tell(replace(event, suppressed=self._left_out.pop(kind, 0)))
 
-    def _is_news(self, event: Event, now_s: float) -> bool:
-        """Whether nobody was told just this in its `every_s` seconds, nor too many others of its kind."""
+    def goes_on(self, reason: str) -> None:
+        """Log another reason of the outage that is going on: the first may have been only that nothing came in time. Never raises.
+
+        Of the same reason once in a minute, and of at most eleven.
+        """
+        text = f"the outage goes on: {reason}"
+        if self._outage_told and reason not in str(self._outage) and self._is_news(text, 60.0, 10, self._clock_s()):
+            _log(logging.WARNING, text)
+
+    def _is_news(self, text: str, every_s: float, others: int, now_s: float) -> bool:
+        """Whether nobody was told just this in so many seconds, nor too many other things."""
         told = self._news_s
-        for message in [message for message, told_s in list(told.items()) if now_s - told_s >= event.every_s]:
-            told.pop(message, None)
-        if event.message in told or len(told) > event.news_max:
+        for old in [old for old, told_s in list(told.items()) if now_s - told_s >= every_s]:
+            told.pop(old, None)
+        if text in told or len(told) > others:
             return False
-        told[event.message] = now_s
+        told[text] = now_s
         return True
 
     def forget(self) -> None:

@@ -163,6 +163,20 @@ def test_an_outage_that_was_left_out_at_first_is_told_while_it_lasts(told: Told)
     assert told.emit(ENDED) == [ENDED]
 
 
+def test_another_reason_of_an_outage_is_logged_once_a_minute(told: Told, caplog: pytest.LogCaptureFixture) -> None:
+    """The first may have been that nothing came in time, and only later the name turns out to be unknown."""
+    told.emit(BEGAN)
+    caplog.clear()
+    for _ in range(120):
+        told.events.goes_on(BEGAN.reason)
+        told.events.goes_on("Name or service not known")
+        told.now_s += 1
+    assert [record.message for record in caplog.records] == ["the outage goes on: Name or service not known"] * 2
+    told.emit(ENDED)
+    told.events.goes_on("Name or service not known")
+    assert len(caplog.records) == 2
+
+
 def test_an_end_without_a_beginning_is_not_told(told: Told) -> None:
     assert told.emit(ENDED) == []
 

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -17,9 +18,10 @@ from typing import Any, Self
 
 import pytest
 import redis
+import redis.asyncio
 
 import ratethrottle
-from ratethrottle import ConfigurationError, RateThrottleRule, RedisStorage, create_limiter
+from ratethrottle import ConfigurationError, RateThrottleCore, RateThrottleRule, RedisStorage, create_limiter
 from ratethrottle.errors import StorageError, StorageProtocolError, StorageRefused, StorageUnavailable
 from ratethrottle.events import Event
 from ratethrottle.storage.redis import replies
@@ -353,6 +355,51 @@ async def test_a_server_without_room_for_another_client_says_so_and_heals(passwo
 
 
 # What the system says
+
+
+@pytest.mark.parametrize("password", ["hunter", "a b", "12345", "correct"])
+async def test_a_proxy_that_repeats_what_it_was_sent_does_not_spread_the_password(
+    redis_server: RedisServer, password: str
+) -> None:
+    def repeats(words: list[bytes]) -> bytes | None:
+        return b"ERR cannot serve: " + b" ".join(words) + b" for " + words[-1] if words[0] == b"AUTH" else None
+
+    async with Filter(redis_server.socket, repeats) as proxy:
+        client = redis.asyncio.Redis.from_url(proxy.url, username="bob", password=password)
+        storage = RedisStorage(client, deadline=2, on_outage="raise")
+        async with RateThrottleCore(storage, rules=[RULE]) as limiter:
+            with pytest.raises(StorageError) as raised:
+                await limiter.check("user")
+        await client.aclose()
+    told = "".join(traceback.format_exception(raised.value))
+    assert "cannot serve: AUTH" in str(raised.value)
+    assert not re.search(rf"\b{password}\b", told)
+
+
+async def test_sentinels_that_are_away_or_are_none_say_what_was_said(redis_server: RedisServer) -> None:
+    for port, kind, words in (
+        (1, StorageUnavailable, r"none of 1 sentinels answers \(ConnectionRefusedError: \[Errno 111\] Connection refused\)"),
+        (redis_server.port, StorageRefused, r"are no sentinels .*unknown command 'SENTINEL'"),
+    ):
+        url = f"redis+sentinel://127.0.0.1:{port}/mymaster"
+        async with create_limiter("redis", redis_url=url, rules=[RULE], deadline=2, on_outage="raise") as limiter:
+            with pytest.raises(StorageUnavailable, match=words) as raised:
+                await limiter.check("user")
+        assert type(raised.value) is kind
+
+
+async def test_what_is_no_redis_at_all_says_what_it_said() -> None:
+    async def web(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.write(b"HTTP/1.1 400 Bad Request\r\nServer: secret\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(web, "127.0.0.1", 0) as server:
+        url = f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with create_limiter("redis", redis_url=url, rules=[RULE], deadline=2, on_outage="raise") as limiter:
+            with pytest.raises(StorageProtocolError, match=r'each other \("HTTP/1\.1 400 Bad Request"\)'):
+                await limiter.check("user")
 
 
 async def test_an_outage_says_what_the_system_said() -> None:

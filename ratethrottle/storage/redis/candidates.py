@@ -11,6 +11,7 @@ import redis
 from redis.asyncio.connection import AbstractConnection
 
 from ratethrottle.errors import StorageRefused, StorageUnavailable
+from ratethrottle.storage.redis.failures import said_by
 from ratethrottle.storage.redis.greeting import Reached, first, load
 from ratethrottle.storage.redis.settings import Address, Ask, Settings, close
 from ratethrottle.storage.redis.tasks import own_task
@@ -34,7 +35,7 @@ async def open_master(settings: Settings, address: Address) -> Reached:
 def role_of(reply: object) -> bytes:
     """Read what a server says it is. Raises what the reply is, if that is an error, and StorageRefused."""
     if isinstance(reply, redis.exceptions.NoPermissionError):
-        raise StorageRefused("the Redis user may not ask a server for its role; allow it ROLE") from reply
+        raise StorageRefused(f"the Redis user may not ask a server for its role ({said_by(reply)}); allow it +role") from reply
     if isinstance(reply, Exception):
         raise reply
     return reply[0] if isinstance(reply, list) and reply and isinstance(reply[0], bytes) else b""

@@ -5,6 +5,7 @@ A message names kinds and what to do, never what was sent, to which key, or with
 
 from __future__ import annotations
 
+import re
 import ssl
 
 import redis
@@ -12,9 +13,11 @@ from redis import exceptions as theirs
 
 from ratethrottle.errors import StorageError, StorageProtocolError, StorageRefused, StorageTimeout, StorageUnavailable
 from ratethrottle.storage.redis.replies import CODE, NO_ROOM, Meaning, meaning
-from ratethrottle.storage.redis.words import one_line, system_words
+from ratethrottle.storage.redis.words import READ_MAX, masked, one_line, system_words
 
-MISUNDERSTOOD = "Redis and this process don't understand each other; is it Redis that listens there?"
+MISUNDERSTOOD = "Redis and this process don't understand each other{}; is it Redis that listens there?"
+# What came instead of a reply, as redis-py quotes it.
+CAME = re.compile(r"""b(?:'(.*)|"(.*))""")
 # What redis-py says to any answer to AUTH but OK and an error: that refuses nobody, it is nonsense.
 NOT_OK = "Invalid Username or Password"
 
@@ -64,11 +67,27 @@ def guess_of(error: BaseException) -> Meaning | None:
     return found if found is not None and found.guessed else None
 
 
+def is_refusal(error: BaseException) -> bool:
+    """Whether it is an error reply that time won't mend."""
+    reply = meaning_of(error)
+    return reply is not None and reply.ours is StorageRefused
+
+
 def failure(error: BaseException, deadline_s: float, *, sent: bool) -> StorageError:
     """Make a new error of ours, with `error` as its cause, for one call that had (or had not) been sent."""
     found = _failure(error, deadline_s, sent)
     found.__cause__ = scrubbed(error)
     return found
+
+
+def said_by(error: BaseException) -> str:
+    """Say in short what an error says, as a message of ours may repeat it."""
+    if isinstance(error, StorageError):
+        return one_line(str(error))
+    if isinstance(error, (TimeoutError, redis.TimeoutError)):
+        return "no answer in time"
+    reply = meaning_of(error)
+    return f'"{masked(str(error))}"' if reply is not None else system_words(_cause(error))
 
 
 def scrubbed(error: BaseException) -> BaseException:
@@ -88,9 +107,11 @@ def _failure(error: BaseException, deadline_s: float, sent: bool) -> StorageErro
     if isinstance(error, (TimeoutError, redis.TimeoutError)):
         return StorageTimeout(deadline_s) if sent else no_connection(deadline_s)
     if isinstance(error, theirs.AuthenticationError) and str(error) == NOT_OK:
-        return StorageProtocolError(MISUNDERSTOOD)
+        return StorageProtocolError(MISUNDERSTOOD.format(""))
     if any(kind.__name__ in {"InvalidResponse", "DataError"} for kind in type(error).__mro__):
-        return StorageProtocolError(MISUNDERSTOOD)
+        came = CAME.search(str(error)[:READ_MAX])
+        shown = masked((came[1] or came[2])[:-1].partition("\\r\\n")[0]) if came else ""
+        return StorageProtocolError(MISUNDERSTOOD.format(f' ("{shown}")' if shown else ""))
     reply = meaning_of(error)
     if reply is not None:
         return reply.error

@@ -22,6 +22,7 @@ from ratethrottle.storage.redis.aside import Shared
 from ratethrottle.storage.redis.race import Progress
 from ratethrottle.storage.redis.scripts import NAMES, SHEBANG, script
 from ratethrottle.storage.redis.wire import is_fake
+from ratethrottle.storage.redis.words import without
 
 RUN_ID = re.compile(rb"^run_id:([0-9a-f]{1,40})\r?$", re.MULTILINE)
 # Credentials of which no server has said anything yet, since the attempt that asked for them ended early, serve the next one so long.
@@ -142,10 +143,17 @@ async def greet(
         if command[0] == "AUTH" and credentials is not None:
             credentials.answered()
         if isinstance(said, redis.RedisError):
-            raise said
+            raise _without(said, user)
         if said != b"OK":
             raise strange
-    return [await reply_of(connection, progress, reply_s) for _ in first]
+    return [_without(await reply_of(connection, progress, reply_s), user) for _ in first]
+
+
+def _without(reply: Any, user: Sequence[str]) -> Any:
+    """Take the password out of an error reply: a proxy may repeat what it was sent, in any words."""
+    if user and isinstance(reply, Exception):
+        reply.args = (without(str(reply), str(user[-1])),)
+    return reply
 
 
 class Credentials(redis.CredentialProvider):

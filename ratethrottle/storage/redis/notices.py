@@ -60,6 +60,8 @@ class Notices:
                 if self._policy == "local" and not line.knowledge.shares.n:
                     reason += "; how many processes share the limits isn't known (expected_processes), so that all is denied"
                 self._events.emit(OutageBegan(reason, self._policy))
+            case "reason":
+                self._events.goes_on(str(fact))
             case "recovery":
                 self._away.discard(line)
                 if not self._away and self._since_s is not None:

@@ -13,11 +13,11 @@ from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-import redis
 from redis.asyncio.connection import AbstractConnection
 
 from ratethrottle.errors import StorageRefused, StorageUnavailable
 from ratethrottle.storage.redis.candidates import Candidates, majority, open_master
+from ratethrottle.storage.redis.failures import is_refusal, said_by
 from ratethrottle.storage.redis.greeting import Reached, first, load
 from ratethrottle.storage.redis.race import Pace
 from ratethrottle.storage.redis.sentinel import Sentinel
@@ -302,12 +302,13 @@ class FollowedMaster(Master):
         errors = [sentinel.error for sentinel in self._sentinels if sentinel.error is not None]
         if any(sentinel.error is None and sentinel.waiting_since_s is None for sentinel in self._sentinels):
             return StorageUnavailable(f"none of {count} sentinels names a master {name!r}")
-        refusals = [isinstance(error, (redis.AuthenticationError, redis.exceptions.NoPermissionError)) for error in errors]
-        if any(refusals):
+        said = f" ({said_by(errors[0])})" if errors else ""
+        refusals = [error for error in errors if is_refusal(error)]
+        if refusals:
             # What most of them say nobody else will mend; otherwise those that are away may have us when they are back.
-            kind = StorageRefused if sum(refusals) * 2 > count else StorageUnavailable
+            kind = StorageRefused if len(refusals) * 2 > count else StorageUnavailable
             return kind(
-                "the sentinels refuse the user or the password; theirs are sentinel_username and sentinel_password in a URL, "
-                "sentinel_kwargs of a Sentinel"
+                f"the sentinels refuse the user or the password, or are no sentinels ({said_by(refusals[0])}); their user and password "
+                "are sentinel_username and sentinel_password in a URL, sentinel_kwargs of a Sentinel"
             )
-        return StorageUnavailable(f"none of {count} sentinels answers; are they up, and are the addresses right?")
+        return StorageUnavailable(f"none of {count} sentinels answers{said}; are they up, and are the addresses right?")

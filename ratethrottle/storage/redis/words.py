@@ -6,6 +6,7 @@ what may be an argument becomes `…`.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import socket
@@ -50,9 +51,16 @@ ARGUMENTS = re.compile(r",?\s*\bwith args\b.*", re.IGNORECASE)
 QUOTED = re.compile(
     r"""(?<![^\s(\[{=:,])(?:'(.*?)(?:'(?=[\s)\]}.,;:!?]|$)|$)|"(.*?)(?:"|$)|`(.*?)(?:[`']|$)|‘(.*?)(?:’|$)|“(.*?)(?:”|$))"""
 )
-PLAIN = re.compile(r"[^\W\d_]+(?:['’/_-][^\W\d_]+)*|\d{1,10}(?:\.\d{1,6})?%?|@?user_script:\d+|<[a-z]+>|[^\w\s]{1,3}")
+PLAIN = re.compile(r"HTTP/\d\.\d|[^\W\d_]+(?:['’/_-][^\W\d_]+)*|\d{1,10}(?:\.\d{1,6})?%?|@?user_script:\d+|<[a-z]+>|[^\w\s]{1,3}")
 # Our keys are `prefix:{tag}:rule:=key`, and a user's key may hold anything, spaces too.
 IN_KEY = re.compile(r"[:{=]")
+# What asyncio raises without a number.
+BARE = {
+    BrokenPipeError: errno.EPIPE,
+    ConnectionAbortedError: errno.ECONNABORTED,
+    ConnectionRefusedError: errno.ECONNREFUSED,
+    ConnectionResetError: errno.ECONNRESET,
+}
 ERRNO = re.compile(r"\[Errno (\d{1,5})\]")
 
 
@@ -86,6 +94,11 @@ def masked(text: str) -> str:
     return found if len(found) <= SAID_MAX else found[: SAID_MAX - 1] + HIDDEN
 
 
+def without(text: str, secret: str) -> str:
+    """Give back a text without a secret that is known. Within a word it is left, or a short one would make a riddle of the text."""
+    return re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", HIDDEN, text) if secret else text
+
+
 def _quoted(found: re.Match[str]) -> str:
     inner = next((group for group in found.groups() if group is not None), "")
     return f"'{inner}'" if _names_command(inner) or inner in SETTINGS else KEY if "{" in inner else HIDDEN
@@ -112,6 +125,8 @@ def system_words(error: BaseException) -> str:
 def _errno_words(error: OSError) -> str:
     """Word it from its numbers: the text may name a path, and that of several attempts at once is long."""
     numbers = [error.errno] if error.errno else [int(number) for number in ERRNO.findall(str(error)[:READ_MAX])]
+    if not numbers and not error.args:
+        numbers = [number for kind, number in BARE.items() if isinstance(error, kind)]
     if numbers:
         return ", ".join(f"[Errno {number}] {os.strerror(number)}" for number in dict.fromkeys(numbers))
     return masked(str(error))
