@@ -189,7 +189,7 @@ cdef inline int window_push(Window** owner, bint exact, int64_t at_us, int64_t u
 
 
 cdef inline bint view_ahead(const View* view, int64_t now_us) noexcept nogil:
-    """Whether the state is from further ahead than is legal: the clock has stepped backwards."""
+    """Whether the clock has stepped backwards since the view was written: then it is `view_rebase` that knows what stands."""
     cdef const Window* window
     if view.terms.kind == c"s":
         window = view.amount.window
@@ -199,8 +199,11 @@ cdef inline bint view_ahead(const View* view, int64_t now_us) noexcept nogil:
     return view.at_us > now_us
 
 
-cdef inline void view_rebase(View* view, int64_t now_us) noexcept nogil:
-    """Bring a state to where it is legal, with all that it holds: to now, or what a lease may have taken to where that may reach."""
+cdef inline bint view_rebase(View* view, int64_t now_us) noexcept nogil:
+    """Bring a view that is ahead to where it is legal, with all that it holds; whether that changes anything.
+
+    To now, or what a lease may have taken to where that may reach. The next aligned window stands, so that it isn't granted twice.
+    """
     cdef Window* window
     cdef int64_t head_us, held = 0
     if view.terms.kind == c"s":
@@ -214,12 +217,15 @@ cdef inline void view_rebase(View* view, int64_t now_us) noexcept nogil:
         window.total -= held - min(held, UNITS_MAX)
     elif view.terms.kind == c"b":
         view.at_us = now_us
+    elif view.at_us - now_us <= view.terms.window_us:
+        return False
     else:
         view.at_us = now_us - now_us % view.terms.window_us
+    return True
 
 
 cdef inline void view_roll(View* view, int64_t now_us) noexcept nogil:
-    """Bring a view that is not ahead, and not a sliding window, to now."""
+    """Bring a view that is legal, and not a sliding window, to now."""
     cdef const Terms* terms = view.terms
     cdef int64_t start_us, drained_ticks
     if terms.kind == c"b":
@@ -241,8 +247,11 @@ cdef inline void view_roll(View* view, int64_t now_us) noexcept nogil:
 
 
 cdef inline int64_t counter_room(const Terms* rule, const View* view, int64_t now_us) noexcept nogil:
-    """(limit − cur)·V − prev·(V − e): what is free, in units times V. Negative once over."""
-    cdef int64_t past = now_us - view.at_us
+    """(limit − cur)·V − prev·(V − e): what is free, in units times V. Negative once over.
+
+    A window that begins only after now, by a clock that has stepped back, counts as it will when it begins.
+    """
+    cdef int64_t past = max(<int64_t>0, now_us - view.at_us)
     cdef int64_t cur = min(<int64_t>view.amount.counts.cur, rule.capacity)
     cdef int64_t prev = min(<int64_t>view.amount.counts.prev, rule.capacity)
     if rule.coarse_us > 1:
@@ -468,7 +477,7 @@ cdef inline void view_audit(const View* view, int64_t now_us) noexcept nogil:
         RT_INVARIANT(before_us <= reach_end(view.terms, now_us))
     else:
         RT_INVARIANT(view.at_us % view.terms.window_us == 0)
-        RT_INVARIANT(view.at_us <= now_us)
+        RT_INVARIANT(view.at_us - now_us <= view.terms.window_us)
         RT_INVARIANT(view.amount.counts.cur <= UNITS_MAX and view.amount.counts.prev <= UNITS_MAX)
 
 
@@ -484,8 +493,7 @@ cdef inline int decide_views(View* views, int* count, const Terms* rule, int64_t
     cdef uint32_t expired = 0
     cdef int64_t total = 0
     for i in range(count[0]):
-        if view_ahead(&views[i], now_us):
-            view_rebase(&views[i], now_us)
+        if view_ahead(&views[i], now_us) and view_rebase(&views[i], now_us):
             rebased = True
         if own_index < 0 and same_definition(views[i].terms, rule):
             own_index = i
@@ -547,6 +555,8 @@ cdef inline int decide_views(View* views, int* count, const Terms* rule, int64_t
 
 cdef inline int answer_length(const Terms* rule, int64_t granted, int64_t count) noexcept nogil:
     """How many numbers, without the units taken ahead."""
+    if granted < 0:                        # the state can't be read, and that is all
+        return 1
     if rule.kind == c"b":
         return 2
     if rule.kind == c"s":

@@ -82,7 +82,11 @@ cdef inline bint bound_assertion(const Bound* bound, int64_t now_us, int64_t* nu
         # Below zero it still says by how much, for a store that has begun to drain earlier.
         past_us = min(past_us, view_reach(rule) + LATE_US)
         numbers[0] = known.amount.level_ticks - past_us * rule.drain_ticks
-        return numbers[0] > -LATE_US * rule.drain_ticks
+        if numbers[0] <= -LATE_US * rule.drain_ticks:
+            return False
+        # What a double holds. A drain above 8e8 ticks a µs is taken to have gone on for 9 s at most: too strict, never too loose.
+        numbers[0] = max(numbers[0], -((<int64_t>1 << 53) - 1))
+        return True
     if rule.kind == c"s":
         window = known.amount.window
         if window.count == 0:

@@ -12,7 +12,7 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memset
 
 from ratethrottle._arithmetic cimport (
-    answer_length, KEEP, Outcome, same_definition, take_answer, Terms, UNITS_MAX, view_free, view_fresh_at,
+    answer_length, KEEP, NEVER, Outcome, same_definition, take_answer, Terms, UNITS_MAX, view_free, view_fresh_at,
 )
 from ratethrottle._bound cimport Bound, bound_fresh_at, bound_learn, bound_verdict, DENIED, DRIFT_SHARE, LEASED, OPEN
 from ratethrottle._core cimport (
@@ -34,7 +34,7 @@ from contextvars import Context
 from heapq import heapify, heappop, heappush
 from os import urandom
 
-from ratethrottle.errors import StorageProtocolError, StorageRefused, StorageTimeout, StorageUnavailable
+from ratethrottle.errors import StateUnreadable, StorageProtocolError, StorageRefused, StorageTimeout, StorageUnavailable
 
 
 cdef extern from "Python.h":
@@ -65,6 +65,8 @@ cdef enum:
     RETURNS_MAX = 10_000                     # leases that wait for a connection to be given back on
     GIVE_BACK_US = 1_000_000                 # a bound is kept for so long after its lease, so that the rest of that goes back
     MOVED = -1                               # instead of numbers: it wasn't run, this is another epoch than it expected
+    REFUSED_UNREADABLE = 2                   # why an entry of a repair isn't taken
+    UNREADABLE = -2                          # instead of an answer: the state can't be read, and stays as it is
 
 cdef int64_t LEVEL_MAX = (<int64_t>1 << 53) - 1
 cdef int64_t YEAR_US = 31_622_400_000_000    # no server's clock is set so far ahead of when an epoch began
@@ -1358,6 +1360,8 @@ cdef class Gathering:
             self.in_flight.popleft()
             self.heard_us = self.bounds.now_us()
             self.knowledge.heard(errand)
+            if errand.script == "repair":
+                self.tell_refusals(errand, numbers, count)
             if errand.done is not None:
                 errand.done([numbers[i] for i in range(count)])
             if errand.owed is not None:
@@ -1400,7 +1404,7 @@ cdef class Gathering:
         cdef const Terms* terms
         cdef CallEntry* entry
         cdef int i, j, leases, length
-        cdef int64_t most
+        cdef int64_t least, most
         if call.mode == RESET:
             return call.size if count == 1 + call.size else -1
         for leases in range(2):
@@ -1409,9 +1413,12 @@ cdef class Gathering:
                 if ((<CompiledRule>entry.rule).lease_units > 0) != leases:
                     continue
                 terms = &(<CompiledRule>entry.rule).terms
-                if answer >= end or answer[0] < 0 or answer[0] > count_of(call, entry):
+                if answer >= end or (answer[0] < 0 and answer[0] != UNREADABLE) or answer[0] > count_of(call, entry):
                     return -1
                 length = answer_length(terms, answer[0], count_of(call, entry))
+                if answer[0] == UNREADABLE:
+                    answer += length
+                    continue
                 if answer + length + leases > end or answer[1] < 0:
                     return -1
                 # Ticks of a level, or units counted; of the rest, units counted and µs that end with two windows and an eighth.
@@ -1419,7 +1426,12 @@ cdef class Gathering:
                     return -1
                 most = max(<int64_t>UNITS_MAX, 3 * terms.window_us)
                 for j in range(2, length):
-                    if answer[j] > most or answer[j] < (-1 if terms.kind == c"s" and j == 4 else 0):
+                    least = 0
+                    if terms.kind == c"s" and j == 4:
+                        least = NEVER
+                    elif terms.kind in (c"c", c"f") and j == length - 1:
+                        least = -terms.window_us  # it begins only then, by a clock that has stepped back
+                    if not least <= answer[j] <= most:
                         return -1
                 if terms.kind == c"c" and answer[2] > UNITS_MAX:
                     return -1
@@ -1464,13 +1476,17 @@ cdef class Gathering:
                 rule = <CompiledRule>entry.rule
                 if (rule.lease_units > 0) != leases:
                     continue
+                place += 1
+                if answer[0] == UNREADABLE:
+                    answer += 1
+                    self.settle_unreadable(entry)
+                    continue
                 sample = <PendingDecision>entry.waiters.first
                 length = answer_length(&rule.terms, answer[0], count_of(call, entry))
                 ahead = answer[length] if leases else 0
                 self.settle_entry(call, entry, answer, ahead)
                 self.learn(call, entry, sample, answer, ahead, numbers[0], now_us)
                 answer += length + leases
-                place += 1
                 if generations < end and generations[0] == place:
                     self.knowledge.note_generation(sample, generations[1], numbers[0], now_us)
                     generations += 2
@@ -1489,6 +1505,39 @@ cdef class Gathering:
         bound = self.bound_of(entry.hashed, &shard, &index)
         if bound != NULL:                    # what was said before that comes too late
             bound.received_us, bound.server_us = now_us, server_us
+        return 0
+
+    cdef int settle_unreadable(self, CallEntry* entry) except -1:
+        """Only those who ask about this key get an error: its state can't be read."""
+        cdef PendingDecision pending
+        cdef Shard* shard
+        cdef uint32_t index
+        cdef Bound* bound = self.bound_of(entry.hashed, &shard, &index)
+        error = StateUnreadable((<CompiledRule>entry.rule).name)
+        if bound != NULL:
+            bound.asked_us = 0
+            bound.leasing = bound.leasing and entry.ahead == 0
+        while entry.waiters.first != NULL:
+            pending = <PendingDecision>entry.waiters.first
+            take(&entry.waiters, pending)
+            if pending.stage != COMPLETE:
+                complete(pending, None if pending.mode == GIVE_BACK else twin_of(error))
+        self._notice("state_unreadable", error.rule)
+        return 0
+
+    cdef int tell_refusals(self, Errand errand, const int64_t* numbers, int count) except -1:
+        """Tell what of an errand the store didn't take: pairs of an entry's number and why."""
+        cdef int i
+        cdef dict refused = {}
+        for i in range(2, count - 1, 2):
+            if 1 <= numbers[i] <= len(errand.keys):
+                rule = self.layout.rule_of(errand.keys[numbers[i] - 1])
+                if numbers[i + 1] == REFUSED_UNREADABLE:
+                    self._notice("state_unreadable", rule)
+                else:
+                    refused[rule] = refused.get(rule, 0) + 1
+        for rule, keys in refused.items():
+            self._notice("repair_refused", f"a number is out of range for {keys} keys of rule {rule!r}")
         return 0
 
     cdef int settle_entry(self, Call call, CallEntry* entry, const int64_t* answer, int64_t ahead) except -1:

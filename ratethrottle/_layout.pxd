@@ -17,6 +17,7 @@ cdef class Layout:
 
     cdef int address(self, PendingDecision pending) except -1
     cdef int put_key(self, Buffer* buffer, PendingDecision pending) except -1
+    cdef str rule_of(self, bytes name)
     cdef bytes name(self, PendingDecision pending)
     cdef char* name_new(self, PendingDecision pending, size_t* size) except NULL
 

@@ -124,6 +124,10 @@ cdef class Layout:
         finally:
             free(buffer.bytes)
 
+    cdef str rule_of(self, bytes name):
+        """Of which rule a state is, by what it is called."""
+        return name[len(self.opening):].partition(b"}:")[2].partition(b":")[0].decode()
+
     def state_key(self, Entry entry not None):
         """What the entry's state is called."""
         cdef PendingDecision pending = pending_of(entry, CHECK)

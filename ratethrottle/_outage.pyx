@@ -130,9 +130,9 @@ cdef int view_part(View* part, const Terms* terms, const View* known, int64_t kn
         source.at_us = now_us
         source.amount.level_ticks = ceil_div(source.amount.level_ticks, n)
     else:
-        # The clocks agree but roughly: it is the window whose beginning is nearest.
+        # The clocks agree but roughly: it is the window whose beginning is nearest, also if that comes only now.
         source.at_us = max(<int64_t>0, known.at_us + ahead_us + window_us // 2)
-        source.at_us = min(source.at_us, now_us)
+        source.at_us = min(source.at_us, now_us + window_us)
         source.at_us -= source.at_us % window_us
         source.amount.counts = Counts(<uint32_t>ceil_div(known.amount.counts.cur, n), <uint32_t>ceil_div(known.amount.counts.prev, n))
         view_roll(&source, now_us)
@@ -332,7 +332,7 @@ cdef int owed_ages(list ages, const View* owed, CompiledRule rule, int64_t now_u
     elif terms.kind == c"c":
         # From the middle of a window, which is in the same one by a clock that is a little off.
         if owed.amount.counts.prev:
-            ages.append((now_us - owed.at_us + terms.window_us - half_us, owed.amount.counts.prev))
+            ages.append((max(0, now_us - owed.at_us + terms.window_us - half_us), owed.amount.counts.prev))
         if owed.amount.counts.cur:
             ages.append((max(0, now_us - owed.at_us - half_us), owed.amount.counts.cur))
     elif owed.amount.level_ticks:

@@ -11,6 +11,7 @@
         │   └── StorageRefused
         ├── StorageTimeout (TimeoutError)
         └── StorageProtocolError
+            └── StateUnreadable
 
 Being denied is a value, not an error: only `.limit(...)` and `acquire` past its timeout raise `RateLimitExceeded`. No message holds
 a password or a key.
@@ -156,3 +157,22 @@ class StorageTimeout(StorageError, TimeoutError):
 
 class StorageProtocolError(StorageError):
     """The storage answered with something that isn't a reply of ours."""
+
+
+class StateUnreadable(StorageProtocolError):
+    """What the storage holds of this key under this rule isn't a state that this version reads.
+
+    Another version wrote it, somebody else did, or it was damaged. Raised under every outage policy, for the checks of this key
+    alone. Nothing was consumed or changed; `reset` mends it.
+    """
+
+    def __init__(self, rule: str) -> None:
+        """Word it from the rule's name."""
+        super().__init__(rule)
+        self.rule = rule
+
+    def __str__(self) -> str:
+        return (
+            f"the state of a key of rule {self.rule!r} can't be read: another version of ratethrottle wrote it, or something else; "
+            "reset the key, or finish the upgrade"
+        )

@@ -124,6 +124,24 @@ class RepairRefused(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class UnreadableState(Event):
+    """A key holds something that isn't a state of ours: its checks raise `StateUnreadable`. rule: the rule's name."""
+
+    kind: ClassVar[str] = "state_unreadable"
+    level: ClassVar[int] = logging.ERROR
+    every_s: ClassVar[float] = 60.0
+    rule: str
+
+    @property
+    def message(self) -> str:
+        """What happened and what to look at, in one line."""
+        return (
+            f"a key of rule {self.rule!r} holds something that isn't a state of this version, and its checks raise StateUnreadable; "
+            "is an upgrade under way, or who else writes under the prefix?"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Desync(Event):
     """A reply didn't belong to its request; the connection was dropped, and its checks went by policy. what: what came."""
 

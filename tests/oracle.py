@@ -44,17 +44,22 @@ class Account:
             return lambda t: Fraction(max(0, most - t * rule.drain_ticks), rule.unit_ticks)
         if rule.kind == "s":
             return lambda t: sum(units for at, units in self.log if at + window > t)
-        by_window = Counter[int]()
+        # The latest window stands, also for a clock that has stepped back out of it: what comes before it counts in it.
+        by_window, stands = Counter[int](), self.stands
         for at, units in self.log:
             by_window[at // window] += units
         if rule.kind == "f":
-            return lambda t: by_window[t // window]
+            return lambda t: by_window[max(t, stands) // window]
         # The units of the window before are taken to have come evenly; time within the window is read in steps of coarse_us.
         steps = ceil(Fraction(window, rule.coarse_us))
-        return lambda t: (
-            min(capacity, by_window[t // window])
-            + Fraction(min(capacity, by_window[t // window - 1]) * (steps - t % window // rule.coarse_us), steps)
-        )
+
+        def estimate(t: int) -> Fraction:
+            t = max(t, stands)
+            return min(capacity, by_window[t // window]) + Fraction(
+                min(capacity, by_window[t // window - 1]) * (steps - t % window // rule.coarse_us), steps
+            )
+
+        return estimate
 
     def instants(self, now: int) -> Sequence[int]:
         """Where what is held can change, from now on, in order."""
@@ -62,8 +67,14 @@ class Account:
         if self.rule.kind == "s":
             return [now, *(at + window for at, _ in self.log if at + window > now)]
         if self.rule.kind == "f":
-            return [now, now - now % window + window]
-        return range(now, now + (DRAIN_US_MAX if self.rule.kind == "b" else 2 * window) + 1)
+            then = max(now, self.stands)
+            return [now, then - then % window + window]
+        return range(now, now + (DRAIN_US_MAX if self.rule.kind == "b" else 3 * window) + 1)
+
+    @property
+    def stands(self) -> int:
+        """Where the latest aligned window begins that this account has met."""
+        return self.seen - self.seen % self.rule.window_us
 
     def slot_end(self, now: int) -> int:
         """The slot rule: a unit of slot k counts from (k + 1)·q to (k + 1)·q + window. Without slots, from now."""
@@ -77,6 +88,8 @@ class Account:
 
     def counts_from(self, now: int) -> int:
         """Where units admitted now count from: none before those that came before it."""
+        if self.rule.kind in ("c", "f"):
+            return max(now, self.stands)
         return max(self.slot_end(now), self.log[-1][0] if self.log and self.rule.kind == "s" else 0)
 
     def rebase(self, now: int) -> bool:
@@ -86,9 +99,11 @@ class Account:
             moved = any(at > head for at, _ in self.log)
             self.log = [(min(at, head), units) for at, units in self.log]
             return moved
-        # A bucket's log moves as a whole, that of aligned windows by whole windows.
+        # A bucket's log moves as a whole, that of aligned windows by whole windows; the next one may stand.
         grain = 1 if self.rule.kind == "b" else self.rule.window_us
         step = max(0, self.seen // grain - now // grain) * grain
+        if self.rule.kind in ("c", "f") and step == grain:
+            return False
         self.log = [(at - step, units) for at, units in self.log]
         self.seen -= step
         return step > 0
@@ -100,7 +115,7 @@ class Account:
             return [(at, units) for at, units in self.log if at + window > now]
         if kind == "b":
             return self.log if self.held(self.rule)(now) else []
-        return [(at, units) for at, units in self.log if at // window >= now // window - (kind == "c")]
+        return [(at, units) for at, units in self.log if at // window >= max(now, self.stands) // window - (kind == "c")]
 
     def used(self, now: int) -> int:
         """Units that another definition takes over."""
@@ -108,7 +123,7 @@ class Account:
 
     def write(self, now: int) -> None:
         """Drop what no longer counts, for good: a clock that steps back later doesn't bring it back."""
-        self.log, self.seen = self.living(now), now
+        self.log, self.seen = self.living(now), max(now, self.stands) if self.rule.kind in ("c", "f") else now
 
     def add(self, at: int, units: int | Fraction) -> None:
         """Put units in the log; a window without slots remembers only its newest 64."""

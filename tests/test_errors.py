@@ -50,6 +50,7 @@ async def one_of_each() -> list[RateThrottleError]:
         errors.StorageRefused("what"),
         errors.StorageTimeout(0.25),
         errors.StorageProtocolError("what"),
+        errors.StateUnreadable("rule"),
     ]
 
 

@@ -40,6 +40,7 @@ ONE_OF_EACH = [
     events.BoundsEvicted(8),
     events.Evicted(8),
     events.Refused("Redis refused the user or the password"),
+    events.UnreadableState("rule"),
 ]
 
 
@@ -117,7 +118,7 @@ def test_one_of_a_kind_a_second_and_the_next_one_counts_the_others(told: Told) -
     assert event.suppressed == 0
 
 
-@pytest.mark.parametrize("event", ONE_OF_EACH[6:9], ids=lambda event: event.kind)
+@pytest.mark.parametrize("event", ONE_OF_EACH[6:10], ids=lambda event: event.kind)
 def test_what_goes_on_for_hours_is_told_once_a_minute(event: Event, told: Told) -> None:
     heard = 0
     for _ in range(3_600):
@@ -187,7 +188,7 @@ def test_each_one_goes_to_the_log_at_its_level(told: Told, caplog: pytest.LogCap
     assert [record.getMessage() for record in caplog.records] == [event.message for event in ONE_OF_EACH]
     assert {record.name for record in caplog.records} == {"ratethrottle"}
     levels = [record.levelname for record in caplog.records]
-    assert levels == ["WARNING", "INFO", *["WARNING"] * 6, "ERROR"]
+    assert levels == ["WARNING", "INFO", *["WARNING"] * 6, "ERROR", "ERROR"]
 
 
 def test_nothing_is_printed_unasked() -> None:

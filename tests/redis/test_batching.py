@@ -279,7 +279,10 @@ def test_what_ends_the_program_after_a_check_ends_it(run: Run, redis_server: Red
 
 FIXED, SLIDING = "fixed_window", "sliding_window"
 IMPOSSIBLE = [
-    *((FIXED, numbers) for numbers in ((), (4, 4, 0), (-1, 0, 0), (1, -1, 0), (1, 2**32 + 1, 0), (1, 1, -1), (1, 1, 60_000_000))),
+    *(
+        (FIXED, numbers)
+        for numbers in ((), (4, 4, 0), (-1, 0, 0), (1, -1, 0), (1, 2**32 + 1, 0), (1, 1, -60_000_001), (1, 1, 60_000_000))
+    ),
     *((FIXED, numbers) for numbers in ((1, 10**17, 0), (1, 1), (1, 1, 0, 1), (1, 1, 0, 2, 5), (1, 1, 0, 0, 5))),
     # Refused, but not until when; granted, and until when.
     *((SLIDING, numbers) for numbers in ((0, 100, 1, 1), (1, 5, 1, 1, 1))),

@@ -46,7 +46,9 @@ def test_the_header_names_what_python_sends_and_reads() -> None:
     assert repair["rule"] == header["rule"]
     assert repair["assert_entry"] == ("key_index", "rule_index", "generation", "a", "b", "c")
     assert repair["charge_entry"] == ("key_index", "rule_index", "count", "charge...")
-    assert repair["reply"] == ("request", "server_us", "applied")
+    assert repair["reply"] == ("request", "server_us", "applied", "refusal...")
+    assert repair["refusal"] == ("entry_number", "why")
+    assert header["unreadable"] == ("-2",)
     beat = script("beat").header
     assert beat["ARGV"] == ("request", "run", "known_epoch", "process_id", "purpose", "statistics", "known_processes", "layout")
     numbers = ("server_us", "epoch", "learning_began", "learning_us", "processes", "rank", "evicted_keys", "forgets", "slot", "whole_us")
@@ -218,11 +220,11 @@ def test_rules_that_would_leave_exact_integers_are_refused(script_client: redis.
         b"1;f60000000,1,1;f60000001,1,1;f60000002,1,1;",
     ],
 )
-def test_a_state_of_another_format_is_refused_and_kept(script_client: redis.Redis, state: bytes) -> None:
+def test_a_state_of_another_format_is_answered_as_such_and_kept(script_client: redis.Redis, state: bytes) -> None:
     script_client.set("k", state)
     keys, args, *_ = make_call([(rule("sliding_window"), "k", 1)])
-    with pytest.raises(redis.ResponseError):
-        decide(script_client, keys, ["id", *args])
+    reply = decide(script_client, keys, ["id", *args])
+    assert [reply[0], *reply[2:]] == [b"id", -2]
     assert script_client.get("k") == state
 
 
@@ -381,12 +383,14 @@ def test_a_key_is_read_once_and_written_at_most_once(redis_client: redis.Redis) 
     alone = make_call([(rule(strategy, 10**6), strategy, cost) for strategy in STRATEGIES for cost in (1, 2, 1)], merge=True)
     sha = redis_client.script_load(script("decide").text)
     redis_client.set(EPOCH_KEY, EPOCH)
-    for now, keys in ((call, 3), (call, 3), (alone, 5), (alone, 5), (alone, 5)):
+    for now, keys, fresh in ((call, 3, True), (call, 3, False), (alone, 5, True), (alone, 5, False), (alone, 5, False)):
         redis_client.config_resetstat()
         redis_client.evalsha(sha, 1 + len(now.keys), EPOCH_KEY, *now.keys, "id", *now.args)
         stats = {name.removeprefix("cmdstat_"): what["calls"] for name, what in redis_client.info("commandstats").items()}
         assert stats.pop("config|resetstat", 1) == 1
         written = sum(stats.pop(name, 0) for name in ("psetex", "set", "setrange", "del"))
+        # Of what isn't there MGET doesn't tell whether it is something else than text.
+        assert stats.pop("exists", 0) == fresh or now is call
         assert stats == {"evalsha": 1, "time": 1, "mget": 1}
         assert written <= keys
         assert written == keys or now is call, "only what is denied isn't written"

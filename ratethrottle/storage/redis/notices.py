@@ -20,11 +20,12 @@ from ratethrottle.events import (
     Refused,
     RepairRefused,
     StateLost,
+    UnreadableState,
 )
 
 # What is no more than a fact, by its kind.
 OF_A_FACT: Final[dict[str, Callable[[Any], Event]]] = {
-    event.kind: event for event in (BoundsEvicted, Desync, Evicted, Refused, RepairRefused, StateLost)
+    event.kind: event for event in (BoundsEvicted, Desync, Evicted, Refused, RepairRefused, StateLost, UnreadableState)
 }
 
 

@@ -10,17 +10,19 @@
 --- answer_c: granted cur prev since_us
 --- answer_f: granted cur since_us
 --- generation_pair: entry_number generation
+--- unreadable: -2
 --- limits: keys=128 rules=128 entries=128
 -- A run is an entry of `count` equal checks for each of `key_count` consecutive keys; a key's index counts state keys from 1. The
 -- caller gives no key twice, or the last write would undo the others: to look for that takes as long as to read the rules. An answer
 -- has no retry_us where all were granted, and to a lease one number more: ahead, the units taken ahead. Of entries whose state was
--- reset, by number of the answer from 1, the reply tells when. In another epoch than the one expected it is just -1 for the server's
--- time, and nothing was read or done.
+-- reset, by number of the answer from 1, the reply tells when. The answer of an entry whose state can't be read is `unreadable` alone;
+-- nothing is written there, and the others are decided as ever. In another epoch than the one expected the reply is just -1 for the
+-- server's time, and nothing was read or done.
 
--- What only entries need that aren't simple, made with `views`.
-local charge, give_back
+-- Makes what only entries need that aren't simple, and returns it.
 local function others()
-  views()
+  local read, roll, read_header, print_header, print_state, units_of, at_of = views()
+  local charge, give_back
 
   -- Counts units that were granted now, and others that were taken ahead.
   function charge(v, units, ahead)
@@ -70,6 +72,304 @@ local function others()
     end
     return given > 0
   end
+
+  return read, roll, read_header, print_header, print_state, units_of, at_of, charge, give_back
+end
+
+-- Decides all entries, and writes nothing. By place in KEYS: `states` as text, false if there is none; `ends`, the second in which what
+-- was read ends, where that is known; `resets`, for what is to be written, how long it counts. Of some states only numbers change, to
+-- numbers[k], behind places[k] bytes; the rest and the expiry stay. Returns the reply, and whether there are such states. Raises an
+-- error if a state is damaged in a way that is only met where it is read. As it is called by pcall it is given all that it needs: to
+-- have that of the script itself costs as much as to decide an entry.
+local function decide(states, ends, resets, numbers, places, others, rules, consumes, repairing, now, request, key_count, rule_count,
+    run_count, lease_count, ARGV, number, refuse, format, match, sub, find, floor, min, max, unpack)
+  local EXACT_MAX, UNITS_MAX, SUM_MAX, SECOND, PLAIN = 9007199254740991, 4000000000, 512000000000, 1000000, '1;'
+  local read, roll, read_header, print_header, print_state, units_of, at_of, charge, give_back
+  -- Where nils from `ends`, which is empty yet, make room, a table doesn't grow, for which all that it holds is counted.
+  local reply, filled, entries, at = {request, now, unpack(ends, 1, 4 * key_count)}, 2, 0, 6 + 8 * rule_count
+  -- Pairs of entry and generation.
+  local partly, generations, reset_count = false, nil, 0
+  for i = 1, run_count + lease_count do
+    local is_lease = i > run_count
+    local key, last_key, rule, cost, count = number(ARGV[at + 1], 1, key_count), nil, nil, nil, nil
+    local wanted, back, back_us = 0, 0, 0
+    if is_lease then
+      rule, cost, count = number(ARGV[at + 2], 1, rule_count), number(ARGV[at + 3], 1, 1000000000), number(ARGV[at + 4], 0, 1000000)
+      wanted, back = number(ARGV[at + 5], 0, 1000000000), number(ARGV[at + 6], 0, 1000000000)
+      back_us = number(ARGV[at + 7], 0, 9007199254740991)
+      if not (wanted and back and back_us) then return refuse('RATETHROTTLE a number of a lease is out of range') end
+      last_key, at = key, at + 7
+      if not consumes then wanted, back = 0, 0 end
+    else
+      rule, cost, count = number(ARGV[at + 3], 1, rule_count), number(ARGV[at + 4], 1, 1000000000), number(ARGV[at + 5], 1, 1000000)
+      last_key = key and number(ARGV[at + 2], 1, key_count - key + 1)
+      last_key, at = last_key and key + last_key - 1, at + 5
+    end
+    if not (last_key and rule and cost and count) then return refuse('RATETHROTTLE a number of a run or lease is out of range') end
+    if entries + last_key - key + 1 > 128 then return refuse('RATETHROTTLE there are more than 128 entries') end
+    rule = rules[rule]
+    local kind, cap, alone, fresh, asked = rule.kind, rule.cap, rule.alone, rule.fresh, count * cost
+    local simple, skip, window = consumes and not (is_lease or repairing), #alone, rule.window
+    local unit, drain, q, digits, modulus = rule.unit, rule.drain, rule.q, rule.digits, rule.modulus
+
+    for k = key + 1, last_key + 1 do
+      entries = entries + 1
+      local state, done = states[k], false
+      if partly and numbers[k] then
+        state = sub(state, 1, places[k]) .. numbers[k] .. sub(state, places[k] + #numbers[k] + 1)
+        states[k] = state
+      end
+
+      -- Simple: the state is the rule's own view alone, the clock has not stepped back, and a sliding window grants all that is asked or
+      -- nothing. Without a table and a function, that takes two thirds of the time of the way for all, which follows.
+      if simple and (not state or sub(state, 1, skip) == alone) then
+        local text = state or fresh
+        if kind == 'b' then
+          local level, t = match(text, '^([0-9]+),([0-9]+);$', skip + 1)
+          local past = t and now - t or -1
+          level = past >= 0 and level + 0 or 0
+          if past >= 0 and level <= EXACT_MAX then
+            local granted, ending = count, state and t + level / drain
+            level = level - drain * past
+            if level < 0 then level = 0 end
+            local free = cap * unit - level
+            free = (free - free % unit) / unit
+            if asked > free then granted = free > 0 and floor(free / cost) or 0 end
+            if granted > 0 then
+              level = level + granted * cost * unit
+              local ticks, fields = level + drain - 1, format('%d,%d;', level, now)
+              local reset = (ticks - ticks % drain) / drain
+              if ending and not resets[k] then ends[k] = ending - ending % SECOND end
+              local second = now + reset
+              if ends[k] == second - second % SECOND and not resets[k] and #text == skip + #fields then
+                partly, numbers[k], places[k] = true, fields, rule.place
+              else
+                states[k], resets[k], numbers[k] = alone .. fields, reset, nil
+              end
+            end
+            reply[filled + 1], reply[filled + 2], filled, done = granted, level, filled + 2, true
+          end
+        elseif kind == 's' then
+          local held, older, slot, width, from = match(text, '^([0-9]+),([0-9]+),([0-9]+),([0-9]+),()', skip + 1)
+          local size, last, step = #text, from and slot * q - now, from and digits + width
+          if from and find(text, ';', from, true) == size and (size - from) % step == 0 and last <= rule.ahead then
+            local total, at, first = held + older, from, last
+            if last + window <= 0 then
+              total, at = 0, size
+            else
+              while at < size do
+                first = last - (slot - sub(text, at, at + digits - 1)) % modulus * q
+                if first + window > 0 then break end
+                total, at, first = total - sub(text, at + digits, at + step - 1), at + step, last
+              end
+              -- Then its units are not what their sum says.
+              if at > from and not (total >= held + 0) then total = SUM_MAX + 1 end
+            end
+            local before, granted, retry = total, count, nil
+            total = total + asked
+            if before > SUM_MAX then
+              granted = 0
+            elseif before + cost > cap then
+              -- Denied: until when is told by the entry with which enough has left, from the oldest on.
+              total, granted, retry, done = before, 0, -1, true
+              if cost <= cap then
+                local excess, leaves = before + cost - cap, at
+                while excess > 0 and leaves < size do
+                  excess, leaves = excess - sub(text, leaves + digits, leaves + step - 1), leaves + step
+                end
+                retry = last + window
+                if excess <= 0 then retry = retry - (slot - sub(text, leaves - step, leaves - step + digits - 1)) % modulus * q end
+                done = retry > 0
+              end
+              if before == 0 then first, last = -window, -window end
+            elseif total <= cap and before > 0 and (last > 0 or last == rule.slot - now) then
+              local units = format('%d,', held + asked)
+              if at == from and #units == #held + 1 and not resets[k] then
+                -- Most checks change no more than this.
+                partly, numbers[k], places[k], done = true, units, rule.place, true
+              else
+                local second = now + last + window
+                if not resets[k] then ends[k] = second - second % SECOND end
+                states[k] = alone .. units .. format('%d,%d,%d,', total - held - asked, slot, width) .. sub(text, at)
+                resets[k], numbers[k], done = last + window, nil, true
+              end
+            elseif total <= cap and (before == 0 or #held <= width + 0) then
+              last = rule.slot - now
+              if before == 0 then
+                first, states[k] = last, alone .. format('%d,0,%d,1,;', asked, rule.slot / q)
+              else
+                -- The newest entry becomes one of the older ones, which are printed alike where their width is.
+                local shape = rule[width] or format('%%0%dd%%0%dd;', digits, width)
+                rule[width] = shape
+                states[k] = alone .. format('%d,%d,%d,%d,', asked, before, rule.slot / q, width) .. sub(text, at, size - 1)
+                  .. format(shape, slot % modulus, held)
+              end
+              resets[k], numbers[k], done = last + window, nil, true
+            end
+            if done then
+              reply[filled + 1], reply[filled + 2], reply[filled + 3], reply[filled + 4] = granted, total, first + window, last + window
+              filled = filled + 4
+              if retry then reply[filled + 1], filled = retry, filled + 1 end
+            end
+          end
+        else
+          local shape = kind == 'f' and '^([0-9]+),([0-9]+);$' or '^([0-9]+),([0-9]+),([0-9]+);$'
+          local start, cur, prev = match(text, shape, skip + 1)
+          local began = now - now % window
+          start, cur, prev = start and start + 0, cur and cur + 0, prev and prev + 0 or 0
+          if start and start <= began and cur <= UNITS_MAX and prev <= UNITS_MAX and (start == began or start % window == 0) then
+            local granted, stays = count, cur > 0 and start == began and not resets[k]
+            if start < began then
+              prev = start == began - window and cur or 0
+              cur = 0
+            end
+            local free = cap - cur
+            if kind == 'c' then
+              local span = rule.span
+              free = free * span - min(prev, cap) * (span - floor((now - began) / rule.coarse))
+              free = (free - free % span) / span
+            end
+            if asked > free then granted = free > 0 and floor(free / cost) or 0 end
+            if granted > 0 then
+              cur = cur + granted * cost
+              local second, fields = began + window, nil
+              if kind == 'f' then
+                fields = format('%d,%d;', began, cur)
+              else
+                second, fields = second + window, format('%d,%d,%d;', began, cur, prev)
+              end
+              if stays and #text <= skip + #fields then
+                -- A count grows, so that nothing is left behind it.
+                partly, numbers[k], places[k] = true, fields, rule.place
+              else
+                states[k], resets[k], numbers[k] = alone .. fields, second - now, nil
+              end
+            end
+            reply[filled + 1], reply[filled + 2], done = granted, cur, true
+            if kind == 'f' then
+              reply[filled + 3], filled = now - began, filled + 3
+            else
+              reply[filled + 3], reply[filled + 4], filled = prev, now - began, filled + 4
+            end
+          end
+        end
+      end
+
+      if not done then
+        if not read then
+          read, roll, read_header, print_header, print_state, units_of, at_of, charge, give_back = others()
+        end
+        local head, own, other, changed, derived, h = PLAIN, rule, nil, false, false, nil
+        if state then
+          head, own, other, changed, derived = read(state, rule)
+        elseif kind == 'b' then
+          rule.level, rule.t = 0, now
+        elseif kind == 's' then
+          rule.n, rule.total = 0, 0
+        else
+          rule.start, rule.cur, rule.prev = now - now % window, 0, 0
+        end
+        if head and roll(own) then changed = true end
+        if head and (repairing or head ~= PLAIN) then
+          h = read_header(head, own, other)
+          if h and h.generation > 0 then
+            generations = generations or {nil}
+            generations[reset_count + 1], generations[reset_count + 2] = entries, h.generation
+            reset_count = reset_count + 2
+          end
+          head = h and head
+        end
+        if not head then
+          filled = filled + 1
+          reply[filled] = -2
+        else
+          -- A view that was derived just now doesn't hold the lease's units as such, nor one that was reset since they were taken.
+          if back > 0 and not derived and not (h and h.generation >= back_us) and give_back(own, rule.lead, back, back_us) then changed = true end
+
+          -- Units that are free; negative if a limit was lowered.
+          local free
+          if kind == 'b' then
+            free = cap * own.unit - own.level
+            free = (free - free % own.unit) / own.unit
+          elseif kind == 's' then
+            free = cap - own.total
+          elseif kind == 'f' then
+            free = cap - own.cur
+          else
+            -- A window that begins only after now, by this clock, counts as it will when it begins.
+            local span, past, cur, prev = rule.span, max(0, now - own.start), own.cur, own.prev
+            if cur > cap then cur = cap end
+            if prev > cap then prev = cap end
+            free = (cap - cur) * span - prev * (span - floor(past / rule.coarse))
+            free = (free - free % span) / span
+          end
+          local granted, ahead, units = count, 0, asked
+          if units > free then
+            granted = free > 0 and floor(free / cost) or 0
+            units = granted * cost
+          end
+          if not consumes then
+            granted = min(granted, 1)
+          else
+            if wanted > 0 and granted == count then ahead = min(wanted, max(0, floor((free - units) / 8))) end
+            if units + ahead > 0 then
+              charge(own, units, ahead)
+              own.name, changed = rule.name, true
+              if h then h.granted = min(h.granted + units + ahead, UNITS_MAX) end
+              if other and other.kind == 'b' then
+                -- A definition never owes more than its capacity for what another one admitted.
+                other.level = min(other.level + min(units + ahead, other.cap) * other.unit, max(other.level, other.cap * other.unit))
+              elseif other then
+                charge(other, units, ahead)
+              end
+            end
+            if changed then
+              if h then head = print_header(h) end
+              local reset, text = print_state(head, own, other)
+              if h and h.keep > reset then reset = h.keep end
+              states[k], resets[k], numbers[k] = reset > 0 and text, reset, nil
+            end
+          end
+
+          reply[filled + 1] = granted
+          if kind == 'b' then
+            reply[filled + 2] = own.level
+            filled = filled + 2
+          elseif kind == 's' then
+            local first, retry, reset = 0, nil, 0
+            if granted < count then
+              retry = -1
+              if cost <= cap then
+                -- When enough has left, from the oldest on.
+                local excess, j = own.total + cost - cap, 0
+                while excess > 0 do
+                  excess = excess - units_of(own, j)
+                  j = j + 1
+                end
+                retry = j > 0 and at_of(own, j - 1) + own.window - now or 0
+                if not (retry >= 0) then error('the entries of a state do not ascend') end
+              end
+            end
+            if own.n > 0 then first, reset = own.first + own.window - now, own.last + own.window - now end
+            reply[filled + 2], reply[filled + 3], reply[filled + 4], filled = own.total, first, reset, filled + 4
+            if retry then reply[filled + 1], filled = retry, filled + 1 end
+          elseif kind == 'f' then
+            reply[filled + 2], reply[filled + 3] = own.cur, now - own.start
+            filled = filled + 3
+          else
+            reply[filled + 2], reply[filled + 3], reply[filled + 4] = own.cur, own.prev, now - own.start
+            filled = filled + 4
+          end
+          if is_lease then
+            filled = filled + 1
+            reply[filled] = ahead
+          end
+        end
+      end
+    end
+  end
+  for i = 1, reset_count do reply[filled + i] = generations[i] end
+  return reply, partly
 end
 
 -- Nothing is written before everything is decided, so a refused call leaves every key as it is.
@@ -87,283 +387,36 @@ if #ARGV ~= right then return refuse('RATETHROTTLE the number of arguments is wr
 local rules, wrong = read_rules(6, rule_count)
 if not rules then return refuse(wrong) end
 
--- By place in KEYS: the state as text, false if there is none; the second in which what was read ends, where that is known; and for
--- what was written, how long it counts. `partly`: of some states only numbers change, to numbers[k], behind places[k] bytes; the rest
--- and the expiry stay. Where nils from `ends`, which is empty yet, make room, a table doesn't grow, for which all that it holds is counted.
-local states, ends, resets = call('MGET', unpack(KEYS)), {nil}, {nil}
-local partly, numbers, places = false, {unpack(ends, 1, key_count + 1)}, {unpack(ends, 1, key_count + 1)}
 local entered = enter(states, ARGV[3])
 if entered == nil then return {request, -1} end
 if not entered then return refuse('RATETHROTTLE the epoch is none') end
-local reply, filled, entries, at = {request, now, unpack(ends, 1, 4 * key_count)}, 2, 0, 6 + 8 * rule_count
--- Pairs of entry and generation.
-local generations, reset_count, consumes = nil, 0, mode == 'check'
-for i = 1, run_count + lease_count do
-  local is_lease = i > run_count
-  local key, last_key, rule, cost, count = number(ARGV[at + 1], 1, key_count), nil, nil, nil, nil
-  local wanted, back, back_us = 0, 0, 0
-  if is_lease then
-    rule, cost, count = number(ARGV[at + 2], 1, rule_count), number(ARGV[at + 3], 1, 1000000000), number(ARGV[at + 4], 0, 1000000)
-    wanted, back = number(ARGV[at + 5], 0, 1000000000), number(ARGV[at + 6], 0, 1000000000)
-    back_us = number(ARGV[at + 7], 0, 9007199254740991)
-    if not (wanted and back and back_us) then return refuse('RATETHROTTLE a number of a lease is out of range') end
-    last_key, at = key, at + 7
-    if not consumes then wanted, back = 0, 0 end
-  else
-    rule, cost, count = number(ARGV[at + 3], 1, rule_count), number(ARGV[at + 4], 1, 1000000000), number(ARGV[at + 5], 1, 1000000)
-    last_key = key and number(ARGV[at + 2], 1, key_count - key + 1)
-    last_key, at = last_key and key + last_key - 1, at + 5
-  end
-  if not (last_key and rule and cost and count) then return refuse('RATETHROTTLE a number of a run or lease is out of range') end
-  if entries + last_key - key + 1 > 128 then return refuse('RATETHROTTLE there are more than 128 entries') end
-  rule = rules[rule]
-  local kind, cap, alone, fresh, asked = rule.kind, rule.cap, rule.alone, rule.fresh, count * cost
-  local simple, skip, window = consumes and not is_lease and repair_us == 0, #alone, rule.window
-  local unit, drain, q, digits, modulus = rule.unit, rule.drain, rule.q, rule.digits, rule.modulus
-
-  for k = key + 1, last_key + 1 do
-    entries = entries + 1
-    local state, done = states[k], false
-    if partly and numbers[k] then
-      state = sub(state, 1, places[k]) .. numbers[k] .. sub(state, places[k] + #numbers[k] + 1)
-      states[k] = state
-    end
-
-    -- Simple: the state is the rule's own view alone, the clock has not stepped back, and a sliding window grants all that is asked or
-    -- nothing. Without a table and a function, that takes two thirds of the time of the way for all, which follows.
-    if simple and (not state or sub(state, 1, skip) == alone) then
-      local text = state or fresh
-      if kind == 'b' then
-        local level, t = match(text, '^([0-9]+),([0-9]+);$', skip + 1)
-        local past = t and now - t or -1
-        if past >= 0 then
-          local granted, ending = count, state and t + level / drain
-          level = level - drain * past
-          if level < 0 then level = 0 end
-          local free = cap * unit - level
-          free = (free - free % unit) / unit
-          if asked > free then granted = free > 0 and floor(free / cost) or 0 end
-          if granted > 0 then
-            level = level + granted * cost * unit
-            local ticks, fields = level + drain - 1, format('%d,%d;', level, now)
-            local reset = (ticks - ticks % drain) / drain
-            if ending and not resets[k] then ends[k] = ending - ending % SECOND end
-            local second = now + reset
-            if ends[k] == second - second % SECOND and not resets[k] and #text == skip + #fields then
-              partly, numbers[k], places[k] = true, fields, rule.place
-            else
-              states[k], resets[k], numbers[k] = alone .. fields, reset, nil
-            end
-          end
-          reply[filled + 1], reply[filled + 2], filled, done = granted, level, filled + 2, true
-        end
-      elseif kind == 's' then
-        local held, older, slot, width, from = match(text, '^([0-9]+),([0-9]+),([0-9]+),([0-9]+),()', skip + 1)
-        local size, last, step = #text, from and slot * q - now, from and digits + width
-        if from and find(text, ';', from, true) == size and (size - from) % step == 0 and last <= rule.ahead then
-          local total, at, first = held + older, from, last
-          if last + window <= 0 then
-            total, at = 0, size
-          else
-            while at < size do
-              first = last - (slot - sub(text, at, at + digits - 1)) % modulus * q
-              if first + window > 0 then break end
-              total, at, first = total - sub(text, at + digits, at + step - 1), at + step, last
-            end
-          end
-          local before, granted, retry = total, count, nil
-          total = total + asked
-          if before + cost > cap then
-            -- Denied: until when is told by the entry with which enough has left, from the oldest on.
-            total, granted, retry, done = before, 0, -1, true
-            if cost <= cap then
-              local excess, leaves = before + cost - cap, at
-              while excess > 0 and leaves < size do
-                excess, leaves = excess - sub(text, leaves + digits, leaves + step - 1), leaves + step
-              end
-              retry = last + window
-              if excess <= 0 then retry = retry - (slot - sub(text, leaves - step, leaves - step + digits - 1)) % modulus * q end
-            end
-            if before == 0 then first, last = -window, -window end
-          elseif total <= cap and before > 0 and (last > 0 or last == rule.slot - now) then
-            local units = format('%d,', held + asked)
-            if at == from and #units == #held + 1 and not resets[k] then
-              -- Most checks change no more than this.
-              partly, numbers[k], places[k], done = true, units, rule.place, true
-            else
-              local second = now + last + window
-              if not resets[k] then ends[k] = second - second % SECOND end
-              states[k] = alone .. units .. format('%d,%d,%d,', total - held - asked, slot, width) .. sub(text, at)
-              resets[k], numbers[k], done = last + window, nil, true
-            end
-          elseif total <= cap and (before == 0 or #held <= width + 0) then
-            last = rule.slot - now
-            if before == 0 then
-              first, states[k] = last, alone .. format('%d,0,%d,1,;', asked, rule.slot / q)
-            else
-              -- The newest entry becomes one of the older ones, which are printed alike where their width is.
-              local shape = rule[width] or format('%%0%dd%%0%dd;', digits, width)
-              rule[width] = shape
-              states[k] = alone .. format('%d,%d,%d,%d,', asked, before, rule.slot / q, width) .. sub(text, at, size - 1)
-                .. format(shape, slot % modulus, held)
-            end
-            resets[k], numbers[k], done = last + window, nil, true
-          end
-          if done then
-            reply[filled + 1], reply[filled + 2], reply[filled + 3], reply[filled + 4] = granted, total, first + window, last + window
-            filled = filled + 4
-            if retry then reply[filled + 1], filled = retry, filled + 1 end
-          end
-        end
-      else
-        local shape = kind == 'f' and '^([0-9]+),([0-9]+);$' or '^([0-9]+),([0-9]+),([0-9]+);$'
-        local start, cur, prev = match(text, shape, skip + 1)
-        local began = now - now % window
-        if start and start + 0 <= began then
-          start, cur, prev = start + 0, cur + 0, prev and prev + 0 or 0
-          local granted, stays = count, cur > 0 and start == began and not resets[k]
-          if start < began then
-            prev = start == began - window and cur or 0
-            cur = 0
-          end
-          local free = cap - cur
-          if kind == 'c' then
-            local span = rule.span
-            free = free * span - min(prev, cap) * (span - floor((now - began) / rule.coarse))
-            free = (free - free % span) / span
-          end
-          if asked > free then granted = free > 0 and floor(free / cost) or 0 end
-          if granted > 0 then
-            cur = cur + granted * cost
-            local second, fields = began + window, nil
-            if kind == 'f' then
-              fields = format('%d,%d;', began, cur)
-            else
-              second, fields = second + window, format('%d,%d,%d;', began, cur, prev)
-            end
-            if stays then
-              -- A count grows, so that nothing is left behind it.
-              partly, numbers[k], places[k] = true, fields, rule.place
-            else
-              states[k], resets[k], numbers[k] = alone .. fields, second - now, nil
-            end
-          end
-          reply[filled + 1], reply[filled + 2], done = granted, cur, true
-          if kind == 'f' then
-            reply[filled + 3], filled = now - began, filled + 3
-          else
-            reply[filled + 3], reply[filled + 4], filled = prev, now - began, filled + 4
-          end
-        end
+local ends, resets, numbers, places = {nil}, {nil}, nil, nil
+numbers, places = {unpack(ends, 1, key_count + 1)}, {unpack(ends, 1, key_count + 1)}
+local fine, reply, partly = pcall(decide, states, ends, resets, numbers, places, others, rules, mode == 'check', repair_us > 0, now, request,
+  key_count, rule_count, run_count, lease_count, ARGV, number, refuse, format, match, sub, find, floor, min, max, unpack)
+if not fine then
+  -- Now each state is looked at whole: are the entries of its sliding windows digits that ascend, and is the sum theirs?
+  local read_again = call('MGET', unpack(KEYS))
+  enter(read_again, ARGV[3])
+  for k = 2, key_count + 1 do
+    if states[k] ~= '' then states[k] = read_again[k] end
+    for window, q, past, last, width, older in string.gmatch(states[k] or '', ';s(%d+),(%d+),%d+,(%d+),(%d+),(%d+),([^;]*)') do
+      window, q, width = number(window, 1, 31622400000000), number(q, 1, 31622400000000), number(width, 1, 10)
+      local v, held = window and q and width and not find(older, '[^0-9]') and sliding_view(window, q, 0), 0
+      local before = v and v.modulus
+      for at = 1, v and #older or 0, v and v.digits + width or 1 do
+        local behind, units = (last - sub(older, at, at + v.digits - 1)) % v.modulus, sub(older, at + v.digits, at + v.digits + width - 1)
+        if #units < width or behind >= before then break end
+        before, held = behind, held + units
       end
-    end
-
-    if not done then
-      if not read then others() end
-      local head, own, other, changed, derived, h = '1;', rule, nil, false, false, nil
-      if state then
-        head, own, other, changed, derived = read(state, rule)
-        if not head then return refuse('RATETHROTTLE a key holds a state that is not of this version') end
-      elseif kind == 'b' then
-        rule.level, rule.t = 0, now
-      elseif kind == 's' then
-        rule.n, rule.total = 0, 0
-      else
-        rule.start, rule.cur, rule.prev = now - now % window, 0, 0
-      end
-      if roll(own) then changed = true end
-      if repair_us > 0 or head ~= '1;' then
-        h = read_header(head, own, other)
-        if h.generation > 0 then
-          generations = generations or {nil}
-          generations[reset_count + 1], generations[reset_count + 2] = entries, h.generation
-          reset_count = reset_count + 2
-        end
-      end
-      -- A view that was derived just now doesn't hold the lease's units as such, nor one that was reset since they were taken.
-      if back > 0 and not derived and not (h and h.generation >= back_us) and give_back(own, rule.lead, back, back_us) then changed = true end
-
-      -- Units that are free; negative if a limit was lowered.
-      local free
-      if kind == 'b' then
-        free = cap * own.unit - own.level
-        free = (free - free % own.unit) / own.unit
-      elseif kind == 's' then
-        free = cap - own.total
-      elseif kind == 'f' then
-        free = cap - own.cur
-      else
-        local span, past, cur, prev = rule.span, now - own.start, own.cur, own.prev
-        if cur > cap then cur = cap end
-        if prev > cap then prev = cap end
-        free = (cap - cur) * span - prev * (span - floor(past / rule.coarse))
-        free = (free - free % span) / span
-      end
-      local granted, ahead, units = count, 0, asked
-      if units > free then
-        granted = free > 0 and floor(free / cost) or 0
-        units = granted * cost
-      end
-      if not consumes then
-        granted = min(granted, 1)
-      else
-        if wanted > 0 and granted == count then ahead = min(wanted, max(0, floor((free - units) / 8))) end
-        if units + ahead > 0 then
-          charge(own, units, ahead)
-          own.name, changed = rule.name, true
-          if h then h.granted = min(h.granted + units + ahead, UNITS_MAX) end
-          if other and other.kind == 'b' then
-            -- A definition never owes more than its capacity for what another one admitted.
-            other.level = min(other.level + min(units + ahead, other.cap) * other.unit, max(other.level, other.cap * other.unit))
-          elseif other then
-            charge(other, units, ahead)
-          end
-        end
-        if changed then
-          if h then head = print_header(h) end
-          local reset, text = print_state(head, own, other)
-          if h and h.keep > reset then reset = h.keep end
-          states[k], resets[k], numbers[k] = reset > 0 and text, reset, nil
-        end
-      end
-
-      reply[filled + 1] = granted
-      if kind == 'b' then
-        reply[filled + 2] = own.level
-        filled = filled + 2
-      elseif kind == 's' then
-        local first, retry, reset = 0, nil, 0
-        if granted < count then
-          retry = -1
-          if cost <= cap then
-            -- When enough has left, from the oldest on.
-            local excess, j = own.total + cost - cap, 0
-            while excess > 0 do
-              excess = excess - units_of(own, j)
-              j = j + 1
-            end
-            retry = j > 0 and at_of(own, j - 1) + own.window - now or 0
-          end
-        end
-        if own.n > 0 then first, reset = own.first + own.window - now, own.last + own.window - now end
-        reply[filled + 2], reply[filled + 3], reply[filled + 4], filled = own.total, first, reset, filled + 4
-        if retry then reply[filled + 1], filled = retry, filled + 1 end
-      elseif kind == 'f' then
-        reply[filled + 2], reply[filled + 3] = own.cur, now - own.start
-        filled = filled + 3
-      else
-        reply[filled + 2], reply[filled + 3], reply[filled + 4] = own.cur, own.prev, now - own.start
-        filled = filled + 4
-      end
-      if is_lease then
-        filled = filled + 1
-        reply[filled] = ahead
-      end
+      if not v or held ~= past + 0 or before == 0 then states[k] = '' end
     end
   end
+  ends, resets, numbers, places = {nil}, {nil}, {nil}, {nil}
+  reply, partly = decide(states, ends, resets, numbers, places, others, rules, mode == 'check', repair_us > 0, now, request, key_count,
+    rule_count, run_count, lease_count, ARGV, number, refuse, format, match, sub, find, floor, min, max, unpack)
 end
-
-for i = 1, reset_count do reply[filled + i] = generations[i] end
+if reply.err then return reply end
 
 -- A key expires one to two seconds after it counts for the last time, at about a whole second: so that most checks leave that as it
 -- is, and what is in use isn't deleted and made anew each time. repair.lua does it alike, or the expiry that is left would be another.

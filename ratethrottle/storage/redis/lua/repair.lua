@@ -5,27 +5,53 @@
 --- assert_entry: key_index rule_index generation a b c
 --- charge_entry: key_index rule_index count charge...
 --- charge: age_us units
---- reply: request server_us applied
+--- reply: request server_us applied refusal...
+--- refusal: entry_number why
+--- why: out_of_range=1 unreadable=2
 --- limits: keys=128 rules=128 entries=128 charges=128
 -- With mode `assert` there is no marker_key. a b c: of b level 0 0, of s units leaves_us heard_us (ago), of f count since_us 0, of c cur since_us
 -- prev.
--- A call that charges is run once, however often it is sent: the marker tells. `applied` counts the entries that were taken in. In another
--- epoch than the one expected, the reply is just -1 for the server's time, and nothing was done.
+-- A call that charges is run once, however often it is sent: the marker tells. `applied` counts the entries that were taken in. An entry
+-- with a number out of range, or of a rule with one, is refused alone, and so is one whose state can't be read, which stays as it is.
+-- In another epoch than the one expected, the reply is just -1 for the server's time, and nothing was done.
 
--- The entries of a sliding window as a table, in order: {us, units}.
+-- The entries of a sliding window as two tables, in order: us and units.
 local function entries_of(v)
-  local list = {}
-  for i = 1, v.n do list[i] = {at_of(v, i - 1), units_of(v, i - 1)} end
-  return list
+  local ats, counts, n = {nil}, {nil}, v.n
+  if n == 0 then return ats, counts end
+  join(v)
+  local text, at, digits, step, last, q, modulus = v.text, v.from, v.digits, v.digits + v.width, v.last, v.q, v.modulus
+  local newest = last / q
+  for i = 1, n - 1 do
+    ats[i], counts[i] = last - (newest - sub(text, at, at + digits - 1)) % modulus * q, sub(text, at + digits, at + step - 1) + 0
+    -- Negated, since NaN is a number too.
+    if not (ats[i] > (ats[i - 1] or 0) and counts[i] > 0 and ats[i] < last) then error('the entries of a state do not ascend') end
+    at = at + step
+  end
+  ats[n], counts[n] = last, v.units
+  return ats, counts
 end
 
--- Makes them the entries again, in whatever order they are, without those that hold nothing.
-local function set_entries(v, list)
-  table.sort(list, function(one, other) return one[1] < other[1] end)
-  v.n, v.total = 0, 0
-  for i = 1, #list do
-    if list[i][2] > 0 then push(v, list[i][1], list[i][2]) end
+-- Makes those of two such pairs of tables the entries, without those that hold nothing; without slots, the newest 64 units.
+local function set_entries(v, ats, counts, more_ats, more_counts)
+  local i, j, n, left, last = #ats, #more_ats, 0, v.q == 1 and 64 or 1e15, nil
+  local at_of_n, units_of_n, total, widest, older = {nil}, {nil}, 0, 1, {nil}
+  while left > 0 and (i > 0 or j > 0) do
+    local at, units = max(ats[i] or 0, more_ats[j] or 0), 0
+    while i > 0 and ats[i] == at do units, i = units + counts[i], i - 1 end
+    while j > 0 and more_ats[j] == at do units, j = units + more_counts[j], j - 1 end
+    units = min(units, UNITS_MAX, left)
+    if units > 0 then
+      if n > 0 then widest = max(widest, units) end
+      n, left, total = n + 1, left - units, total + units
+      at_of_n[n], units_of_n[n] = at, units
+    end
   end
+  v.n, v.total, v.kept, v.from, v.more, v.width = n, total, max(0, n - 1), 1, '', #format('%d', widest)
+  local shape = format('%%0%dd%%0%dd', v.digits, v.width)
+  for k = n, 2, -1 do older[n - k + 1] = format(shape, at_of_n[k] / v.q % v.modulus, units_of_n[k]) end
+  v.text = table.concat(older)
+  if n > 0 then v.first, v.last, v.units = at_of_n[n], at_of_n[1], units_of_n[1] end
 end
 
 -- What a sliding window held that was used before the epoch: a table of `held` (units inherited), `added` (those that were asserted,
@@ -58,12 +84,10 @@ local function print_bases(h)
 end
 
 -- Takes what was asserted out of the entries of a window. It was merged into the newest entry if the clock was set back since.
-local function take_out(v, base, list)
-  local at, left = v.n > 0 and min(base.at, v.last) or 0, base.added
-  for i = 1, #list do
-    if list[i][1] == at then
-      list[i][2] = list[i][2] - min(list[i][2], left)
-    end
+local function take_out(v, base, ats, counts)
+  local at = v.n > 0 and min(base.at, v.last) or 0
+  for i = 1, #ats do
+    if ats[i] == at then counts[i] = counts[i] - min(counts[i], base.added) end
   end
 end
 
@@ -76,9 +100,14 @@ end
 local function join_count(v, h, start, units)
   local first = first_window(h, v)
   if units == 0 then return end
-  if start == first and v.start <= first then
+  if start > first and v.start < start then
+    -- By the old server's clock the next window had begun: it stands, and what was granted here since counts in it.
+    v.prev = v.kind == 'c' and v.start == first and max(0, v.cur - h.granted) or 0
+    v.start, v.cur = start, 0
+  end
+  if start >= first and v.start <= start then
     v.cur = max(v.cur, min(units + h.granted, UNITS_MAX))
-  elseif v.kind == 'c' and start == first and v.start == first + v.window then
+  elseif v.kind == 'c' and start >= first and v.start == start + v.window then
     -- What of `granted` isn't in the window that has begun since was in that one.
     v.prev = max(v.prev, min(units + max(0, h.granted - v.cur), UNITS_MAX))
   elseif v.kind == 'c' and start == first - v.window and v.start <= first then
@@ -97,16 +126,19 @@ local function join_window(v, h, units, at, heard)
   if added <= 0 or at + v.window <= now then return end
   added, at = max(added, base.added), max(at, base.at)
   if added == base.added and at == base.at then return end
-  local list = entries_of(v)
-  take_out(v, base, list)
-  list[#list + 1] = {at, added}
-  set_entries(v, list)
+  local ats, counts = entries_of(v)
+  take_out(v, base, ats, counts)
+  set_entries(v, ats, counts, {at}, {added})
   base.added, base.at = added, at
 end
 
 -- What is asserted holds at the same time as what was granted since, on top of it: their sum is what the level would be now.
 local function join_bucket(v, h, ticks, most)
-  v.level = max(v.level, min(ticks + h.granted * v.unit, most))
+  -- Whole units apart, since what was granted since needn't be below 2^53 in ticks.
+  local rest = ticks % v.unit
+  local units = (ticks - rest) / v.unit + h.granted
+  if units * v.unit < most then most = max(0, units * v.unit + rest) end
+  v.level = max(v.level, most)
 end
 
 -- Joins what a process knows of one definition, to its view and to the other one: as `read` derives a view, but all of it from when
@@ -123,7 +155,7 @@ local function join(rule, own, other, h, a, b, c)
   else
     -- The nearest window: a process measures from when it heard of it, and servers' clocks differ.
     local start = floor((now - b) / own.window + 0.5) * own.window
-    start = min(start, first_window(h, own))
+    start = min(start, first_window(h, own) + own.window)
     join_count(own, h, start, a)
     if kind == 'c' then join_count(own, h, start - own.window, c) end
     units = (start >= own.start and a or 0) + (kind == 'c' and (start >= own.start and c or start == own.start - own.window and a) or 0)
@@ -134,7 +166,7 @@ local function join(rule, own, other, h, a, b, c)
   elseif other.kind == 's' then
     join_window(other, h, units, at, heard)
   else
-    join_count(other, h, first_window(h, other), units)
+    join_count(other, h, max(first_window(h, other), other.start > now and other.start or 0), units)
   end
 end
 
@@ -144,21 +176,22 @@ local function forget(v, h)
   if kind == 'b' then
     v.level = min(v.level, granted * v.unit)
   elseif kind == 's' then
-    local base, list = base_of(h, v), entries_of(v)
-    take_out(v, base, list)
+    local base, ats, counts = base_of(h, v), entries_of(v)
+    take_out(v, base, ats, counts)
     -- Nothing was granted since at an earlier place than what was there.
-    for i = #list, 1, -1 do
-      list[i][2] = min(list[i][2], granted)
-      granted = granted - list[i][2]
+    for i = #ats, 1, -1 do
+      counts[i] = min(counts[i], granted)
+      granted = granted - counts[i]
     end
-    set_entries(v, list)
+    set_entries(v, ats, counts, {}, {})
     base.held, base.added, base.at = 0, 0, 0
   else
     local first = first_window(h, v)
     if v.start <= first then
       v.cur, v.prev = min(v.cur, granted), 0
     elseif v.start == first + v.window then
-      v.prev = min(v.prev, max(0, granted - v.cur))
+      v.cur = min(v.cur, granted)
+      v.prev = min(v.prev, granted - v.cur)
     end
   end
 end
@@ -166,14 +199,19 @@ end
 -- Counts units of a view that were admitted elsewhere; returns how many of them a later assertion must come on top of.
 local function charge(v, h, charges)
   local kind, counted = v.kind, 0
-  local list = kind == 's' and entries_of(v)
+  local more_ats, more_counts, n = {nil}, {nil}, 0
   for i = 1, #charges do
     local at, units = now - charges[i][1], charges[i][2]
     if kind == 's' then
       at = slot_end(v.q, at)
-      if at + v.window > now then list[#list + 1], counted = {at, units}, counted + units end
+      if at + v.window > now then
+        n, counted = n + 1, counted + units
+        more_ats[n], more_counts[n] = at, units
+      end
     elseif kind ~= 'b' then
       local start = at - at % v.window
+      -- What comes before the window that stands counts in it, like all that is admitted by then.
+      if start + v.window > now then start = max(start, v.start) end
       if start == v.start then
         v.cur = min(v.cur + units, UNITS_MAX)
       elseif kind == 'c' and start == v.start - v.window then
@@ -184,7 +222,10 @@ local function charge(v, h, charges)
       counted = counted + units
     end
   end
-  if kind == 's' then set_entries(v, list) end
+  if n > 0 then
+    local ats, counts = entries_of(v)
+    set_entries(v, ats, counts, more_ats, more_counts)
+  end
   if kind == 'b' then v.level = min(v.level + min(counted, v.cap) * v.unit, max(v.level, v.cap * v.unit)) end
   return counted
 end
@@ -207,71 +248,86 @@ for k = 1, #KEYS do
   if seen[KEYS[k]] then return refuse('RATETHROTTLE a key is given twice') end
   seen[KEYS[k]] = true
 end
-local rules, wrong = read_rules(5, rule_count)
-if not rules then return refuse(wrong) end
+local EXACT_MAX = 9007199254740991
+local rules = read_rules(5, rule_count, true)
 
-local entries, at = {}, 5 + 8 * rule_count
+local entries, refusals, at = {}, {}, 5 + 8 * rule_count
+local function refuse_entry(i, why)
+  entries[i] = nil
+  refusals[#refusals + 1], refusals[#refusals + 2] = i, why
+end
 for i = 1, entry_count do
   local key, rule = number(ARGV[at + 1], 1, key_count), rules[number(ARGV[at + 2], 1, rule_count) or 0]
+  local kind, fits = rule and rule.kind, key and rule and true or false
   local entry = {key = key and key + 1, rule = rule}
-  if not (key and rule) then return refuse('RATETHROTTLE a number of an entry is out of range') end
-  local kind = rule.kind
   if charges then
-    local count = number(ARGV[at + 3], 1, kind == 'b' and 1 or 128)
-    if not count then return refuse('RATETHROTTLE a number of an entry is out of range') end
-    at = at + 3
+    local count = number(ARGV[at + 3], 1, 128)
+    if not count then return refuse('RATETHROTTLE a count of charges is out of range') end
+    fits, at = fits and (kind ~= 'b' or count == 1), at + 3
     for j = 1, count do
-      local age, units = number(ARGV[at + 1], 0, kind == 'b' and 0 or 9007199254740991), number(ARGV[at + 2], 1, kind == 'b' and TICKS or UNITS_MAX)
-      if not (age and units) then return refuse('RATETHROTTLE a number of a charge is out of range') end
-      entry[j], at = {age, units}, at + 2
+      local age, units = number(ARGV[at + 1], 0, kind == 'b' and 0 or EXACT_MAX), number(ARGV[at + 2], 1, kind == 'b' and TICKS or UNITS_MAX)
+      fits, entry[j], at = fits and age and units and true, {age, units}, at + 2
     end
   else
-    entry.generation = number(ARGV[at + 3], 0, 9007199254740991)
-    entry.a = number(ARGV[at + 4], kind == 'b' and -TICKS or 0, kind == 'b' and 2 * TICKS or UNITS_MAX)
-    entry.b = number(ARGV[at + 5], kind == 's' and 1 or 0, kind == 'b' and 0 or 9007199254740991)
-    entry.c = number(ARGV[at + 6], 0, kind == 'c' and UNITS_MAX or kind == 's' and 9007199254740991 or 0)
-    if not (entry.generation and entry.a and entry.b and entry.c) then return refuse('RATETHROTTLE a number of an entry is out of range') end
-    at = at + 6
+    entry.generation = number(ARGV[at + 3], 0, EXACT_MAX)
+    entry.a = number(ARGV[at + 4], kind == 'b' and -EXACT_MAX or 0, kind == 'b' and EXACT_MAX or UNITS_MAX)
+    entry.b = number(ARGV[at + 5], kind == 's' and 1 or rule and kind ~= 'b' and -rule.window or 0, kind == 'b' and 0 or EXACT_MAX)
+    entry.c = number(ARGV[at + 6], 0, kind == 'c' and UNITS_MAX or kind == 's' and EXACT_MAX or 0)
+    fits, at = fits and entry.generation and entry.a and entry.b and entry.c and true, at + 6
   end
+  -- The oldest comes first, so that they are merged as they are.
+  if charges and fits then table.sort(entry, function(one, other) return one[1] > other[1] end) end
   entries[i] = entry
+  if not fits then refuse_entry(i, 1) end
 end
 if #ARGV ~= at then return refuse('RATETHROTTLE the number of arguments is wrong') end
 
-local states = call('MGET', unpack(KEYS))
+views()
 local entered = enter(states, ARGV[3])
 if entered == nil then return {request, -1} end
 if not entered then return refuse('RATETHROTTLE the epoch is none') end
-views()
 local marker = charges and KEYS[key_count + 2]
 if charges and states[key_count + 2] or not charges and repair_us == 0 then return {request, now, 0} end
+
+-- Returns the state with an entry taken in, and how long it must be kept; false if there is nothing to take in; nothing if the state
+-- can't be read. Raises an error where it is damaged.
+local function taken_in(entry)
+  local rule = entry.rule
+  local head, own, other = read(states[entry.key] or '1;', rule)
+  if not head then return nil end
+  roll(own)
+  local h = read_header(head, own, other)
+  if not h then return nil end
+  h.all = h.since and bases_of(h) or {}
+  if charges then
+    local counted = rule.kind == 'b' and charge_bucket(own, h, rule, entry[1][2]) or charge(own, h, entry)
+    if other then charge(other, h, rule.kind == 'b' and {{0, counted}} or entry) end
+    h.granted = min(h.granted + counted, UNITS_MAX)
+  elseif entry.generation < h.generation then
+    return false
+  else
+    if entry.generation > h.generation then
+      forget(own, h)
+      if other then forget(other, h) end
+      h.generation, h.keep = entry.generation, max(h.keep, reach(own), other and reach(other) or 0)
+    end
+    join(rule, own, other, h, entry.a, entry.b, entry.c)
+  end
+  h.bases = print_bases(h)
+  local reset, text = print_state(print_header(h), own, other)
+  return text, max(reset, h.keep)
+end
 
 local applied, keeps = 0, {}
 for i = 1, entry_count do
   local entry = entries[i]
-  local k, rule = entry.key, entry.rule
-  local head, own, other = read(states[k] or '1;', rule)
-  -- A state of another version stays as it is: the other keys have to be repaired all the same.
-  if head then
-    roll(own)
-    local h = read_header(head, own, other)
-    h.all = h.since and bases_of(h) or {}
-    local taken = charges or entry.generation >= h.generation
-    if charges then
-      local counted = rule.kind == 'b' and charge_bucket(own, h, rule, entry[1][2]) or charge(own, h, entry)
-      if other then charge(other, h, rule.kind == 'b' and {{0, counted}} or entry) end
-      h.granted = min(h.granted + counted, UNITS_MAX)
-    elseif taken then
-      if entry.generation > h.generation then
-        forget(own, h)
-        if other then forget(other, h) end
-        h.generation, h.keep = entry.generation, max(h.keep, reach(own), other and reach(other) or 0)
-      end
-      join(rule, own, other, h, entry.a, entry.b, entry.c)
-    end
-    if taken then
-      applied, h.bases = applied + 1, print_bases(h)
-      local reset, text = print_state(print_header(h), own, other)
-      states[k], keeps[k] = text, max(reset, h.keep)
+  if entry then
+    -- A state that can't be read stays as it is: the other keys have to be repaired all the same.
+    local fine, text, keep_us = pcall(taken_in, entry)
+    if not fine or text == nil then
+      refuse_entry(i, 2)
+    elseif text then
+      applied, states[entry.key], keeps[entry.key] = applied + 1, text, keep_us
     end
   end
 end
@@ -286,4 +342,4 @@ for k = 2, key_count + 1 do
     call('PSETEX', KEYS[k], expiry_ms, states[k])
   end
 end
-return {request, now, applied}
+return {request, now, applied, unpack(refusals)}

@@ -2,7 +2,7 @@
 --- KEYS: epoch_key state_key...
 --- ARGV: request epoch
 --- reply: request server_us generation...
--- In another epoch than the one expected, the reply is just -1 for the server's time, and nothing was done.
+-- Whatever a key holds is replaced, also what nobody can read. In another epoch than the one expected, the reply is just -1 for the server's time, and nothing was done.
 local KEYS, ARGV, refuse = KEYS, ARGV, redis.error_reply
 local request, key_count = ARGV[1], #KEYS - 1
 if not request or request == '' then return refuse('RATETHROTTLE no request id') end
@@ -13,17 +13,18 @@ for k = 1, #KEYS do
   if seen[KEYS[k]] then return refuse('RATETHROTTLE a key is given twice') end
   seen[KEYS[k]] = true
 end
-local states, reply = call('MGET', unpack(KEYS)), {request, now}
+local reply = {request, now}
 local entered = enter(states, ARGV[2])
 if entered == nil then return {request, -1} end
 if not entered then return refuse('RATETHROTTLE the epoch is none') end
 views()
 
 for k = 2, key_count + 1 do
-  local key, head = KEYS[k], states[k] and match(states[k], '^1[^;]*;') or '1;'
+  local key, head = KEYS[k], states[k] and match(states[k], '^[1]([^;]*;)')
   -- What is known of a key, by whomever, counts no longer than its state would have.
   local keep_ms = max(call('PTTL', key), repair_us > 0 and floor((repair_us + 999) / 1000) + 1 or 0)
-  local h = read_header(head, {kind = 'f', window = keep_ms * 1000}, nil)
+  local whole = {kind = 'f', window = max(keep_ms, 0) * 1000}
+  local h = head and read_header('1' .. head, whole, nil) or read_header('1;', whole, nil)
   h.start, h.granted, h.bases, h.generation = now, 0, '', max(h.generation + 1, now)
   if keep_ms > 0 then
     local expiry_ms = format('%d', keep_ms)

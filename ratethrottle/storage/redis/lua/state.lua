@@ -87,16 +87,18 @@ local function sliding_view(window, q, lead)
 end
 
 -- A rule is at the same time the view of its definition, for the state at hand: one table serves all keys.
--- Returns the rules that begin behind ARGV[at]; nothing but what is wrong with them if they are none.
-local function read_rules(at, rule_count)
+-- Returns the rules that begin behind ARGV[at]; if one is wrong, nothing but what is wrong with it, or false in its place if the
+-- others are to be kept.
+local function read_rules(at, rule_count, keeps)
   local rules = {nil}
   for r = 1, rule_count do
     local kind, rule = ARGV[at + 1], nil
     local cap, window = number(ARGV[at + 2], 1, 1000000000), number(ARGV[at + 3], 1000, 31622400000000)
     -- What a kind doesn't have is '0', to the letter.
     local unit, drain, q, coarse, lead = ARGV[at + 4], ARGV[at + 5], ARGV[at + 6], ARGV[at + 7], ARGV[at + 8]
-    if not (cap and window) then return nil, 'RATETHROTTLE a number of a rule is out of range' end
-    if kind == 'b' then
+    if not (cap and window) then
+      if not keeps then return nil, 'RATETHROTTLE a number of a rule is out of range' end
+    elseif kind == 'b' then
       unit, drain = number(unit, 1, TICKS), number(drain, 1, 1000000000)
       if unit and drain and cap * unit < TICKS and q == '0' and coarse == '0' and lead == '0' then
         rule = {kind = 'b', cap = cap, unit = unit, drain = drain, name = format('b%d,%d,%d,', unit, drain, cap), level = 0, t = 0}
@@ -119,19 +121,22 @@ local function read_rules(at, rule_count)
     elseif kind == 'f' and q == '0' and coarse == '0' and lead == '0' then
       rule = {kind = 'f', cap = cap, window = window, name = format('f%d,', window), start = 0, cur = 0, prev = 0}
     end
-    if not rule then return nil, 'RATETHROTTLE a rule does not fit its kind' end
-    -- How a state begins that is this view alone; behind how many bytes (as text, which SETRANGE takes) its numbers stand; and such a
-    -- state that holds nothing.
-    rule.alone = '1;' .. rule.name
-    rule.place = format('%d', #rule.alone)
-    if kind == 'b' then
-      rule.fresh = rule.alone .. format('0,%d;', now)
-    elseif kind == 's' then
-      rule.fresh, rule.ahead = rule.alone .. '0,0,0,1,;', ahead_of(window, q)
-    else
-      rule.fresh = rule.alone .. format(kind == 'f' and '%d,0;' or '%d,0,0;', now - now % window)
+    if rule then
+      -- How a state begins that is this view alone; behind how many bytes (as text, which SETRANGE takes) its numbers stand; and such
+      -- a state that holds nothing.
+      rule.alone = '1;' .. rule.name
+      rule.place = format('%d', #rule.alone)
+      if kind == 'b' then
+        rule.fresh = rule.alone .. format('0,%d;', now)
+      elseif kind == 's' then
+        rule.fresh, rule.ahead = rule.alone .. '0,0,0,1,;', ahead_of(window, q)
+      else
+        rule.fresh = rule.alone .. format(kind == 'f' and '%d,0;' or '%d,0,0;', now - now % window)
+      end
+    elseif not keeps then
+      return nil, 'RATETHROTTLE a rule does not fit its kind'
     end
-    rules[r], at = rule, at + 8
+    rules[r], at = rule or false, at + 8
   end
   return rules
 end
@@ -141,6 +146,8 @@ local place_of, at_of, units_of, join, drop, widen, set_units, reach_end, push
 local roll, print_view, print_state, read_window, read
 local reach, read_header, print_header
 local function views()
+  -- Not of the script, since what a function takes from there costs every call that makes the function.
+  local EXACT_MAX, WINDOW_MAX, ENTRIES_MAX, FORMAT, FORMATS = 9007199254740991, 31622400000000, 128, '1', '^[1]([^;]*;)()'
   function place_of(v, i)
     local step = v.digits + v.width
     if i < v.kept then return v.text, v.from + i * step end
@@ -264,19 +271,25 @@ local function views()
         v.total = v.total - held + v.units
       end
       local gone, first = 0, at_of(v, 0)
-      while first <= since do
+      while not (first > since) do
         v.total = v.total - units_of(v, gone)
         gone = gone + 1
         first = at_of(v, gone)
       end
+      if not (v.total >= v.units) then error('the units of a state are not their sum') end
       v.first = first
       if gone > 0 then drop(v, gone) end
       return rebased
     end
     local start, before = now - now % v.window, v.start
     if before == start then return false end
+    if before > start then
+      -- The clock has stepped back, by up to a window: the window that had begun stands until the clock has passed it.
+      if before - v.window <= start then return false end
+      v.start = start
+      return true
+    end
     v.start = start
-    if before > start then return true end
     if kind == 'c' and before == start - v.window then v.prev = v.cur else v.prev = 0 end
     v.cur = 0
     return false
@@ -324,23 +337,26 @@ local function views()
     if not h.since then
       h.bases = nil
     elseif name == epoch then
-      h.start, h.granted, h.bases = start + 0, granted + 0, bases
+      h.start, h.granted, h.bases = number(start, 0, EXACT_MAX), number(granted, 0, UNITS_MAX), bases
+      if not (h.start and h.granted) then return nil end
     elseif own.kind == 's' then
       h.bases = format('s%d,%d,%d,0,0', own.window, own.q, own.total)
     end
     local generation
     generation, after = match(head, '^g([0-9]+)()', at)
     if after then
-      at, generation = after, generation + 0
+      at, generation = after, number(generation, 0, EXACT_MAX)
+      if not generation then return nil end
       local left = max(reach(own), other and reach(other) or 0) - max(0, now - generation)
       if left > 0 then h.generation, h.keep = generation, max(h.keep, left) end
     end
     h.rest = sub(head, at)
-    return h
+    -- What follows must not run into a part that is written before it.
+    return find(h.rest, '^[a-dfh-rt-z;]') and h
   end
 
   function print_header(h)
-    local head = '1'
+    local head = FORMAT
     if h.since then head = head .. 'e' .. epoch .. format(',%d,%d', h.start, h.granted) .. h.bases end
     if h.generation > 0 then head = head .. format('g%d', h.generation) end
     return head .. h.rest
@@ -351,17 +367,22 @@ local function views()
     local units, older, last, width, from = match(state, '^([0-9]+),([0-9]+),([0-9]+),([0-9]+),()', at)
     local ends = from and find(state, ';', from, true)
     if not ends then return nil end
-    v.units, v.total, v.last, v.width = units + 0, units + older, last * v.q, width + 0
+    v.units, v.total, v.last, v.width = number(units, 0, UNITS_MAX), units + older, last * v.q, number(width, 1, 10)
+    if not (v.units and v.width and v.total <= ENTRIES_MAX * UNITS_MAX and v.last <= EXACT_MAX) then return nil end
     v.text, v.from, v.kept, v.more = state, from, (ends - from) / (v.digits + v.width), ''
+    if v.kept % 1 ~= 0 or v.kept >= ENTRIES_MAX or (v.units == 0) ~= (v.total == 0) then return nil end
     v.n = v.total > 0 and v.kept + 1 or 0
-    return v.kept % 1 == 0 and ends + 1 or nil
+    return ends + 1
   end
 
   -- Reads a state. Returns its header, the own view, the other one (rolled) or nil,
-  -- whether there is something to write already, and whether the own one was derived; nothing if the state is none of ours.
+  -- whether there is something to write already, and whether the own one was derived; nothing if the state can't be read. It raises
+  -- an error where entries of a sliding window aren't digits, or aren't what their sum says: to look through them all would take too
+  -- long. All other numbers are in the ranges that rules and views have.
   function read(state, rule)
-    local head, at = match(state, '^(1[^;]*;)()')
+    local head, at = match(state, FORMATS)
     if not head then return nil end
+    head = FORMAT .. head
     local views, size, count = {}, #state, 0
     while at <= size do
       local kind, view, name_end, after = sub(state, at, at), nil, nil, nil
@@ -369,21 +390,25 @@ local function views()
         local unit, drain, cap, level, t
         unit, drain, cap, name_end, level, t, after = match(state, '^b(%d+),(%d+),(%d+),()(%d+),(%d+);()', at)
         if not after then return nil end
-        view = {kind = 'b', unit = unit + 0, drain = drain + 0, cap = cap + 0, level = level + 0, t = t + 0}
-        if view.unit < 1 or view.drain < 1 then return nil end
+        view = {kind = 'b', unit = number(unit, 1, TICKS), drain = number(drain, 1, 1000000000), cap = number(cap, 1, 1000000000),
+          level = number(level, 0, EXACT_MAX), t = number(t, 0, EXACT_MAX)}
+        if not (view.unit and view.drain and view.cap and view.level and view.t and view.cap * view.unit < TICKS) then return nil end
       elseif kind == 's' then
         local window, q
         window, q, name_end = match(state, '^s(%d+),(%d+),()', at)
-        if not name_end or window + 0 < 1 or q + 0 < 1 then return nil end
-        window, q = window + 0, q + 0
+        window = window ~= '1' and number(window, 1000, WINDOW_MAX)
+        q = window and number(q, 1, window)
+        if not (q and (q == 1 or q == floor((window + 63) / 64))) then return nil end
         view = sliding_view(window, q, min(rule.lead or window, floor(window / 8)))
         after = read_window(view, state, name_end)
         if not after then return nil end
       elseif kind == 'f' or kind == 'c' then
         local window, start, cur, prev
         window, name_end, start, cur, prev, after = match(state, '^.(%d+),()(%d+),(%d+),?(%d*);()', at)
-        if not after or (prev == '') ~= (kind == 'f') or window + 0 < 1 then return nil end
-        view = {kind = kind, window = window + 0, start = start + 0, cur = cur + 0, prev = kind == 'c' and prev + 0 or 0}
+        if not after or (prev == '') ~= (kind == 'f') then return nil end
+        view = {kind = kind, window = window ~= '1' and number(window, 1000, WINDOW_MAX), start = number(start, 0, EXACT_MAX),
+          cur = number(cur, 0, UNITS_MAX), prev = kind == 'f' and 0 or number(prev, 0, UNITS_MAX)}
+        if not (view.window and view.start and view.cur and view.prev) or view.start % view.window ~= 0 then return nil end
       else
         return nil
       end
@@ -437,5 +462,22 @@ local function views()
       used = rule.n
     end
     return head, rule, first, changed or used > 0, true
+  end
+
+  return read, roll, read_header, print_header, print_state, units_of, at_of
+end
+
+-- What the keys hold, by place in KEYS: text, false if nothing, and '' if it is no text: MGET takes that for absent, and nobody can read it.
+-- Who calls with more keys than there may be is refused before this is used.
+local states, absent, absent_count = #KEYS > 0 and #KEYS <= 130 and call('MGET', unpack(KEYS)) or {}, nil, 0
+for k = 2, #states do
+  if not states[k] then
+    absent, absent_count = absent or {nil}, absent_count + 1
+    absent[absent_count] = KEYS[k]
+  end
+end
+if absent and call('EXISTS', unpack(absent)) > 0 then
+  for k = 2, #states do
+    if not states[k] and call('TYPE', KEYS[k]).ok ~= 'none' then states[k] = '' end
   end
 end
