@@ -44,6 +44,7 @@ class Far(Relay):
         self.round_trip_s = round_trip_s
         self.flights = 0
         self.swallows = 0  # of so many connections to come, replies are lost
+        self.mute = False  # replies of all are
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -75,7 +76,7 @@ class Far(Relay):
 
         async def backward() -> None:
             while data := await upstream_reader.read(65536):
-                if not lost:
+                if not lost and not self.mute:
                     self._later(back, data)
 
         ways = [asyncio.create_task(forward()), asyncio.create_task(backward())]
@@ -214,6 +215,22 @@ async def test_through_sentinels_of_another_region(protected: RedisServer, monke
         async with limiter:
             assert (await limiter.check("user")).source == "redis"
         assert look.most == 1
+
+
+async def test_what_was_lost_with_a_network_is_asked_again_of_sentinels_too(protected: RedisServer) -> None:
+    """Neither a sentinel nor the master answers what was asked while nothing came back; the connections stay open."""
+    async with Far(protected.socket, 0.0) as node, FakeSentinel.naming(node.port) as near, Far(near.address[1], 0.0) as sentinel:
+        url = f"redis+sentinel://:{PASSWORD}@127.0.0.1:{sentinel.port}/mymaster"
+        async with create_limiter("redis", redis_url=url, rules=[RULE]) as limiter:
+            await until(lambda: by_redis(limiter))
+            node.mute = sentinel.mute = True
+            ends_s = time.monotonic() + 2.2
+            while time.monotonic() < ends_s:
+                await limiter.check("user")
+                await asyncio.sleep(0.01)
+            assert (await limiter.check("user")).source == "outage"
+            node.mute = sentinel.mute = False
+            await until(lambda: by_redis(limiter), 3)
 
 
 @pytest.mark.parametrize("tls", [False, True])

@@ -51,7 +51,18 @@ def test_the_header_names_what_python_sends_and_reads() -> None:
     assert header["unreadable"] == ("-2",)
     beat = script("beat").header
     assert beat["ARGV"] == ("request", "run", "known_epoch", "process_id", "purpose", "statistics", "known_processes", "layout")
-    numbers = ("server_us", "epoch", "learning_began", "learning_us", "processes", "rank", "evicted_keys", "forgets", "slot", "whole_us")
+    numbers = (
+        "server_us",
+        "epoch",
+        "learning_began",
+        "learning_us",
+        "processes",
+        "rank",
+        "evicted_keys",
+        "forgets",
+        "slot",
+        "whole_us",
+    )
     assert beat["reply"] == ("request", *numbers)
 
 

@@ -172,6 +172,7 @@ class Line(Gathering):
             await self._wait(wait_s)
         self._hurry.clear()
         if self._attempts.full:
+            self.failures += 1
             self._go_away(self._no_room())  # that is no failure of Redis, and doesn't slow the others down
             await asyncio.sleep(EVERY_S)
             return

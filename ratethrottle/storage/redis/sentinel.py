@@ -18,6 +18,7 @@ from redis.asyncio.connection import AbstractConnection
 from ratethrottle.errors import StorageProtocolError
 from ratethrottle.storage.redis.attempts import EVERY_MOST_S, EVERY_S, every_s
 from ratethrottle.storage.redis.greeting import Command
+from ratethrottle.storage.redis.race import SILENT_S, Pace
 from ratethrottle.storage.redis.settings import Address, Ask, Settings, close
 from ratethrottle.storage.redis.tasks import own_task
 
@@ -75,11 +76,17 @@ class Sentinel:
                     self._away_since_s = self._loop.time()
                 self.named, self.error, self.waiting_since_s = None, error, None
                 self._heard()
-            lasts_s = self._loop.time() - (self._away_since_s or self._loop.time())
-            retry_s = random.uniform(*RETRY_S) * every_s(lasts_s) / EVERY_S  # noqa: S311  # it guards nothing
+            retry_s = random.uniform(*RETRY_S) * self._every_s() / EVERY_S  # noqa: S311  # it guards nothing
             await asyncio.sleep(min(retry_s, EVERY_MOST_S))
             # Whoever it has let down before isn't made to wait for it again.
             self.error, self.waiting_since_s = None, -math.inf
+
+    def _every_s(self) -> float:
+        return every_s(self._loop.time() - self._away_since_s) if self._away_since_s is not None else EVERY_S
+
+    async def _turn(self) -> None:
+        """Wait until it may be tried once more beside a try that has heard nothing."""
+        await asyncio.sleep(self._every_s() - SILENT_S)
 
     async def _converse(self) -> None:
         """Ask for as long as it answers."""
@@ -138,7 +145,7 @@ class Sentinel:
             return connection, replies[0], ask
 
         async with asyncio.timeout(self._settings.connect_timeout_s):
-            reached = await self._settings.reach((question,), keep)
+            reached = await self._settings.reach((question,), keep, pace=Pace(self._turn))
         try:
             yield reached
         finally:
