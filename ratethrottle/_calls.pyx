@@ -58,6 +58,7 @@ cdef enum:
     BLOCKED_US = 10_000                      # a timer that is so late tells that the loop was kept from its work
     SPARES_MAX = 2
     SPARED_US = 40_000                       # and then a line that is connected has so long at most to catch up
+    OWN_MIN = 8                              # entries of a call that what nobody waits for may take, however many others wait
     STEPS_MAX = 1_024                        # of tasks in a row, before the loop has its turn
     WATCH_US = 100_000                       # while what an idle one knows still counts: it must hear of a loss within LEARN
     PROCESSES_MAX = 1_000_000
@@ -438,6 +439,7 @@ cdef class Gathering:
     cdef list woken                          # decided, but not stepped yet
     cdef bint receiving
     cdef Queue waiting
+    cdef Queue own                           # what nobody waits for: it takes no caller's place, and has no deadline
     cdef Queue parked                        # they ask what is being asked already
     cdef object in_flight                    # Calls and Errands in the order of their replies, and None for that to SCRIPT LOAD
     cdef readonly bint _open                 # there is a connection
@@ -511,6 +513,8 @@ cdef class Gathering:
     def __dealloc__(self):
         while self.waiting.first != NULL:
             take(&self.waiting, <PendingDecision>self.waiting.first)
+        while self.own.first != NULL:
+            take(&self.own, <PendingDecision>self.own.first)
         while self.parked.first != NULL:
             take(&self.parked, <PendingDecision>self.parked.first)
         free(self.buffer.bytes)
@@ -613,15 +617,21 @@ cdef class Gathering:
         self.schedule()
         return 0
 
-    cdef int queue(self, PendingDecision pending, int64_t now_us) except -1:
+    cdef int queue(self, PendingDecision pending) except -1:
         """Queue what nobody waits for."""
         pending.stage = WAITING
         pending.place = self
-        pending.deadline_us = now_us + self.deadline_us
+        pending.deadline_us = NEVER_US
         pending.turn = self.turns
         self.turns += 1
-        push(&self.waiting, pending)
+        push(&self.own, pending)
         return 0
+
+    cdef inline Queue* queue_of(self, PendingDecision pending) noexcept:
+        """Where it is queued."""
+        if pending.stage == PARKED:
+            return &self.parked
+        return &self.own if pending.deadline_us == NEVER_US else &self.waiting
 
     cdef inline int wake(self, Waiter waiter) except -1:
         waiter.is_done = True
@@ -726,8 +736,8 @@ cdef class Gathering:
         cdef int which
         cdef int64_t now_us = self.bounds.now_us()
         self.scheduled = False
-        for which in range(2):
-            queue = &self.parked if which else &self.waiting
+        for which in range(3):
+            queue = &self.waiting if which == 0 else &self.parked if which == 1 else &self.own
             while queue.first != NULL:
                 pending = <PendingDecision>queue.first
                 take(queue, pending)
@@ -841,7 +851,9 @@ cdef class Gathering:
         # What was sent on this very connection comes before the checks that follow it.
         for sent in self.in_flight:
             mine += sent in knowledge.out
-        self.ready = len(knowledge.out) == mine and knowledge.idle()
+        # What has no room yet would come after checks that count on it.
+        self.ready = (len(knowledge.out) == mine and knowledge.idle()
+                      and not (self.bounds.owing and len(self.in_flight) >= IN_FLIGHT_MAX))
         if now_us < knowledge.learning_until_us:
             self.ready = False
             self._answer_waiting(repairing())
@@ -855,21 +867,20 @@ cdef class Gathering:
                 self.come_back()
                 self.served = True
                 self._notice("recovery", None)
-            self.look_at_charged()
             self.queue_returns(now_us)
             self.schedule()
         return 0
 
     cdef int look_at_charged(self) except -1:
-        """Ask what the store says of keys that were charged, so that this too is known if it loses them."""
+        """Ask what the store says of some keys that were charged, so that this too is known if it loses them."""
         cdef PendingDecision pending
         cdef CompiledRule rule
-        cdef int64_t now_us = self.bounds.now_us()
-        charged, self.knowledge.charged = self.knowledge.charged, []
-        for rule, name, hashed, _, _ in charged[-self.bounds.max_keys:]:
+        cdef list charged = self.knowledge.charged
+        for rule, name, hashed, _, _ in charged[:ENTRIES_MAX]:
             pending = pending_for(rule, name, WHOLE, 0, PEEK)
             pending.hashed = Hash128(hashed[0], hashed[1])
-            self.queue(pending, now_us)
+            self.queue(pending)
+        self.knowledge.charged = charged[ENTRIES_MAX:]
         return 0
 
     cdef int64_t quiet_us(self, int64_t now_us) noexcept:
@@ -891,17 +902,18 @@ cdef class Gathering:
         return 0
 
     cdef int drop(self, PendingDecision pending) except -1:
-        take(&self.parked if pending.stage == PARKED else &self.waiting, pending)
+        take(self.queue_of(pending), pending)
         pending.stage = COMPLETE
         return 0
 
     cdef inline int schedule(self) except -1:
         """See that what waits is sent in this very tick of the loop: a lone check at once, and all that come with it together."""
-        if self.scheduled or self.waiting.count == 0:
+        if self.scheduled or (self.waiting.count == 0 and self.own.count == 0 and not self.knowledge.charged):
             return 0
         if not self._open:
-            self.scheduled = True
-            self._connect()
+            if self.waiting.count or self.own.count:
+                self.scheduled = True
+                self._connect()
         elif self.ready and len(self.in_flight) < IN_FLIGHT_MAX:
             self.scheduled = True
             self.call_soon(self._flush, context=self.context)
@@ -911,9 +923,14 @@ cdef class Gathering:
         """Send what waits, as far as there is room. whole: not in two halves, as more is to come."""
         cdef Call call
         self.scheduled = False
-        if self.ready and self.bounds.owing:
+        if self.bounds.owing:
             self.tell()
-        while self.ready and self.waiting.count and len(self.in_flight) < IN_FLIGHT_MAX:
+        while self.ready and len(self.in_flight) < IN_FLIGHT_MAX:
+            if self.waiting.count == 0 and self.own.count == 0:
+                # The other place in flight stays free for who comes meanwhile.
+                if self.in_flight or not self.knowledge.charged:
+                    break
+                self.look_at_charged()
             # Two calls of half the size keep both sides busy: one is decided while the other's checks are woken and asked anew.
             halved = (not whole and not self.in_flight and self.waiting.count >= HALVED_MIN
                       and (<PendingDecision>self.waiting.first).group is None)
@@ -1067,36 +1084,46 @@ cdef class Gathering:
 
     cdef int gather(self, Call call, int most) except -1:
         """Take what waits into a call, equal checks of a key as one of at most `most` entries; none if all of it has gone."""
-        cdef PendingDecision pending
-        cdef CallEntry* entry
-        cdef int64_t now_us = self.bounds.now_us(), soon_us = now_us + min(2 * self.took_us, self.deadline_us // 4)
-        cdef Mode mode
-        cdef uint16_t place
+        cdef int64_t now_us = self.bounds.now_us()
         cdef int keys = 0
-        cdef bint began = False, asked = False
         memset(self.places, 0, PLACES * sizeof(uint16_t))
         if self.timer is not None:           # it rings after this
             self.excuse(now_us)
-        while self.waiting.first != NULL:
-            pending = <PendingDecision>self.waiting.first
+        keys = self.fill(call, &self.waiting, most - min(<int>min(self.own.count, <Py_ssize_t>OWN_MIN), most // 4), keys, now_us)
+        if self.own.count and (call.size == 0 or call.mode == CHECK):
+            keys = self.fill(call, &self.own, most, keys, now_us)
+        if call.size:
+            call.sent_us = now_us
+            self.write_call(call, keys)
+        return 0
+
+    cdef int fill(self, Call call, Queue* queue, int most, int keys, int64_t now_us) except -1:
+        """Take from a queue what goes with the call as it is; returns how many keys that has."""
+        cdef PendingDecision pending
+        cdef CallEntry* entry
+        cdef int64_t soon_us = now_us + min(2 * self.took_us, self.deadline_us // 4)
+        cdef Mode mode
+        cdef uint16_t place
+        cdef bint asked = False
+        while queue.first != NULL:
+            pending = <PendingDecision>queue.first
             mode = CHECK if pending.mode == GIVE_BACK else pending.mode
-            if began and mode != call.mode:
+            if call.size and mode != call.mode:
                 break
             if self.gone(pending):
                 self.drop(pending)
                 continue
             # Nor what would be answered too late: it would be counted for nothing.
             if pending.deadline_us <= soon_us and self.excused_until_us <= now_us:
-                take(&self.waiting, pending)
+                take(queue, pending)
                 self.run_out(pending, now_us)
                 continue
             place = self.place_of(call, pending.hashed)
             # Units that this process holds by now go first: a call would give them back.
             if pending.rule.lease_units and self.places[place] == 0 and self.decided_here(pending, now_us, &asked):
-                take(&self.waiting, pending)
+                take(queue, pending)
                 continue
             call.mode = mode
-            began = True
             entry = &call.entries[self.places[place] - 1] if self.places[place] else NULL
             # Of a key's entries the newest decides whether this one is equal to it: their order is kept.
             if entry == NULL or not self.joins(call, entry, pending):
@@ -1105,15 +1132,12 @@ cdef class Gathering:
                 entry = self.add_entry(call, pending, entry.key_index if entry != NULL else keys + 1)
                 keys += 1 if entry.key_index > keys else 0
                 self.places[place] = <uint16_t>call.size
-            take_over(&self.waiting, &entry.waiters, pending)
+            take_over(queue, &entry.waiters, pending)
             entry.count += 1 if pending.mode == CHECK else 0
             pending.stage = SENT
             if call.deadline_us == 0:
                 call.deadline_us = pending.deadline_us
-        if call.size:
-            call.sent_us = now_us
-            self.write_call(call, keys)
-        return 0
+        return keys
 
     cdef inline bint gone(self, PendingDecision pending) except -1:
         # Complete where waking it failed after it was decided.
@@ -1366,9 +1390,8 @@ cdef class Gathering:
                 errand.done([numbers[i] for i in range(count)])
             if errand.owed is not None:
                 self.knowledge.charged += errand.owed
-            if self.ready:
-                self.look_at_charged()
-            else:
+                del self.knowledge.charged[:-self.bounds.max_keys]
+            if not self.ready:
                 self.tell()
             return at
         answers = self.measure(call, numbers, count)
@@ -1713,7 +1736,7 @@ cdef class Gathering:
                 continue
             pending = pending_for(sample.rule, sample.text, sample.mark, sample.tag, GIVE_BACK)
             pending.hashed = sample.hashed
-            self.queue(pending, now_us)
+            self.queue(pending)
         self.queue_returns(now_us)
         self.schedule()
         return 0
@@ -1761,7 +1784,7 @@ cdef class Gathering:
                 pending.group = group
                 group.members.append(pending)
                 group.left += 1
-            self.queue(pending, now_us)
+            self.queue(pending)
         self.schedule()
         return 0
 
@@ -1903,7 +1926,7 @@ cdef class Gathering:
         cdef int i
         cdef PendingDecision pending, sample
         cdef CallEntry* entry
-        cdef Queue again
+        cdef Queue again, own
         cdef const Terms* terms
         cdef Shard* shard
         cdef uint32_t index
@@ -1912,14 +1935,16 @@ cdef class Gathering:
             entry = &call.entries[i]
             sample = <PendingDecision>entry.waiters.first if entry.waiters.count else None
             memset(&again, 0, sizeof(Queue))
+            memset(&own, 0, sizeof(Queue))
             while entry.waiters.first != NULL:
                 pending = <PendingDecision>entry.waiters.first
                 if pending.stage == COMPLETE:
                     take(&entry.waiters, pending)
                     continue
-                take_over(&entry.waiters, &again, pending)
                 pending.stage = WAITING
+                take_over(&entry.waiters, &own if pending.deadline_us == NEVER_US else &again, pending)
             merge(&again, &self.waiting)
+            merge(&own, &self.own)
             # Nor was anything given back.
             terms = self.bounds.terms_of(<CompiledRule>entry.rule)
             bound = self.bound_of(entry.hashed, &shard, &index)

@@ -241,13 +241,15 @@ async def turns_during(limiter: RateThrottleCore, how: str, checks: int) -> int:
 # What is none
 
 
+@pytest.mark.parametrize("warm", [False, True])
 @pytest.mark.parametrize("how", ["gather", "check_many"])
-async def test_a_crowd_is_decided_by_redis_or_denied_as_overload(how: str) -> None:
+async def test_a_crowd_is_decided_by_redis_or_denied_as_overload(how: str, warm: bool) -> None:
     with RedisServer() as server:
         async with limiter_of(server.url, on_outage="allow") as limiter:
             told: list[Event] = []
             limiter.on_event(told.append)
-            assert await served(limiter)
+            if warm:
+                assert await served(limiter)
             keys = [f"user:{number}" for number in range(30_000)]
             if how == "gather":
                 decisions = await asyncio.gather(*(limiter.check(key) for key in keys))
@@ -259,6 +261,21 @@ async def test_a_crowd_is_decided_by_redis_or_denied_as_overload(how: str) -> No
             assert limiter.statistics().breaker == "closed"
             assert (await limiter.check("user")).source == "redis"
             assert told == []
+
+
+async def test_what_the_library_asks_for_itself_takes_no_callers_place() -> None:
+    """After an outage it looks at each key that was charged."""
+    with RedisServer() as server:
+        async with limiter_of(server.url, expected_processes=1, max_waiting=1, on_overload="raise", deadline=2) as limiter:
+            await limiter.check("user")
+            server.stop()
+            for number in range(1_000):
+                assert (await limiter.check(f"user:{number}")).source == "outage"
+            server.start()
+            await until(lambda: served(limiter), 4)
+            for number in range(200):
+                assert (await limiter.check(f"new:{number}")).source == "redis"
+            assert limiter.statistics().overloads == 0
 
 
 @pytest.mark.parametrize("turns", range(4))
