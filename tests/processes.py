@@ -279,7 +279,8 @@ class Process(Calls):
     def ask(self, entries: Sequence[tuple[str, CompiledRule, int]], mode: str) -> Any:
         """Begin a `check_many`, or a peek or reset. Returns the group."""
         for _, rule, _ in entries:
-            self.limiter._install(rule)
+            if self.limiter._rules.get(rule.name) != rule:
+                self.limiter._install(rule)
         with running(self.loop):
             return self._ask_together([self.limiter._entry(key, rule.name, cost) for key, rule, cost in entries], mode)
 
