@@ -21,7 +21,7 @@ from ratethrottle._core cimport (
     WHOLE, count_decision,
 )
 from ratethrottle._layout cimport Layout, pending_for, pending_of
-from ratethrottle._repair cimport Errand, Knowledge
+from ratethrottle._repair cimport Errand, Knowledge, reset_reach
 from ratethrottle._resp cimport (
     BROKEN, Buffer, buffer_room, INCOMPLETE, put_bulk, put_head, put_number, read_line, read_number,
 )
@@ -1193,7 +1193,7 @@ cdef class Gathering:
         if not buffer_room(buffer, 4096 + self.script_size(call)):
             raise MemoryError
         if call.mode == RESET:
-            put_head(buffer, c"*", 3 + keys + 1 + 2)
+            put_head(buffer, c"*", 3 + keys + 1 + 2 + keys)
         else:
             put_head(buffer, c"*", 3 + keys + 1 + 6 + 8 * len(call.rules) + 5 * runs + 7 * leases)
         self.put_script(call)
@@ -1209,6 +1209,10 @@ cdef class Gathering:
         put_bulk(buffer, PyBytes_AS_STRING(call.request), PyBytes_GET_SIZE(call.request))
         if call.mode == RESET:
             put_bulk(buffer, PyBytes_AS_STRING(self.epoch_text), EPOCH_SIZE)
+            if not buffer_room(buffer, 32 * call.size):
+                raise MemoryError
+            for i in range(call.size):       # each of a key of its own
+                put_number(buffer, reset_reach(&(<CompiledRule>call.entries[i].rule).terms) // 1000 + 1)
         else:
             put_bulk(buffer, "peek" if call.mode == PEEK else "check", 4 if call.mode == PEEK else 5)
             put_bulk(buffer, PyBytes_AS_STRING(self.epoch_text), EPOCH_SIZE)
@@ -2029,6 +2033,9 @@ cdef class Late:
                 if (rule.lease_units > 0) != leases:
                     continue
                 length = answer_length(&rule.terms, answer[0], count_of(call, entry))
+                if answer[0] == UNREADABLE:
+                    answer += length
+                    continue
                 if leases and answer[length] > 0 and samples[i] is not None:
                     self.gathering.put_back(samples[i], answer[length], numbers[0], self.epoch)
                 answer += length + leases

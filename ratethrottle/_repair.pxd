@@ -2,9 +2,13 @@
 
 from libc.stdint cimport int64_t, uint32_t
 
+from ratethrottle._arithmetic cimport Terms
 from ratethrottle._core cimport KeyTable, PendingDecision
 from ratethrottle._layout cimport Layout
 from ratethrottle._outage cimport Shares
+
+
+cdef int64_t reset_reach(const Terms* terms) noexcept
 
 
 cdef class Errand:

@@ -324,10 +324,10 @@ cdef class Knowledge:
         cdef list rules = list(dict.fromkeys(words))
         cdef list args = [b"charge", b"%d" % len(rules), b"%d" % len(owed), *[word for rule in rules for word in rule]]
         cdef int place = 0
-        for _, name, _, _, units in owed:
+        for _, name, _, newest, units in owed:
             names.append(name)
             place += 1
-            args += [b"%d" % number for number in (place, rules.index(words[place - 1]) + 1, len(units))]
+            args += [b"%d" % number for number in (place, rules.index(words[place - 1]) + 1, newest, len(units))]
             args += [b"%d" % number for pair in units for number in pair]
         errand = Errand("repair", names + [self.layout.charged_key + marker], args, again=True)
         errand.owed, errand.owed_us, errand.marker = owed, now_us, marker

@@ -137,7 +137,7 @@ class Store:
 
     def reset(self, keys: Sequence[bytes], now_us: int) -> None:
         """A reset by somebody else."""
-        self.client.evalsha(self.shas["reset"], 1 + len(keys), EPOCH_KEY, *keys, "id", EPOCH, now_us)
+        self.client.evalsha(self.shas["reset"], 1 + len(keys), EPOCH_KEY, *keys, "id", EPOCH, *[0] * len(keys), now_us)
         self.forget(keys)
 
     def forget(self, keys: Sequence[bytes]) -> None:

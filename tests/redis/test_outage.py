@@ -423,6 +423,111 @@ async def test_a_reset_just_before_the_loss_stays_a_reset() -> None:
             assert admitted([await one.check("user") for _ in range(LIMIT + 10)]) == LIMIT
 
 
+async def away(limiter: RateThrottleCore) -> bool:
+    return (await limiter.check("somebody else")).source == "outage"
+
+
+@pytest.mark.parametrize("limit", [10, 1000])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+async def test_a_reset_ends_what_an_outage_has_used(strategy: str, limit: int) -> None:
+    """In this process at once, so that the next outage begins anew."""
+    rule = RateThrottleRule("r", limit, 3600, strategy=strategy)
+    with RedisServer() as server:
+        async with limiter_of(server.url, rule, expected_processes=1) as limiter:
+            assert await limiter.check("user")
+            server.stop()
+            await until(lambda: away(limiter))
+            assert (await limiter.check("user", cost=limit - 1)).source == "outage"
+            assert not await limiter.check("user")
+            server.start()
+            await until(lambda: served(limiter), 5)
+            await limiter.reset("user")
+            assert (await limiter.peek("user")).remaining == limit
+            server.stop()
+            await until(lambda: away(limiter))
+            decision = await limiter.check("user", cost=limit)
+            assert (decision.allowed, decision.source) == (True, "outage")
+
+
+@pytest.mark.parametrize("limit", [10, 1000])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+async def test_what_was_admitted_before_somebody_elses_reset_is_not_charged_after_it(
+    redis_server: RedisServer, strategy: str, limit: int
+) -> None:
+    rule = RateThrottleRule("r", limit, 3600, strategy=strategy)
+    async with (
+        Relay(redis_server.socket) as relay,
+        limiter_of(relay.url, rule, expected_processes=2) as cut_off,
+        limiter_of(redis_server.url, rule) as other,
+    ):
+        assert await cut_off.check("somebody else")
+        relay.refuses = True
+        relay.cut()
+        await until(lambda: away(cut_off))
+        assert (await cut_off.check("user", cost=limit // 4)).source == "outage"
+        await asyncio.sleep(0.2)  # how old it is is known but to the time that a call takes
+        await other.reset("user")
+        relay.refuses = False
+        await until(lambda: served(cut_off), 5)
+        assert cut_off.statistics().owed == 0
+        assert (await other.peek("user")).remaining == limit
+        # What is admitted after it counts.
+        relay.refuses = True
+        relay.cut()
+        await until(lambda: away(cut_off))
+        assert (await cut_off.check("user", cost=limit // 4)).source == "outage"
+        relay.refuses = False
+        await until(lambda: served(cut_off), 5)
+        assert (await other.peek("user")).remaining == limit - limit // 4
+
+
+async def test_a_reset_without_redis_is_an_error_under_each_policy() -> None:
+    for policy in ("local", "allow", "deny", "raise"):
+        async with limiter_of(f"redis://127.0.0.1:{free_port()}", on_outage=policy) as limiter:
+            with pytest.raises(StorageError):
+                await limiter.reset("user")
+
+
+async def test_under_allow_all_is_allowed_however_many_keys_there_are_and_whatever_redis_said_before() -> None:
+    rule = RateThrottleRule("r", 1, 3600)
+    with RedisServer() as server:
+        async with limiter_of(server.url, rule, on_outage="allow", max_bounds=50, prefilter_ttl=60.0) as limiter:
+            assert await limiter.check("user")
+            assert not await limiter.check("user")
+            assert (await limiter.check("user")).source == "prefilter"
+            server.stop()
+            await until(lambda: away(limiter))
+
+            async def told() -> bool:
+                return limiter.statistics().breaker != "closed"
+
+            await until(told)
+            assert all([await limiter.check("user") for _ in range(10)])
+            assert all([await limiter.check(f"user {i}") for i in range(1000)])
+            statistics = limiter.statistics()
+            assert statistics.evictions > 900
+            assert statistics.owed <= statistics.bounds <= 50
+
+
+async def test_what_an_outage_admits_is_let_go_when_it_counts_no_more() -> None:
+    rule = RateThrottleRule("r", 10, 0.5)
+    with RedisServer() as server:
+        async with limiter_of(server.url, rule, expected_processes=1) as limiter:
+            assert await limiter.check("user")
+            server.stop()
+            await until(lambda: away(limiter))
+            for i in range(5000):
+                assert await limiter.check(f"user {i}")
+            server.start()
+            await until(lambda: served(limiter), 5)
+
+            async def small() -> bool:
+                await limiter.check("user")
+                return limiter.statistics().bounds < 10 and limiter._storage.bounds.size_bytes < 100_000
+
+            await until(small, 10)
+
+
 async def test_what_was_admitted_alone_is_charged_once(redis_server: RedisServer) -> None:
     """The reply to the charge is lost, so it is sent again."""
     async with Relay(redis_server.socket) as relay, limiter_of(relay.url, expected_processes=1, deadline=1) as limiter:

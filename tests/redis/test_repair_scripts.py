@@ -94,7 +94,9 @@ class Server:
         return self.repair("assert", now_us, rule, generation, *known)
 
     def charge(self, now_us: int, rule: CompiledRule, marker: str, *charges: int) -> int:
-        return self.repair("charge", now_us, rule, len(charges) // 2, *charges, keys=("k", f"charged:{marker}"))
+        return self.repair(
+            "charge", now_us, rule, min(charges[::2]), len(charges) // 2, *charges, keys=("k", f"charged:{marker}")
+        )
 
     def check(self, now_us: int, rule: CompiledRule, cost: int = 1, mode: str = "check") -> list[int]:
         call = make_call([(rule, "k", cost)], mode)
@@ -267,7 +269,7 @@ def test_knowledge_of_before_a_reset_is_refused_by_who_knows_of_it(script_client
     now_us = NOW_US + 1_000
     # The reset comes after the loss.
     server = Server(script_client, NOW_US + 500)
-    assert server.run("reset", ["k"], now_us, server.epoch) == [now_us, now_us]
+    assert server.run("reset", ["k"], now_us, server.epoch, 0) == [now_us, now_us]
     assert server.tell(now_us, rule, log.known(now_us)) == 0
     assert server.left(now_us, rule) == 100
     assert server.check(now_us, rule, 3)[0] == 1
@@ -326,6 +328,33 @@ def test_a_window_that_has_ended_since_is_joined_where_it_was(script_client: red
     for _ in range(2):
         assert server.tell(now_us, rule, log.known(now_us)) == 1
     assert server.check(now_us, rule, mode="peek")[1:3] == ([3, 57] if rule.kind == "c" else [3, 500])
+
+
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_was_admitted_before_a_reset_is_not_charged_after_it(script_client: redis.Redis, strategy: str, used: bool) -> None:
+    """Although nothing was known of the key when it was reset, and although a slot or a window hides when units were admitted."""
+    rule = make_rule(strategy, 100, MINUTE_US).compiled
+    server = Server(script_client, NOW_US - 10**9)
+    if used:
+        server.check(NOW_US - 1, rule, 10)
+    assert server.run("reset", ["k"], NOW_US, server.epoch, 120_000) == [NOW_US, NOW_US]
+
+    def charge(marker: str, newest_us: int, *charges: int) -> int:
+        entry = (newest_us, len(charges) // 2, *charges)
+        return server.repair("charge", NOW_US + 1_000, rule, *entry, keys=("k", f"charged:{marker}"))
+
+    one = (0, 5 * rule.unit_ticks) if rule.kind == "b" else (0, 5)
+    assert charge("before", 1_000, *one) == 0
+    assert server.left(NOW_US + 1_000, rule) == 100
+    assert charge("after", 999, *one) == 1
+    assert server.left(NOW_US + 1_000, rule) == 95
+    if rule.kind == "s":
+        assert charge("both", 0, 3_000_000, 7, 0, 2) == 1
+        assert server.left(NOW_US + 1_000, rule) == 93
+    # So long is it kept, also when checks have written the state since.
+    assert server.check(NOW_US + 2_000, rule, 1)[0] == 1
+    assert b"g%d" % NOW_US in script_client.get("k")
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -431,7 +460,7 @@ def test_keys_outlive_their_views_while_others_may_assert(redis_client: redis.Re
     call.args[1] = epoch
     redis_client.eval(script("decide").text, 2, EPOCH_KEY, "k", "id", *call.args)
     assert 0 <= redis_client.pexpiretime("k") * 1_000 - began_us - REPAIR_US <= 2_003_000
-    assert redis_client.eval(script("reset").text, 3, EPOCH_KEY, "k", "l", "id", epoch)[2] > began_us
+    assert redis_client.eval(script("reset").text, 3, EPOCH_KEY, "k", "l", "id", epoch, 0, 0)[2] > began_us
     for key in ("k", "l"):
         assert 0 <= redis_client.pexpiretime(key) * 1_000 - began_us - REPAIR_US <= 2_003_000
 
@@ -443,7 +472,7 @@ def test_what_was_charged_expires_no_earlier_than_what_counts_after_it(redis_cli
     words = [getattr(rule, word) for word in script("repair").header["rule"]]
     call = make_call([(rule, "k", 3)])
     for number in range(8):
-        charge = ("id", "charge", EPOCH, 1, 1, *words, 1, 1, 1, 0, 20 * rule.unit_ticks)
+        charge = ("id", "charge", EPOCH, 1, 1, *words, 1, 1, 0, 1, 0, 20 * rule.unit_ticks)
         assert redis_client.eval(script("repair").text, 3, EPOCH_KEY, "k", f"charged:{number}", *charge)[2] == 1
         for _ in range(4):
             time.sleep(0.03)
@@ -461,7 +490,7 @@ def test_a_generation_lives_as_long_as_what_it_undid(redis_client: redis.Redis, 
     call = make_call([(rule, "k", 500)])
     redis_client.eval(script("decide").text, 2, EPOCH_KEY, "k", "id", *call.args)
     ends_ms = redis_client.pexpiretime("k")
-    _, at_us, generation = redis_client.eval(script("reset").text, 2, EPOCH_KEY, "k", "id", EPOCH)
+    _, at_us, generation = redis_client.eval(script("reset").text, 2, EPOCH_KEY, "k", "id", EPOCH, 0)
     assert generation == at_us
     assert abs(redis_client.pexpiretime("k") - ends_ms) <= 1
     assert redis_client.get("k") == b"1g%d;" % generation
@@ -469,7 +498,7 @@ def test_a_generation_lives_as_long_as_what_it_undid(redis_client: redis.Redis, 
     reply = redis_client.eval(script("decide").text, 2, EPOCH_KEY, "k", "id", *one.args)
     assert reply[-2:] == [1, generation]
     assert redis_client.pexpiretime("k") >= ends_ms - 1
-    _, _, again = redis_client.eval(script("reset").text, 2, EPOCH_KEY, "k", "id", EPOCH)
+    _, _, again = redis_client.eval(script("reset").text, 2, EPOCH_KEY, "k", "id", EPOCH, 0)
     assert again > generation
 
 
@@ -487,10 +516,10 @@ def test_another_epoch_refuses_everything_and_touches_nothing(script_client: red
         call = make_call([(rule, "k", 1)])
         call.args[1] = server.epoch
         assert server.decide.send(script_client, NOW_US, call) == [b"id", -1]
-        assert server.run("reset", ["k"], NOW_US, server.epoch) == [-1]
+        assert server.run("reset", ["k"], NOW_US, server.epoch, 0) == [-1]
         words = [getattr(rule, word) for word in script("repair").header["rule"]]
         assert server.run("repair", ["k"], NOW_US, "assert", server.epoch, 1, 1, *words, 1, 1, 0, 5, 0, 0) == [-1]
-        assert server.run("repair", ["k", "m"], NOW_US, "charge", server.epoch, 1, 1, *words, 1, 1, 1, 5, 1) == [-1]
+        assert server.run("repair", ["k", "m"], NOW_US, "charge", server.epoch, 1, 1, *words, 1, 1, 5, 1, 5, 1) == [-1]
         assert script_client.get("k") == before
         assert not script_client.exists("m")
 
@@ -746,13 +775,13 @@ def test_bad_arguments_of_a_repair_are_refused_and_nothing_is_written(script_cli
     before = script_client.get("k")
     words = [getattr(rule, word) for word in script("repair").header["rule"]]
     own = {"b": (9, 0, 0), "s": (3, 5, 0), "f": (3, 5, 0), "c": (3, 5, 2)}[rule.kind]
-    for mode, entry, keys in (("assert", (1, 1, 0, *own), ["k"]), ("charge", (1, 1, 1, 0, 3), ["k", "m"])):
+    for mode, entry, keys in (("assert", (1, 1, 0, *own), ["k"]), ("charge", (1, 1, 0, 1, 0, 3), ["k", "m"])):
         good = [mode, server.epoch, 1, 1, *words, *entry]
         for place in (0, 2, 3, *range(12, len(good))):
             for value in ("nan", "-inf", "1.5", "", "x", "1e30"):
                 wrong = list(good)
                 wrong[place] = value
-                if place >= 12 and not (mode == "charge" and place == 14):
+                if place >= 12 and not (mode == "charge" and place == 15):
                     # One that is wrong is refused alone.
                     assert server.run("repair", keys, NOW_US, *wrong) == [NOW_US, 0, 1, 1]
                     script_client.delete("m")

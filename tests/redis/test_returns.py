@@ -118,8 +118,7 @@ async def test_a_rule_that_goes_gives_back_what_is_left_at_once(redis_url: str, 
         if how == "removed":
             limiter.remove_rule("hot")
         else:
-            lease = {} if how == "replaced" else {"lease": False}
-            limiter.add_rule(leasing(**{"lease_ttl": 0.9, **lease}), replace=True)
+            limiter.add_rule(leasing(lease=how == "replaced", lease_ttl=0.9), replace=True)
 
         async def back() -> bool:
             return await counted(redis_url, rule) == admitted
@@ -150,7 +149,7 @@ async def test_what_a_late_answer_took_ahead_goes_back_and_is_spent_by_nobody(
     rule = leasing(strategy)
     async with create_limiter("redis", redis_url=redis_server.url, rules=[rule], deadline=0.1, on_outage="deny") as limiter:
         admitted = await spend(limiter, 6)  # all of it
-        redis_client.execute_command("CLIENT", "PAUSE", "400", "ALL")
+        redis_client.client_pause(400)
         late = await asyncio.gather(*[limiter.check("k") for _ in range(20)])
         assert {d.source for d in late} == {"outage"}
         assert not any(late)

@@ -513,10 +513,17 @@ def test_a_burst_is_admitted_to_the_last_unit(script_client: redis.Redis, strate
 def test_reset_forgets_and_repeats_the_request(script_client: redis.Redis) -> None:
     script_client.mset({"a": "1;", "b": "1;", "c": "1;", EPOCH_KEY: EPOCH})
     text = script("reset").text.decode()
-    request, now_us, *generations = script_client.eval(text, 3, EPOCH_KEY, "a", "b", "id", EPOCH)
+    request, now_us, *generations = script_client.eval(text, 3, EPOCH_KEY, "a", "b", "id", EPOCH, 0, 0)
     assert (request, generations) == (b"id", [now_us, now_us])
     assert sorted(script_client.keys()) == [b"c", EPOCH_KEY.encode()]
-    for keys, args in (([], ["id", EPOCH]), (["c"], ["", EPOCH]), (["c"], ["id"]), (["c", "c"], ["id", EPOCH])):
+    for keys, args in (
+        ([], ["id", EPOCH]),
+        (["c"], ["", EPOCH, 0]),
+        (["c"], ["id"]),
+        (["c"], ["id", EPOCH]),
+        (["c"], ["id", EPOCH, -1]),
+        (["c", "c"], ["id", EPOCH, 0, 0]),
+    ):
         with pytest.raises(redis.ResponseError, match="RATETHROTTLE"):
             script_client.eval(text, 1 + len(keys), EPOCH_KEY, *keys, *args)
     assert script_client.exists("c")

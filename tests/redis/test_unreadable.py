@@ -115,11 +115,11 @@ def test_a_key_that_isnt_ours_fails_its_own_checks_alone_and_a_reset_mends_it(
     entries = [number for place in (1, 2, 3) for number in (place, 1, 0, *known)]
     told = server.run("repair", ["a", "b", "c"], NOW_US, "assert", server.epoch, 1, 3, *words, *entries)
     assert told == [NOW_US, 2, 2, 2]
-    charges = [number for place in (1, 2, 3) for number in (place, 1, 1, 0, 5)]
+    charges = [number for place in (1, 2, 3) for number in (place, 1, 0, 1, 0, 5)]
     told = server.run("repair", ["a", "b", "c", "m"], NOW_US, "charge", server.epoch, 1, 3, *words, *charges)
     assert told == [NOW_US, 2, 2, 2]
     assert script_client.type("b") == before
-    server.run("reset", ["b"], NOW_US, server.epoch)
+    server.run("reset", ["b"], NOW_US, server.epoch, 0)
     call = make_call([(own, "b", 3)])
     call.args[1] = server.epoch
     assert server.decide.send(script_client, NOW_US, call)[2] == 1
@@ -216,11 +216,11 @@ def server_state(client: redis.Redis, own: CompiledRule, state: bytes, rng: rand
     at_us, applied, *_ = server.run("repair", ["bad", "good"], NOW_US, "assert", server.epoch, 1, 2, *words, *entries)
     assert (at_us, applied >= 1) == (NOW_US, True)
     client.set("bad", state)
-    charges = [number for place in (1, 2) for number in (place, 1, 1, 0, 1)]
-    _, applied, *_ = server.run("repair", ["bad", "good", "m"], NOW_US, "charge", server.epoch, 1, 2, *words, *charges)
+    charges = [number for place in (1, 2) for number in (place, 1, 0, 1, 0, 1)]
+    _, applied, *_ = server.run("repair", ["bad", "good", "m"], NOW_US + 1, "charge", server.epoch, 1, 2, *words, *charges)
     assert applied >= 1
     client.set("bad", state)
-    server.run("reset", ["bad"], NOW_US, server.epoch)
+    server.run("reset", ["bad"], NOW_US, server.epoch, 0)
     call = make_call([(own, "bad", 1)])
     call.args[1] = server.epoch
     assert server.decide.send(client, NOW_US, call)[2] == 1, "a reset mends whatever stands there"

@@ -3,7 +3,7 @@
 --- ARGV: request mode epoch rule_count entry_count rule... entry...
 --- rule: kind capacity window_us unit_ticks drain_ticks slot_us coarse_us lead_us
 --- assert_entry: key_index rule_index generation a b c
---- charge_entry: key_index rule_index count charge...
+--- charge_entry: key_index rule_index newest_us count charge...
 --- charge: age_us units
 --- reply: request server_us applied refusal...
 --- refusal: entry_number why
@@ -11,6 +11,7 @@
 --- limits: keys=128 rules=128 entries=128 charges=128
 -- With mode `assert` there is no marker_key. a b c: of b level 0 0, of s units leaves_us heard_us (ago), of f count since_us 0, of c cur since_us
 -- prev.
+-- newest_us is the age of the newest of a key's charges: what is older than its last reset is not counted.
 -- A call that charges is run once, however often it is sent: the marker tells. `applied` counts the entries that were taken in. An entry
 -- with a number out of range, or of a rule with one, is refused alone, and so is one whose state can't be read, which stays as it is.
 -- In another epoch than the one expected, the reply is just -1 for the server's time, and nothing was done.
@@ -204,14 +205,18 @@ local function charge(v, h, charges)
     local at, units = now - charges[i][1], charges[i][2]
     if kind == 's' then
       at = slot_end(v.q, at)
-      if at + v.window > now then
+      if at + v.window > now and at > h.generation then
         n, counted = n + 1, counted + units
         more_ats[n], more_counts[n] = at, units
       end
     elseif kind ~= 'b' then
       local start = at - at % v.window
-      -- What comes before the window that stands counts in it, like all that is admitted by then.
-      if start + v.window > now then start = max(start, v.start) end
+      if start + v.window <= h.generation then
+        start = -1
+      elseif start + v.window > now then
+        -- What comes before the window that stands counts in it, like all that is admitted by then.
+        start = max(start, v.start)
+      end
       if start == v.start then
         v.cur = min(v.cur + units, UNITS_MAX)
       elseif kind == 'c' and start == v.start - v.window then
@@ -261,9 +266,10 @@ for i = 1, entry_count do
   local kind, fits = rule and rule.kind, key and rule and true or false
   local entry = {key = key and key + 1, rule = rule}
   if charges then
-    local count = number(ARGV[at + 3], 1, 128)
+    local count = number(ARGV[at + 4], 1, 128)
     if not count then return refuse('RATETHROTTLE a count of charges is out of range') end
-    fits, at = fits and (kind ~= 'b' or count == 1), at + 3
+    entry.newest = number(ARGV[at + 3], 0, EXACT_MAX)
+    fits, at = fits and entry.newest and (kind ~= 'b' or count == 1), at + 4
     for j = 1, count do
       local age, units = number(ARGV[at + 1], 0, kind == 'b' and 0 or EXACT_MAX), number(ARGV[at + 2], 1, kind == 'b' and TICKS or UNITS_MAX)
       fits, entry[j], at = fits and age and units and true, {age, units}, at + 2
@@ -299,7 +305,9 @@ local function taken_in(entry)
   local h = read_header(head, own, other)
   if not h then return nil end
   h.all = h.since and bases_of(h) or {}
-  if charges then
+  if charges and h.generation > 0 and now - entry.newest <= h.generation then
+    return false
+  elseif charges then
     local counted = rule.kind == 'b' and charge_bucket(own, h, rule, entry[1][2]) or charge(own, h, entry)
     if other then charge(other, h, rule.kind == 'b' and {{0, counted}} or entry) end
     h.granted = min(h.granted + counted, UNITS_MAX)
