@@ -46,6 +46,7 @@ check: $(BUILT) $(PEERS) ## Everything static: format, lint, types, stubs, spell
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy ratethrottle benchmarks tests/typing tools/check_wheel.py
+	$(BIN)/basedpyright --pythonpath $(PY)
 	$(PY) -m mypy.stubtest $(addprefix ratethrottle.,_core _layout _outage _repair _calls)
 	@# It calls pycodestyle by name.
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cython-lint ratethrottle

@@ -1,6 +1,6 @@
 """An asyncio rate limiter for services on more than one server: atomic, fast, and bounded when Redis fails."""
 
-from ratethrottle import events
+from ratethrottle import _interpreter, events  # noqa: F401  # the former first
 from ratethrottle._core import Decision, PendingDecision
 from ratethrottle.errors import (
     ConfigurationError,

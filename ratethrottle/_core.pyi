@@ -2,7 +2,7 @@ from asyncio import AbstractEventLoop, Future
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from contextvars import Context
 from types import TracebackType
-from typing import Any, Literal, Never, ParamSpec, Protocol, Self, TypeAlias, TypeVar, final, overload
+from typing import Any, Literal, Never, Protocol, Self, TypeAlias, TypeVar, final, overload
 
 from typing_extensions import disjoint_base, override
 
@@ -10,8 +10,7 @@ __pyx_capi__: dict[str, object]
 
 _Key: TypeAlias = str | tuple[str | int, ...]
 _OnOutage: TypeAlias = Literal["local", "allow", "deny", "raise"]
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
+_Check = TypeVar("_Check", bound=Callable[..., Coroutine[Any, Any, Decision]])
 
 class _Decides(Protocol):
     @property
@@ -213,7 +212,8 @@ class CheckMethod:
     def __getattr__(self, name: str) -> Any: ...
     def __set_name__(self, owner: type, name: str) -> None: ...
 
-def compiled_check(template: Callable[_P, Coroutine[Any, Any, _R]]) -> Callable[_P, Coroutine[Any, Any, _R]]: ...
+# To type checkers it stays the `async def` that it stands for: a Protocol with one asks for just that.
+def compiled_check(template: _Check) -> _Check: ...
 def read_answer(
     rule: CompiledRule, numbers: Sequence[int], cost: int, position: int = 0, count: int = 1
 ) -> tuple[bool, int, int, int]: ...

@@ -23,7 +23,7 @@ COMPILED = ("_arithmetic", "_bound", "_resp", "_table")
 LAYERS = [
     [
         *("ratethrottle.errors", "ratethrottle.terms", "ratethrottle._core", "ratethrottle._calls", "ratethrottle._layout"),
-        *("ratethrottle._outage", "ratethrottle._repair"),
+        *("ratethrottle._outage", "ratethrottle._repair", "ratethrottle._interpreter"),
         *(f"ratethrottle.{part}" for part in COMPILED),
     ],
     ["ratethrottle.rule", "ratethrottle.events"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -74,3 +75,41 @@ def test_an_unknown_build_mode_is_an_error_that_lists_the_modes(mode: str, monke
     run = subprocess.run([sys.executable, "setup.py", "--version"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode != 0
     assert "ship, debug, trace, sanitize" in run.stderr
+
+
+OTHER_INTERPRETER = """
+import sys
+try:
+    import _interpreters as interpreters
+except ImportError:
+    import _xxsubinterpreters as interpreters
+if sys.argv[1] == "in the main one":
+    import ratethrottle
+code = '''
+try:
+    import ratethrottle
+    print("loaded", repr(ratethrottle.create_limiter()), flush=True)
+except ImportError as error:
+    print("refused", error, flush=True)
+'''
+for _ in range(2):
+    interpreters.run_string(interpreters.create(), code)
+"""
+
+
+@pytest.mark.parametrize("first", ["in the main one", "in another one"])
+def test_a_second_interpreter_of_a_process_is_told_what_to_do(first: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", OTHER_INTERPRETER, first],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(Path(ratethrottle.__file__).parents[1])},
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2, done.stderr
+    refused = [line for line in lines if line.startswith("refused ratethrottle is compiled, and only one Python interpreter")]
+    assert all("WSGIApplicationGroup %{GLOBAL}" in line and "single-interpreter = true" in line for line in refused)
+    assert len(refused) >= 1  # the second at least; from Python 3.12 on no other than the main one
+    assert all(line in refused or line.startswith("loaded <RateThrottleCore") for line in lines)

@@ -1,10 +1,10 @@
-"""The types of the public names, as a caller meets them. mypy fails on a line that isn't so."""
+"""The types of the public names, as a caller meets them. mypy and pyright fail on a line that isn't so."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, Literal, assert_type
+from typing import Any, Literal, Protocol, assert_type
 
 from ratethrottle import (
     Decision,
@@ -22,8 +22,7 @@ from ratethrottle import (
 
 async def calls(limiter: RateThrottleCore) -> None:
     """Every call and what it gives."""
-    pending = limiter.check("key")
-    _ = assert_type(pending, Coroutine[Any, Any, Decision])
+    pending: Coroutine[Any, Any, Decision] = limiter.check("key")
     assert_type(await pending, Decision)
     assert_type(await limiter.check(("user", 42), "rule", cost=2), Decision)
     assert_type(await limiter.check_many(["key", ("user", 1), Request("key", cost=2)]), list[Decision])
@@ -35,6 +34,33 @@ async def calls(limiter: RateThrottleCore) -> None:
     assert_type(limiter.rules, Mapping[str, RateThrottleRule])
     async with limiter as opened:
         assert_type(opened, RateThrottleCore)
+
+
+class Checks(Protocol):
+    """What an application's own code may ask of a limiter, so that a test can pass something else."""
+
+    async def check(self, key: str, rule: str | None = None, *, cost: int = 1) -> Decision: ...
+
+
+class Asks(Protocol):
+    """A part of it."""
+
+    async def check(self, key: str) -> Decision: ...
+
+    async def peek(self, key: str, rule: str | None = None, *, cost: int = 1) -> Decision: ...
+
+
+async def guarded(limiter: Checks, other: Asks) -> Decision:
+    """Know nothing but the protocols."""
+    assert_type(await other.peek("key"), Decision)
+    return await limiter.check("key", cost=2)
+
+
+async def protocols(limiter: RateThrottleCore) -> None:
+    """A limiter is what a protocol with an `async def check` asks for."""
+    checks: Checks = create_limiter()
+    assert_type(await guarded(limiter, limiter), Decision)
+    assert_type(await guarded(checks, limiter), Decision)
 
 
 def facts(decision: Decision) -> None:
@@ -69,6 +95,7 @@ def watched(limiter: RateThrottleCore) -> None:
     assert_type(limiter.on_event(heard), Callable[[], None])
     limiter.on_event(print)
     assert_type(limiter.statistics(), Statistics)
+    assert_type(limiter.statistics().decisions["rule"]["redis"].allowed, int)
     assert_type(limiter.statistics().breaker, Literal["closed", "open", "half_open"])
     create_limiter("redis", redis_url="redis://a", require_storage=True, on_outage="deny")
 
@@ -77,4 +104,5 @@ def outages() -> None:
     """What a rule does while its storage can't answer is one of four words, or left to the storage."""
     rule = RateThrottleRule("rule", 10, 1, on_outage="deny")
     assert_type(rule.on_outage, Literal["local", "allow", "deny", "raise"] | None)
+    assert_type(RateThrottleRule.parse_many("rule", "10/s;1000/d"), tuple[RateThrottleRule, ...])
     RateThrottleRule("rule", 10, 1, on_outage="ignore")  # type: ignore[arg-type]  # none of the four
