@@ -22,6 +22,10 @@ cdef class Errand:
     cdef bytes marker
     cdef bytes request
     cdef int64_t deadline_us
+    cdef int64_t sent_us                     # of a mark, which is no script: see `Gathering.mark`
+    cdef int integers                        # that its reply begins with
+    cdef bint counts
+    cdef bint ranks
 
 
 cdef class Knowledge:
@@ -42,6 +46,14 @@ cdef class Knowledge:
     cdef int64_t fewer_since_us              # since when the store counts fewer processes than we do
     cdef int64_t expected                    # how many share the limits, by our options; 0: unknown
     cdef int64_t counted_us                  # when any line has had this process counted
+    cdef int64_t slot                        # the bit that stands for this process; -1: none that is known
+    cdef int64_t marked_us                   # when it was set last
+    cdef int64_t marks                       # how often since a script was run for it
+    cdef int64_t swept                       # when the period began that is going on, by the server's clock, and when that was seen first
+    cdef int64_t swept_seen_us
+    cdef int64_t changed                     # when the set of processes has changed last, by the server's clock
+    cdef int64_t rank
+    cdef int64_t rank_of                     # in the set that has changed last then
     cdef Layout layout
     cdef object errands                      # to be done before anything is asked
     cdef set out                             # errands that were sent and have no answer yet
@@ -53,6 +65,8 @@ cdef class Knowledge:
                    int64_t now_us) except -1
     cdef int take_count(self, int64_t count, int64_t rank, bint whole, int64_t now_us) except -1
     cdef int doubt(self) except -1
+    cdef bint may_mark(self, int64_t now_us) noexcept
+    cdef int64_t period_us(self) noexcept
     cdef int64_t pace_us(self, int64_t least_us) noexcept
     cdef Errand beat(self, bytes purpose, bint asks, bint named, done)
     cdef Errand next_errand(self, int64_t now_us)

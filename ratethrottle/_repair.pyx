@@ -25,6 +25,9 @@ cdef enum:
     ROWS_MAX = 128                           # keys of an errand
     WHOLE_US = 3_000_000                     # for so long processes must have been counted without a gap: then all that live have come
     FEWER_US = 1_000_000                     # for so long the store must have counted fewer
+    PERIOD_US = 900_000                      # for so long at least the store takes marks, before it counts them
+    SMALL_FLEET = 50                         # processes whose beats are all scripts
+    MARKS_MAX = 60                           # between two scripts
     EACH_US = 100                            # between two beats, for each process there is
     ALIKE_US = 450_000                       # two beats of half a second agree
     MANY = 1_000_000_000                     # processes: more than there ever are
@@ -83,6 +86,7 @@ cdef class Knowledge:
         self.process_id = urandom(8).hex().encode()
         self.forks = bounds.forks
         self.users = WeakSet()
+        self.slot = -1
 
     cdef bint forked(self) except -1:
         """In a process that was forked give up what belongs to the other: what it has to tell, and what it owes. True there, once."""
@@ -184,13 +188,22 @@ cdef class Knowledge:
         n = self.processes if whole else max(self.processes, self.expected)
         # Where nothing else has said how many there are, two beats must agree.
         if whole or alike or self.expected or self.shares.n:
-            self.shares.set_share(n, rank if count == n and (alike or whole) and rank < n else n - 1)
+            self.shares.set_share(n, rank if count == n and (alike or whole) and 0 <= rank < n else n - 1)
         return 0
 
     cdef int doubt(self) except -1:
         """Who was counted must be counted anew: the store is another one, or wasn't reached for a while."""
         self.last_count = self.fewer_since_us = 0
+        self.slot = -1
         return 0
+
+    cdef int64_t period_us(self) noexcept:
+        return max(<int64_t>PERIOD_US, EACH_US * self.last_count)
+
+    cdef bint may_mark(self, int64_t now_us) noexcept:
+        """Whether its slot is known to be its own still, and marking it enough."""
+        return (self.slot >= 0 and self.last_count > SMALL_FLEET and self.marks < MARKS_MAX
+                and now_us - self.marked_us < self.period_us() + self.period_us() // 2)
 
     cdef int64_t pace_us(self, int64_t least_us) noexcept:
         """How long to wait between two beats: the store has about ten thousand a second at most, of all processes together."""

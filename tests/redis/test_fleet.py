@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Callable
 from typing import Any
 
 import fakeredis
@@ -11,6 +13,7 @@ import redis
 
 from ratethrottle import RateThrottleCore, RateThrottleRule, RedisStorage, create_limiter
 from ratethrottle.errors import StorageRefused
+from ratethrottle.storage.redis.scripts import script
 from tests.processes import Process, World
 from tests.redis.recovery import served, until
 from tests.servers import RedisServer
@@ -157,6 +160,69 @@ def test_nobody_who_was_told_nothing_takes_himself_for_alone_at_once(redis_clien
     for _ in range(15):
         turn(world, [process])
     assert process.knowledge.shares.n == 1
+
+
+# A large fleet
+
+
+class Fleet:
+    """Ids of processes that are counted by the script, as by a process that sends nothing else."""
+
+    def __init__(self, client: redis.Redis, prefix: str = "ratethrottle") -> None:
+        self.client = client
+        self.keys = (f"{prefix}:epoch", f"{prefix}:processes")
+        self.sha = client.script_load(script("beat").body(shebang=True))
+        self.run = client.info("server")["run_id"]
+        self.beats = 0
+
+    def beat(self, first: int, end: int, purpose: str = "count") -> Any:
+        pipeline = self.client.pipeline(transaction=False)
+        for i in range(first, end):
+            pipeline.evalsha(self.sha, 2, *self.keys, "r", self.run, 0, f"{i:016x}", purpose, "0", 0)
+        self.beats += end - first
+        return pipeline.execute()
+
+
+async def test_in_a_large_fleet_a_beat_is_a_bit() -> None:
+    """Counted by the commands that Redis runs: most beats are no script any more, and yet all is heard of in time."""
+    with RedisServer() as server, server.client() as client:
+        fleet = Fleet(client)
+        size = 200
+        async with limiter_of(server.url, expected_processes=1) as limiter:
+            await limiter.check("user")
+
+            async def go_on(seconds: float, until: Callable[[], bool] = lambda: False) -> bool:
+                ends_s = time.monotonic() + seconds
+                while time.monotonic() < ends_s:
+                    await asyncio.to_thread(fleet.beat, 0, size)
+                    await asyncio.sleep(0.4)
+                    await limiter.check("other")
+                    if until():
+                        return True
+                return False
+
+            assert await go_on(5, lambda: limiter.statistics().processes == size + 1)
+            await go_on(1)
+            client.config_resetstat()
+            calls, fleet.beats = limiter.statistics().calls, 0
+            await go_on(4)
+            ran = {name: told["calls"] for name, told in client.info("commandstats").items()}
+            scripts = ran["cmdstat_evalsha"] - fleet.beats - (limiter.statistics().calls - calls)
+            # What a script does is counted as well: a counted process sets two bits.
+            marks = ran["cmdstat_setbit"] - 2 * (fleet.beats + scripts)
+            assert scripts <= 2
+            assert marks >= 4
+            assert limiter.statistics().processes == size + 1
+            # Others leave, others come, and the data is lost.
+            await asyncio.to_thread(fleet.beat, 150, size, "leave")
+            size = 150
+            assert await go_on(5, lambda: limiter.statistics().processes == size + 1)
+            assert await go_on(9, lambda: shares(limiter) == size + 1), "the smaller number is believed"
+            client.flushall()
+            assert await go_on(5, lambda: limiter.statistics().epoch_changes == 1)
+            assert await go_on(5, lambda: limiter.statistics().processes == size + 1)
+            size = 0
+            assert await go_on(9, lambda: limiter.statistics().processes == 1)
 
 
 # Two layouts under one prefix
