@@ -469,7 +469,7 @@ async def main():
         await limiter.aclose()
     return time.monotonic()
 ended_s = asyncio.run(main())
-print(time.monotonic() - ended_s < 0.2)
+print(time.monotonic() - ended_s < 2)  # 0.2 on a machine that has nothing else to do
 sys.stdout.flush()
 """
 
