@@ -144,12 +144,13 @@ local function count()
   whole = max(0, now - since)
   if written then
     local lapse = format('%.0f', 4 * period / 1000)
-    call('SET', head, format('%016.0f%08.0f%016.0f%010.0f%016.0f', swept, members, changed, expected, since), 'PX', lapse)
     call('PEXPIRE', place, lapse)
     call('PEXPIRE', marks, lapse)
     call('PEXPIRE', last, lapse)
     call('PEXPIRE', before, lapse)
     call('PEXPIRE', alive, lapse)
+    -- Last, so that the next beat does what this one may not: a user without one of these commands is refused each time.
+    call('SET', head, format('%016.0f%08.0f%016.0f%010.0f%016.0f', swept, members, changed, expected, since), 'PX', lapse)
   end
 end
 
