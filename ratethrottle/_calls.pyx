@@ -1580,9 +1580,18 @@ cdef class Gathering:
         cdef const Terms* terms
         cdef CallEntry* entry
         cdef int i, j, leases, length
-        cdef int64_t least, most
+        cdef int64_t least, most, latest_us
+        # No clock is a year off. What a generation says is asserted, and would outlast the reply that made it up.
+        if count < 1 or not max(<int64_t>0, self.epoch - YEAR_US) <= numbers[0] <= LEVEL_MAX:
+            return -1
+        latest_us = numbers[0] + YEAR_US
         if call.mode == RESET:
-            return call.size if count == 1 + call.size else -1
+            if count != 1 + call.size:
+                return -1
+            for i in range(1, count):
+                if not 0 <= numbers[i] <= latest_us:
+                    return -1
+            return call.size
         for leases in range(2):
             for i in range(call.size):
                 entry = &call.entries[i]
@@ -1620,7 +1629,7 @@ cdef class Gathering:
         if (end - answer) % 2:
             return -1
         while answer < end:                  # pairs of an answer's number and a generation
-            if not 1 <= answer[0] <= call.size:
+            if not (1 <= answer[0] <= call.size and 0 <= answer[1] <= latest_us):
                 return -1
             answer += 2
         return length

@@ -19,6 +19,7 @@ from tests.redis.recovery import served, until
 from tests.servers import RedisServer
 
 LIMIT = 100
+LATEST_US = 2**53 - 1  # beyond the year 2255
 RULE = RateThrottleRule("r", LIMIT, 3600)
 
 
@@ -291,6 +292,37 @@ def test_a_number_that_no_server_can_say_is_not_taken_up(redis_client: redis.Red
     assert process.line.ready
     assert process.knowledge.epoch <= world.server_us()
     assert process.knowledge.processes == 1
+
+
+@pytest.mark.parametrize(("mode", "place"), [("check", 1), ("reset", 1), ("reset", 2), ("check", -1)])
+@pytest.mark.parametrize("number", [2**53 - 1, 10**17])
+def test_a_time_that_no_clock_says_is_not_taken_up(redis_client: redis.Redis, mode: str, place: int, number: int) -> None:
+    """Neither the time of a reply nor a key's generation."""
+    world = World(redis_client)
+    process, rule = Process(world), RULE.compiled
+    for _ in range(3):
+        turn(world, [process])
+    process.ask([("k", rule, 1)], "reset")  # from then on a check is told the key's generation
+    turn(world, [process])
+    broken: list[str] = []
+    lies = [number] if place != 1 or number > LATEST_US else []
+
+    def tamper(request: Any, reply: Any) -> Any:
+        if request.mode == mode and lies:
+            reply[place] = lies.pop()
+        return reply
+
+    process.line.tamper = tamper
+    process.line._broken = lambda what: (broken.append(what), process.line.lose())  # type: ignore[method-assign]
+    process.ask([("k", rule, 1)], mode)
+    turn(world, [process])
+    assert len(broken) == (place != 1 or number > LATEST_US)
+    for _ in range(8):
+        turn(world, [process])
+    process.ask([("k", rule, 1)], mode)
+    turn(world, [process])
+    assert process.line.ready
+    assert process.line._in_flight_count == process.line._waiting_count == 0
 
 
 async def test_a_process_that_met_a_corrupt_epoch_goes_on(redis_url: str, redis_client: redis.Redis) -> None:
