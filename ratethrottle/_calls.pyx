@@ -528,7 +528,7 @@ cdef class Gathering:
     cdef int spares                          # how often in a row what has run out of time is looked at once more; it is judged at
     cdef int64_t spared_until_us
     cdef int64_t excused_until_us            # what was held up by a loop that was blocked may still be sent
-    cdef int64_t took_us                     # what was answered last
+    cdef int64_t took_us                     # an answer, at least, of late
     cdef Py_ssize_t max_waiting
     cdef bytes rest                          # of a reply that hasn't come whole
     cdef readonly bytes _session
@@ -1245,7 +1245,7 @@ cdef class Gathering:
         """Take from a queue what goes with the call as it is; returns how many keys that has."""
         cdef PendingDecision pending
         cdef CallEntry* entry
-        cdef int64_t soon_us = now_us + min(2 * self.took_us, self.deadline_us // 4)
+        cdef int64_t soon_us = now_us + min(self.took_us + self.took_us // 2, self.deadline_us // 4 * 3)
         cdef Mode mode
         cdef uint16_t place
         cdef bint asked = False
@@ -1636,7 +1636,7 @@ cdef class Gathering:
 
     cdef int settle(self, Call call, const int64_t* numbers, int answers, int count) except -1:
         """Give everybody in a call its decision, and remember what the store has said."""
-        cdef int64_t now_us = self.bounds.now_us()
+        cdef int64_t now_us = self.bounds.now_us(), took_us
         cdef const int64_t* answer = numbers + 1
         cdef const int64_t* generations = numbers + 1 + answers
         cdef const int64_t* end = numbers + count
@@ -1646,7 +1646,9 @@ cdef class Gathering:
         cdef int64_t ahead
         cdef int i, leases, length, place = 0
         self.heard_us = now_us
-        self.took_us = now_us - call.sent_us
+        # The least of late, so that one that stalled says nothing of the next.
+        took_us = max(now_us - call.sent_us, <int64_t>1)
+        self.took_us = min(took_us, self.took_us + self.took_us // 8 + 100) if self.took_us else took_us
         if not self.bounds.owing:  # what was admitted here is as old as this process's clock says
             self.knowledge.ahead_us = numbers[0] - now_us
         if call.mode == RESET:

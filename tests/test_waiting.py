@@ -475,6 +475,49 @@ def test_hardly_anybody_is_counted_for_nothing_however_long_the_queue(world: Wor
     assert sum("may have been counted" in error for error in errors) < granted / 20
 
 
+def test_nor_where_redis_is_far(world: World, process: Process) -> None:
+    """Four times as many come as two calls in 80 ms can carry."""
+    process.check("warm", BIG)
+    process.turn()
+    process.connect()
+    process.turn()
+    process.work(80_000)
+    answer(process)
+    checks: list[Check] = []
+    sent_us: list[int] = []
+    for i in range(700):
+        if i % 10 == 0:
+            checks += [process.check(f"k{i}:{j}", BIG) for j in range(128)]
+        process.work(1_000)
+        sent_us += [world.t_us] * (len(process.line.unserved) - len(sent_us))
+        while sent_us and world.t_us - sent_us[0] >= 80_000:
+            sent_us.pop(0)
+            process.line.serve()
+            process.line.deliver()
+    assert not process.line.away
+    process.poll()
+    errors = [str(check.error) for check in checks if check.error is not None]
+    granted = sum(check.decision is not None for check in checks)
+    assert granted > 1_500
+    assert sum("may have been counted" in error for error in errors) < granted / 4
+
+
+def test_who_waited_while_redis_stalled_is_still_sent(world: World, process: Process) -> None:
+    process.check("warm", BIG)
+    world.settle()
+    first = []
+    for i in range(2):
+        first.append(process.check(f"first {i}", BIG))
+        process.turn()
+    process.work(10_000)
+    waits = process.check("k", BIG)
+    process.work(200_000)
+    for _ in range(3):
+        answer(process)
+    world.settle()
+    assert sources([*first, waits]) == {"redis"}
+
+
 @pytest.mark.parametrize("block_us", [DEADLINE_US - 1_000, DEADLINE_US, DEADLINE_US + 1_000, 300_000, 2_000_000])
 @pytest.mark.parametrize("when", ["entered", "sent", "answered"])
 def test_a_loop_that_was_blocked_is_no_outage(world: World, process: Process, block_us: int, when: str) -> None:
