@@ -20,6 +20,7 @@ import pytest
 from ratethrottle import (
     ConfigurationError,
     InMemoryStorage,
+    Outcomes,
     RateThrottleCore,
     RateThrottleRule,
     Statistics,
@@ -277,7 +278,7 @@ async def test_the_statistics_of_a_storage_in_memory() -> None:
     assert limiter.statistics() == Statistics()
     for number in range(5):
         await limiter.check(f"user:{number}")
-    assert limiter.statistics() == Statistics(keys=2, evictions=3)
+    assert limiter.statistics() == Statistics(keys=2, evictions=3, decisions={"r": {"memory": Outcomes(allowed=5)}})
     await limiter.aclose()
     assert limiter.statistics().keys == 2
 
