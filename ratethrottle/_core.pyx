@@ -903,9 +903,15 @@ cdef class Decision:
     def retry_after(self):
         """Seconds until the same check would be allowed if nobody else consumed; 0.0 when allowed, inf for never.
 
-        Exact, but for the source "prefilter": there it is not before that, and by how much later was not asked.
+        Exact where `retry_after_exact` says so. With the source "prefilter" it is not before that, and by how much later was not
+        asked. Of a rule with leases it is the latest: units that others hold unspent may come back within `lease_ttl`.
         """
         return seconds_up(self.settled().retry_us) if self.out.retry_us >= 0 else _inf
+
+    @property
+    def retry_after_exact(self):
+        """Whether `retry_after` is exact: it is a bound where Redis wasn't asked, and where others may hold units of a lease."""
+        return self.out.allowed or self.source_index <= REDIS and self.terms.lease_units == 0
 
     @property
     def reset_after(self):

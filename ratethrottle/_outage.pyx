@@ -505,7 +505,8 @@ cdef class Shares:
         cdef KeyTable bounds = self.bounds
         cdef list taken = []
         cdef uint32_t i
-        cdef int _shard, visited = 0
+        cdef uint32_t _shard
+        cdef int visited = 0
         for _shard in range(bounds.shard_count):
             if most <= 0 or bounds.owing == 0 or visited >= SHARDS_TAKEN:
                 break

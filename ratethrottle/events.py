@@ -156,7 +156,10 @@ class Desync(Event):
 
 @dataclass(frozen=True, slots=True)
 class BoundsEvicted(Event):
-    """The table of bounds is full and forgets keys that weren't fresh. bounds: how many in all since the storage was made."""
+    """The table of bounds is full and forgets keys that weren't fresh. bounds: how many in all since the storage was made.
+
+    What an outage admitted of such a key, and Redis hasn't heard of yet, is not charged.
+    """
 
     kind: ClassVar[str] = "bounds_evicted"
     every_s: ClassVar[float] = 60.0

@@ -612,3 +612,15 @@ def test_units_of_before_a_reset_are_not_given_back_after_it(world: World, strat
     assert [item.back for item in process.line.requests[-1].items] == [10]
     assert left(world, what) <= what.rule.capacity - 20
     world.end()
+
+
+def test_a_denial_under_a_rule_with_leases_says_that_its_time_is_the_latest(world: World) -> None:
+    what, plain = leased("fixed_window", 10, 60), RateThrottleRule("p", 10, 60, strategy="fixed_window").compiled
+    process = world.processes[0]
+    found = []
+    for rule in (what.rule, plain):
+        checks = [process.check("k", rule, 10), process.check("k", rule, 10)]
+        world.settle()
+        found.append([(check.decision.allowed, check.decision.retry_after_exact) for check in checks])
+    assert found == [[(True, True), (False, False)], [(True, True), (False, True)]]
+    world.end()

@@ -35,6 +35,8 @@ def part(units: int, n: int, rank: int) -> int:
 def share_of(rule: RateThrottleRule, n: int, rank: int) -> RateThrottleRule | None:
     """The rule that one process runs; None if it has no units of it, or if it would be refused as a rule of its own."""
     limit, burst = part(rule.limit, n, rank), part(rule.capacity, n, rank)
+    if limit == 0 or burst == 0:
+        return None
     try:
         return make_rule(rule.strategy, limit, rule.window_us, burst)
     except ConfigurationError:

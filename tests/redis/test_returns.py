@@ -182,5 +182,20 @@ async def test_a_connection_that_is_heard_although_it_was_late_is_one_at_most_an
         await until(closed)
 
 
+async def test_a_lease_of_before_a_loss_is_not_given_back_after_it(redis_url: str, redis_client: redis.Redis) -> None:
+    """It may be lost there: what goes back would be others' units."""
+    rule = leasing()
+    async with create_limiter("redis", redis_url=redis_url, rules=[rule]) as limiter:
+        admitted = await spend(limiter)
+        used = LIMIT - (await limiter.peek("k")).remaining
+        assert used > admitted
+        redis_client.flushall()
+        # Some of the lease is still to be spent, while others tell Redis what they know.
+        await until(lambda: _answered(limiter), 5.0)
+        await asyncio.sleep(1.1)
+        assert await limiter.check("k")
+        assert LIMIT - (await limiter.peek("k")).remaining >= used + 1
+
+
 async def _answered(limiter: RateThrottleCore) -> bool:
     return (await limiter.peek("somebody")).source == "redis"
