@@ -966,8 +966,8 @@ cdef class Gathering:
         elif numbers[6] > self.evicted:
             self.evicted = numbers[6]
             self._notice("evicted", self.evicted - self.evicted_before)
-        if numbers[-2] >= 0:
-            self.knowledge.slot = numbers[-2]
+        if numbers[len(numbers) - 2] >= 0:
+            self.knowledge.slot = numbers[len(numbers) - 2]
             self.knowledge.marked_us = self.knowledge.counted_us
             self.knowledge.marks = 0
             self.knowledge.rank_of = -1      # of which set it was, a mark finds out
