@@ -23,7 +23,7 @@ from ratethrottle._core cimport (
 from ratethrottle._layout cimport Layout, pending_for, pending_of
 from ratethrottle._repair cimport Errand, Knowledge, reset_reach
 from ratethrottle._resp cimport (
-    BROKEN, Buffer, buffer_room, INCOMPLETE, put_bulk, put_head, put_number, read_line, read_number,
+    BROKEN, Buffer, buffer_room, INCOMPLETE, put, put_bulk, put_head, put_number, read_line, read_number,
 )
 from ratethrottle._table cimport Hash128, Shard
 
@@ -72,6 +72,7 @@ cdef enum:
     UNREADABLE = -2                          # instead of an answer: the state can't be read, and stays as it is
 
 cdef int64_t LEVEL_MAX = (<int64_t>1 << 53) - 1
+cdef int64_t UNSURE = -3                      # instead of an answer: somebody may still tell of more that was used
 cdef int64_t YEAR_US = 31_622_400_000_000    # no server's clock is set so far ahead of when an epoch began
 cdef int64_t NEVER_US = (<int64_t>1 << 63) - 1
 
@@ -361,13 +362,30 @@ cdef inline int64_t count_of(Call call, const CallEntry* entry) noexcept:
     return entry.count if call.mode == CHECK else 1
 
 
+cdef int put_words(Buffer* buffer, list words) except -1:
+    cdef bytes word
+    for word in words:
+        if not buffer_room(buffer, PyBytes_GET_SIZE(word) + 32):
+            raise MemoryError
+        put_bulk(buffer, PyBytes_AS_STRING(word), PyBytes_GET_SIZE(word))
+    return 0
+
+
+cdef int put_packed(Buffer* buffer, bytes packed) except -1:
+    if packed is not None:
+        if not buffer_room(buffer, PyBytes_GET_SIZE(packed)):
+            raise MemoryError
+        put(buffer, PyBytes_AS_STRING(packed), PyBytes_GET_SIZE(packed))
+    return 0
+
+
 cdef bint possible_beat(const int64_t* numbers, int count) noexcept:
     """Whether this may be the reply to a beat: now, epoch, when learning began, what is left of it, processes, rank, evictions,
-    whether to forget, slot, for how long processes have been counted without a gap.
+    whether to forget, what it still holds, slot, for how long processes have been counted without a gap.
 
     Whatever else says so (a proxy, a bug) must not spoil what is known here for as long as this process lives.
     """
-    return (count == 10
+    return (count == 11
             and 0 <= numbers[0] <= LEVEL_MAX
             and 1 <= numbers[1] <= numbers[0] + YEAR_US
             and 0 <= numbers[2] <= numbers[0] + YEAR_US
@@ -376,8 +394,9 @@ cdef bint possible_beat(const int64_t* numbers, int count) noexcept:
             and (0 <= numbers[5] < numbers[4] or numbers[4] == numbers[5] == 0)
             and -1 <= numbers[6] <= LEVEL_MAX
             and 0 <= numbers[7] <= 1
-            and -1 <= numbers[8] < PROCESSES_MAX
-            and 0 <= numbers[9] <= LEVEL_MAX)
+            and 0 <= numbers[8] <= LEVEL_MAX
+            and -1 <= numbers[9] < PROCESSES_MAX
+            and 0 <= numbers[10] <= LEVEL_MAX)
 
 
 cdef int64_t digits_at(const char* text, int size) noexcept:
@@ -547,6 +566,7 @@ cdef class Gathering:
     cdef int64_t epoch                       # that of the last beat on this connection; 0 before it
     cdef bint beating
     cdef bint named                          # how keys are called was said on this connection, and is that in this epoch
+    cdef bint telling_soon                   # the loop is about to call `_tell_on`
     cdef int64_t beaten_us                   # when the last beat was answered
     cdef int64_t heard_us                    # when anything was
     cdef int64_t evicted                     # keys that this run of the server has evicted; −1 before the first beat
@@ -744,7 +764,7 @@ cdef class Gathering:
     # While Redis is away, or has lost something and is still being told what:
 
     cdef inline bint by_policies(self, int64_t now_us) noexcept:
-        return self.away or now_us < self.knowledge.learning_until_us or self.knowledge.asserting is not None
+        return self.away or now_us < self.knowledge.learning_until_us
 
     cdef inline Policy policy_for(self, CompiledRule rule) noexcept:
         return rule.policy if rule.policy != OF_STORAGE else self.on_outage
@@ -835,8 +855,8 @@ cdef class Gathering:
     cdef int run_errand(self, Errand errand) except -1:
         """Send an errand."""
         cdef Buffer* buffer = &self.buffer
-        cdef bytes word, text
-        cdef list words
+        cdef bytes text
+        cdef list words, rest, last
         cdef int64_t now_us = self.bounds.now_us()
         errand.request = self._session + b"%d" % self.requests
         self.requests += 1
@@ -845,19 +865,21 @@ cdef class Gathering:
         # By value, where the server may have lost the scripts: what is run is cached by it too.
         words = [b"EVAL", text] if self.by_value else [b"EVALSHA", name]
         self.by_value = False
-        words += [b"%d" % (len(errand.keys) + 1), self.layout.epoch_key, *errand.keys, errand.request]
+        words += [b"%d" % (len(errand.key_list) + errand.key_count + 1), self.layout.epoch_key, *errand.key_list]
         if errand.script == "beat":
-            words += [self.run, b"%d" % self.knowledge.epoch, *errand.args]
+            rest = [errand.request, self.run, b"%d" % self.knowledge.epoch, *errand.args]
         else:
-            words += [errand.args[0], self.epoch_text, *errand.args[1:]]
+            rest = [errand.request, errand.args[0], self.epoch_text, *errand.args[1:]]
+        last = [self.knowledge.process_id, b"%d" % errand.telling.level()] if errand.telling is not None else []
         buffer.used = 0
         if not buffer_room(buffer, 32):
             raise MemoryError
-        put_head(buffer, c"*", len(words))
-        for word in words:
-            if not buffer_room(buffer, PyBytes_GET_SIZE(word) + 32):
-                raise MemoryError
-            put_bulk(buffer, PyBytes_AS_STRING(word), PyBytes_GET_SIZE(word))
+        put_head(buffer, c"*", len(words) + errand.key_count + len(rest) + errand.arg_count + len(last))
+        put_words(buffer, words)
+        put_packed(buffer, errand.packed_keys)
+        put_words(buffer, rest)
+        put_packed(buffer, errand.packed_args)
+        put_words(buffer, last)
         self.write(PyBytes_FromStringAndSize(buffer.bytes, buffer.used))
         self.in_flight.append(errand)
         self.wind(now_us, self.tick_us(now_us))
@@ -956,7 +978,7 @@ cdef class Gathering:
         self.epoch_text = b"%b%016d%016d" % (self.run, epoch, learning_from_us)
         self.refused = False
         self._answered()
-        if self.knowledge.meet(epoch, numbers[3], numbers[4], numbers[5], numbers[9], numbers[7], now_us):
+        if self.knowledge.meet(epoch, numbers[3], numbers[4], numbers[5], numbers[10], numbers[7], numbers[8], now_us):
             self._notice("state_lost", len(self.bounds))
         if self.bounds.evictions != self.told_evictions:
             self.told_evictions = self.bounds.evictions
@@ -980,24 +1002,32 @@ cdef class Gathering:
         cdef Errand errand
         cdef Knowledge knowledge = self.knowledge
         cdef int64_t now_us = self.bounds.now_us()
-        cdef int mine = 0
+        cdef int telling = 0
+        cdef bint others = False
         if not self._open or self.epoch == 0:
             return 0
         if self.epoch != knowledge.epoch:    # another line has met a later one meanwhile
             self.ready = False
             return self.beat()
         knowledge.take_over(now_us)
+        for sent in self.in_flight:
+            telling += isinstance(sent, Errand) and (<Errand>sent).telling is not None
         while len(self.in_flight) < IN_FLIGHT_MAX:
-            errand = knowledge.next_errand(now_us)
+            # Beside checks one at a time, or these would have to wait for each other's answer.
+            errand = knowledge.next_errand(now_us, self.rows_max(), telling == 0 or not self.ready)
             if errand is None:
                 break
+            telling += errand.telling is not None
             self.run_errand(errand)
-        # What was sent on this very connection comes before the checks that follow it.
-        for sent in self.in_flight:
-            mine += sent in knowledge.out
-        # What has no room yet would come after checks that count on it.
-        self.ready = (len(knowledge.out) == mine and knowledge.idle()
-                      and not (self.bounds.owing and len(self.in_flight) >= IN_FLIGHT_MAX))
+        if telling == 0 and knowledge.telling is not None and knowledge.telling.waits() and not self.telling_soon:
+            self.telling_soon = True
+            self.call_soon(self._tell_on, context=self.context)
+        # What was charged on this very connection comes before the checks that follow it. What is known is told while they are sent: the
+        # store decides no key of which it may have to hear more.
+        for errand in knowledge.out:
+            others = others or (errand.telling is None and errand not in self.in_flight)
+        # And what has no room yet would come after checks that count on it.
+        self.ready = knowledge.idle() and not others and not (self.bounds.owing and len(self.in_flight) >= IN_FLIGHT_MAX)
         if now_us < knowledge.learning_until_us:
             self.ready = False
             self._answer_waiting(repairing())
@@ -1014,6 +1044,15 @@ cdef class Gathering:
             self.queue_returns(now_us)
             self.schedule()
         return 0
+
+    def _tell_on(self):
+        """Go on with what takes longer than the loop should stand still."""
+        self.telling_soon = False
+        self.tell()
+
+    cdef int rows_max(self) noexcept:
+        """How many keys an assertion has, so that those of all processes together take the store no longer than a check can wait."""
+        return <int>max(<int64_t>4, min(<int64_t>ENTRIES_MAX, self.deadline_us // (40 * max(<int64_t>1, self.knowledge.processes))))
 
     cdef int look_at_charged(self) except -1:
         """Ask what the store says of some keys that were charged, so that this too is known if it loses them."""
@@ -1116,7 +1155,7 @@ cdef class Gathering:
                 self.expire(&self.waiting, now_us)
                 self.expire(&self.parked, now_us)
             self.give_back(now_us)
-            if not self.ready or self.bounds.owing:
+            if not self.ready or self.bounds.owing or self.knowledge.telling is not None:
                 self.tell()
             self.beat_if_due(now_us)
         finally:                             # whatever it was, nobody may be left waiting
@@ -1513,7 +1552,7 @@ cdef class Gathering:
                 return end
             self.in_flight.popleft()
             self._refused(oldest, data[at + 1:end])
-            if errand is not None and not self.ready:
+            if errand is not None and (not self.ready or self.knowledge.telling is not None):
                 self.tell()
             return end + 2
         at = read_numbers(oldest, data, at, numbers, &count)
@@ -1536,7 +1575,7 @@ cdef class Gathering:
                 return BROKEN
             self.in_flight.popleft()
             self.heard_us = self.bounds.now_us()
-            self.knowledge.heard(errand)
+            self.knowledge.heard(errand, numbers[0] if count else 0)
             if errand.script == "repair":
                 self.tell_refusals(errand, numbers, count)
             if errand.done is not None:
@@ -1544,7 +1583,7 @@ cdef class Gathering:
             if errand.owed is not None:
                 self.knowledge.charged += errand.owed
                 del self.knowledge.charged[:-self.bounds.max_keys]
-            if not self.ready:
+            if not self.ready or self.knowledge.telling is not None:
                 self.tell()
             return at
         answers = self.measure(call, numbers, count)
@@ -1598,11 +1637,11 @@ cdef class Gathering:
                 if ((<CompiledRule>entry.rule).lease_units > 0) != leases:
                     continue
                 terms = &(<CompiledRule>entry.rule).terms
-                if answer >= end or (answer[0] < 0 and answer[0] != UNREADABLE) or answer[0] > count_of(call, entry):
+                if answer >= end or (answer[0] < 0 and answer[0] not in (UNREADABLE, UNSURE)) or answer[0] > count_of(call, entry):
                     return -1
                 length = answer_length(terms, answer[0], count_of(call, entry))
-                if answer[0] == UNREADABLE:
-                    answer += length
+                if answer[0] == UNREADABLE or answer[0] == UNSURE:
+                    answer += 1
                     continue
                 if answer + length + leases > end or answer[1] < 0:
                     return -1
@@ -1651,6 +1690,7 @@ cdef class Gathering:
         self.took_us = min(took_us, self.took_us + self.took_us // 8 + 100) if self.took_us else took_us
         if not self.bounds.owing:  # what was admitted here is as old as this process's clock says
             self.knowledge.ahead_us = numbers[0] - now_us
+        self.knowledge.newest_us = max(self.knowledge.newest_us, numbers[0])
         if call.mode == RESET:
             for i in range(call.size):
                 entry = &call.entries[i]
@@ -1667,6 +1707,10 @@ cdef class Gathering:
                 if answer[0] == UNREADABLE:
                     answer += 1
                     self.settle_unreadable(entry)
+                    continue
+                if answer[0] == UNSURE:
+                    answer += 1
+                    self.settle_unsure(entry, now_us)
                     continue
                 sample = <PendingDecision>entry.waiters.first
                 length = answer_length(&rule.terms, answer[0], count_of(call, entry))
@@ -1725,6 +1769,22 @@ cdef class Gathering:
                     refused[rule] = refused.get(rule, 0) + 1
         for rule, keys in refused.items():
             self._notice("repair_refused", f"a number is out of range for {keys} keys of rule {rule!r}")
+        return 0
+
+    cdef int settle_unsure(self, CallEntry* entry, int64_t now_us) except -1:
+        """Others may still tell of more that was used: the outage policy decides."""
+        cdef PendingDecision pending
+        cdef Shard* shard
+        cdef uint32_t index
+        cdef Bound* bound = self.bound_of(entry.hashed, &shard, &index)
+        if bound != NULL:
+            bound.asked_us = 0
+            bound.leasing = bound.leasing and entry.ahead == 0
+        while entry.waiters.first != NULL:
+            pending = <PendingDecision>entry.waiters.first
+            take(&entry.waiters, pending)
+            if pending.stage != COMPLETE:
+                self.fall_back(pending, repairing(), now_us)
         return 0
 
     cdef int settle_entry(self, Call call, CallEntry* entry, const int64_t* answer, int64_t ahead) except -1:
@@ -2069,7 +2129,7 @@ cdef class Gathering:
 
     def _give_up(self, Errand errand not None):
         """The store will never take it: nothing waits for it any more."""
-        self.knowledge.heard(errand)
+        self.knowledge.heard(errand, 0)
 
     def _send_again(self, oldest):
         """A reply has proved that it wasn't run, because the server has lost its script: send it, script and all."""

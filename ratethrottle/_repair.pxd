@@ -1,11 +1,25 @@
 """What is known of the store, and what it has to be told: see `_repair.pyx`."""
 
-from libc.stdint cimport int64_t, uint32_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from ratethrottle._arithmetic cimport Terms
 from ratethrottle._core cimport KeyTable, PendingDecision
 from ratethrottle._layout cimport Layout
 from ratethrottle._outage cimport Shares
+from ratethrottle._resp cimport Buffer
+
+
+cdef enum:
+    AGES = 720                               # classes by age, each at most a sixteenth wide: all that 2^48 µs have
+
+
+cdef struct Untold:                          # a bound that the store has to be told of
+    int64_t us                               # the store's time in what was heard; 0: of an older epoch
+    uint64_t hash_lo
+    uint64_t hash_hi
+
+
+cdef class Telling
 
 
 cdef int64_t reset_reach(const Terms* terms) noexcept
@@ -13,8 +27,13 @@ cdef int64_t reset_reach(const Terms* terms) noexcept
 
 cdef class Errand:
     cdef readonly str script
-    cdef readonly list keys
-    cdef readonly list args                  # what follows the request id
+    cdef list key_list                       # that follow the epoch's; empty where they are packed
+    cdef readonly list args                  # what follows the request id; of an assertion its first words
+    cdef bytes packed_keys                   # of an assertion, as they are sent
+    cdef int key_count
+    cdef bytes packed_args
+    cdef int arg_count
+    cdef Telling telling                     # what it is a part of; None unless it asserts
     cdef readonly object done                # is given the numbers of the reply
     cdef readonly bint again                 # may be run twice without harm, and so is sent until it was answered
     cdef list owed                           # what it charges, of ages at `owed_us`
@@ -26,6 +45,43 @@ cdef class Errand:
     cdef int integers                        # that its reply begins with
     cdef bint counts
     cdef bint ranks
+
+    cdef Errand twin(self)
+
+
+cdef class Telling:
+    cdef KeyTable bounds
+    cdef bytes process_id
+    cdef int64_t epoch                       # which is told, of those before it
+    cdef int64_t before                      # the one that was known until then
+    cdef int64_t newest_us                   # and the store's time when it was heard of last
+    cdef int64_t held_us                     # in its time: what is older the store has kept
+    cdef bint held_older                     # as it has what is of older epochs
+    cdef uint32_t shard                      # the next to be looked through
+    cdef Untold* found
+    cdef size_t count
+    cdef size_t room
+    cdef Untold* items                       # by class of age, the newest first
+    cdef size_t placed                       # of found
+    cdef size_t[AGES + 1] ends               # where each class begins, and at last where it ends
+    cdef size_t[AGES] nexts
+    cdef size_t at                           # the next item
+    cdef dict out                            # errand -> the item that it begins with
+    cdef object again                        # errands that are sent again
+    cdef bint prepared
+    cdef readonly bint last                  # it was said that this is all
+    cdef readonly bint over                  # and heard
+
+    cdef int prepare(self) except -1
+    cdef int collect(self) except -1
+    cdef int place(self) except -1
+    cdef int64_t level(self) noexcept
+    cdef bint waits(self) noexcept
+    cdef inline int class_at(self, int64_t us) noexcept
+    cdef Errand next_errand(self, int rows_max, int64_t ahead_us, int64_t now_us)
+    cdef Errand build(self, Buffer* keys, Buffer* args, int rows_max, int64_t ahead_us, int64_t now_us)
+    cdef int put_row(self, Buffer* args, int row, int rule, int64_t generation, const int64_t* numbers, int64_t us) except -1
+    cdef int heard(self, Errand errand) except -1
 
 
 cdef class Knowledge:
@@ -58,10 +114,12 @@ cdef class Knowledge:
     cdef object errands                      # to be done before anything is asked
     cdef set out                             # errands that were sent and have no answer yet
     cdef list charged                        # and not looked at since
-    cdef object asserting                    # an iterator over the errands that tell what is known
+    cdef Telling telling                     # what is known to an epoch that may have lost it
+    cdef int64_t newest_us                   # the store's time in its last answer of this epoch
+    cdef int64_t told_us                     # and when all of before the epoch was told; 0: not yet, or there was nothing
     cdef unsigned forks
 
-    cdef bint meet(self, int64_t epoch, int64_t learning_us, int64_t count, int64_t rank, int64_t whole_us, bint forgets,
+    cdef bint meet(self, int64_t epoch, int64_t learning_us, int64_t count, int64_t rank, int64_t whole_us, bint forgets, int64_t held_us,
                    int64_t now_us) except -1
     cdef int take_count(self, int64_t count, int64_t rank, bint whole, int64_t now_us) except -1
     cdef int doubt(self) except -1
@@ -69,14 +127,15 @@ cdef class Knowledge:
     cdef int64_t period_us(self) noexcept
     cdef int64_t pace_us(self, int64_t least_us) noexcept
     cdef Errand beat(self, bytes purpose, bint asks, bint named, done)
-    cdef Errand next_errand(self, int64_t now_us)
+    cdef Errand next_errand(self, int64_t now_us, int rows_max, bint tells)
     cdef bint idle(self) noexcept
-    cdef list known_in(self, uint32_t index, int64_t now_us)
-    cdef Errand assertion(self, list rows)
     cdef Errand charge(self, list owed, bytes marker, int64_t now_us)
     cdef int forget_errand(self, Errand errand) except -1
     cdef int take_over(self, int64_t now_us) except -1
+    cdef int put_back(self, Errand errand) except -1
+    cdef int64_t knows_until(self) noexcept
+    cdef Telling tell_all(self, int64_t epoch, int64_t held_us)
     cdef Errand aged(self, Errand errand, int64_t now_us)
-    cdef int heard(self, Errand errand) except -1
+    cdef int heard(self, Errand errand, int64_t server_us) except -1
     cdef int note_generation(self, PendingDecision sample, int64_t generation, int64_t server_us, int64_t now_us) except -1
     cdef bint forked(self) except -1

@@ -1,10 +1,12 @@
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, final
 from weakref import WeakSet
 
 from ratethrottle._core import KeyTable
 from ratethrottle._layout import Layout
 from ratethrottle._outage import Shares
+
+__pyx_capi__: dict[str, object]
 
 @final
 class Errand:
@@ -29,6 +31,13 @@ class Errand:
     def again(self) -> bool: ...
 
 @final
+class Telling:
+    @property
+    def last(self) -> bool: ...
+    @property
+    def over(self) -> bool: ...
+
+@final
 class Knowledge:
     def __init__(self, bounds: KeyTable, layout: Layout, expected: int = 0) -> None: ...
     @property
@@ -50,5 +59,4 @@ class Knowledge:
     def learning(self) -> bool: ...
     @property
     def owed(self) -> int: ...
-    def assertions(self) -> Iterator[Errand]: ...
     def forget_all(self) -> None: ...

@@ -7,14 +7,18 @@ makes of it. No I/O.
 """
 
 cimport cython
-from libc.stdint cimport int64_t, uint32_t
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc, realloc
+from libc.string cimport memset
 
 from ratethrottle._arithmetic cimport Terms, view_reach
 from ratethrottle._bound cimport Bound, bound_assertion
 from ratethrottle._core cimport CompiledRule, KeyTable, PendingDecision
 from ratethrottle._layout cimport Layout
 from ratethrottle._outage cimport Shares
-from ratethrottle._table cimport Shard, slot_at, tags_of
+from ratethrottle._resp cimport Buffer, buffer_room, digits, put_bulk, put_number
+from ratethrottle._table cimport Hash128, Shard, shard_find, slot_at, tags_of
 
 from collections import deque
 from os import urandom
@@ -29,6 +33,8 @@ cdef enum:
     SMALL_FLEET = 50                         # processes whose beats are all scripts
     MARKS_MAX = 60                           # between two scripts
     EACH_US = 100                            # between two beats, for each process there is
+    SHARDS_MAX = 32                          # of bounds, looked through at once
+    LOOKED_AT_MAX = 4096                     # bounds, of which most may have nothing to tell any more
     ALIKE_US = 450_000                       # two beats of half a second agree
     MANY = 1_000_000_000                     # processes: more than there ever are
     STALLED_US = 250_000                     # after its deadline an errand is another line's to run, if its own is stalled
@@ -40,13 +46,6 @@ cdef tuple rule_words(const Terms* terms):
     """A rule as scripts take it, but for its leases."""
     return (chr(terms.kind).encode(), *[b"%d" % number for number in (
         terms.capacity, terms.window_us, terms.unit_ticks, terms.drain_ticks, terms.slot_us, terms.coarse_us, 0)])
-
-
-cdef tuple nothing_known(const Terms* terms):
-    """The numbers of an assertion that tells a generation only."""
-    if terms.kind == c"b":
-        return -LEVEL_MAX, 0, 0
-    return 0, 1, 0
 
 
 cdef int64_t reset_reach(const Terms* terms) noexcept:
@@ -65,10 +64,272 @@ cdef class Errand:
 
     def __init__(self, str script not None, list keys not None, list args not None, done=None, *, bint again=False):
         self.script = script
-        self.keys = keys
+        self.key_list = keys
         self.args = args
         self.done = done
         self.again = again
+
+    @property
+    def keys(self):
+        """The keys that follow the epoch's."""
+        if self.packed_keys is None:
+            return self.key_list
+        return parted(self.packed_keys)
+
+    cdef Errand twin(self):
+        """Another one of the same, while the first is still in some line's hands."""
+        cdef Errand twin = Errand(self.script, self.key_list, self.args, again=True)
+        twin.packed_keys, twin.key_count = self.packed_keys, self.key_count
+        twin.packed_args, twin.arg_count, twin.telling = self.packed_args, self.arg_count, self.telling
+        twin.owed, twin.owed_us, twin.marker = self.owed, self.owed_us, self.marker
+        return twin
+
+
+cdef list parted(bytes packed):
+    """The words of which these are the bulk strings."""
+    cdef list words = []
+    cdef Py_ssize_t at = 0, begin, size
+    while at < len(packed):
+        begin = packed.index(b"\r\n", at) + 2
+        size = int(packed[at + 1:begin - 2])
+        words.append(packed[begin:begin + size])
+        at = begin + size + 2
+    return words
+
+
+cdef int put_any(Buffer* buffer, int64_t number) except -1:
+    """Append a number of either sign as a bulk string."""
+    cdef char[21] text
+    cdef int size = 0
+    if not buffer_room(buffer, 64):
+        raise MemoryError
+    if number < 0:
+        text[0] = c"-"
+        size = 1 + digits(-number, text + 1)
+        put_bulk(buffer, text, size)
+    else:
+        put_number(buffer, number)
+    return 0
+
+
+cdef int class_of(int64_t age_us) noexcept nogil:
+    """Which class of age: each ends at most a sixteenth later than it begins, and none is shorter than 256 µs."""
+    cdef uint64_t age = <uint64_t>max(<int64_t>0, age_us) >> 8
+    cdef int halved = 0
+    while age >= 32:
+        age >>= 1
+        halved += 1
+    return <int>age + 16 * halved
+
+
+cdef int64_t least_age(int of_class) noexcept nogil:
+    """Of any member of the class, µs."""
+    cdef int halved = max(0, of_class // 16 - 1)
+    return <int64_t>(of_class - 16 * halved) << (8 + halved)
+
+
+cdef inline int64_t told_at(const Bound* bound, int64_t before) noexcept nogil:
+    """The store's time when what is known of a key was heard, in that epoch; 0 if it was in an older one."""
+    return max(bound.server_us, bound.generation_us) if bound.epoch == before else 0
+
+
+@cython.final
+cdef class Telling:
+    """What a process tells an epoch of those before it, newest knowledge first.
+
+    The store must know which keys it may decide before all have told it everything: of a key whose newest knowledge it was told,
+    nobody knows anything newer if everybody has told it what is as new. So each process says how far it has come, its *level*:
+    all that it knows of that server time or later was told. It is sorted by classes of age, which takes one pass through the bounds.
+    """
+
+    def __cinit__(self):
+        self.again = deque()
+        self.out = {}
+
+    def __dealloc__(self):
+        free(self.found)
+        free(self.items)
+
+    cdef int prepare(self) except -1:
+        """Do a part of the sorting, about a millisecond's."""
+        if self.shard < self.bounds.shard_count:
+            self.collect()
+        else:
+            self.place()
+        return 0
+
+    cdef int collect(self) except -1:
+        cdef Shard* shard
+        cdef const Bound* bound
+        cdef Untold* larger
+        cdef int64_t us
+        cdef uint32_t i, last = min(self.shard + SHARDS_MAX, self.bounds.shard_count)
+        while self.shard < last:
+            shard = &self.bounds.shards[self.shard]
+            if self.count + shard.used > self.room:
+                self.room = max(2 * self.room, self.count + shard.used)
+                larger = <Untold*>realloc(self.found, self.room * sizeof(Untold))
+                if larger == NULL:
+                    raise MemoryError
+                self.found = larger
+            for i in range(shard.room):
+                if not tags_of(shard)[i]:
+                    continue
+                bound = <Bound*>slot_at(shard, i)
+                # What was heard in this very epoch, the store knows.
+                if bound.name == NULL or bound.epoch == self.epoch:
+                    continue
+                us = told_at(bound, self.before)
+                if us < self.held_us if us else self.held_older:
+                    continue
+                self.found[self.count] = Untold(us, bound.slot.hash_lo, bound.slot.hash_hi)
+                self.count += 1
+                self.ends[1 + self.class_at(us)] += 1
+            self.shard += 1
+        return 0
+
+    cdef inline int class_at(self, int64_t us) noexcept:
+        return AGES - 1 if us == 0 else min(AGES - 2, class_of(self.newest_us - us))
+
+    cdef int place(self) except -1:
+        cdef size_t last = min(self.placed + 16 * 2048, self.count)
+        cdef int i
+        if self.items == NULL:
+            self.items = <Untold*>malloc(max(<size_t>1, self.count) * sizeof(Untold))
+            if self.items == NULL:
+                raise MemoryError
+            for i in range(AGES):
+                self.ends[i + 1] += self.ends[i]
+                self.nexts[i] = self.ends[i]
+        while self.placed < last:
+            i = self.class_at(self.found[self.placed].us)
+            self.items[self.nexts[i]] = self.found[self.placed]
+            self.nexts[i] += 1
+            self.placed += 1
+        if self.placed == self.count:
+            free(self.found)
+            self.found = NULL
+            self.prepared = True
+        return 0
+
+    cdef int64_t level(self) noexcept:
+        """All that is known of this server time and later was told, and that was heard; 0: all."""
+        cdef size_t first = self.at
+        cdef int i
+        if not self.prepared:
+            return self.newest_us + 1
+        for start in self.out.values():
+            first = min(first, <size_t>start)
+        if first == self.count:
+            return 0 if self.last else 1
+        for i in range(AGES - 1):
+            if first < self.ends[i + 1]:
+                return max(<int64_t>1, self.newest_us - least_age(i) + 1)
+        return 1
+
+    cdef bint waits(self) noexcept:
+        """Whether there is more to be told, and nothing that has to be heard before."""
+        return not self.last and (self.at < self.count or not self.out)
+
+    cdef Errand next_errand(self, int rows_max, int64_t ahead_us, int64_t now_us):
+        """What is told next; None where that takes some more preparation, or where something has to be heard before."""
+        cdef Buffer keys, args
+        cdef Errand errand
+        if self.again:
+            return self.again.popleft()
+        if not self.prepared:
+            self.prepare()
+            if not self.prepared:
+                return None
+        memset(&keys, 0, sizeof(Buffer))
+        memset(&args, 0, sizeof(Buffer))
+        try:
+            errand = self.build(&keys, &args, rows_max, ahead_us, now_us)
+        finally:
+            free(keys.bytes)
+            free(args.bytes)
+        if errand is not None:
+            errand.telling = self
+        return errand
+
+    cdef Errand build(self, Buffer* keys, Buffer* args, int rows_max, int64_t ahead_us, int64_t now_us):
+        cdef size_t start = self.at, last = min(self.at + LOOKED_AT_MAX, self.count)
+        cdef list terms = []
+        cdef Shard* shard
+        cdef Bound* bound
+        cdef const Terms* rule
+        cdef int64_t[3] numbers
+        cdef int64_t found, generation
+        cdef Hash128 hashed
+        cdef int rows = 0
+        cdef Errand errand
+        while rows < rows_max and self.at < last:
+            hashed = Hash128(self.items[self.at].hash_lo, self.items[self.at].hash_hi)
+            self.at += 1
+            shard = &self.bounds.shards[<uint32_t>(((hashed.hi >> 32) * self.bounds.shard_count) >> 32)]
+            found = shard_find(shard, hashed)
+            if found < 0:
+                continue
+            bound = <Bound*>slot_at(shard, <uint32_t>found)
+            if bound.name == NULL or bound.epoch == self.epoch:
+                continue
+            rule = bound.slot.view.terms
+            generation = bound.generation_us
+            if now_us + ahead_us - generation >= reset_reach(rule):
+                generation = 0
+            if not bound_assertion(bound, now_us, numbers):
+                if generation == 0:
+                    continue
+                # That a key was reset has to be told even if nothing else is known of it.
+                numbers[0] = -LEVEL_MAX if rule.kind == c"b" else 0
+                numbers[1] = 1 if rule.kind == c"s" else 0
+                numbers[2] = 0
+            rows += 1
+            if not buffer_room(keys, bound.name_size + 32):
+                raise MemoryError
+            put_bulk(keys, bound.name, bound.name_size)
+            self.put_row(args, rows, place_of(terms, rule), generation, numbers, told_at(bound, self.before))
+        if rows == 0 and (self.at < self.count or self.out):
+            return None
+        self.last = rows == 0
+        errand = Errand("repair", [], [
+            b"assert", b"%d" % max(1, len(terms)), b"%d" % rows,
+            *(word for address in terms or [<size_t>&NONE] for word in rule_words(<Terms*><size_t>address))], again=True)
+        errand.packed_keys, errand.key_count = PyBytes_FromStringAndSize(keys.bytes, keys.used), rows
+        errand.packed_args, errand.arg_count = PyBytes_FromStringAndSize(args.bytes, args.used), 7 * rows
+        self.out[errand] = start
+        return errand
+
+    cdef int put_row(self, Buffer* args, int row, int rule, int64_t generation, const int64_t* numbers, int64_t us) except -1:
+        put_any(args, row)
+        put_any(args, rule)
+        put_any(args, generation)
+        put_any(args, numbers[0])
+        put_any(args, numbers[1])
+        put_any(args, numbers[2])
+        put_any(args, us)
+        return 0
+
+    cdef int heard(self, Errand errand) except -1:
+        self.out.pop(errand, None)
+        self.over = self.over or (errand.key_count == 0 and self.last)
+        return 0
+
+
+cdef Terms NONE                              # of a rule that stands where there is none
+NONE.kind = c"f"
+NONE.capacity = 1
+NONE.window_us = 1_000_000
+
+
+cdef int place_of(list terms, const Terms* rule) except -1:
+    """The number of a rule among those of an errand, from 1."""
+    cdef int i
+    for i in range(len(terms) - 1, -1, -1):
+        if <size_t>terms[i] == <size_t>rule:
+            return i + 1
+    terms.append(<size_t>rule)
+    return len(terms)
 
 
 @cython.final
@@ -102,7 +363,7 @@ cdef class Knowledge:
         self.shares.set_share(self.expected, max(self.expected - 1, 0))
         self.errands = deque()
         self.out = set()
-        self.asserting = None
+        self.telling = None
         self.charged = []
         return True
 
@@ -123,9 +384,9 @@ cdef class Knowledge:
         self.bounds.empty()
         self.errands = deque()
         self.out = set()
-        self.asserting = None
+        self.telling = None
         self.charged = []
-        self.live_until_us = 0
+        self.live_until_us = self.newest_us = self.told_us = 0
 
     def expect(self, int64_t expected):
         """Note how many processes share the limits by a storage's options: of several numbers the largest. 0: it doesn't say."""
@@ -135,11 +396,12 @@ cdef class Knowledge:
             if self.processes < expected:
                 self.shares.set_share(expected, expected - 1)
 
-    cdef bint meet(self, int64_t epoch, int64_t learning_us, int64_t count, int64_t rank, int64_t whole_us, bint forgets,
+    cdef bint meet(self, int64_t epoch, int64_t learning_us, int64_t count, int64_t rank, int64_t whole_us, bint forgets, int64_t held_us,
                    int64_t now_us) except -1:
         """Take up what a beat has told. True in another epoch: the store may have lost what is known here, and is told it.
 
-        forgets: the store was cleared in that epoch, or since the one known here.
+        forgets: the store was cleared in that epoch, or since the one known here. held_us: it still has all that it was told before
+        this, by the clock of the one known here; 0: that isn't known.
         """
         cdef bint another = self.epoch and self.epoch != epoch
         if another and forgets:
@@ -149,8 +411,8 @@ cdef class Knowledge:
         elif another:
             self.epochs += 1
             # What is still to be charged is charged here. An assertion that waits speaks of the epoch before.
-            self.errands = deque([errand for errand in self.errands if (<Errand>errand).args[0] == b"charge"])
-            self.asserting = self.assertions()
+            self.telling = self.tell_all(epoch, held_us)
+            self.newest_us = self.told_us = 0
             self.shares.begin()
         if self.epoch != epoch:
             self.doubt()
@@ -217,21 +479,28 @@ cdef class Knowledge:
         # Who isn't sure how many there are has everybody wait for as long as may be.
         number = self.processes if self.sure or self.processes == 0 else MANY
         cdef list keys = [self.layout.processes_key]
-        cdef list args = [self.process_id, purpose, b"1" if asks else b"0", b"%d" % number]
+        cdef list args = [self.process_id, purpose, b"1" if asks else b"0", b"%d" % number, b"%d" % self.knows_until()]
         if named:
             keys.append(self.layout.layout_key)
             args.append(self.layout.layout)
         return Errand("beat", keys, args, done)
 
-    cdef Errand next_errand(self, int64_t now_us):
-        """What the store has to be told next, or None."""
+    cdef int64_t knows_until(self) noexcept:
+        """The store's time, in the epoch that is known, when it was heard of last. 1 if only older ones are known of, 0 if nothing is."""
+        return self.newest_us if self.newest_us else 1 if self.bounds.used else 0
+
+    cdef Telling tell_all(self, int64_t epoch, int64_t held_us):
+        cdef Telling telling = Telling.__new__(Telling)
+        telling.bounds, telling.process_id = self.bounds, self.process_id
+        telling.epoch, telling.before, telling.newest_us, telling.held_us = epoch, self.epoch, self.knows_until(), held_us
+        telling.held_older = 0 < self.told_us < held_us
+        return telling
+
+    cdef Errand next_errand(self, int64_t now_us, int rows_max, bint tells):
+        """What the store has to be told next, or None. Of what is known only if it `tells` that, of so many keys at once."""
         cdef Errand errand = None
         if self.errands:
             errand = self.aged(self.errands.popleft(), now_us)
-        elif self.asserting is not None:
-            errand = next(self.asserting, None)
-            if errand is None:
-                self.asserting = None
         while errand is None and self.bounds.owing:
             owing = self.bounds.owing
             owed = self.shares.take_owed(ROWS_MAX, now_us + self.ahead_us)
@@ -239,20 +508,29 @@ cdef class Knowledge:
                 break
             if owed:
                 errand = self.charge(owed, self.process_id + urandom(8).hex().encode(), now_us)
+        if errand is None and tells and self.telling is not None:
+            errand = self.telling.next_errand(rows_max, self.ahead_us, now_us)
         if errand is not None:
             errand.deadline_us = now_us
             self.out.add(errand)
         return errand
 
     cdef bint idle(self) noexcept:
-        """Whether there is nothing left to be told."""
-        return self.asserting is None and not self.errands
+        """Whether there is nothing left to be charged, but for what is on its way."""
+        return not self.errands
 
     cdef int forget_errand(self, Errand errand) except -1:
         """Its reply is lost: it is told again, if that does no harm."""
         if errand in self.out:
             self.out.discard(errand)
+            self.put_back(errand)
+        return 0
+
+    cdef int put_back(self, Errand errand) except -1:
+        if errand.telling is None:
             self.errands.append(errand)
+        elif errand.telling is self.telling:  # another epoch is told anew
+            self.telling.again.append(errand)
         return 0
 
     cdef int take_over(self, int64_t now_us) except -1:
@@ -262,14 +540,20 @@ cdef class Knowledge:
             if errand.deadline_us + STALLED_US <= now_us:
                 self.out.discard(errand)
                 # Another one, since the first is still in the line's hands.
-                twin = Errand(errand.script, errand.keys, errand.args, again=True)
-                twin.owed, twin.owed_us, twin.marker = errand.owed, errand.owed_us, errand.marker
-                self.errands.append(twin)
+                twin = errand.twin()
+                if errand.telling is not None and errand in errand.telling.out:
+                    errand.telling.out[twin] = errand.telling.out.pop(errand)
+                self.put_back(twin)
         return 0
 
-    cdef int heard(self, Errand errand) except -1:
+    cdef int heard(self, Errand errand, int64_t server_us) except -1:
         """The store has answered an errand."""
         self.out.discard(errand)
+        if errand.telling is not None:
+            errand.telling.heard(errand)
+            if errand.telling is self.telling and self.telling.over:
+                self.told_us = server_us
+                self.telling = None
         return 0
 
     cdef Errand aged(self, Errand errand, int64_t now_us):
@@ -280,54 +564,6 @@ cdef class Knowledge:
         return self.charge([(rule, name, hashed, newest + past_us,
                              [(age + past_us if age_counts(rule) else age, units) for age, units in ages])
                             for rule, name, hashed, newest, ages in errand.owed], errand.marker, now_us)
-
-    def assertions(self):
-        """Errands that assert what is known, shard by shard."""
-        cdef uint32_t i
-        cdef list rows = []
-        for i in range(self.bounds.shard_count):
-            rows += self.known_in(i, self.bounds.now_us())
-            while len(rows) >= ROWS_MAX:
-                yield self.assertion(rows[:ROWS_MAX])
-                del rows[:ROWS_MAX]
-        while rows:
-            yield self.assertion(rows[:ROWS_MAX])
-            del rows[:ROWS_MAX]
-
-    cdef list known_in(self, uint32_t index, int64_t now_us):
-        """What a shard of the bounds knows: rows of name, rule, generation, and the three numbers of an assertion."""
-        cdef Shard* shard = &self.bounds.shards[index]
-        cdef const Bound* bound
-        cdef int64_t[3] numbers
-        cdef uint32_t i
-        cdef list rows = []
-        for i in range(shard.room):
-            if not tags_of(shard)[i]:
-                continue
-            bound = <Bound*>slot_at(shard, i)
-            # What was heard in this very epoch, the store knows.
-            if bound.name == NULL or bound.epoch == self.epoch:
-                continue
-            generation = bound.generation_us
-            if now_us + self.ahead_us - generation >= reset_reach(bound.slot.view.terms):
-                generation = 0
-            if bound_assertion(bound, now_us, numbers):
-                rows.append((bound.name[:bound.name_size], rule_words(bound.slot.view.terms), generation,
-                             numbers[0], numbers[1], numbers[2]))
-            elif generation:
-                # That a key was reset has to be told even if nothing else is known of it.
-                rows.append((bound.name[:bound.name_size], rule_words(bound.slot.view.terms), generation,
-                             *nothing_known(bound.slot.view.terms)))
-        return rows
-
-    cdef Errand assertion(self, list rows):
-        cdef list rules = list(dict.fromkeys([row[1] for row in rows]))
-        cdef list args = [b"assert", b"%d" % len(rules), b"%d" % len(rows), *[word for rule in rules for word in rule]]
-        cdef int place = 0
-        for row in rows:
-            place += 1
-            args += [b"%d" % number for number in (place, rules.index(row[1]) + 1, *row[2:])]
-        return Errand("repair", [row[0] for row in rows], args, again=True)
 
     cdef Errand charge(self, list owed, bytes marker, int64_t now_us):
         """Charge what was admitted here while the store was away. The marker has it charged once, however often it is told."""

@@ -212,8 +212,7 @@ class Connection(Gathering):
             request = self.unserved.popleft()
             world = self.process.world
             if self.mute and request.mode == "repair":
-                self.unread += written([request.id, world.server_us(), 0])
-                return
+                request.say_nothing()
             self.unread += written(self.tamper(request, world.store.run(request, world.server_us())))
 
     def deliver(self, size: int | None = None) -> None:

@@ -177,7 +177,7 @@ def test_what_was_admitted_before_a_clear_is_charged_by_nobody(redis_client: red
     assert alone is not None
     assert alone.allowed
     assert far.knowledge.owed == 1
-    words = (RUN, near.knowledge.epoch, "clearing", "clear", 0, 0, world.server_us())
+    words = (RUN, near.knowledge.epoch, "clearing", "clear", 0, 0, 0, world.server_us())
     keys = (world.layout.epoch_key, world.layout.processes_key)
     redis_client.evalsha(world.store.shas["beat"], 2, *keys, "id", *words)
     # It isn't counted any more, nor is anybody waited for.

@@ -4,10 +4,11 @@ One key under an exact sliding window, cost 1, and time in ticks. A state is a t
 state; `steps` lists all that can come next, faults included. What is abstracted:
 
 - A tick is the reach of a deadline: a reply comes within its tick, whatever overtakes it, unless the fault `delay` holds it
-  until a later one. Who is connected and knows something beats in each tick, so an undisturbed process has asserted within
-  `learn`; when all who knew have come, learning ends with the tick. A request and its run by the server are one step: nothing
-  of one key overtakes on its line, and what a call says depends on replies to the same process alone. With two lines, a reply
-  of the decisions' line may come while the other one has found a new epoch.
+  until a later one. Who is connected and knows something beats in each tick, so an undisturbed process has come within `learn`;
+  when all who knew have come, learning ends with the tick. What it knows it may assert whenever it comes to that: there are other
+  keys, and of how far it has come with them the store is told as little as may be (`is_complete`). A request
+  and its run by the server are one step: nothing of one key overtakes on its line, and what a call says depends on replies to
+  the same process alone. With two lines, a reply of the decisions' line may come while the other one has found a new epoch.
 - Failover: at `fork` the replica stops to follow (any prefix may survive), `failover` makes it the master, with another run.
   The old master goes on for those who are still connected to it. A restart is a fork and a failover.
 - Denials by pre-filter and circuit breaker consume nothing, so they are no steps. N and ranks are known and right.
@@ -29,14 +30,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 AWAY, MASTER, OLD, REPLICA, OWED = 0, 1, 2, 4, 8
-BEAT, ASSERT, CHARGE, LEARN, READY = range(5)
+BEAT, CHARGE, LEARN, READY = range(4)
 LEASE_TICKS = 1
 NEWCOMER = -1  # of Unit.alone
 
 
 MUTANTS = frozenset({
     "", "max-merge", "base stays", "no learning", "waits for nobody", "epoch unchecked", "generation ignored",
-    "generation untold", "no marker", "charge forgotten", "late grant", "kept for ever",
+    "generation untold", "no marker", "charge forgotten", "late grant", "kept for ever", "no gate", "oldest first", "held till failover",
 })  # fmt: skip  # a line for each word would be a page
 
 
@@ -74,6 +75,11 @@ class Store(NamedTuple):
     marked: int  # M is set: somebody came who knew an older epoch; 2: all have come that do
     learn: int  # ticks of learning that are left
     come: int  # processes that came while others were waited for, as bits
+    untold: int  # those that came and have something left to tell, as bits
+    told: int  # the order of the newest knowledge that was asserted
+    before: int  # the epoch that the first of them knew
+    mixed: bool  # others knew another one
+    held: int  # until which decision, in order, all is in the data that this store began with
     repair: int  # ticks until it is too late to assert
     base: int  # units that were inherited when the state was first touched in this epoch, -1 before
     extra: int  # units that assertions have added
@@ -107,6 +113,8 @@ class Reply(NamedTuple):
     epoch: int = 0
     marked: int = 0
     learn: int = 0
+    order: int = 0  # of the decision, among all
+    kept: int = 0  # what of the past the store has, up to which decision
     held: bool = False  # until a later tick, when the check has been answered by policy
 
 
@@ -123,6 +131,8 @@ class Proc(NamedTuple):
     leaves: int
     young: bool  # its bound came after the state was first touched in the master's epoch
     generation: int
+    order: int  # of the decision that it heard of last
+    age: int  # of it: 0 for the epoch that it knows, 1 for the one before, 2 for older ones
     owed: tuple[int, ...]  # admitted alone, by ticks until they leave, less one
     lease: int
     lease_left: int
@@ -163,8 +173,8 @@ Step = tuple[str, State]
 def initial(config: Config) -> State:
     """Return the start: all are connected to a store whose epoch has been known for long."""
     nothing = (0,) * (config.window + LEASE_TICKS)
-    store = Store(1, True, 1, 0, 0, 0, -1, 0, 0, 0, 0, nothing, nothing)
-    proc = Proc(MASTER, 1, 1, READY, 0, False, 0, 0, False, 0, (0,) * config.window, 0, 0, None, None)
+    store = Store(1, True, 1, 0, 0, 0, 0, 0, False, 0, 0, -1, 0, 0, 0, 0, nothing, nothing)
+    proc = Proc(MASTER, 1, 1, READY, 0, False, 0, 0, False, 0, 0, 0, (0,) * config.window, 0, 0, None, None)
     return State(store, None, None, (proc,) * config.processes, (), config.faults, config.losses, config.resets, 0, False, "")
 
 
@@ -194,7 +204,7 @@ def steps(config: Config, state: State) -> Iterator[Step]:
         if not (state.replica or state.old):
             yield "FAULT: the replica stops to follow", fork(poorer)
     if state.replica:
-        yield "the replica becomes the master", failover(state)
+        yield "the replica becomes the master", failover(config, state)
 
 
 def is_urgent(state: State, proc: Proc) -> bool:
@@ -221,6 +231,8 @@ def own_steps(config: Config, state: State, p: int, proc: Proc) -> Iterator[Step
     store = state.master if proc.conn == MASTER else state.old
     if proc.reply or proc.conn == AWAY or proc.stage < READY or store is None:
         return
+    if proc.conn == MASTER and not is_complete(config, state):
+        return  # the policy decides
     if not is_elsewhere(proc, store) or config.mutant == "epoch unchecked":
         yield "asks", decide(config, state, p, proc, ahead=0)
         if config.lease and not proc.lease and config.limit - store.total > 2:
@@ -249,10 +261,30 @@ def joining_steps(config: Config, state: State, p: int, proc: Proc) -> Iterator[
     elif proc.stage != LEARN and is_elsewhere(proc, state.master):
         if config.mutant != "epoch unchecked" or proc.stage < READY:
             yield "is told of another epoch", put(state, p, proc._replace(stage=BEAT))
-    elif proc.stage == ASSERT:
-        yield f"asserts {proc.units}", assert_bound(config, state, p, proc)
-    elif proc.stage == CHARGE:
-        yield f"charges {sum(proc.owed)}", charge(config, state, p, proc)
+    else:
+        if proc.stage == CHARGE:
+            yield f"charges {sum(proc.owed)}", charge(config, state, p, proc)
+        if proc.behind:
+            yield f"asserts {proc.units}", assert_bound(config, state, p, proc)
+
+
+def is_complete(config: Config, state: State) -> bool:
+    """Say whether nobody can know anything newer of the key than the master was told."""
+    store = state.master
+    untold = [q for p, q in enumerate(state.procs) if store.untold >> p & 1]
+    if not untold or config.mutant == "no gate":
+        return True
+    if config.mutant == "oldest first":
+        return store.told > 0
+    # That all of what is newer than the newest was told is what each has said on coming.
+    return not store.mixed and store.told > max(q.order if q.age == 1 else 0 for q in untold)
+
+
+def newest(state: State) -> int:
+    """Return the order of the last decision that anybody may speak of."""
+    replies = [r.order for q in state.procs for r in (q.reply, q.side) if r]
+    stores = [order for s in (state.master, state.old, state.replica) if s for order in (s.told, s.held)]
+    return max([*replies, *stores, *(q.order for q in state.procs)])
 
 
 def put(state: State, p: int, proc: Proc) -> State:
@@ -282,7 +314,8 @@ def decide(config: Config, state: State, p: int, proc: Proc, *, ahead: int) -> S
         unit = Unit(config.window, 0, 0, proc.conn, p + 1, 0 if store.marked else NEWCOMER)
         units += (unit,) + (unit._replace(owner=-p - 1),) * ahead
     units = tuple(u._replace(telling=u.telling | 1 << p) if u.held & proc.conn else u for u in units)
-    reply = Reply("granted" if granted else "denied", granted, store.total, store.leaves, ahead, store.generation)
+    kind, order = "granted" if granted else "denied", newest(state) + 1
+    reply = Reply(kind, granted, store.total, store.leaves, ahead, store.generation, order=order)
     after = state._replace(units=units, unused=state.unused and not granted)
     after = after._replace(master=store) if proc.conn == MASTER else after._replace(old=store)
     return excuse(put(after, p, proc._replace(reply=reply)))
@@ -300,23 +333,38 @@ def beat(config: Config, state: State, p: int, proc: Proc) -> State:
         marked = int(bool(proc.epoch or store.epoch))
         store = store._replace(
             epoch=max(names) + 1, own_run=True, marked=marked, learn=config.learn * marked, come=0, repair=config.repair,
+            untold=0, told=0, before=0, mixed=False,
             base=-1, extra=0, extra_leaves=0, inherited=tuple(inherited), since=(0,) * len(store.since),
         )  # fmt: skip  # a line for each word would be a page
         procs = tuple(q._replace(young=False) for q in procs)
     elif proc.epoch and proc.epoch != store.epoch and not store.marked and store.repair:
         store = store._replace(marked=1, learn=config.learn, come=0)
+    if proc.epoch and proc.epoch != store.epoch and store.repair and tells(config, proc, store.held):
+        mixed = store.mixed or (store.before > 0 and store.before != proc.epoch)
+        store = store._replace(untold=store.untold | 1 << p, before=store.before or proc.epoch, mixed=mixed)
     if proc.epoch and proc.epoch != store.epoch and store.learn:
         store = store._replace(come=store.come | 1 << p)
         if store.come == (1 << config.processes) - 1:
             store = store._replace(marked=2, learn=1)
     learn = 0 if config.mutant == "no learning" else min(store.learn, 1) if config.mutant == "waits for nobody" else store.learn
-    reply = Reply("an epoch", epoch=store.epoch, marked=store.marked, learn=learn)
+    reply = Reply("an epoch", epoch=store.epoch, marked=store.marked, learn=learn, kept=store.held)
     return put(state._replace(master=store, procs=procs), p, procs[p]._replace(reply=reply))
+
+
+def tells(config: Config, proc: Proc, held: int) -> bool:
+    """Say whether a process that comes has something to tell that the store may not have."""
+    knows = proc.units > 0 or (proc.generation > 0 and config.mutant != "generation untold")
+    return knows and (proc.age > 0 or proc.order > held)
 
 
 def assert_bound(config: Config, state: State, p: int, proc: Proc) -> State:
     """Join what the process knows to the base that the state inherited."""
     units, store, after = proc.units, stamp(state.master), put(state, p, proc._replace(reply=Reply("asserted")))
+    told = max(store.told, proc.order) if proc.age == 1 and proc.units else store.told
+    store = store._replace(untold=store.untold & ~(1 << p), told=told)
+    after = after._replace(master=store)
+    if proc.age == 0:
+        return after  # it has heard of the key in this epoch
     if not store.repair or (proc.generation < store.generation and config.mutant != "generation ignored"):
         return after
     if config.mutant == "max-merge":
@@ -365,9 +413,13 @@ def hear(config: Config, state: State, p: int, proc: Proc, reply: Reply) -> Stat
     if reply.held and reply.kind not in {"granted", "denied"}:
         return put(state, p, proc)
     if reply.kind == "an epoch":
-        knows = proc.units > 0 or (proc.generation > 0 and config.mutant != "generation untold")
-        knows = knows and proc.epoch > 0 and reply.epoch != proc.epoch
-        proc = proc._replace(epoch=reply.epoch, marked=reply.marked, learn=reply.learn, behind=proc.behind or knows)
+        another = proc.epoch > 0 and reply.epoch != proc.epoch
+        # Who is waited for says that it is through, even if nothing of what it knew counts any more.
+        knows = another and (tells(config, proc, reply.kept) or bool(state.master.untold >> p & 1))
+        proc = proc._replace(
+            epoch=reply.epoch, marked=reply.marked, learn=reply.learn, age=min(2, proc.age + another),
+            behind=knows or (proc.behind and not another),
+        )  # fmt: skip  # a line for each word would be a page
         return held_to_reset(put(state, p, onwards(proc)))
     if reply.kind == "asserted":
         return held_to_reset(put(state, p, onwards(proc._replace(behind=False))))
@@ -379,9 +431,10 @@ def hear(config: Config, state: State, p: int, proc: Proc, reply: Reply) -> Stat
         store = state.master._replace(markers=state.master.markers & ~(1 << p))
         return put(state._replace(master=store, units=units), p, onwards(proc._replace(owed=(0,) * config.window)))
     if reply.kind == "reset":
-        return put(state, p, proc._replace(units=0, leaves=0, generation=reply.generation))
+        return put(state, p, proc._replace(units=0, leaves=0, generation=reply.generation, order=newest(state) + 1, age=0))
     young = proc.conn == OLD or state.master.base >= 0
-    proc = proc._replace(units=reply.total, leaves=reply.leaves, young=young, generation=reply.generation)
+    heard = {"units": reply.total, "leaves": reply.leaves, "young": young, "generation": reply.generation}
+    proc = proc._replace(**heard, order=reply.order, age=0)
     if reply.held:
         return put(state._replace(units=resolved(config, state, p, granted=False, told=True)), p, proc)
     if reply.ahead:
@@ -398,7 +451,7 @@ def longest(owed: tuple[int, ...]) -> int:
 
 def onwards(proc: Proc) -> Proc:
     """Return the process at the next of assert, charge, learn and ready."""
-    stage = ASSERT if proc.behind else CHARGE if any(proc.owed) else LEARN if proc.learn else READY
+    stage = CHARGE if any(proc.owed) else LEARN if proc.learn else READY
     return proc._replace(stage=stage)
 
 
@@ -435,7 +488,9 @@ def hear_aside(config: Config, state: State, p: int, proc: Proc) -> State:
     assert reply
     proc = proc._replace(side=None)
     if taken:
-        proc = proc._replace(units=reply.total, leaves=reply.leaves, young=True, generation=reply.generation)
+        proc = proc._replace(
+            units=reply.total, leaves=reply.leaves, young=True, generation=reply.generation, order=reply.order, age=0
+        )
     units = resolved(config, state, p, granted=taken and reply.granted, told=taken)
     if not taken:
         units = tuple(u for u in units if u.owner != -p - 1 or not reply.ahead)
@@ -494,33 +549,34 @@ def kill(state: State, p: int, proc: Proc) -> State:
     kept = (u for u in state.units if u.owner not in {p + 1, -p - 1})
     # Its share alone was spent by a life that has ended: whoever starts anew has another one.
     units = tuple(u._replace(known=u.known & ~bit, telling=u.telling & ~bit) for u in kept if u.alone != p + 1)
-    fresh = Proc(MASTER, 0, 0, BEAT, 0, False, 0, 0, False, 0, (0,) * len(proc.owed), 0, 0, None, None)
-    store = state.master._replace(markers=state.master.markers & ~bit)
+    fresh = Proc(MASTER, 0, 0, BEAT, 0, False, 0, 0, False, 0, 0, 0, (0,) * len(proc.owed), 0, 0, None, None)
+    store = state.master._replace(markers=state.master.markers & ~bit, untold=state.master.untold & ~bit)
     return put(state._replace(units=units, master=store), p, fresh)
 
 
 def flush(config: Config, state: State) -> State:
     """Empty the master."""
     nothing = (0,) * len(state.master.since)
-    store = Store(0, True, 0, 0, 0, 0, -1, 0, 0, 0, 0, nothing, nothing)
+    store = Store(0, True, 0, 0, 0, 0, 0, 0, False, 0, 0, -1, 0, 0, 0, 0, nothing, nothing)
     return state._replace(master=store, units=tuple(u._replace(held=u.held & ~MASTER) for u in state.units))
 
 
 def fork(state: State) -> State:
     """Let the replica stop to follow."""
     units = tuple(u._replace(held=u.held | REPLICA) if u.held & MASTER else u for u in state.units)
-    return state._replace(replica=state.master._replace(own_run=False), units=units)
+    return state._replace(replica=state.master._replace(own_run=False, held=newest(state)), units=units)
 
 
-def failover(state: State) -> State:
+def failover(config: Config, state: State) -> State:
     """Make the replica the master; who was connected to the old one still is."""
     assert state.replica
+    replica = state.replica._replace(held=newest(state)) if config.mutant == "held till failover" else state.replica
     place = {True: MASTER, False: 0}
     units = tuple(
         u._replace(held=u.held & OWED | place[bool(u.held & REPLICA)] | (OLD if u.held & MASTER else 0)) for u in state.units
     )
     procs = tuple(q._replace(conn=OLD if q.conn == MASTER else q.conn) for q in state.procs)
-    return state._replace(master=state.replica, old=state.master, replica=None, procs=procs, units=units)
+    return state._replace(master=replica, old=state.master, replica=None, procs=procs, units=units)
 
 
 # Time.
@@ -542,7 +598,9 @@ def tick(config: Config, state: State, faults: int) -> State:
     if not old:
         units = [u._replace(held=u.held & ~OLD) for u in units]
     replica = aged(state.replica) if state.replica else None
-    master = aged(state.master)
+    # Who doesn't come back is waited for no longer than it is counted.
+    gone = sum(1 << p for p, q in enumerate(procs) if q.conn == AWAY)
+    master = aged(state.master._replace(untold=state.master.untold & ~gone))
     if config.mutant == "kept for ever":
         master = master._replace(inherited=tuple(map(max, master.inherited, state.master.inherited)))
     return excuse(state._replace(
@@ -568,6 +626,7 @@ def aged(store: Store) -> Store:
     """Return a store one tick on; where it is too late to assert, what was added is like the rest."""
     leaves, repair = max(0, store.extra_leaves - 1), max(0, store.repair - 1)
     learn = max(0, store.learn - 1)
+    repair = max(repair, 1) if store.untold else repair
     store = store._replace(
         learn=learn, come=store.come if learn else 0, repair=repair, extra=store.extra if leaves else 0, extra_leaves=leaves,
         inherited=(*store.inherited[1:], 0), since=(*store.since[1:], 0),
@@ -589,7 +648,7 @@ def excuse(state: State) -> State:
     over = store.epoch and store.own_run and (not store.learn if store.marked else not store.repair)
     if not over:
         return state
-    # Who has joined could have told.
+    # Who has joined can tell, however late.
     joined = sum(
         1 << p for p, q in enumerate(state.procs) if q.conn == MASTER and q.stage >= LEARN and not is_elsewhere(q, store)
     )
@@ -615,6 +674,6 @@ def held_to_reset(state: State) -> State:
     if state.unused and store.generation == state.last_reset and store.total:
         return state._replace(broken="repair brought back what a reset had forgotten")
     joined = (q for q in state.procs if q.conn == MASTER and q.stage >= CHARGE and not is_elsewhere(q, store))
-    if store.own_run and any(q.generation > store.generation for q in joined):
+    if store.own_run and any(q.generation > store.generation and not q.behind for q in joined):
         return state._replace(broken="a reset that a process knows is not the store's, although it has asserted")
     return state

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
-from .protocol import MASTER, READY, Config, Proc, State, Unit, initial, joining_steps, steps, tick
+from .protocol import MASTER, READY, Config, Proc, State, Unit, initial, is_complete, joining_steps, steps, tick
 
 Progress = Callable[[int, int, int], None]  # depth, states at that depth, states in all
 
@@ -48,6 +48,14 @@ def canonical(config: Config, state: State) -> tuple[State, list[int]]:
     master = master._replace(epoch=names[master.epoch])
     old = state.old and state.old._replace(epoch=names[state.old.epoch])
     replica = state.replica and state.replica._replace(epoch=names[state.replica.epoch])
+    orders = {0, master.told, master.held, *(q.order for q in procs), *(r.order for q in procs for r in (q.reply, q.side) if r)}
+    orders |= {r.kept for q in procs for r in (q.reply, q.side) if r}
+    orders |= {order for s in (old, replica) if s for order in (s.told, s.held)}
+    ranks = {order: i for i, order in enumerate(sorted(orders))}
+    procs = tuple(ranked(q, ranks) for q in procs)
+    master = master._replace(told=ranks[master.told], held=ranks[master.held], before=names.get(master.before, 0))
+    old = old and old._replace(told=ranks[old.told], held=ranks[old.held])
+    replica = replica and replica._replace(told=ranks[replica.told], held=ranks[replica.held])
     order = list(range(len(procs)))
     # With shares of their own, processes are not alike.
     if not config.local:
@@ -57,15 +65,21 @@ def canonical(config: Config, state: State) -> tuple[State, list[int]]:
             owners = {p + 1: i + 1 for i, p in enumerate(order)}
             procs = tuple(procs[p] for p in order)
             units = tuple(swapped(u, bits, owners) for u in units)
-            master = master._replace(markers=0)
+            master = master._replace(markers=0, untold=sum(to for bit, to in bits.items() if master.untold & bit))
     return state._replace(
         master=master, old=old, replica=replica, procs=procs, units=tuple(sorted(units)), last_reset=last
     ), order
 
 
+def ranked(proc: Proc, ranks: dict[int, int]) -> Proc:
+    reply, side = (r and r._replace(order=ranks[r.order], kept=ranks[r.kept]) for r in (proc.reply, proc.side))
+    return proc._replace(order=ranks[proc.order], reply=reply, side=side)
+
+
 def epochs(state: State) -> list[int]:
     """Return the epochs that are named outside the master and the processes themselves."""
     stores = [s.epoch for s in (state.old, state.replica) if s]
+    stores.append(state.master.before)
     return stores + [r.epoch for q in state.procs for r in (q.reply, q.side) if r]
 
 
@@ -145,7 +159,9 @@ def is_lockout(config: Config, state: State, recovering: set[State]) -> bool:
             if after is None:
                 break
             state = after
-        if state in recovering or (state.master.total < config.limit and all(is_served(q) for q in state.procs)):
+        if state in recovering or (
+            state.master.total < config.limit and is_complete(config, state) and all(is_served(q) for q in state.procs)
+        ):
             recovering.update(way)
             return False
         state = tick(config, state, 0)

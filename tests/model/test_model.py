@@ -26,6 +26,9 @@ MUTANTS = [
     Config(mutant="no marker", local=True, losses=0),
     Config(mutant="charge forgotten", local=True, faults=1),
     Config(mutant="late grant", limit=1, lines=2),
+    Config(mutant="no gate"),
+    Config(mutant="oldest first"),
+    Config(mutant="held till failover"),
 ]
 
 

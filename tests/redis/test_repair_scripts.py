@@ -73,6 +73,7 @@ class Server:
 
     def __init__(self, client: Any, began_us: int) -> None:
         self.client, self.epoch = client, epoch_text(began_us, began_us)
+        self.level_us = 0  # of who tells: all
         client.flushall()
         self.decide = ClockedScript(client)
         self.decide.client.set(EPOCH_KEY, self.epoch)
@@ -86,12 +87,13 @@ class Server:
     def repair(self, mode: str, now_us: int, rule: CompiledRule, *entry: int, keys: tuple[str, ...] = ("k",)) -> int:
         """How many entries were taken in."""
         words = [getattr(rule, word) for word in script("repair").header["rule"]]
-        at_us, applied = self.run("repair", list(keys), now_us, mode, self.epoch, 1, 1, *words, 1, 1, *entry)
+        teller = ("p", self.level_us) if mode == "assert" else ()
+        at_us, applied = self.run("repair", list(keys), now_us, mode, self.epoch, 1, 1, *words, 1, 1, *entry, *teller)
         assert at_us == now_us
         return int(applied)
 
-    def tell(self, now_us: int, rule: CompiledRule, known: tuple[int, int, int], generation: int = 0) -> int:
-        return self.repair("assert", now_us, rule, generation, *known)
+    def tell(self, now_us: int, rule: CompiledRule, known: tuple[int, int, int], generation: int = 0, told_us: int = 0) -> int:
+        return self.repair("assert", now_us, rule, generation, *known, told_us)
 
     def charge(self, now_us: int, rule: CompiledRule, marker: str, *charges: int) -> int:
         return self.repair(
@@ -518,7 +520,7 @@ def test_another_epoch_refuses_everything_and_touches_nothing(script_client: red
         assert server.decide.send(script_client, NOW_US, call) == [b"id", -1]
         assert server.run("reset", ["k"], NOW_US, server.epoch, 0) == [-1]
         words = [getattr(rule, word) for word in script("repair").header["rule"]]
-        assert server.run("repair", ["k"], NOW_US, "assert", server.epoch, 1, 1, *words, 1, 1, 0, 5, 0, 0) == [-1]
+        assert server.run("repair", ["k"], NOW_US, "assert", server.epoch, 1, 1, *words, 1, 1, 0, 5, 0, 0, 0, "p", 0) == [-1]
         assert server.run("repair", ["k", "m"], NOW_US, "charge", server.epoch, 1, 1, *words, 1, 1, 5, 1, 5, 1) == [-1]
         assert script_client.get("k") == before
         assert not script_client.exists("m")
@@ -532,11 +534,11 @@ class Beats:
     def __call__(
         self, now_us: int, known: int, run: str = RUN, process: str = "p", purpose: str = "count", processes: int = 9
     ) -> list[int]:
-        reply = self.server.run("beat", ["processes"], now_us, run, known, process, purpose, 0, processes)
+        reply = self.server.run("beat", ["processes"], now_us, run, known, process, purpose, 0, processes, 0)
         assert reply[0] == now_us
         assert self.client.get(EPOCH_KEY) == f"{run}{reply[1]:016}{reply[2]:016}".encode()
-        # The last are of evicted keys, which no server here has, whether to forget, its slot, and for how long all were counted.
-        return reply[1:-4]
+        # Then come evicted keys, which no server here has, whether to forget, what is held, its slot, and for how long all were counted.
+        return reply[1:-5]
 
 
 def test_an_epoch_is_named_by_the_first_beat_and_learnt_where_one_was_before(script_client: redis.Redis) -> None:
@@ -676,7 +678,7 @@ def test_two_processes_never_have_one_slot(script_client: redis.Redis) -> None:
         at_us += rng.randrange(400_000)
         name = f"p{rng.randrange(12)}"
         purpose = "leave" if rng.random() < 0.1 else "count"
-        slot = beat.server.run("beat", ["processes"], at_us, RUN, 0, name, purpose, 0, 9)[-2]
+        slot = beat.server.run("beat", ["processes"], at_us, RUN, 0, name, purpose, 0, 9, 0)[-2]
         slots.pop(name, None)
         if purpose == "count":
             assert slot >= 0
@@ -696,7 +698,7 @@ def test_what_was_cleared_counts_no_more_before_it_is_deleted(script_client: red
     server.check(NOW_US, rule, 60)
     old = script_client.get("k")
     now_us = NOW_US + 1_000
-    clear = ("processes",), now_us, RUN, NOW_US, "p", "clear", 0, 0
+    clear = ("processes",), now_us, RUN, NOW_US, "p", "clear", 0, 0, 0
     at_us, epoch, began_us, *_ = server.run("beat", list(clear[0]), *clear[1:])
     assert (at_us, epoch, began_us) == (now_us, now_us, 0)
     before, server.epoch = server.epoch, epoch_text(epoch, 0)
@@ -720,24 +722,144 @@ def test_what_was_cleared_counts_no_more_before_it_is_deleted(script_client: red
     assert script_client.exists("k", "l", "m") == 1
     # Who comes from before has to forget; who doesn't, has not; and nobody learns from anybody.
     for known, forgets in ((NOW_US, 1), (0, 0), (epoch, 0), (NOW_US - 5, 1)):
-        reply = server.run("beat", ["processes"], now_us + 2, RUN, known, f"p{known}", "count", 0, 1)
+        reply = server.run("beat", ["processes"], now_us + 2, RUN, known, f"p{known}", "count", 0, 1, 0)
         assert reply[1:4] == [epoch, 0, 0]
-        assert reply[-2] == forgets
+        assert reply[-4] == forgets
     # Later the calls are named by the epoch alone again, and a failover changes nothing of it.
     late_us = now_us + REPAIR_US
-    server.run("beat", ["processes"], late_us, RUN, epoch, "p", "count", 0, 1)
+    server.run("beat", ["processes"], late_us, RUN, epoch, "p", "count", 0, 1, 0)
     assert script_client.get(EPOCH_KEY) == server.epoch.encode()
     for known, forgets in ((NOW_US, 1), (epoch, 0)):
-        assert server.run("beat", ["processes"], late_us, RUN[::-1], known, "p", "count", 0, 1)[-2] == forgets
+        assert server.run("beat", ["processes"], late_us, RUN[::-1], known, "p", "count", 0, 1, 0)[-4] == forgets
+
+
+class Gate:
+    """Processes that come to an epoch with something to tell, each by a beat."""
+
+    def __init__(self, client: Any, rule: CompiledRule) -> None:
+        self.client, self.rule, self.server = client, rule, Server(client, NOW_US)
+        client.delete(EPOCH_KEY)
+
+    def comes(self, now_us: int, process: str, heard_us: int, known: int = NOW_US - 10**6, run: str = RUN) -> int:
+        """Returns until when the store has kept what it was told."""
+        reply = self.server.run("beat", ["processes"], now_us, run, known, process, "count", 0, 2, heard_us)
+        self.server.epoch = f"{run}{reply[1]:016}{reply[2]:016}"
+        return int(reply[-3])
+
+    def tells(self, now_us: int, process: str, level_us: int, told_us: int = 0, units: int = 5) -> None:
+        words = [getattr(self.rule, word) for word in script("repair").header["rule"]]
+        known = {"b": (units * self.rule.unit_ticks, 0, 0), "s": (units, MINUTE_US, 1)}.get(self.rule.kind, (units, 0, 0))
+        entry = (1, 1, 0, *known, told_us) if told_us else ()
+        keys = ["k"] if told_us else []
+        self.server.run("repair", keys, now_us, "assert", self.server.epoch, 1, len(keys), *words, *entry, process, level_us)
+
+    def asks(self, now_us: int) -> int:
+        """How many are granted, of one; -3 while somebody may tell of more."""
+        call = make_call([(self.rule, "k", 1)])
+        call.args[1] = self.server.epoch
+        return int(self.server.decide.send(self.client, now_us, call)[2])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_key_is_decided_once_nobody_can_know_anything_newer_of_it(script_client: redis.Redis, strategy: str) -> None:
+    gate, t = Gate(script_client, make_rule(strategy, 10, 1000 * MINUTE_US).compiled), NOW_US - 5_000
+    gate.comes(NOW_US, "a", t + 100)
+    gate.comes(NOW_US + 1, "b", t + 70)
+    assert gate.asks(NOW_US + 2) == -3
+    # One has told it, of whenever; the other may have heard of it later.
+    gate.tells(NOW_US + 3, "a", t + 60, told_us=t + 60, units=9)
+    assert gate.asks(NOW_US + 4) == -3
+    gate.tells(NOW_US + 5, "b", t + 61)
+    assert gate.asks(NOW_US + 6) == -3
+    gate.tells(NOW_US + 7, "b", t + 60)
+    assert gate.asks(NOW_US + 8) == 1
+    assert gate.asks(NOW_US + 9) == 0, "nine and one are ten"
+    # Who comes late may know it of later, if it has heard anything later.
+    gate.comes(NOW_US + 10, "c", t + 59)
+    assert gate.asks(NOW_US + 11) == 0
+    gate.comes(NOW_US + 12, "d", t + 65)
+    assert gate.asks(NOW_US + 13) == -3
+    gate.comes(NOW_US + 14, "d", t + 65)
+    gate.tells(NOW_US + 15, "d", 0)
+    assert gate.asks(NOW_US + 16) == 0
+    # A beat of another line of the same process comes after it.
+    gate.comes(NOW_US + 17, "d", t + 65)
+    assert gate.asks(NOW_US + 18) == 0
+    for process in "abc":
+        gate.tells(NOW_US + 20, process, 0)
+    assert script_client.get(EPOCH_KEY) == gate.server.epoch.encode()
+
+
+def test_what_is_known_of_another_key_says_nothing_of_one_that_nobody_told(script_client: redis.Redis) -> None:
+    gate = Gate(script_client, make_rule("fixed_window", 10, MINUTE_US).compiled)
+    gate.comes(NOW_US, "a", NOW_US - 50)
+    gate.tells(NOW_US + 1, "a", 1)
+    assert gate.asks(NOW_US + 2) == -3
+    # A reset needs nobody's word.
+    gate.server.run("reset", ["k"], NOW_US + 3, gate.server.epoch, 0)
+    assert gate.asks(NOW_US + 4) == 1
+    # Nor does anybody wait for who knows nothing, or ends, or stands still for three seconds.
+    gate.comes(NOW_US + 5, "b", 0)
+    script_client.delete("k")
+    gate.tells(NOW_US + 6, "a", 0)
+    assert gate.asks(NOW_US + 7) == 1
+    for process in "cd":
+        gate.comes(NOW_US + 8, process, NOW_US - 50)
+    script_client.delete("k")
+    gate.tells(NOW_US + LAPSE_US, "d", NOW_US - 60)
+    assert gate.asks(NOW_US + LAPSE_US) == -3
+    gate.tells(NOW_US + 8 + LAPSE_US, "d", 0)
+    assert gate.asks(NOW_US + 9 + LAPSE_US) == 1
+
+
+def test_it_is_repaired_until_all_is_told(script_client: redis.Redis) -> None:
+    gate = Gate(script_client, make_rule("fixed_window", 10, 1000 * MINUTE_US).compiled)
+    gate.comes(NOW_US, "a", NOW_US - 50)
+    for second in range(1, 20):
+        gate.tells(NOW_US + second * 10**6, "a", NOW_US - 100 - second)
+    assert gate.asks(NOW_US + 19 * 10**6) == -3
+    gate.tells(NOW_US + 20 * 10**6, "a", NOW_US - 200, told_us=NOW_US - 200, units=9)
+    assert [gate.asks(NOW_US + 20 * 10**6 + i) for i in (1, 2)] == [1, 0]
+    # One that comes by then has come too late.
+    gate.comes(NOW_US + 20 * 10**6 + 3, "b", NOW_US - 5)
+    assert gate.asks(NOW_US + 20 * 10**6 + 4) == 0
+
+
+def test_the_times_of_two_servers_are_not_compared(script_client: redis.Redis) -> None:
+    gate = Gate(script_client, make_rule("fixed_window", 10, MINUTE_US).compiled)
+    gate.comes(NOW_US, "a", NOW_US - 50)
+    gate.comes(NOW_US + 1, "b", NOW_US - 900, known=NOW_US - 5)
+    gate.tells(NOW_US + 2, "a", NOW_US - 60, told_us=NOW_US - 60)
+    assert gate.asks(NOW_US + 3) == -3
+    gate.tells(NOW_US + 4, "a", 0)
+    assert gate.asks(NOW_US + 5) == -3
+    gate.tells(NOW_US + 6, "b", 0)
+    assert gate.asks(NOW_US + 7) == 1
+
+
+def test_what_a_replica_has_kept_needs_not_be_told(script_client: redis.Redis) -> None:
+    gate, t = Gate(script_client, make_rule("fixed_window", 10, MINUTE_US).compiled), NOW_US
+    assert gate.comes(t, "a", 0, known=0) == 0
+    epoch = int(gate.server.epoch[40:56])
+    for past_us in (10_000, 60_000, 100_000):
+        gate.comes(t + past_us, "a", 0, known=epoch)
+    # Every 50 ms it is written down until when that is.
+    other = RUN[::-1]
+    assert gate.comes(t + 500_000, "a", t + 90_000, known=epoch, run=other) == t + 60_000
+    assert gate.comes(t + 500_001, "b", t + 90_000, known=epoch - 1, run=other) == 0
+    assert gate.comes(t + 500_002, "c", t + 90_000, known=epoch, run=other) == t + 60_000
+    # Of an epoch that was flushed nothing is.
+    script_client.flushall()
+    assert gate.comes(t + 600_000, "a", t + 90_000, known=epoch, run=other) == 0
 
 
 def test_a_beat_that_is_none_is_refused_and_nothing_is_written(script_client: redis.Redis) -> None:
     beat = Beats(script_client)
-    good: list[Any] = [RUN, 7, "p", "count", 0, 3]
+    good: list[Any] = [RUN, 7, "p", "count", 0, 3, 5]
     for place, wrong in ((0, RUN[1:]), (0, RUN[1:] + "-"), (2, ""), (3, "leaves"), (3, "")):
         with pytest.raises(redis.ResponseError, match="RATETHROTTLE"):
             beat.server.run("beat", ["processes"], NOW_US, *good[:place], wrong, *good[place + 1 :])
-    for place in (1, 5):
+    for place in (1, 5, 6):
         for number in (-1, 0.5, "x", "nan", ""):
             with pytest.raises(redis.ResponseError, match="RATETHROTTLE"):
                 beat.server.run("beat", ["processes"], NOW_US, *good[:place], number, *good[place + 1 :])
@@ -775,13 +897,13 @@ def test_bad_arguments_of_a_repair_are_refused_and_nothing_is_written(script_cli
     before = script_client.get("k")
     words = [getattr(rule, word) for word in script("repair").header["rule"]]
     own = {"b": (9, 0, 0), "s": (3, 5, 0), "f": (3, 5, 0), "c": (3, 5, 2)}[rule.kind]
-    for mode, entry, keys in (("assert", (1, 1, 0, *own), ["k"]), ("charge", (1, 1, 0, 1, 0, 3), ["k", "m"])):
+    for mode, entry, keys in (("assert", (1, 1, 0, *own, 0, "p", 0), ["k"]), ("charge", (1, 1, 0, 1, 0, 3), ["k", "m"])):
         good = [mode, server.epoch, 1, 1, *words, *entry]
-        for place in (0, 2, 3, *range(12, len(good))):
+        for place in (0, 2, 3, *(i for i in range(12, len(good)) if good[i] != "p")):
             for value in ("nan", "-inf", "1.5", "", "x", "1e30"):
                 wrong = list(good)
                 wrong[place] = value
-                if place >= 12 and not (mode == "charge" and place == 15):
+                if place >= 12 and place != (15 if mode == "charge" else len(good) - 1):
                     # One that is wrong is refused alone.
                     assert server.run("repair", keys, NOW_US, *wrong) == [NOW_US, 0, 1, 1]
                     script_client.delete("m")
@@ -802,7 +924,7 @@ def test_a_key_of_another_version_does_not_stand_in_the_way_of_others(script_cli
     server = Server(script_client, NOW_US)
     script_client.set("k", "2;whatever")
     words = [getattr(rule, word) for word in script("repair").header["rule"]]
-    entries = (1, 1, 0, 4, 0, 0, 2, 1, 0, 4, 0, 0)
+    entries = (1, 1, 0, 4, 0, 0, 0, 2, 1, 0, 4, 0, 0, 0, "p", 0)
     assert server.run("repair", ["k", "l"], NOW_US, "assert", server.epoch, 1, 2, *words, *entries) == [NOW_US, 1, 1, 2]
     assert script_client.get("k") == b"2;whatever"
     assert script_client.exists("l")

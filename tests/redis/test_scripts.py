@@ -44,26 +44,17 @@ def test_the_header_names_what_python_sends_and_reads() -> None:
     assert script("reset").header["reply"] == ("request", "server_us", "generation...")
     repair = script("repair").header
     assert repair["rule"] == header["rule"]
-    assert repair["assert_entry"] == ("key_index", "rule_index", "generation", "a", "b", "c")
-    assert repair["charge_entry"] == ("key_index", "rule_index", "count", "charge...")
+    assert repair["assert_entry"] == ("key_index", "rule_index", "generation", "a", "b", "c", "told_us")
+    assert repair["charge_entry"] == ("key_index", "rule_index", "newest_us", "count", "charge...")
     assert repair["reply"] == ("request", "server_us", "applied", "refusal...")
     assert repair["refusal"] == ("entry_number", "why")
     assert header["unreadable"] == ("-2",)
+    assert header["unsure"] == ("-3",)
     beat = script("beat").header
-    assert beat["ARGV"] == ("request", "run", "known_epoch", "process_id", "purpose", "statistics", "known_processes", "layout")
-    numbers = (
-        "server_us",
-        "epoch",
-        "learning_began",
-        "learning_us",
-        "processes",
-        "rank",
-        "evicted_keys",
-        "forgets",
-        "slot",
-        "whole_us",
-    )
-    assert beat["reply"] == ("request", *numbers)
+    arguments = ("request", "run", "known_epoch", "process_id", "purpose", "statistics", "known_processes", "heard_us", "layout")
+    assert beat["ARGV"] == arguments
+    numbers = ("server_us", "epoch", "learning_began", "learning_us", "processes", "rank", "evicted_keys", "forgets", "held_us")
+    assert beat["reply"] == ("request", *numbers, "slot", "whole_us")
 
 
 @pytest.mark.parametrize("name", ["decide", "reset", "repair", "beat", "clear"])

@@ -49,7 +49,7 @@ class Clearing:
     async def _begin(self, known_epoch: int) -> bytes:
         """Begin an epoch without a past; returns what its key holds. From now on nothing of before it counts."""
         run = await self._run_id()
-        words = (b"clear", run, known_epoch, b"clear", b"clear", 0, 0)
+        words = (b"clear", run, known_epoch, b"clear", b"clear", 0, 0, 0)
         keys = (self._layout.epoch_key, self._layout.processes_key)
         reply = await self._ask(b"EVAL", script("beat").body(shebang=False), len(keys), *keys, *words)
         return b"%b%016d%016d" % (run, reply[2], reply[3])

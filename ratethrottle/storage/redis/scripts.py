@@ -14,7 +14,8 @@ HEADER = re.compile(r"^--- (\w+): (.*)$", re.MULTILINE)
 CALLED = re.compile(rb"""\bp?call\(\s*(?:call,\s*)?['"](\w+)""")
 SHEBANG = b"#!lua\n"
 NAMES = ("beat", "decide", "repair", "reset")
-ALONE = {"beat", "clear"}  # they read no states
+PARTS = ("state", "telling")  # that stand in front of scripts: of these in front of others than those that only read states
+SHARED = {"beat": ("telling",), "clear": (), "repair": ("state", "telling")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +45,10 @@ class Script:
 
 @cache
 def script(name: str) -> Script:
-    """Read `lua/<name>.lua`, behind `lua/state.lua`. Raises ConfigurationError if the package was installed without them."""
+    """Read `lua/<name>.lua`, behind what it shares with others. Raises ConfigurationError if the package was installed without them."""
     text = _text(name)
-    shared = "" if name in ALONE else _text("state") + "\n"
-    return Script(name, (shared + text).encode(), {line: tuple(words.split()) for line, words in HEADER.findall(text)})
+    shared = [_text(part) for part in SHARED.get(name, ("state",))]
+    return Script(name, "\n".join([*shared, text]).encode(), {line: tuple(words.split()) for line, words in HEADER.findall(text)})
 
 
 def _text(name: str) -> str:
@@ -55,7 +56,7 @@ def _text(name: str) -> str:
         text = files(__package__).joinpath("lua", f"{name}.lua").read_text("ascii")
     except (OSError, UnicodeDecodeError, ImportError) as error:
         raise ConfigurationError(_missing(name)) from error
-    if name != "state" and not HEADER.search(text):
+    if name not in PARTS and not HEADER.search(text):
         raise ConfigurationError(_missing(name))
     return text
 

@@ -1,12 +1,14 @@
 --- Names the epoch, and counts the processes that are there.
 --- KEYS: epoch_key processes_key layout_key
---- ARGV: request run known_epoch process_id purpose statistics known_processes layout
---- reply: request server_us epoch learning_began learning_us processes rank evicted_keys forgets slot whole_us
+--- ARGV: request run known_epoch process_id purpose statistics known_processes heard_us layout
+--- reply: request server_us epoch learning_began learning_us processes rank evicted_keys forgets held_us slot whole_us
 -- An epoch is one run of one server over one data set. Its key holds the server's run id (40 characters), E (16 digits: its name, us,
 -- always greater than those before it) and M (16 digits: by when all have come who have to tell what they knew of before, by this
 -- server's clock; 0 while nobody is known to know of anything). docs/arithmetic.md specifies it under "Repair". While
--- states are repaired, there may be 17 digits more, of which calls needn't know: 1 if what isn't of this epoch was cleared, and 16 that are 0.
--- `<epoch_key>:cleared` holds E of the last clear. A process that comes from an earlier epoch has to forget (1) what it knows.
+-- states are repaired, there may be 17 digits more, of which calls needn't know: 1 if what isn't of this epoch was cleared, and W, which
+-- telling.lua describes. `<epoch_key>:cleared` holds E of the last clear: who comes from an earlier epoch has to forget (1) what it knows.
+-- `<epoch_key>:written` holds E, and until when, by this server's clock, all that it was told is in the data that this stands in. Who comes
+-- with heard_us, the server's time when it heard of that epoch last (0: never), needn't tell what is older than held_us (0: all).
 -- purpose: `count` (the process), `leave`, `look`, if it was counted only just, or `clear`, to begin an epoch without a past.
 -- known_processes: how many shared the limits in the epoch that it knows, 0 if it wasn't one of them, 10^9 if that isn't sure. Who isn't
 -- counted hears 0 for the number of processes and its rank, and -1 for its slot.
@@ -19,14 +21,14 @@
 -- layout_key and layout may be left out. The first that comes with it has it written down, and who comes with another one is refused: such
 -- processes would call one key by two names.
 local LEARN_US, REPAIR_US, PERIOD_US, OTHERS_US, YEAR_US = 250000, 10000000, 900000, 500000, 31622400000000
-local EACH_US = 100
+local EACH_US, WRITTEN_US = 100, 50000
 local max, min, floor, match, format = math.max, math.min, math.floor, string.match, string.format
 local find, sub, call = string.find, string.sub, redis.call
 local KEYS, ARGV, refuse = KEYS, ARGV, redis.error_reply
 local request, run, known, process, purpose = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5]
 local processes = tonumber(ARGV[7])
 if not request or request == '' then return refuse('RATETHROTTLE no request id') end
-if not (#KEYS == 2 and #ARGV == 7 or #KEYS == 3 and #ARGV == 8) then return refuse('RATETHROTTLE the number of keys or arguments is wrong') end
+if not (#KEYS == 2 and #ARGV == 8 or #KEYS == 3 and #ARGV == 9) then return refuse('RATETHROTTLE the number of keys or arguments is wrong') end
 if #run ~= 40 or match(run, '%W') then return refuse('RATETHROTTLE a run is 40 letters and digits') end
 if not (known and known >= 0 and known <= 9999999999999999 and known % 1 == 0) then return refuse('RATETHROTTLE the epoch is none') end
 if process == '' then return refuse('RATETHROTTLE no process id') end
@@ -35,20 +37,24 @@ if purpose ~= 'count' and purpose ~= 'look' and purpose ~= 'leave' and purpose ~
 end
 if not (processes and processes >= 0 and processes % 1 == 0) then return refuse('RATETHROTTLE the number of processes is none') end
 
-if KEYS[3] and not match(ARGV[8], '^tags=%d+$') then return refuse('RATETHROTTLE the layout is none') end
+if KEYS[3] and not match(ARGV[9], '^tags=%d+$') then return refuse('RATETHROTTLE the layout is none') end
+local heard_us = tonumber(ARGV[8])
+if not (heard_us and heard_us >= 0 and heard_us <= 9007199254740991 and heard_us % 1 == 0) then
+  return refuse('RATETHROTTLE the time is none')
+end
 
 local place = KEYS[2]
 local marks, last, before, alive, head = place .. ':marks', place .. ':last', place .. ':before', place .. ':alive', place .. ':count'
 local clock = call('TIME')
 local now = clock[1] * 1000000 + clock[2]
 -- MGET takes what is no text for absent, where GET would fail for ever.
-local found = call('MGET', KEYS[1], head, KEYS[1] .. ':cleared', KEYS[3] or head)
+local found = call('MGET', KEYS[1], head, KEYS[1] .. ':cleared', KEYS[3] or head, KEYS[1] .. ':written')
 if KEYS[3] then
   local layout = found[4] or ''
   if not match(layout, '^tags=%d+$') then
-    call('SET', KEYS[3], ARGV[8])
-  elseif layout ~= ARGV[8] then
-    return refuse('RATETHROTTLE layout ' .. layout .. ' is in use, not ' .. ARGV[8])
+    call('SET', KEYS[3], ARGV[9])
+  elseif layout ~= ARGV[9] then
+    return refuse('RATETHROTTLE layout ' .. layout .. ' is in use, not ' .. ARGV[9])
   end
 end
 local stood, suffix = found[1] or '', ''
@@ -61,6 +67,7 @@ if known > now + YEAR_US then known = 1 end
 -- A process that has to forget has nothing to tell either.
 local learns, forgets = false, known > 0 and known < (tonumber(found[3] or 0) or 0)
 if forgets then known = 0 end
+local named = theirs and #value == 72 and epoch
 if not theirs or #value ~= 72 or epoch + 0 > now + YEAR_US then
   epoch, began, learns = max(now, known + 1), 0, known > 0
 elseif theirs ~= run or known > epoch + 0 then
@@ -74,6 +81,13 @@ end
 if purpose == 'clear' then
   epoch, began, learns, suffix = max(now, epoch + 1), 0, false, '1' .. format('%016.0f', 0)
   call('SET', KEYS[1] .. ':cleared', format('%.0f', epoch))
+end
+local telling, heard = KEYS[1] .. ':telling', KEYS[1] .. ':heard'
+local written = match(found[5] or '', '^%d+$') and #found[5] == 32 and found[5]
+if learns or purpose == 'clear' then
+  call('DEL', telling, heard)
+  suffix = learns and '' or suffix
+  if learns and written and sub(written, 1, 16) == named then call('HSET', heard, '=held', written) end
 end
 if learns then
   -- Who found nobody a moment ago comes at its next turn. Until then only those are counted that have something to tell.
@@ -164,8 +178,42 @@ if purpose ~= 'look' and purpose ~= 'clear' or comes then
   end
   if slot < 0 then members, rank, whole = 0, 0, 0 end
 end
--- What is older is taken for absent only for so long.
-if learns or now - (began > 0 and began or epoch) >= REPAIR_US then suffix = '' end
+
+-- How far those have come who tell what they knew of before. What is older is taken for absent only for so long.
+local held_us, in_time, cleared = 0, now - (began > 0 and began or epoch) < REPAIR_US, sub(suffix, 1, 1) == '1'
+local function hear()
+  local level = 0
+  if known > 0 and known < epoch then
+    local held = call('HGET', heard, '=held')
+    if held and sub(held, 1, 16) + 0 == known then held_us = sub(held, 17) + 0 end
+    -- Another line of its may have come first.
+    if in_time and heard_us > 0 and purpose ~= 'leave' and call('HSETNX', heard, process, format('%.0f', now)) == 1 then
+      local first = call('HGET', heard, '=known')
+      if not first then
+        call('HSET', heard, '=known', format('%.0f', known))
+      elseif first + 0 ~= known then
+        call('HSET', heard, '=mixed', '1')
+      end
+      tells(KEYS[1], process, heard_us + 1, now)
+      suffix = '0'
+    end
+  end
+  if purpose == 'leave' then call('ZREM', telling, process) end
+  if suffix ~= '' then level = untold(KEYS[1], now) end
+  return level
+end
+local fine, level = pcall(hear)
+if not fine then
+  call('DEL', telling, heard)
+  fine, level = pcall(hear)
+end
+level = fine and level or 0
+cleared = cleared and in_time
+suffix = (cleared or level > 0) and (cleared and '1' or '0') .. format('%016.0f', level) or ''
+-- Also for who comes from here to another server: not too often.
+if not written or sub(written, 1, 16) + 0 ~= epoch or now - sub(written, 17) >= WRITTEN_US or now < sub(written, 17) + 0 then
+  call('SET', KEYS[1] .. ':written', format('%016.0f%016.0f', epoch, now))
+end
 value = run .. format('%016.0f%016.0f', epoch, began) .. suffix
 if value ~= stood then call('SET', KEYS[1], value) end
 
@@ -178,4 +226,4 @@ if ARGV[6] == '1' then
   local heard, stats = pcall(call, 'INFO', 'stats')
   evicted = heard and type(stats) == 'string' and match(stats, 'evicted_keys:(%d+)') or 0
 end
-return {request, now, epoch, began, learning, members, rank, evicted + 0, forgets and 1 or 0, slot, whole}
+return {request, now, epoch, began, learning, members, rank, evicted + 0, forgets and 1 or 0, held_us, slot, whole}

@@ -11,13 +11,15 @@
 --- answer_f: granted cur since_us
 --- generation_pair: entry_number generation
 --- unreadable: -2
+--- unsure: -3
 --- limits: keys=128 rules=128 entries=128
 -- A run is an entry of `count` equal checks for each of `key_count` consecutive keys; a key's index counts state keys from 1. The
 -- caller gives no key twice, or the last write would undo the others: to look for that takes as long as to read the rules. An answer
 -- has no retry_us where all were granted, and to a lease one number more: ahead, the units taken ahead. Of entries whose state was
 -- reset, by number of the answer from 1, the reply tells when. The answer of an entry whose state can't be read is `unreadable` alone;
--- nothing is written there, and the others are decided as ever. In another epoch than the one expected the reply is just -1 for the
--- server's time, and nothing was read or done.
+-- nothing is written there, and the others are decided as ever. It is `unsure` alone where somebody may still tell of something that was
+-- used before the epoch; nothing is granted then. In another epoch than the one expected the reply is just -1 for the server's time, and
+-- nothing was read or done.
 
 -- Makes what only entries need that aren't simple, and returns it.
 local function others()
@@ -81,7 +83,7 @@ end
 -- numbers[k], behind places[k] bytes; the rest and the expiry stay. Returns the reply, and whether there are such states. Raises an
 -- error if a state is damaged in a way that is only met where it is read. As it is called by pcall it is given all that it needs: to
 -- have that of the script itself costs as much as to decide an entry.
-local function decide(states, ends, resets, numbers, places, others, rules, consumes, repairing, now, request, key_count, rule_count,
+local function decide(states, ends, resets, numbers, places, others, rules, consumes, repairing, untold_us, now, request, key_count, rule_count,
     run_count, lease_count, ARGV, number, refuse, format, match, sub, find, floor, min, max, unpack)
   local EXACT_MAX, UNITS_MAX, SUM_MAX, SECOND, PLAIN = 9007199254740991, 4000000000, 512000000000, 1000000, '1;'
   local read, roll, read_header, print_header, print_state, units_of, at_of, charge, give_back
@@ -259,7 +261,7 @@ local function decide(states, ends, resets, numbers, places, others, rules, cons
         if not read then
           read, roll, read_header, print_header, print_state, units_of, at_of, charge, give_back = others()
         end
-        local head, own, other, changed, derived, h = PLAIN, rule, nil, false, false, nil
+        local head, own, other, changed, derived, h, unsure = PLAIN, rule, nil, false, false, nil, false
         if state then
           head, own, other, changed, derived = read(state, rule)
         elseif kind == 'b' then
@@ -272,16 +274,17 @@ local function decide(states, ends, resets, numbers, places, others, rules, cons
         if head and roll(own) then changed = true end
         if head and (repairing or head ~= PLAIN) then
           h = read_header(head, own, other)
-          if h and h.generation > 0 then
+          unsure = h and h.told < untold_us
+          if h and h.generation > 0 and not unsure then
             generations = generations or {nil}
             generations[reset_count + 1], generations[reset_count + 2] = entries, h.generation
             reset_count = reset_count + 2
           end
           head = h and head
         end
-        if not head then
+        if not head or unsure then
           filled = filled + 1
-          reply[filled] = -2
+          reply[filled] = head and -3 or -2
         else
           -- A view that was derived just now doesn't hold the lease's units as such, nor one that was reset since they were taken.
           if back > 0 and not derived and not (h and h.generation >= back_us) and give_back(own, rule.lead, back, back_us) then changed = true end
@@ -392,7 +395,7 @@ if entered == nil then return {request, -1} end
 if not entered then return refuse('RATETHROTTLE the epoch is none') end
 local ends, resets, numbers, places = {nil}, {nil}, nil, nil
 numbers, places = {unpack(ends, 1, key_count + 1)}, {unpack(ends, 1, key_count + 1)}
-local fine, reply, partly = pcall(decide, states, ends, resets, numbers, places, others, rules, mode == 'check', repair_us > 0, now, request,
+local fine, reply, partly = pcall(decide, states, ends, resets, numbers, places, others, rules, mode == 'check', repair_us > 0, untold_us, now, request,
   key_count, rule_count, run_count, lease_count, ARGV, number, refuse, format, match, sub, find, floor, min, max, unpack)
 if not fine then
   -- Now each state is looked at whole: are the entries of its sliding windows digits that ascend, and is the sum theirs?
@@ -413,7 +416,7 @@ if not fine then
     end
   end
   ends, resets, numbers, places = {nil}, {nil}, {nil}, {nil}
-  reply, partly = decide(states, ends, resets, numbers, places, others, rules, mode == 'check', repair_us > 0, now, request, key_count,
+  reply, partly = decide(states, ends, resets, numbers, places, others, rules, mode == 'check', repair_us > 0, untold_us, now, request, key_count,
     rule_count, run_count, lease_count, ARGV, number, refuse, format, match, sub, find, floor, min, max, unpack)
 end
 if reply.err then return reply end

@@ -1,16 +1,19 @@
 --- Puts back what Redis has lost: what processes know of before the epoch, and what they admitted while they could not ask.
 --- KEYS: epoch_key state_key... marker_key
---- ARGV: request mode epoch rule_count entry_count rule... entry...
+--- ARGV: request mode epoch rule_count entry_count rule... entry... teller
 --- rule: kind capacity window_us unit_ticks drain_ticks slot_us coarse_us lead_us
---- assert_entry: key_index rule_index generation a b c
+--- assert_entry: key_index rule_index generation a b c told_us
 --- charge_entry: key_index rule_index newest_us count charge...
 --- charge: age_us units
+--- teller: process_id level_us
 --- reply: request server_us applied refusal...
 --- refusal: entry_number why
 --- why: out_of_range=1 unreadable=2
 --- limits: keys=128 rules=128 entries=128 charges=128
 -- With mode `assert` there is no marker_key. a b c: of b level 0 0, of s units leaves_us heard_us (ago), of f count since_us 0, of c cur since_us
 -- prev.
+-- told_us: the server's time, before the epoch, when that was heard; 0 if it was in an older one than the process knew. Of assertions the
+-- teller comes last: who tells, and how far it has come (telling.lua), which may be all that there is to say.
 -- newest_us is the age of the newest of a key's charges: what is older than its last reset is not counted.
 -- A call that charges is run once, however often it is sent: the marker tells. `applied` counts the entries that were taken in. An entry
 -- with a number out of range, or of a rule with one, is refused alone, and so is one whose state can't be read, which stays as it is.
@@ -243,11 +246,11 @@ end
 local KEYS, ARGV, refuse = KEYS, ARGV, redis.error_reply
 local request, mode, charges = ARGV[1], ARGV[2], ARGV[2] == 'charge'
 local key_count = #KEYS - (charges and 2 or 1)
-local rule_count, entry_count = number(ARGV[4], 1, 128), number(ARGV[5], 1, 128)
+local rule_count, entry_count = number(ARGV[4], 1, 128), number(ARGV[5], charges and 1 or 0, 128)
 if not request or request == '' then return refuse('RATETHROTTLE no request id') end
 if mode ~= 'assert' and not charges then return refuse('RATETHROTTLE mode is assert or charge') end
 if not (rule_count and entry_count) then return refuse('RATETHROTTLE the counts of rules and of entries are from 1 to 128') end
-if not (key_count >= 1 and key_count <= 128) then return refuse('RATETHROTTLE the count of keys is from 1 to 128') end
+if not (key_count >= (charges and 1 or 0) and key_count <= 128) then return refuse('RATETHROTTLE the count of keys is from 1 to 128') end
 local seen = {}
 for k = 1, #KEYS do
   if seen[KEYS[k]] then return refuse('RATETHROTTLE a key is given twice') end
@@ -279,12 +282,18 @@ for i = 1, entry_count do
     entry.a = number(ARGV[at + 4], kind == 'b' and -EXACT_MAX or 0, kind == 'b' and EXACT_MAX or UNITS_MAX)
     entry.b = number(ARGV[at + 5], kind == 's' and 1 or rule and kind ~= 'b' and -rule.window or 0, kind == 'b' and 0 or EXACT_MAX)
     entry.c = number(ARGV[at + 6], 0, kind == 'c' and UNITS_MAX or kind == 's' and EXACT_MAX or 0)
-    fits, at = fits and entry.generation and entry.a and entry.b and entry.c and true, at + 6
+    entry.told = number(ARGV[at + 7], 0, EXACT_MAX)
+    fits, at = fits and entry.generation and entry.a and entry.b and entry.c and entry.told and true, at + 7
   end
   -- The oldest comes first, so that they are merged as they are.
   if charges and fits then table.sort(entry, function(one, other) return one[1] > other[1] end) end
   entries[i] = entry
   if not fits then refuse_entry(i, 1) end
+end
+local teller, level
+if not charges then
+  teller, level, at = ARGV[at + 1], number(ARGV[at + 2], 0, EXACT_MAX), at + 2
+  if not (teller and teller ~= '' and level) then return refuse('RATETHROTTLE nobody tells') end
 end
 if #ARGV ~= at then return refuse('RATETHROTTLE the number of arguments is wrong') end
 
@@ -298,8 +307,13 @@ if charges and states[key_count + 2] or not charges and repair_us == 0 then retu
 -- Returns the state with an entry taken in, and how long it must be kept; false if there is nothing to take in; nothing if the state
 -- can't be read. Raises an error where it is damaged.
 local function taken_in(entry)
-  local rule = entry.rule
-  local head, own, other = read(states[entry.key] or '1;', rule)
+  local rule, state = entry.rule, states[entry.key] or '1;'
+  if not charges and entry.told > 0 and entry.generation == 0 then
+    -- Who heard of it later has told all that is told here, and more.
+    local name, told, after = match(state, '^1e([0-9]+),[0-9]+,[0-9]+,([0-9]+)[^;]*;()')
+    if name == epoch and told + 0 > entry.told and sub(state, after, after + #rule.name - 1) == rule.name then return false end
+  end
+  local head, own, other = read(state, rule)
   if not head then return nil end
   roll(own)
   local h = read_header(head, own, other)
@@ -320,6 +334,7 @@ local function taken_in(entry)
       h.generation, h.keep = entry.generation, max(h.keep, reach(own), other and reach(other) or 0)
     end
     join(rule, own, other, h, entry.a, entry.b, entry.c)
+    h.told = max(h.told, entry.told)
   end
   h.bases = print_bases(h)
   local reset, text = print_state(print_header(h), own, other)
@@ -349,5 +364,13 @@ for k = 2, key_count + 1 do
     local expiry_ms = format('%d', floor((second - second % 1000000 + 2000000 - now) / 1000))
     call('PSETEX', KEYS[k], expiry_ms, states[k])
   end
+end
+if not charges then
+  tells(KEYS[1], teller, level, now)
+  local left = untold(KEYS[1], now)
+  local value = sub(states[1], 1, 72)
+  local suffix = cleared and '1' or '0'
+  if left > 0 or cleared then value = value .. suffix .. format('%016.0f', left) end
+  if value ~= states[1] then call('SET', KEYS[1], value) end
 end
 return {request, now, applied, unpack(refusals)}

@@ -29,15 +29,19 @@ local clock = call('TIME')
 local now = clock[1] * 1000000 + clock[2]
 
 -- The epoch's name, and how long from now on states still note what was granted since it began: 0 in normal operation.
-local epoch, repair_us = 0, 0
+-- W: others may still tell what they know of that server time (of the epoch before) or earlier; 0 if nobody does.
+local epoch, repair_us, untold_us = 0, 0, 0
+-- Whether what isn't of this epoch was cleared.
+local cleared = false
 
 -- Takes in the epoch key's value, which stands before the states: nil if it isn't the one expected, false if that is none.
 local function enter(states, expected)
-  local value, cleared = states[1], false
+  local value = states[1]
   if value ~= expected then
     -- There may be more behind it, which beat.lua describes.
     if not value or #value ~= 89 or sub(value, 1, 72) ~= expected then return nil end
-    cleared = sub(value, 73, 73) == '1'
+    cleared, untold_us = sub(value, 73, 73) == '1', number(sub(value, 74), 0, 9007199254740991)
+    if not untold_us then return false end
   end
   -- M, by when all have come; 0 where nobody knew of anything before, and then E is the server's time too.
   local began = number(sub(expected, 57), 0, 9999999999999999)
@@ -47,7 +51,10 @@ local function enter(states, expected)
   -- A clock that was set back by more than that has left the epoch's beginning behind as well.
   local past = now - began
   if past < REPAIR_US and past > -REPAIR_US then repair_us = REPAIR_US - past end
-  if cleared and repair_us > 0 then
+  cleared = cleared and repair_us > 0
+  -- As long as somebody tells, states note what was granted since.
+  if untold_us > 0 then repair_us = REPAIR_US end
+  if cleared then
     -- What was there when all was cleared may not have been deleted yet. A marker is '1' alone.
     local mark = '1e' .. epoch
     for k = 2, #KEYS do
@@ -328,17 +335,19 @@ local function views()
 
   -- Reads the header of a state with rolled views, and has it as it must be written now: in the present epoch, without what doesn't
   -- matter any more. A table: `since` (whether what is granted is noted: while repairing) and with it `start` (us: when this state
-  -- was first touched in the epoch), `granted` (units since then), `bases` (text: what its sliding windows had inherited);
+  -- was first touched in the epoch), `granted` (units since then), `told` (us: the server's time, before the epoch, of the newest that was
+  -- told of the key; 0 if nothing was), `bases` (text: what its sliding windows had inherited);
   -- `generation` (us of the last reset, or 0); `rest` (of later versions); `keep` (how long the header must be kept).
   function read_header(head, own, other)
-    local h, at = {since = repair_us > 0, start = now, granted = 0, bases = '', generation = 0, rest = '', keep = repair_us}, 2
-    local name, start, granted, bases, after = match(head, '^e([0-9]+),([0-9]+),([0-9]+)([s0-9,]*)()', at)
+    local h, at = {since = repair_us > 0, start = now, granted = 0, told = 0, bases = '', generation = 0, rest = '', keep = repair_us}, 2
+    local name, start, granted, told, bases, after = match(head, '^e([0-9]+),([0-9]+),([0-9]+),?([0-9]*)([s0-9,]*)()', at)
     if after then at = after end
     if not h.since then
       h.bases = nil
     elseif name == epoch then
       h.start, h.granted, h.bases = number(start, 0, EXACT_MAX), number(granted, 0, UNITS_MAX), bases
-      if not (h.start and h.granted) then return nil end
+      h.told = told == '' and 0 or number(told, 0, EXACT_MAX)
+      if not (h.start and h.granted and h.told) then return nil end
     elseif own.kind == 's' then
       h.bases = format('s%d,%d,%d,0,0', own.window, own.q, own.total)
     end
@@ -357,7 +366,9 @@ local function views()
 
   function print_header(h)
     local head = FORMAT
-    if h.since then head = head .. 'e' .. epoch .. format(',%d,%d', h.start, h.granted) .. h.bases end
+    if h.since then
+      head = head .. 'e' .. epoch .. format(',%d,%d', h.start, h.granted) .. (h.told > 0 and format(',%d', h.told) or '') .. h.bases
+    end
     if h.generation > 0 then head = head .. format('g%d', h.generation) end
     return head .. h.rest
   end

@@ -1,0 +1,36 @@
+-- Who still has something to tell of before the epoch, for the scripts that hear of it: the loader puts it in front of them.
+-- `<epoch_key>:telling` is the sorted set of these processes by level: all that each of them knows of that server time (of the epoch
+-- before, us) and later was told. `<epoch_key>:heard` has when each of them was heard of last (us), and, by names that no process has,
+-- what else is known of them: `=known`, the epoch that the first of them knew; `=mixed`, whether others knew another one; and `=held`,
+-- two numbers of 16 digits, that epoch and until when all of it was kept.
+local UNTOLD, TELLS_LAPSE_US, TELLS_EXPIRE_MS = 9007199254740991, 3000000, 60000
+
+-- Returns W: what anybody knows of that server time or later was told; 0 once all of it was.
+local function untold(epoch_key, now)
+  local telling, heard = epoch_key .. ':telling', epoch_key .. ':heard'
+  for _ = 1, 16 do
+    local top = redis.call('ZREVRANGE', telling, 0, 0, 'WITHSCORES')
+    if not top[1] then return 0 end
+    local past = now - (tonumber(redis.call('HGET', heard, top[1]) or 0) or 0)
+    if past < TELLS_LAPSE_US and past > -TELLS_LAPSE_US then
+      -- Times of two servers say nothing of each other.
+      return redis.call('HGET', heard, '=mixed') and UNTOLD or tonumber(top[2])
+    end
+    -- Who has ended, or stands still, is waited for no longer than it is counted.
+    redis.call('ZREM', telling, top[1])
+  end
+  return UNTOLD
+end
+
+-- Takes note of how far a process has come.
+local function tells(epoch_key, process, level, now)
+  local telling, heard = epoch_key .. ':telling', epoch_key .. ':heard'
+  if level > 0 then
+    redis.call('ZADD', telling, string.format('%.0f', level), process)
+  else
+    redis.call('ZREM', telling, process)
+  end
+  redis.call('HSET', heard, process, string.format('%.0f', now))
+  redis.call('PEXPIRE', telling, TELLS_EXPIRE_MS)
+  redis.call('PEXPIRE', heard, TELLS_EXPIRE_MS)
+end
