@@ -196,8 +196,21 @@ class RedisStorage(Calls):
         return (await self._together([entry], "peek"))[0]
 
     async def reset(self, entry: Entry) -> None:
-        """Forget what the key has used under the rule, for every server."""
-        await self._together([entry], "reset")
+        """Forget what the key has used under the rule, for every server.
+
+        While a Redis that has lost something is told what was used, it waits for that, a second at most.
+        """
+        give_up_s = time.monotonic() + LEARNS_S
+        while True:
+            try:
+                await self._together([entry], "reset")
+            except StorageUnavailable:
+                # By policies nothing can be reset; done twice it comes to the same.
+                if self._closed or not self.knowledge.learning or time.monotonic() >= give_up_s:
+                    raise
+                await asyncio.sleep(ASK_AGAIN_S)
+            else:
+                return
 
     async def _together(self, entries: Sequence[Entry], mode: Literal["check", "peek", "reset"]) -> list[Decision]:
         try:
