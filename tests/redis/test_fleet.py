@@ -338,3 +338,18 @@ async def test_a_process_that_met_a_corrupt_epoch_goes_on(redis_url: str, redis_
 async def is_served(limiter: RateThrottleCore) -> bool:
     await asyncio.sleep(0.01)
     return (await limiter.check("other")).source == "redis"
+
+
+async def test_a_reset_waits_while_redis_is_told_what_it_has_lost(redis_url: str, redis_client: redis.Redis) -> None:
+    async with limiter_of(redis_url) as one, limiter_of(redis_url) as other:
+        for limiter in (one, other):
+            assert (await limiter.check("user", cost=LIMIT // 2)).allowed
+        redis_client.flushall()
+        await until(lambda: noticed(one))
+        await other.reset("user")
+        assert (await other.peek("user")).remaining == LIMIT
+
+
+async def noticed(limiter: RateThrottleCore) -> bool:
+    await limiter.check("other")
+    return limiter.statistics().epoch_changes == 1
