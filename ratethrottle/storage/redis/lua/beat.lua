@@ -18,7 +18,7 @@
 -- some are waited for how many are (10 digits), and since when processes have been counted without a gap (16 digits), of which whole_us
 -- tells the time that has passed: while that is short, processes that live may not be counted yet.
 -- docs/arithmetic.md has it under "Counting".
--- layout_key and layout may be left out. The first that comes with it has it written down, and who comes with another one is refused: such
+-- heard_us may be left out, and so may layout_key and layout. The first that comes with it has it written down, and who comes with another one is refused: such
 -- processes would call one key by two names.
 local LEARN_US, REPAIR_US, PERIOD_US, OTHERS_US, YEAR_US = 250000, 10000000, 900000, 500000, 31622400000000
 local EACH_US, WRITTEN_US = 100, 50000
@@ -28,7 +28,9 @@ local KEYS, ARGV, refuse = KEYS, ARGV, redis.error_reply
 local request, run, known, process, purpose = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5]
 local processes = tonumber(ARGV[7])
 if not request or request == '' then return refuse('RATETHROTTLE no request id') end
-if not (#KEYS == 2 and #ARGV == 8 or #KEYS == 3 and #ARGV == 9) then return refuse('RATETHROTTLE the number of keys or arguments is wrong') end
+if not (#KEYS == 2 and (#ARGV == 7 or #ARGV == 8) or #KEYS == 3 and #ARGV == 9) then
+  return refuse('RATETHROTTLE the number of keys or arguments is wrong')
+end
 if #run ~= 40 or match(run, '%W') then return refuse('RATETHROTTLE a run is 40 letters and digits') end
 if not (known and known >= 0 and known <= 9999999999999999 and known % 1 == 0) then return refuse('RATETHROTTLE the epoch is none') end
 if process == '' then return refuse('RATETHROTTLE no process id') end
@@ -38,7 +40,7 @@ end
 if not (processes and processes >= 0 and processes % 1 == 0) then return refuse('RATETHROTTLE the number of processes is none') end
 
 if KEYS[3] and not match(ARGV[9], '^tags=%d+$') then return refuse('RATETHROTTLE the layout is none') end
-local heard_us = tonumber(ARGV[8])
+local heard_us = tonumber(ARGV[8] or 0)
 if not (heard_us and heard_us >= 0 and heard_us <= 9007199254740991 and heard_us % 1 == 0) then
   return refuse('RATETHROTTLE the time is none')
 end
