@@ -120,8 +120,8 @@ class RateThrottleRule:
     def parse(cls, name: str, rate: str, **options: Any) -> RateThrottleRule:
         """Make a rule from a rate such as "1000/minute", "10/s", "100 per 5 minutes" or "5/15m".
 
-        Units are ms, s, m, h, d and w, and their names. A week is 7 days, and begins as the class says; months and years have no fixed length, and are
-        refused. `options` are those of the class. Raises ConfigurationError.
+        Units are ms, s, m, h, d and w, and their names. A week is 7 days, and begins as the class says. Months and years have no
+        fixed length, and are refused. `options` are those of the class. Raises ConfigurationError.
         """
         found = RATE.match(rate) if isinstance(rate, str) else None
         unit = found[3].lower() if found else ""

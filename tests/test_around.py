@@ -129,7 +129,7 @@ async def test_a_method_can_be_replaced_on_the_class_and_comes_back() -> None:
 
 def test_only_methods_can_be_set_on_a_limiter() -> None:
     core = limiter()
-    for name in ("chekc", "rules", "colour"):
+    for name in ("checks", "rules", "colour"):
         with pytest.raises(AttributeError):
             setattr(core, name, 1)
     with pytest.raises(AttributeError):
