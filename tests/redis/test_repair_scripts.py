@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ratethrottle import ConfigurationError
 from ratethrottle._core import CompiledRule
 from ratethrottle.storage.redis.scripts import script
 from tests import intervals
@@ -928,3 +930,106 @@ def test_a_key_of_another_version_does_not_stand_in_the_way_of_others(script_cli
     assert server.run("repair", ["k", "l"], NOW_US, "assert", server.epoch, 1, 2, *words, *entries) == [NOW_US, 1, 1, 2]
     assert script_client.get("k") == b"2;whatever"
     assert script_client.exists("l")
+
+
+REACHES = {
+    "sliding_window": lambda rule: rule.window_us + rule.window_us // 8 + rule.slot_us,
+    "token_bucket": lambda rule: 2 * rule.capacity * rule.unit_ticks // rule.drain_ticks + 1,
+    "leaky_bucket": lambda rule: 2 * rule.capacity * rule.unit_ticks // rule.drain_ticks + 1,
+    "sliding_counter": lambda rule: 2 * rule.window_us,
+    "fixed_window": lambda rule: 2 * rule.window_us,
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("longer", STRATEGIES)
+def test_a_generation_is_told_for_as_long_as_either_definition_reaches(
+    script_client: redis.Redis, strategy: str, longer: str
+) -> None:
+    """Not a µs less: until then somebody may still know what had been used before the reset."""
+    rule, other = make_rule(strategy, 7, MINUTE_US).compiled, make_rule(longer, 1_000, 3 * MINUTE_US).compiled
+    for rules in ((rule,), (rule, other), (other, rule)):
+        reach_us = max(REACHES[name](which) for name, which in ((strategy, rule), (longer, other)) if which in rules)
+        server = Server(script_client, NOW_US - 10**9)
+        server.check(NOW_US, rule, 5)
+        server.run("reset", ["k"], NOW_US, server.epoch)
+        for which in rules:
+            server.check(NOW_US + 1, which, 1)
+        for later_us, told in ((reach_us // 2 + 1, True), (reach_us - 1, True), (reach_us, False)):
+            call = make_call([(rules[-1], "k", 1)])
+            call.args[1] = server.epoch
+            reply = server.decide.send(script_client, NOW_US + later_us, call)
+            assert (reply[-2:] == [1, NOW_US]) == told, (later_us, reply)
+            assert ((b"g%d" % NOW_US) in (script_client.get("k") or b"")) == told
+
+
+@pytest.mark.parametrize("first", STRATEGIES)
+@pytest.mark.parametrize("second", STRATEGIES)
+def test_two_definitions_both_count_what_is_charged_to_one(script_client: redis.Redis, first: str, second: str) -> None:
+    rules = [make_rule(first, 100, MINUTE_US).compiled, make_rule(second, 60, 2 * MINUTE_US).compiled]
+    for charged in (0, 1):
+        server = Server(script_client, NOW_US - 10**9)
+        for rule in rules:
+            assert server.check(NOW_US, rule, 2)[0] == 1
+        rule = rules[charged]
+        units = 11 * rule.unit_ticks if rule.kind == "b" else 11
+        before = [server.left(NOW_US + 1, which) for which in rules]
+        assert server.charge(NOW_US + 1, rule, f"m{charged}", 0, units) == 1
+        after = [server.left(NOW_US + 1, which) for which in rules]
+        assert [was - now for was, now in zip(before, after, strict=True)] == [11, 11]
+
+
+def corners() -> list[CompiledRule]:
+    """Rules at the ends of all ranges, as far as Python builds them."""
+    rules = []
+    for strategy in STRATEGIES:
+        for limit in (1, 64, 65, 999_999_999, 10**9):
+            for window_us in (1_000, 1_000_000, 366 * 86_400 * 10**6):
+                for burst in (None, 1, 10**9) if strategy.endswith("bucket") else (None,):
+                    with contextlib.suppress(ConfigurationError):
+                        rules.append(make_rule(strategy, limit, window_us, burst).compiled)
+    return rules
+
+
+def test_what_python_builds_the_scripts_take(script_client: redis.Redis) -> None:
+    """Every number that a process may say of a rule, at the ends of its range: decided, asserted, charged and reset."""
+    rules = corners()
+    assert len(rules) > 90
+    for rule in rules:
+        full = rule.capacity * rule.unit_ticks
+        known = {
+            "b": [(level, 0, 0) for level in (2 * full - 1, full, 1, 0, -1, -(2**52), -(2**53 - 1))],
+            "s": [(4 * 10**9, 1, 0), (1, rule.window_us + rule.window_us // 8 + rule.slot_us, 2**53 - 1), (rule.capacity, 1, 0)],
+            "f": [(4 * 10**9, 0, 0), (1, rule.window_us - 1, 0), (1, 2**53 - 1, 0), (1, -rule.window_us, 0)],
+            "c": [(4 * 10**9, 0, 4 * 10**9), (1, 2 * rule.window_us - 1, 1), (0, 2**53 - 1, 1), (1, -rule.window_us, 1)],
+        }[rule.kind]
+        ages = [(0, units) for units in (1, full)] if rule.kind == "b" else [(0, 4 * 10**9), (2**53 - 1, 1), (rule.window_us, 1)]
+        server = Server(script_client, NOW_US)
+        for costs in ((1, rule.capacity), (rule.capacity,)):
+            for place, numbers in enumerate(known):
+                granted = [server.check(NOW_US + place, rule, cost)[0] for cost in costs]
+                assert sum(granted) <= 1 + (rule.capacity > 1)
+                assert server.tell(NOW_US + place, rule, numbers) == 1, (rule, numbers)
+            for place, charge in enumerate(ages):
+                assert server.charge(NOW_US + 9, rule, f"{costs}{place}", *charge) == 1, (rule, charge)
+            answer = server.check(NOW_US + 10, rule, 1, mode="peek")
+            assert answer[0] in (0, 1)
+            assert all(-rule.window_us <= number < 2**53 for number in answer)
+            server.run("reset", ["k"], NOW_US + 10, server.epoch)
+            assert server.check(NOW_US + 11, rule, rule.capacity)[0] == 1
+            script_client.delete("k")
+
+
+def test_of_an_errand_each_entry_is_refused_alone(script_client: redis.Redis) -> None:
+    rule = make_rule("token_bucket", 10, MINUTE_US).compiled
+    server = Server(script_client, NOW_US)
+    words = [getattr(rule, word) for word in script("repair").header["rule"]]
+    strange = [*words[:1], 0, *words[2:]]
+    known = 4 * rule.unit_ticks
+    entries = (1, 1, 0, known, 0, 0, 2, 1, 0, 2**53, 0, 0, 3, 2, 0, known, 0, 0, 4, 1, 0, known, 0, 0)
+    told = server.run("repair", ["a", "b", "c", "d"], NOW_US, "assert", server.epoch, 2, 4, *words, *strange, *entries)
+    assert told == [NOW_US, 2, 2, 1, 3, 1]
+    assert [bool(script_client.exists(key)) for key in "abcd"] == [True, False, False, True]
+    charges = (1, 1, 1, 0, known, 2, 1, 1, 0, 2**52 + 1, 3, 2, 1, 0, known, 4, 1, 2, 0, 1, 0, 1)
+    told = server.run("repair", ["a", "b", "c", "d", "m"], NOW_US, "charge", server.epoch, 2, 4, *words, *strange, *charges)
+    assert told == [NOW_US, 1, 2, 1, 3, 1, 4, 1]
