@@ -555,7 +555,7 @@ cdef inline int decide_views(View* views, int* count, const Terms* rule, int64_t
 
 cdef inline int answer_length(const Terms* rule, int64_t granted, int64_t count) noexcept nogil:
     """How many numbers, without the units taken ahead."""
-    if granted < 0:                        # the state can't be read, and that is all
+    if granted < 0:                        # it wasn't decided, and that is all
         return 1
     if rule.kind == c"b":
         return 2

@@ -69,6 +69,7 @@ cdef enum:
     GIVE_BACK_US = 1_000_000                 # a bound is kept for so long after its lease, so that the rest of that goes back
     MOVED = -1                               # instead of numbers: it wasn't run, this is another epoch than it expected
     REFUSED_UNREADABLE = 2                   # why an entry of a repair isn't taken
+    DEFERRED = -4                            # it would have held the store for too long: it is asked anew
     UNREADABLE = -2                          # instead of an answer: the state can't be read, and stays as it is
 
 cdef int64_t LEVEL_MAX = (<int64_t>1 << 53) - 1
@@ -1637,11 +1638,13 @@ cdef class Gathering:
                 if ((<CompiledRule>entry.rule).lease_units > 0) != leases:
                     continue
                 terms = &(<CompiledRule>entry.rule).terms
-                if answer >= end or (answer[0] < 0 and answer[0] not in (UNREADABLE, UNSURE)) or answer[0] > count_of(call, entry):
+                if answer >= end or answer[0] > count_of(call, entry):
+                    return -1
+                if answer[0] < 0 and answer[0] not in (UNREADABLE, UNSURE, DEFERRED):
                     return -1
                 length = answer_length(terms, answer[0], count_of(call, entry))
-                if answer[0] == UNREADABLE or answer[0] == UNSURE:
-                    answer += 1
+                if answer[0] < 0:
+                    answer += length
                     continue
                 if answer + length + leases > end or answer[1] < 0:
                     return -1
@@ -1704,13 +1707,14 @@ cdef class Gathering:
                 if (rule.lease_units > 0) != leases:
                     continue
                 place += 1
-                if answer[0] == UNREADABLE:
+                if answer[0] < 0:
+                    if answer[0] == DEFERRED:
+                        self.take_entry_back(entry)
+                    elif answer[0] == UNSURE:
+                        self.settle_unsure(entry, now_us)
+                    else:
+                        self.settle_unreadable(entry)
                     answer += 1
-                    self.settle_unreadable(entry)
-                    continue
-                if answer[0] == UNSURE:
-                    answer += 1
-                    self.settle_unsure(entry, now_us)
                     continue
                 sample = <PendingDecision>entry.waiters.first
                 length = answer_length(&rule.terms, answer[0], count_of(call, entry))
@@ -1757,7 +1761,7 @@ cdef class Gathering:
         return 0
 
     cdef int tell_refusals(self, Errand errand, const int64_t* numbers, int count) except -1:
-        """Tell what of an errand the store didn't take: pairs of an entry's number and why."""
+        """Tell what of an errand the store didn't take, by pairs of an entry's number and why."""
         cdef int i
         cdef dict refused = {}
         for i in range(2, count - 1, 2):
@@ -2148,45 +2152,48 @@ cdef class Gathering:
     cdef int take_back(self, Call call) except -1:
         """What was not run waits again, each where it was."""
         cdef int i
+        for i in range(call.size):
+            self.take_entry_back(&call.entries[i])
+        return 0
+
+    cdef int take_entry_back(self, CallEntry* entry) except -1:
+        """What an entry asked waits again, each where it was."""
         cdef PendingDecision pending, sample
-        cdef CallEntry* entry
         cdef Queue again, own
         cdef const Terms* terms
         cdef Shard* shard
         cdef uint32_t index
         cdef Bound* bound
-        for i in range(call.size):
-            entry = &call.entries[i]
-            sample = <PendingDecision>entry.waiters.first if entry.waiters.count else None
-            memset(&again, 0, sizeof(Queue))
-            memset(&own, 0, sizeof(Queue))
-            while entry.waiters.first != NULL:
-                pending = <PendingDecision>entry.waiters.first
-                if pending.stage == COMPLETE:
-                    take(&entry.waiters, pending)
-                    continue
-                pending.stage = WAITING
-                take_over(&entry.waiters, &own if pending.deadline_us == NEVER_US else &again, pending)
-            merge(&again, &self.waiting)
-            merge(&own, &self.own)
-            # Nor was anything given back.
-            terms = self.bounds.terms_of(<CompiledRule>entry.rule)
-            bound = self.bound_of(entry.hashed, &shard, &index)
-            if bound != NULL:
-                bound.leasing = bound.leasing and entry.ahead == 0
-            if entry.back == 0 or entry.returns:
+        sample = <PendingDecision>entry.waiters.first if entry.waiters.count else None
+        memset(&again, 0, sizeof(Queue))
+        memset(&own, 0, sizeof(Queue))
+        while entry.waiters.first != NULL:
+            pending = <PendingDecision>entry.waiters.first
+            if pending.stage == COMPLETE:
+                take(&entry.waiters, pending)
                 continue
-            if bound == NULL or bound.lease_units:
-                if sample is not None:
-                    self.put_back(sample, entry.back, entry.back_us, self.epoch)
-            else:
-                bound.lease_units = bound.lease_size = entry.back
-                bound.lease_epoch = self.epoch
-                bound.lease_at_us = entry.back_us + lead(<CompiledRule>entry.rule)
-                bound.lease_terms = terms
-                if sample is not None:       # the entry of before may have been looked at meanwhile
-                    heappush(self.leases, (bound.lease_until_us, self.turns, sample, bound.lease_at_us))
-                    self.turns += 1
+            pending.stage = WAITING
+            take_over(&entry.waiters, &own if pending.deadline_us == NEVER_US else &again, pending)
+        merge(&again, &self.waiting)
+        merge(&own, &self.own)
+        # Nor was anything given back.
+        terms = self.bounds.terms_of(<CompiledRule>entry.rule)
+        bound = self.bound_of(entry.hashed, &shard, &index)
+        if bound != NULL:
+            bound.leasing = bound.leasing and entry.ahead == 0
+        if entry.back == 0 or entry.returns:
+            return 0
+        if bound == NULL or bound.lease_units:
+            if sample is not None:
+                self.put_back(sample, entry.back, entry.back_us, self.epoch)
+        else:
+            bound.lease_units = bound.lease_size = entry.back
+            bound.lease_epoch = self.epoch
+            bound.lease_at_us = entry.back_us + lead(<CompiledRule>entry.rule)
+            bound.lease_terms = terms
+            if sample is not None:       # the entry of before may have been looked at meanwhile
+                heappush(self.leases, (bound.lease_until_us, self.turns, sample, bound.lease_at_us))
+                self.turns += 1
         return 0
 
     def _end(self, error):

@@ -503,7 +503,7 @@ cdef class Knowledge:
             errand = self.aged(self.errands.popleft(), now_us)
         while errand is None and self.bounds.owing:
             owing = self.bounds.owing
-            owed = self.shares.take_owed(ROWS_MAX, now_us + self.ahead_us)
+            owed = self.shares.take_owed(ROWS_MAX, now_us + self.ahead_us, ROWS_MAX)
             if not owed and self.bounds.owing == owing:
                 break
             if owed:

@@ -340,3 +340,23 @@ async def test_answers_that_do_not_end_where_they_must_are_a_protocol_error(
 
     await hears(redis_server, SLIDING, numbers, both)
     assert [type(decision) for decision in heard] == [StorageProtocolError] * 2
+
+
+@pytest.mark.parametrize("policy", ["raise", "local"])
+async def test_what_would_hold_redis_for_too_long_is_asked_in_several_calls(redis_server: RedisServer, policy: str) -> None:
+    """All are decided by Redis, each once, and nobody notices but by the number of calls."""
+    old, new = RateThrottleRule("r", 64, 3_600, on_outage=policy), RateThrottleRule("r", 64, 3_000, on_outage=policy)
+    limiter = limiter_of(redis_server.url, old)
+    keys = [f"k{i}" for i in range(60)]
+    for _ in range(20):
+        assert all(await asyncio.gather(*(limiter.check(key) for key in keys)))
+    limiter.add_rule(new, replace=True)
+    before = limiter.statistics().calls
+    asked = [(key, cost) for key in keys for cost in (1, 2, 1)]
+    decisions = await asyncio.gather(*(limiter.check(key, cost=cost) for key, cost in asked))
+    assert limiter.statistics().calls - before > 4
+    assert {decision.source for decision in decisions} == {"redis"}
+    for i in range(0, len(asked), 3):
+        assert min(decision.remaining for decision in decisions[i : i + 3]) == 40
+        assert all(decisions[i : i + 3])
+    await limiter.aclose()

@@ -52,6 +52,8 @@ class Model:
             self.entries = [entry for entry in self.entries if entry[0] + window_us > now_us]
             return ahead > 0
         new_us = now_us if rule.kind == "b" else now_us - now_us % window_us
+        if rule.kind != "b" and self.seen_us == new_us + window_us:
+            return False  # the next window stands
         rebased, past_us, self.seen_us = self.seen_us > new_us, new_us - self.seen_us, new_us
         if rule.kind == "b":
             self.cur = max(0, self.cur - rule.drain_ticks * max(0, past_us))
@@ -68,7 +70,7 @@ class Model:
         if rule.kind == "f":
             return cap - self.cur
         steps = -(-rule.window_us // rule.coarse_us)
-        return max(0, (cap - self.cur) * steps - self.prev * (steps - (now_us - self.seen_us) // rule.coarse_us)) // steps
+        return max(0, (cap - self.cur) * steps - self.prev * (steps - max(0, now_us - self.seen_us) // rule.coarse_us)) // steps
 
     def charge(self, at_us: int, units: int) -> None:
         if self.rule.kind != "s":
@@ -87,7 +89,7 @@ class Model:
                 if entry[0] == self.slot(back_us + rule.lead_us):
                     entry[1] -= min(entry[1], units)
             self.entries = [entry for entry in self.entries if entry[1]]
-        elif back_us // rule.window_us == now_us // rule.window_us:
+        elif back_us // rule.window_us == self.seen_us // rule.window_us:
             self.cur -= min(self.cur, units)
         return before != (self.cur, self.entries)
 
@@ -105,6 +107,8 @@ class Model:
         numbers = self.numbers(now_us, lease, granted)
         if not (written or granted or ahead):
             self.__dict__ = before.__dict__
+        elif rule.kind in "cf" and not self.cur and not self.prev:
+            self.seen_us = 0  # nothing is left of it
         return [granted, *numbers, ahead]
 
     def numbers(self, now_us: int, lease: Lease, granted: int) -> list[int]:

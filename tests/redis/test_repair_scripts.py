@@ -952,7 +952,7 @@ def test_a_generation_is_told_for_as_long_as_either_definition_reaches(
         reach_us = max(REACHES[name](which) for name, which in ((strategy, rule), (longer, other)) if which in rules)
         server = Server(script_client, NOW_US - 10**9)
         server.check(NOW_US, rule, 5)
-        server.run("reset", ["k"], NOW_US, server.epoch)
+        server.run("reset", ["k"], NOW_US, server.epoch, 0)
         for which in rules:
             server.check(NOW_US + 1, which, 1)
         for later_us, told in ((reach_us // 2 + 1, True), (reach_us - 1, True), (reach_us, False)):
@@ -1015,7 +1015,7 @@ def test_what_python_builds_the_scripts_take(script_client: redis.Redis) -> None
             answer = server.check(NOW_US + 10, rule, 1, mode="peek")
             assert answer[0] in (0, 1)
             assert all(-rule.window_us <= number < 2**53 for number in answer)
-            server.run("reset", ["k"], NOW_US + 10, server.epoch)
+            server.run("reset", ["k"], NOW_US + 10, server.epoch, 0)
             assert server.check(NOW_US + 11, rule, rule.capacity)[0] == 1
             script_client.delete("k")
 
@@ -1026,10 +1026,14 @@ def test_of_an_errand_each_entry_is_refused_alone(script_client: redis.Redis) ->
     words = [getattr(rule, word) for word in script("repair").header["rule"]]
     strange = [*words[:1], 0, *words[2:]]
     known = 4 * rule.unit_ticks
-    entries = (1, 1, 0, known, 0, 0, 2, 1, 0, 2**53, 0, 0, 3, 2, 0, known, 0, 0, 4, 1, 0, known, 0, 0)
-    told = server.run("repair", ["a", "b", "c", "d"], NOW_US, "assert", server.epoch, 2, 4, *words, *strange, *entries)
+    entries = [
+        number
+        for place, which, ticks in ((1, 1, known), (2, 1, 2**53), (3, 2, known), (4, 1, known))
+        for number in (place, which, 0, ticks, 0, 0, 0)
+    ]
+    told = server.run("repair", ["a", "b", "c", "d"], NOW_US, "assert", server.epoch, 2, 4, *words, *strange, *entries, "p", 0)
     assert told == [NOW_US, 2, 2, 1, 3, 1]
     assert [bool(script_client.exists(key)) for key in "abcd"] == [True, False, False, True]
-    charges = (1, 1, 1, 0, known, 2, 1, 1, 0, 2**52 + 1, 3, 2, 1, 0, known, 4, 1, 2, 0, 1, 0, 1)
+    charges = (1, 1, 0, 1, 0, known, 2, 1, 0, 1, 0, 2**52 + 1, 3, 2, 0, 1, 0, known, 4, 1, 0, 2, 0, 1, 0, 1)
     told = server.run("repair", ["a", "b", "c", "d", "m"], NOW_US, "charge", server.epoch, 2, 4, *words, *strange, *charges)
     assert told == [NOW_US, 1, 2, 1, 3, 1, 4, 1]

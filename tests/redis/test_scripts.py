@@ -609,3 +609,32 @@ def test_entries_are_kept_by_a_clock_that_steps_back_by_many_windows(script_clie
     assert sum(units for _, units in entries(clocked.state("k"))) == 185
     for later_us in range(0, 80_000, 500):
         assert clocked.call(now_us + later_us, [(shape, "k", 7)]) == [oracle.check(shape, now_us + later_us, 7)]
+
+
+def test_a_call_is_bounded_by_its_work_and_what_is_deferred_was_not_touched(script_client: redis.Redis) -> None:
+    """To read 64 entries as another definition does takes as long as to decide a hundred simple ones."""
+    old, new = rule("sliding_window", 64, 3_600), rule("sliding_window", 64, 3_000)
+    clocked, keys = ClockedScript(script_client), [f"k{i}" for i in range(40)]
+    for i in range(60):
+        clocked.call(NOW_US + i * 1_000, [(old, key, 1) for key in keys], merge=True)
+    before = {key: clocked.state(key) for key in keys}
+    waiting, rounds, now_us = list(keys), 0, NOW_US + 60_000
+    while waiting:
+        call = make_call([(new, key, 3) for key in waiting], merge=True)
+        numbers, deferred = clocked.send(script_client, now_us, call)[2:], []
+        for key in waiting:
+            if numbers[0] == -4:
+                deferred.append(key)
+                assert clocked.state(key) == before[key], "nothing was done"
+                numbers = numbers[1:]
+            else:
+                assert numbers[:2] == [1, 63], "what was used counts, and each was decided once"
+                numbers = numbers[4:]
+        assert not numbers
+        assert len(deferred) < len(waiting), "at least one is decided"
+        assert len(waiting) - len(deferred) < 10
+        waiting, rounds = deferred, rounds + 1
+    assert rounds > 1
+    # Simple ones go through as ever.
+    simple = make_call([(old, f"s{i}", 1) for i in range(128)], merge=True)
+    assert -4 not in clocked.send(script_client, now_us, simple)

@@ -12,14 +12,16 @@
 --- generation_pair: entry_number generation
 --- unreadable: -2
 --- unsure: -3
+--- deferred: -4
 --- limits: keys=128 rules=128 entries=128
 -- A run is an entry of `count` equal checks for each of `key_count` consecutive keys; a key's index counts state keys from 1. The
 -- caller gives no key twice, or the last write would undo the others: to look for that takes as long as to read the rules. An answer
 -- has no retry_us where all were granted, and to a lease one number more: ahead, the units taken ahead. Of entries whose state was
 -- reset, by number of the answer from 1, the reply tells when. The answer of an entry whose state can't be read is `unreadable` alone;
 -- nothing is written there, and the others are decided as ever. It is `unsure` alone where somebody may still tell of something that was
--- used before the epoch; nothing is granted then. In another epoch than the one expected the reply is just -1 for the server's time, and
--- nothing was read or done.
+-- used before the epoch; nothing is granted then. So that a call doesn't hold the server for more than about a millisecond, entries that
+-- aren't simple are `deferred` once many were decided: nothing is done for them, and they have to be asked anew. In another epoch than the
+-- one expected the reply is just -1 for the server's time, and nothing was read or done.
 
 -- Makes what only entries need that aren't simple, and returns it.
 local function others()
@@ -85,8 +87,10 @@ end
 -- have that of the script itself costs as much as to decide an entry.
 local function decide(states, ends, resets, numbers, places, others, rules, consumes, repairing, untold_us, now, request, key_count, rule_count,
     run_count, lease_count, ARGV, number, refuse, format, match, sub, find, floor, min, max, unpack)
-  local EXACT_MAX, UNITS_MAX, SUM_MAX, SECOND, PLAIN = 9007199254740991, 4000000000, 512000000000, 1000000, '1;'
+  local EXACT_MAX, UNITS_MAX, SUM_MAX, SECOND, WORK_MAX, PLAIN = 9007199254740991, 4000000000, 512000000000, 1000000, 700, '1;'
   local read, roll, read_header, print_header, print_state, units_of, at_of, charge, give_back
+  -- About how many us the server was held for entries that aren't simple.
+  local work = 0
   -- Where nils from `ends`, which is empty yet, make room, a table doesn't grow, for which all that it holds is counted.
   local reply, filled, entries, at = {request, now, unpack(ends, 1, 4 * key_count)}, 2, 0, 6 + 8 * rule_count
   -- Pairs of entry and generation.
@@ -261,9 +265,12 @@ local function decide(states, ends, resets, numbers, places, others, rules, cons
         if not read then
           read, roll, read_header, print_header, print_state, units_of, at_of, charge, give_back = others()
         end
-        local head, own, other, changed, derived, h, unsure = PLAIN, rule, nil, false, false, nil, false
-        if state then
-          head, own, other, changed, derived = read(state, rule)
+        local head, own, other, changed, derived, h, pushed, unsure = PLAIN, rule, nil, false, false, nil, 0, false
+        local deferred = work > WORK_MAX
+        if deferred then
+          head = nil
+        elseif state then
+          head, own, other, changed, derived, pushed = read(state, rule)
         elseif kind == 'b' then
           rule.level, rule.t = 0, now
         elseif kind == 's' then
@@ -284,7 +291,8 @@ local function decide(states, ends, resets, numbers, places, others, rules, cons
         end
         if not head or unsure then
           filled = filled + 1
-          reply[filled] = head and -3 or -2
+          reply[filled] = deferred and -4 or head and -3 or -2
+          work = work + 2
         else
           -- A view that was derived just now doesn't hold the lease's units as such, nor one that was reset since they were taken.
           if back > 0 and not derived and not (h and h.generation >= back_us) and give_back(own, rule.lead, back, back_us) then changed = true end
@@ -330,10 +338,12 @@ local function decide(states, ends, resets, numbers, places, others, rules, cons
               if h then head = print_header(h) end
               local reset, text = print_state(head, own, other)
               if h and h.keep > reset then reset = h.keep end
+              work = work + (kind == 's' and own.n / 8 or 0) + (other and 1 + (other.kind == 's' and other.n / 4 or 0) or 0)
               states[k], resets[k], numbers[k] = reset > 0 and text, reset, nil
             end
           end
 
+          work = work + 4 + 5 * (pushed or 0)
           reply[filled + 1] = granted
           if kind == 'b' then
             reply[filled + 2] = own.level
@@ -349,6 +359,7 @@ local function decide(states, ends, resets, numbers, places, others, rules, cons
                   excess = excess - units_of(own, j)
                   j = j + 1
                 end
+                work = work + j / 2
                 retry = j > 0 and at_of(own, j - 1) + own.window - now or 0
                 if not (retry >= 0) then error('the entries of a state do not ascend') end
               end

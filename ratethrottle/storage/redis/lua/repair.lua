@@ -38,7 +38,7 @@ end
 
 -- Makes those of two such pairs of tables the entries, without those that hold nothing; without slots, the newest 64 units.
 local function set_entries(v, ats, counts, more_ats, more_counts)
-  local i, j, n, left, last = #ats, #more_ats, 0, v.q == 1 and 64 or 1e15, nil
+  local i, j, n, left = #ats, #more_ats, 0, v.q == 1 and 64 or 1e15
   local at_of_n, units_of_n, total, widest, older = {nil}, {nil}, 0, 1, {nil}
   while left > 0 and (i > 0 or j > 0) do
     local at, units = max(ats[i] or 0, more_ats[j] or 0), 0
@@ -130,9 +130,13 @@ local function join_window(v, h, units, at, heard)
   if added <= 0 or at + v.window <= now then return end
   added, at = max(added, base.added), max(at, base.at)
   if added == base.added and at == base.at then return end
-  local ats, counts = entries_of(v)
-  take_out(v, base, ats, counts)
-  set_entries(v, ats, counts, {at}, {added})
+  if base.added == 0 and (v.n == 0 or at >= v.last) then
+    push(v, at, added)
+  else
+    local ats, counts = entries_of(v)
+    take_out(v, base, ats, counts)
+    set_entries(v, ats, counts, {at}, {added})
+  end
   base.added, base.at = added, at
 end
 
@@ -230,7 +234,9 @@ local function charge(v, h, charges)
       counted = counted + units
     end
   end
-  if n > 0 then
+  if n > 0 and n <= 4 and (v.n == 0 or more_ats[1] >= v.last) then
+    for i = 1, n do push(v, more_ats[i], more_counts[i]) end
+  elseif n > 0 then
     local ats, counts = entries_of(v)
     set_entries(v, ats, counts, more_ats, more_counts)
   end

@@ -387,7 +387,7 @@ local function views()
   end
 
   -- Reads a state. Returns its header, the own view, the other one (rolled) or nil,
-  -- whether there is something to write already, and whether the own one was derived; nothing if the state can't be read. It raises
+  -- whether there is something to write already, whether the own one was derived, and of how many entries; nothing if the state can't be read. It raises
   -- an error where entries of a sliding window aren't digits, or aren't what their sum says: to look through them all would take too
   -- long. All other numbers are in the ranges that rules and views have.
   function read(state, rule)
@@ -472,7 +472,7 @@ local function views()
       end
       used = rule.n
     end
-    return head, rule, first, changed or used > 0, true
+    return head, rule, first, changed or used > 0, true, kind == 's' and used or 0
   end
 
   return read, roll, read_header, print_header, print_state, units_of, at_of
