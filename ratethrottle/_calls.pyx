@@ -75,7 +75,7 @@ cdef enum:
 cdef int64_t LEVEL_MAX = (<int64_t>1 << 53) - 1
 cdef int64_t UNSURE = -3                      # instead of an answer: somebody may still tell of more that was used
 cdef int64_t YEAR_US = 31_622_400_000_000    # no server's clock is set so far ahead of when an epoch began
-cdef int64_t NEVER_US = (<int64_t>1 << 63) - 1
+cdef int64_t NEVER_US = 0x7FFFFFFFFFFFFFFF
 
 cdef inline int64_t lead(CompiledRule rule) noexcept:
     """How far ahead of now units of a sliding window are counted from that are taken ahead."""
