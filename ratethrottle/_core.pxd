@@ -67,7 +67,9 @@ cdef class KeyTable:
     cdef int64_t clock_offset_us
     cdef object clock
     cdef unsigned forks                      # of this process, when the table was last looked at
-    cdef dict known                          # shape of a rule -> address of its terms; freed with the table
+    cdef dict known                          # shape of a rule -> address of its terms
+    cdef set retired                         # addresses of terms that nothing referred to when that was last looked at
+    cdef Py_ssize_t known_most               # then it is looked at again
 
     # Of a table of bounds:
     cdef uint16_t* owing_in                  # of each shard, how many of its keys owe something; NULL in another table
@@ -91,6 +93,7 @@ cdef class KeyTable:
     cdef void empty(self) noexcept
     cdef int locate(self, CompiledRule rule, bint joined, const char* data, Py_ssize_t length, Place* place) except -1
     cdef int meet(self, CompiledRule rule) except -1
+    cdef int forget_terms(self) except -1
     cdef void remove(self, Shard* shard, uint32_t index) noexcept
     cdef int make_room(self, Shard* shard, int64_t now_us) except -1
     cdef Slot* insert(self, Shard* shard, const Slot* slot, int64_t now_us) except NULL

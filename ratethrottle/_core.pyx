@@ -285,6 +285,7 @@ cdef class CompiledRule:
 # ------------------------------------------------------------------------------------------------------------ key table
 
 cdef enum:
+    KNOWN_MOST = 1024                        # shapes of rules, before those that nothing refers to are let go
     EVICTION_SAMPLE = 8
     SWEEP_SLOTS = 16
     TIDY_SHARDS = 8
@@ -326,6 +327,8 @@ cdef class KeyTable:
         self.clock = clock_us
         self.forks = forks
         self.known = {}
+        self.retired = set()
+        self.known_most = KNOWN_MOST
         memcpy(self.secret, PyBytes_AS_STRING(noise), 24)
         memcpy(&self.random, PyBytes_AS_STRING(noise) + 24, 8)
         self.random |= 1
@@ -358,6 +361,9 @@ cdef class KeyTable:
         free(self.orphans)
         if self.known is not None:
             for address in self.known.values():
+                free(<void*><size_t>address)
+        if self.retired is not None:
+            for address in self.retired:
                 free(<void*><size_t>address)
 
     def __len__(self):
@@ -573,6 +579,9 @@ cdef class KeyTable:
         cdef Terms* terms
         cdef bytes name = rule.name.encode()
         if shape not in self.known:
+            # Bounds are referred to from elsewhere too.
+            if len(self.known) >= self.known_most and self.shards[0].slot_bytes != sizeof(Bound):
+                self.forget_terms()
             terms = <Terms*>malloc(sizeof(Terms))
             if terms == NULL:
                 raise MemoryError
@@ -581,6 +590,31 @@ cdef class KeyTable:
         rule.home_terms = <Terms*><size_t>self.known[shape]
         rule.home_seed = siphash(self.secret[0], self.secret[1], PyBytes_AS_STRING(name), PyBytes_GET_SIZE(name)).lo
         rule.home = self.secret[2]
+        return 0
+
+    cdef int forget_terms(self) except -1:
+        """Let go of the terms under which no key was counted.
+
+        They are freed only if that is so the next time as well: a check may be on its way with them, if the clock it reads is Python.
+        """
+        cdef View[2] views
+        cdef uint32_t i, j
+        cdef int k
+        cdef set used = set()
+        for i in range(self.shard_count):
+            for j in range(self.shards[i].room):
+                if tags_of(&self.shards[i])[j]:
+                    for k in range(slot_views(slot_at(&self.shards[i], j), views)):
+                        used.add(<size_t>views[k].terms)
+        for address in self.retired - used:
+            free(<void*><size_t>address)
+        self.retired &= used
+        for shape, address in list(self.known.items()):
+            if address not in used:
+                del self.known[shape]
+                self.retired.add(address)
+        self.known_most = max(KNOWN_MOST, 2 * len(self.known), self.used // 64)
+        self.secret[2] += 1                      # every rule has to be met anew
         return 0
 
     cdef inline int locate(self, CompiledRule rule, bint joined, const char* data, Py_ssize_t length, Place* place) except -1:
@@ -1404,6 +1438,7 @@ cdef class Limiter:
     cdef object last_key                     # of the check before, a str, and where it belongs: who asks again isn't hashed again
     cdef CompiledRule last_terms
     cdef Place last_place
+    cdef uint64_t last_home
 
     def __init__(self, storage):
         self._storage = storage
@@ -1509,7 +1544,8 @@ cdef class Limiter:
         cdef Place place
         cdef Outcome* out
         cdef int64_t now_us
-        if given == <PyObject*>self.last_key and terms is self.last_terms and self.table.forks == forks:
+        if (given == <PyObject*>self.last_key and terms is self.last_terms and self.table.forks == forks
+                and self.last_home == self.table.secret[2]):
             place = self.last_place
         else:
             joined = self.located(<object>given, terms, &place)
@@ -1541,6 +1577,7 @@ cdef class Limiter:
             self.last_key = key
             self.last_terms = terms
             self.last_place = place[0]
+            self.last_home = self.table.secret[2]
         return None
 
     @cython.final

@@ -6,10 +6,12 @@ import asyncio
 import gc
 import inspect
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest.mock import AsyncMock, MagicMock, Mock, create_autospec, patch
 
@@ -366,3 +368,38 @@ async def test_what_policies_decide_is_counted_as_an_outage() -> None:
     await core.check("key")
     assert core.statistics().decisions == {"api": {"outage": Outcomes(0, 1)}}
     await core.aclose()
+
+
+# Rules that change
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="/proc is where Linux says what a process holds")
+async def test_a_rule_that_changes_all_the_time_leaves_nothing_behind() -> None:
+    core = limiter()
+
+    async def change(first: int, last: int) -> None:
+        for limit in range(first, last):
+            core.add_rule(RateThrottleRule("api", limit, 60, strategy="token_bucket"), replace=True)
+            await core.check("key" if limit % 3 else ("a tuple", 1))
+
+    await change(1_000_000, 1_010_000)
+    before = resident_bytes()
+    await change(2_000_000, 2_030_000)
+    assert resident_bytes() - before < 30_000 * 50
+
+
+async def test_what_was_used_is_counted_under_any_number_of_definitions() -> None:
+    now_us = 10**15
+    storage = InMemoryStorage(clock_us=lambda: now_us)
+    one, other = (RateThrottleCore(storage, rules=[RateThrottleRule("api", 10**6, 3600)]) for _ in range(2))
+    for i in range(5_000):
+        now_us += 1_000
+        one.add_rule(RateThrottleRule("api", 10**6 + i, 3600 + i, strategy=("token_bucket", "fixed_window")[i % 2]), replace=True)
+        assert await one.check(f"key {i}", cost=7)
+        assert await other.check("key")
+        assert (await one.peek(f"key {i}")).remaining == 10**6 + i - 7
+    assert (await other.peek("key")).remaining == 10**6 - 5_000
