@@ -302,7 +302,7 @@ async def hears(
         told = [b":%d" % number for number in numbers]
 
         def tamper(reply: bytes) -> bytes:
-            length, *lines = reply.split(b"\r\n")
+            _length, *lines = reply.split(b"\r\n")
             if len(lines[3]) == 17:  # to a beat: an epoch
                 return reply
             return b"\r\n".join([b"*%d" % (2 + len(told)), *lines[:3], *told, b""])
