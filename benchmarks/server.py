@@ -72,7 +72,7 @@ class Meter:
         await limiter.aclose()
 
     def entries(self, done: Counters) -> float:
-        """How many entries the script calls carried."""
+        """How many entries the script calls carried, of keys that exist: for one that doesn't, Redis is asked a second time."""
         return max(0.0, done.keys_read - self.extra_reads * done.script_calls)
 
 

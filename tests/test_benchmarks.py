@@ -20,7 +20,9 @@ async def test_script_calls_and_entries_are_told_apart() -> None:
         meter = Meter(server)
         await meter.calibrate()
         limiter = ours(server.url, "token_bucket")
-        await limiter.check("first")
+        for key in ("first", "alone"):
+            await limiter.check(key)
+        await limiter.check_many([f"key:{number}" for number in range(128)])
         before = meter.read()
         await limiter.check_many([f"key:{number}" for number in range(128)])
         await limiter.check("alone")
