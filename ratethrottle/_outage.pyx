@@ -435,8 +435,10 @@ cdef class Shares:
             if lasting and before is not share:
                 Py_INCREF(<PyObject*>share)
                 Py_DECREF(<PyObject*>before)
-            if account.outage != self.outage:
+            # Or the store has answered since: a check may be decided here before anybody says that the next outage has begun.
+            if account.outage != self.outage or (bound != NULL and bound.heard and bound.received_us > account.met_us):
                 if bound != NULL and bound.heard:
+                    account.met_us = bound.received_us
                     if account_meet(account, share, &bound.slot.view, aged_late(bound, table_us), now_us) == NO_MEMORY:
                         raise MemoryError
                 account.outage = self.outage

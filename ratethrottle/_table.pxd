@@ -40,6 +40,7 @@ cdef struct Account:                       # what a process admits of a key whil
     View owed                              # by its `owed`: what was admitted here, and not taken yet
     PyObject* share                        # owned: the Share that both views point into
     int64_t outage                         # the one in which it last met what was known
+    int64_t met_us                         # and when that had been heard: a bound's received_us
     int64_t ahead_us                       # both views are kept in the store's time, which is so much ahead of the table's
     int64_t newest_us                      # when units were last admitted, in the store's time
     bint owes                              # it is among those that `owing_in` counts

@@ -104,6 +104,26 @@ async def test_a_share_begins_with_what_is_known_to_be_used() -> None:
             assert admitted([await limiter.check("user") for _ in range(30)]) == LIMIT - 30
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+async def test_what_redis_said_after_one_outage_counts_in_the_next(strategy: str) -> None:
+    """Checks that are in flight when the next outage begins are decided by what is known then, not by the former outage's account."""
+    rule = RateThrottleRule("r", LIMIT, 3600, strategy=strategy)
+    with RedisServer() as server:
+        async with limiter_of(server.url, rule, expected_processes=1, prefilter_ttl=0) as limiter:
+            assert await served(limiter)
+            server.pause()
+            assert [(await limiter.check("user")).source for _ in range(2)] == ["outage"] * 2
+            server.resume()
+            await until(lambda: served(limiter))
+            left = (await limiter.peek("user")).remaining
+            assert admitted([await limiter.check("user") for _ in range(left)]) == left
+            await limiter.check("other")
+            server.pause()
+            late = await asyncio.gather(*[limiter.check("user") for _ in range(LIMIT)])
+            server.resume()
+    assert admitted(late) <= 1  # what a bucket has drained
+
+
 async def test_decisions_cost_little_and_redis_is_asked_twice_a_second_at_most() -> None:
     with RedisServer() as server:
         async with limiter_of(server.url, expected_processes=2) as limiter:
