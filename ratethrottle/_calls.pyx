@@ -59,7 +59,7 @@ cdef enum:
     SPARES_MAX = 2
     SPARED_US = 40_000                       # and then a line that is connected has so long at most to catch up
     OWN_MIN = 8                              # entries of a call that what nobody waits for may take, however many others wait
-    STEPS_MAX = 1_024                        # of tasks in a row, before the loop has its turn
+    STEPS_MAX = 256                          # of tasks in a row, before the loop has its turn
     WATCH_US = 100_000                       # while what an idle one knows still counts: it must hear of a loss within LEARN
     PROCESSES_MAX = 1_000_000
     WHOLE_US = 3_000_000                     # for so long processes must have been counted without a gap: then all that live have come
@@ -543,6 +543,9 @@ cdef class Gathering:
     cdef readonly bint ended
     cdef object write
     cdef bint scheduled
+    cdef bint turn_due                       # it was scheduled by a check, for the end of this turn of the loop
+    cdef uint64_t turn_from                  # and this is the first that entered since
+    cdef int64_t turn_deadline_us            # its deadline
     cdef object timer
     cdef int64_t timer_at_us
     cdef int spares                          # how often in a row what has run out of time is looked at once more; it is judged at
@@ -1100,6 +1103,10 @@ cdef class Gathering:
                 self._connect()
         elif self.ready and len(self.in_flight) < IN_FLIGHT_MAX:
             self.scheduled = True
+            if self.waiting.count:
+                self.turn_due = True
+                self.turn_from = (<PendingDecision>self.waiting.last).turn
+                self.turn_deadline_us = (<PendingDecision>self.waiting.last).deadline_us
             self.call_soon(self._flush, context=self.context)
         return 0
 
@@ -1107,6 +1114,8 @@ cdef class Gathering:
         """Send what waits, as far as there is room. whole: not in two halves, as more is to come."""
         cdef Call call
         self.scheduled = False
+        if self.turn_due:
+            self.count_from_now()
         if self.bounds.owing:
             self.tell()
         while self.ready and len(self.in_flight) < IN_FLIGHT_MAX:
@@ -1129,6 +1138,21 @@ cdef class Gathering:
             except BaseException:
                 self._fail(call, StorageUnavailable("the check could not be sent"))
                 raise
+
+    cdef int count_from_now(self) except -1:
+        """Count the deadlines of those who entered in a long turn of the loop from its end: nothing could be sent before.
+
+        Else most of a crowd that takes as long to enter would have run out of time while Redis was idle.
+        """
+        cdef int64_t deadline_us = self.bounds.now_us() + self.deadline_us
+        cdef PyObject* entered = self.waiting.last
+        self.turn_due = False
+        if deadline_us - self.turn_deadline_us <= BLOCKED_US:
+            return 0
+        while entered != NULL and (<PendingDecision>entered).turn >= self.turn_from:
+            (<PendingDecision>entered).deadline_us = deadline_us
+            entered = (<PendingDecision>entered).before
+        return 0
 
     # Deadlines: one timer for all, since all wait equally long and so run out in the order in which they came.
 

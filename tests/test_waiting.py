@@ -357,6 +357,21 @@ def test_each_check_ends_within_its_own_deadline_whatever_holds_it_up(world: Wor
     world.end()
 
 
+def test_a_crowd_that_takes_longer_than_its_deadline_to_enter_is_decided_by_redis(world: World, process: Process) -> None:
+    """Its first ones could not be sent before the last one had entered: that is the loop's lateness, not theirs."""
+    process.check("warm", RULE)
+    world.settle()
+    checks = []
+    for i in range(300):
+        checks.append(process.check(f"k{i}", RULE))
+        world.t_us += 2_000
+    process.turn()
+    world.settle()
+    assert {check.decision.source for check in checks if check.decision} == {"redis"}
+    assert all(check.over for check in checks)
+    world.end()
+
+
 def test_two_calls_that_were_not_run_for_want_of_the_script_are_sent_again_in_order(world: World, process: Process) -> None:
     process.check("warm", RULE)
     world.settle()
