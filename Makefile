@@ -6,7 +6,7 @@ PYTEST_ARGS ?= -n auto
 BENCH_ARGS ?=
 PYTHONS ?= 3.11 3.12 3.13
 AGREE_STEPS ?= 1000000
-MODEL_ARGS ?= --faults 3
+MODEL_ARGS ?=
 FAULTS_ARGS ?=
 SOAK_MINUTES ?= 10
 SOAK_ARGS ?=
@@ -70,7 +70,7 @@ agree: $(BUILT) redis ## Oracle, core and Lua over 10^6 random steps (AGREE_STEP
 agree-short: $(BUILT) redis
 	$(PY) -m tests.agree --steps 30000
 
-model: $(BUILT) ## Every state of a small model of bound, outage and repair (MODEL_ARGS="--processes 3")
+model: $(BUILT) ## Every state of the models of bound, outage and repair that the suite has no time for (MODEL_ARGS="--processes 3")
 	$(PY) -m tests.model $(MODEL_ARGS)
 
 bench: $(BUILT) $(PEERS) $(STRANGER) redis ## Benchmarks, beside the peers in one run (BENCH_ARGS="--quick redis")

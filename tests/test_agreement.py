@@ -88,7 +88,7 @@ crowds = st.lists(st.tuples(moves, mixed | groups, st.booleans() | st.just(True)
 
 
 @given(versions=st.lists(rules | shapes, min_size=3, max_size=3), plan=crowds, start_us=st.integers(START_US, START_US + 10**12))
-@settings(FIXED, max_examples=150)
+@settings(FIXED, max_examples=60)
 def test_an_entry_of_n_is_n_entries_of_one_to_the_unit(
     scripts: list[Callable[[], Lua]], versions: list[RateThrottleRule], plan: list[Any], start_us: int
 ) -> None:

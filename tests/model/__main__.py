@@ -1,4 +1,7 @@
-"""`python -m tests.model --processes 3 --limit 3 --faults 2`: search a model of any size, with progress."""
+"""`python -m tests.model --processes 3 --limit 3 --faults 2`: search a model of any size, with progress.
+
+Without arguments: those that are too large for the suite.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,14 @@ import sys
 
 from .protocol import Config
 from .search import search
+
+LARGER = [
+    Config(),
+    Config(limit=1, lines=2),
+    Config(processes=3, faults=1),
+    Config(resets=1, faults=1),
+    Config(faults=3),
+]
 
 
 def main() -> int:
@@ -19,9 +30,12 @@ def main() -> int:
             parser.add_argument(name, action="store_true")
         else:
             parser.add_argument(name, type=type(field.default), default=field.default)
-    result = search(Config(**vars(parser.parse_args())), progress=show)
-    sys.stdout.write(f"{result}\n")
-    return bool(result.broken)
+    broken = False
+    for config in [Config(**vars(parser.parse_args()))] if sys.argv[1:] else LARGER:
+        result = search(config, progress=show)
+        sys.stdout.write(f"{config}\n{result}\n")
+        broken = broken or bool(result.broken)
+    return broken
 
 
 def show(depth: int, new: int, states: int) -> None:

@@ -34,28 +34,34 @@ def canonical(config: Config, state: State) -> tuple[State, list[int]]:
 
     The list has, for each process of that state, which one it was.
     """
-    procs, units, master = state.procs, state.units, state.master
+    procs, units, master, old, replica = state.procs, state.units, state.master, state.old, state.replica
     last = state.last_reset
-    if not ((state.losses and state.faults) or state.replica or state.old or master.repair or not master.epoch):
+    if not ((state.losses and state.faults) or replica or old or master.repair or not master.epoch):
         # Nothing can be lost any more, so nothing is asserted.
         last = 0
         master = master._replace(generation=0)
         forgotten = {"generation": 0} if config.local else {"generation": 0, "units": 0, "leaves": 0, "young": False}
         procs = tuple(q._replace(**forgotten, reply=q.reply and q.reply._replace(generation=0)) for q in procs)
         units = tuple(u._replace(known=0, telling=0) for u in units)
-    names = {e: i for i, e in enumerate(sorted({0, master.epoch, *(q.epoch for q in procs), *epochs(state)}))}
-    procs = tuple(q._replace(epoch=names[q.epoch], reply=q.reply and q.reply._replace(epoch=names[q.reply.epoch])) for q in procs)
-    master = master._replace(epoch=names[master.epoch])
-    old = state.old and state.old._replace(epoch=names[state.old.epoch])
-    replica = state.replica and state.replica._replace(epoch=names[state.replica.epoch])
-    orders = {0, master.told, master.held, *(q.order for q in procs), *(r.order for q in procs for r in (q.reply, q.side) if r)}
-    orders |= {r.kept for q in procs for r in (q.reply, q.side) if r}
-    orders |= {order for s in (old, replica) if s for order in (s.told, s.held)}
-    ranks = {order: i for i, order in enumerate(sorted(orders))}
-    procs = tuple(ranked(q, ranks) for q in procs)
-    master = master._replace(told=ranks[master.told], held=ranks[master.held], before=names.get(master.before, 0))
-    old = old and old._replace(told=ranks[old.told], held=ranks[old.held])
-    replica = replica and replica._replace(told=ranks[replica.told], held=ranks[replica.held])
+    # Few steps add or forget an epoch or an order, and copying is most of the work: where each has its name, nothing is renamed.
+    found = sorted({0, master.epoch, *(q.epoch for q in procs), *epochs(state)})
+    if found[-1] != len(found) - 1:
+        names = {e: i for i, e in enumerate(found)}
+        procs = tuple(
+            q._replace(epoch=names[q.epoch], reply=q.reply and q.reply._replace(epoch=names[q.reply.epoch])) for q in procs
+        )
+        master = master._replace(epoch=names[master.epoch], before=names.get(master.before, 0))
+        old = old and old._replace(epoch=names[old.epoch])
+        replica = replica and replica._replace(epoch=names[replica.epoch])
+    orders = {0, master.told, master.held, *(q.order for q in procs)}
+    orders.update(order for q in procs for r in (q.reply, q.side) if r for order in (r.order, r.kept))
+    orders.update(order for s in (old, replica) if s for order in (s.told, s.held))
+    if max(orders) != len(orders) - 1:
+        ranks = {order: i for i, order in enumerate(sorted(orders))}
+        procs = tuple(ranked(q, ranks) for q in procs)
+        master = master._replace(told=ranks[master.told], held=ranks[master.held])
+        old = old and old._replace(told=ranks[old.told], held=ranks[old.held])
+        replica = replica and replica._replace(told=ranks[replica.told], held=ranks[replica.held])
     order = list(range(len(procs)))
     # With shares of their own, processes are not alike.
     if not config.local:
