@@ -29,7 +29,8 @@ class Clearing:
         self._layout = layout
         self._deadline_s = deadline_s
         prefix = layout.epoch_key.removesuffix(b":epoch")
-        self._pattern = re.sub(rb"([*?\[\]\\^-])", rb"\\\1", prefix) + b":{*"
+        self._all = re.sub(rb"([*?\[\]\\^-])", rb"\\\1", prefix) + b":*"
+        self._pattern = self._all.removesuffix(b"*") + b"{*"
         self._ours = re.compile(re.escape(prefix) + rb":\{[0-9]{1,5}\}:[^:]+:[=(#].*\Z", re.DOTALL)
 
     async def _ask(self, *words: bytes | int) -> Any:
@@ -59,6 +60,16 @@ class Clearing:
         text = script("clear").body(shebang=False)
         reply = await self._ask(b"EVAL", text, 1 + len(keys), self._layout.epoch_key, *keys, b"clear", epoch)
         return int(reply[1]) >= 0
+
+    async def wipe(self) -> None:
+        """Delete all that begins with the prefix, whoever wrote it. Nobody may use it any more, or it would come back."""
+        cursor = b"0"
+        while True:
+            cursor, found = await self._ask(b"SCAN", cursor, b"MATCH", self._all, b"COUNT", 1000)
+            for first in range(0, len(found), KEYS_MAX):
+                await self._ask(b"DEL", *found[first : first + KEYS_MAX])
+            if cursor == b"0":
+                return
 
     async def run(self, known_epoch: int, begun: Callable[[], object]) -> None:
         """Clear. begun: called once nothing of before counts any more, before it is deleted."""

@@ -242,13 +242,21 @@ class RedisStorage(Calls):
 
         Raises StorageError, also when one step of it isn't answered within the deadline; cancelled or failed, it may be half done.
         """
+        await self._clear(whole=False)
+
+    async def _wipe(self) -> None:
+        """Delete every key that begins with this prefix, those by which processes know of each other too: once no process uses it."""
+        await self._clear(whole=True)
+
+    async def _clear(self, *, whole: bool) -> None:
         found = topology.master(self._settings, self._notices.moved)  # not that of the lines, which may be of another loop
         try:
             async with asyncio.timeout(self._settings.connect_timeout_s):
                 connection = await found.connect()
             try:
                 knowledge = self.knowledge
-                await Clearing(connection, self.layout, self._deadline_s).run(knowledge.epoch, knowledge.forget_all)
+                clearing = Clearing(connection, self.layout, self._deadline_s)
+                await (clearing.wipe() if whole else clearing.run(knowledge.epoch, knowledge.forget_all))
             finally:
                 await close(connection)
         except (redis.RedisError, OSError) as error:
