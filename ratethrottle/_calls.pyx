@@ -215,6 +215,7 @@ cdef class Call:
     cdef list rules
     cdef bytes request
     cdef int64_t sent_us
+    cdef int64_t epoch                       # that it is sent in
     cdef int64_t deadline_us                 # of the one that waits longest; NEVER_US once nobody waits any more
 
     def __cinit__(self):
@@ -252,6 +253,7 @@ cdef class Tally:
 
     cdef readonly int64_t by_policy          # checks that were decided here, without the store
     cdef readonly int64_t overloads          # and those that were too many for it
+    cdef int64_t losses                      # of what is known here that were told as events
     cdef public object noticed               # is told what happened, for events
 
 
@@ -285,6 +287,7 @@ cdef class Calls(Remote):
         self.knowledge = Knowledge(bounds, layout) if knowledge is None else knowledge
         self.knowledge.expect(expected)
         self.tally = Tally()
+        self.tally.losses = self.knowledge.losses
         self.forks = bounds.forks
 
     def _gatherings_here(self):
@@ -983,6 +986,9 @@ cdef class Gathering:
         self.refused = False
         self._answered()
         if self.knowledge.meet(epoch, numbers[3], numbers[4], numbers[5], numbers[10], numbers[7], numbers[8], now_us):
+            self.knowledge.losses += 1
+        if self.tally.losses != self.knowledge.losses:
+            self.tally.losses = self.knowledge.losses
             self._notice("state_lost", len(self.bounds))
         if self.bounds.evictions != self.told_evictions:
             self.told_evictions = self.bounds.evictions
@@ -1116,7 +1122,7 @@ cdef class Gathering:
         self.scheduled = False
         if self.turn_due:
             self.count_from_now()
-        if self.bounds.owing:
+        if self.bounds.owing or self.knowledge.errands:  # the latter of another line that has broken
             self.tell()
         while self.ready and len(self.in_flight) < IN_FLIGHT_MAX:
             if self.waiting.count == 0 and self.own.count == 0:
@@ -1302,6 +1308,7 @@ cdef class Gathering:
             keys = self.fill(call, &self.own, most, keys, now_us)
         if call.size:
             call.sent_us = now_us
+            call.epoch = self.epoch
             self.write_call(call, keys)
         return 0
 
@@ -1363,7 +1370,7 @@ cdef class Gathering:
         return place
 
     cdef inline bint joins(self, Call call, const CallEntry* entry, PendingDecision pending) noexcept:
-        if call.mode == RESET or pending.mode == GIVE_BACK and pending.key is None:
+        if call.mode == RESET or pending.mode == GIVE_BACK and pending.key is None and not entry.returns:
             return True
         if pending.mode == GIVE_BACK or entry.returns:
             return False
@@ -1733,7 +1740,7 @@ cdef class Gathering:
                 place += 1
                 if answer[0] < 0:
                     if answer[0] == DEFERRED:
-                        self.take_entry_back(entry)
+                        self.take_entry_back(entry, call.epoch)
                     elif answer[0] == UNSURE:
                         self.settle_unsure(entry, now_us)
                     else:
@@ -1771,8 +1778,9 @@ cdef class Gathering:
         cdef PendingDecision pending
         cdef Shard* shard
         cdef uint32_t index
-        cdef Bound* bound = self.bound_of(entry.hashed, &shard, &index)
+        cdef Bound* bound
         error = StateUnreadable((<CompiledRule>entry.rule).name)
+        bound = self.bound_of(entry.hashed, &shard, &index)  # only now: to make the error runs other code, which may move it
         if bound != NULL:
             bound.asked_us = 0
             bound.leasing = bound.leasing and entry.ahead == 0
@@ -1913,13 +1921,16 @@ cdef class Gathering:
         cdef Shard* shard
         cdef uint32_t index
         cdef Bound* bound
-        cdef int64_t size, spent, wanted = entry.count * entry.cost
+        cdef int64_t size, spent, epoch, wanted = entry.count * entry.cost
         if call.mode != CHECK:
             return 0
+        if entry.returns:
+            _, entry.back, entry.back_us, epoch = (<PendingDecision>entry.waiters.first).key
+            if epoch != self.epoch:          # it was lost there, which is known only since it was queued
+                entry.back = 0
         bound = self.bound_of(entry.hashed, &shard, &index)
         if entry.returns:
-            _, entry.back, entry.back_us, _ = (<PendingDecision>entry.waiters.first).key
-            if bound != NULL:
+            if bound != NULL and entry.back:
                 bound.returned_us = call.sent_us
             return 0
         if bound == NULL:
@@ -2177,10 +2188,10 @@ cdef class Gathering:
         """What was not run waits again, each where it was."""
         cdef int i
         for i in range(call.size):
-            self.take_entry_back(&call.entries[i])
+            self.take_entry_back(&call.entries[i], call.epoch)
         return 0
 
-    cdef int take_entry_back(self, CallEntry* entry) except -1:
+    cdef int take_entry_back(self, CallEntry* entry, int64_t epoch) except -1:
         """What an entry asked waits again, each where it was."""
         cdef PendingDecision pending, sample
         cdef Queue again, own
@@ -2209,10 +2220,10 @@ cdef class Gathering:
             return 0
         if bound == NULL or bound.lease_units:
             if sample is not None:
-                self.put_back(sample, entry.back, entry.back_us, self.epoch)
+                self.put_back(sample, entry.back, entry.back_us, epoch)
         else:
             bound.lease_units = bound.lease_size = entry.back
-            bound.lease_epoch = self.epoch
+            bound.lease_epoch = epoch
             bound.lease_at_us = entry.back_us + lead(<CompiledRule>entry.rule)
             bound.lease_terms = terms
             if sample is not None:       # the entry of before may have been looked at meanwhile
@@ -2283,10 +2294,10 @@ cdef class Late:
                 rule = <CompiledRule>entry.rule
                 if (rule.lease_units > 0) != leases:
                     continue
-                length = answer_length(&rule.terms, answer[0], count_of(call, entry))
-                if answer[0] == UNREADABLE:
-                    answer += length
+                if answer[0] < 0:            # it wasn't decided, and that is all
+                    answer += 1
                     continue
+                length = answer_length(&rule.terms, answer[0], count_of(call, entry))
                 if leases and answer[length] > 0 and samples[i] is not None:
                     self.gathering.put_back(samples[i], answer[length], numbers[0], self.epoch)
                 answer += length + leases

@@ -90,6 +90,7 @@ cdef class Knowledge:
     cdef readonly Shares shares
     cdef readonly int64_t epoch              # which life of the store's data the bounds are of; 0 before the first one
     cdef readonly int64_t epochs             # how many came after it
+    cdef int64_t losses                      # of these, how many may have lost what is known here
     cdef readonly int64_t processes          # that share the limits; 0: unknown
     cdef readonly bytes process_id
     cdef readonly object users               # the storages of this process that share it and aren't closed, as a WeakSet

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 
 from ratethrottle import RateThrottleRule
 from ratethrottle._core import CompiledRule
+from ratethrottle.storage.redis.wire import written
 from tests import intervals
-from tests.clocked import read_state
+from tests.clocked import RUN, read_state
 from tests.processes import Check, Process, World, running
 from tests.servers import RedisServer
 from tests.store import Request
@@ -340,6 +342,102 @@ def test_what_was_given_back_denies_again_once_that_is_answered(world: World, st
     assert check.decision.source == "prefilter"
     assert not check.decision.allowed
     world.end()
+
+
+def late_reply(process: Process, what: Leased, keys: str) -> Callable[..., Any]:
+    """Have a process ask for leases of these keys, and lose the connection; returns what takes the reply's numbers when it comes late."""
+    for count in (1, 10):
+        for key in keys:
+            for _ in range(count):
+                process.check(key, what.rule)
+        if count == 1:
+            process.world.settle()
+    process.turn()
+    assert [item.ahead for item in process.line.requests[-1].items] == [10] * len(keys)
+    late = process.line._late_replies()
+    process.line.lose()
+    process.line.wanted = True
+    request = process.line.requests[-1].id
+
+    def received(*numbers: int) -> None:
+        with running(process.loop):
+            late.received(written([request, process.world.server_us(), *numbers]))
+
+    return received
+
+
+def backs(process: Process, since: int) -> list[tuple[bytes, int]]:
+    return [(item.key, item.back) for request in process.line.requests[since:] for item in request.items if item.back]
+
+
+@pytest.mark.parametrize("undecided", [-2, -3, -4])
+def test_a_late_reply_that_leaves_keys_undecided_gives_back_what_it_took_and_no_more(world: World, undecided: int) -> None:
+    what = leased("fixed_window", 1_000, 1_000)
+    process = world.processes[0]
+    late = late_reply(process, what, "abc")
+    world.settle()
+    since = len(process.line.requests)
+    late(undecided, 10, 20, 5, 4, undecided)
+    world.settle()
+    assert backs(process, since) == [(process.state_key("b", what.rule), 4)]
+
+
+def test_a_lease_that_ends_while_units_of_a_late_reply_go_back_is_given_back_too(world: World) -> None:
+    what = leased("fixed_window", 1_000, 1_000)
+    process = world.processes[0]
+    late = late_reply(process, what, "k")
+    world.settle()
+    world.t_us += what.rule.lease_us // 2
+    for count in (1, 10):
+        for _ in range(count):
+            process.check("k", what.rule)
+        world.settle()
+    held = process.line.requests[-1].items[0].ahead
+    assert held > 0
+    for key in ("busy", "busier"):  # as many calls as may be in flight
+        process.check(key, what.rule)
+        process.turn()
+    since = len(process.line.requests)
+    late(10, 20, 5, 4)
+    world.t_us += what.rule.lease_us
+    process.turn()
+    world.settle()
+    assert sorted(units for _, units in backs(process, since)) == sorted([4, held])
+
+
+def clear(world: World, client: redis.Redis) -> None:
+    """Begin an epoch as `RedisStorage.clear` does."""
+    words = (RUN, world.processes[0].knowledge.epoch, "clearing", "clear", 0, 0, 0, world.server_us())
+    client.evalsha(world.store.shas["beat"], 2, world.layout.epoch_key, world.layout.processes_key, "id", *words)
+
+
+@pytest.mark.parametrize("how", ["at once", "at its end"])
+def test_what_was_leased_before_a_clear_is_not_given_back_after_it(world: World, redis_client: redis.Redis, how: str) -> None:
+    """It would be others' units. The clear is heard of only when the call that gives it back was sent."""
+    what = leased("fixed_window", 1_000, 1_000)
+    process = grant(world, what, 60)
+    other = Process(world)
+    clear(world, redis_client)
+    checks = [other.check("k", what.rule) for _ in range(60)]
+    other.round_trip()
+    other.round_trip()
+    assert all(check.decision is not None and check.decision.allowed for check in checks)
+    if how == "at once":
+        with running(process.loop):
+            process.line._return_leases()
+    else:
+        world.t_us += 2 * what.rule.lease_us
+        process.turn()
+        process.turn()
+    assert [item.back for item in process.line.requests[-1].items] == [60]
+    while process.line.unserved:
+        process.line.serve()
+    process.line.deliver()
+    world.settle()
+    check = other.check("k", what.rule)
+    world.settle()
+    assert check.decision is not None
+    assert check.decision.remaining == 1_000 - 61
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -13,7 +13,7 @@ from ratethrottle import RateThrottleRule
 from ratethrottle.errors import StorageUnavailable
 from tests.clocked import RUN
 from tests.intervals import PromiseBrokenError, check
-from tests.processes import Check, Process, World, running
+from tests.processes import Check, Connection, Process, World, running
 from tests.strategies import STRATEGIES
 
 pytestmark = pytest.mark.redis
@@ -192,3 +192,36 @@ def test_what_was_admitted_before_a_clear_is_charged_by_nobody(redis_client: red
     far.round_trip()
     assert check.decision is not None
     assert (check.decision.source, check.decision.remaining) == ("redis", 8)
+
+
+def test_what_a_broken_line_had_to_charge_comes_before_the_checks_of_another_line(redis_client: redis.Redis) -> None:
+    world = World(redis_client)
+    rule = RateThrottleRule("r", 10, 60, on_outage="local").compiled
+    process = Process(world, expected=1)
+    process.check("k", rule)
+    for _ in range(60):
+        process.round_trip()
+        world.t_us += 20_000
+    first, second = process.line, Connection(process, process.loop)
+    process.line = second
+    second.wanted = True
+    process.round_trip()
+    first.lose()
+    with running(process.loop):
+        first._go_away(StorageUnavailable("cut off"))
+    process.line = first
+    process._forget_here()
+    alone = process.check("k", rule).decision
+    assert alone is not None
+    assert alone.source == "outage"
+    first.wanted = True
+    process.connect()
+    assert [request.mode for request in first.unserved] == ["repair"]
+    first.lose()
+    assert process.knowledge.owed == 1
+    process.line = second
+    process._forget_here()
+    check = process.check("k", rule)
+    world.settle()
+    assert check.decision is not None
+    assert (check.decision.source, check.decision.remaining) == ("redis", 7)
