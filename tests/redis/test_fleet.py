@@ -44,6 +44,24 @@ def shares(limiter: RateThrottleCore) -> int:
 # Limiters of one process
 
 
+async def test_each_storage_of_a_process_tells_of_a_loss() -> None:
+    with RedisServer() as server, server.client() as client:
+        told: list[list[str]] = [[], []]
+        async with create_limiter("redis", redis_url=server.url) as one, create_limiter("redis", redis_url=server.url) as another:
+            for limiter, kinds in zip((one, another), told, strict=True):
+                limiter.add_rule(RateThrottleRule("r", 10, 60))
+                limiter.on_event(lambda event, kinds=kinds: kinds.append(event.kind))
+                assert (await limiter.check("user")).allowed
+            client.flushall()
+
+            async def both() -> bool:
+                return all("state_lost" in kinds for kinds in told)
+
+            await until(both)
+            await asyncio.sleep(0.3)
+            assert [kinds.count("state_lost") for kinds in told] == [1, 1]
+
+
 async def test_limiters_of_one_process_are_one_process_with_one_account() -> None:
     with RedisServer() as server:
         limiters = [limiter_of(server.url, connections=connections) for connections in (1, 1, 2, 1)]

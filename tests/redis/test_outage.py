@@ -722,23 +722,6 @@ async def test_to_clear_takes_as_many_calls_as_it_needs() -> None:
             assert not client.keys("*:=user *")
 
 
-async def test_each_storage_of_a_process_tells_of_a_loss() -> None:
-    with RedisServer() as server, server.client() as client:
-        told: list[list[str]] = [[], []]
-        async with limiter_of(server.url) as one, limiter_of(server.url) as another:
-            for limiter, kinds in zip((one, another), told, strict=True):
-                limiter.on_event(lambda event, kinds=kinds: kinds.append(event.kind))
-                assert (await limiter.check("user")).allowed
-            client.flushall()
-
-            async def both() -> bool:
-                return all("state_lost" in kinds for kinds in told)
-
-            await until(both)
-            await asyncio.sleep(0.3)
-            assert [kinds.count("state_lost") for kinds in told] == [1, 1]
-
-
 async def test_a_storage_takes_options_by_either_way() -> None:
     storage = RedisStorage.from_url(f"redis://127.0.0.1:{free_port()}", on_outage="allow")
     async with RateThrottleCore(storage, rules=[RULE]) as limiter:
