@@ -8,6 +8,8 @@ from ratethrottle._core import CompiledRule, Entry, Group, KeyTable, Remote, _On
 from ratethrottle._layout import Layout
 from ratethrottle._repair import Errand, Knowledge
 
+REPAIRING: str
+
 @final
 class Call: ...
 

@@ -178,8 +178,11 @@ cdef inline int complete_with(PendingDecision pending, Decision decision) except
     return complete(pending, None)
 
 
+REPAIRING = "Redis has lost its data, or is another server now; it is being told what was used"
+
+
 cdef object repairing():
-    return StorageUnavailable("Redis has lost its data, or is another server now; it is being told what was used")
+    return StorageUnavailable(REPAIRING)
 
 
 cdef object twin_of(object error):
@@ -800,7 +803,10 @@ cdef class Gathering:
         cdef Outcome out
         self.tally.overloads += 1
         if not self.deny_overload or (pending.mode != CHECK and pending.mode != PEEK):
-            return complete(pending, StorageUnavailable(f"{words}; that is this process's load, not an outage"))
+            return complete(pending, StorageUnavailable(
+                f"{words}; that is this process's load, not an outage: raise `connections`, use leases for busy keys, set a longer "
+                "`deadline`, or check fewer at once"
+            ))
         out = Outcome(False, False, 0, self.deadline_us, self.deadline_us)
         return complete_with(pending, decision_new(pending.rule, pending.key, pending.units, OVERLOAD, &out))
 

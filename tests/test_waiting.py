@@ -440,7 +440,7 @@ def test_overload_can_be_an_error_that_says_whether_the_check_was_counted(world:
     process.work(DEADLINE_US - 180_000 + LATE_US)
     process.poll()
     errors = [str(check.error) for check in checks if check.error is not None]
-    assert all("this process's load" in error for error in errors)
+    assert all("this process's load" in error and "raise `connections`" in error for error in errors)
     assert {"may have been counted" in error for error in errors} == {True, False}
     assert all(("nor counted" in error) != ("may have been counted" in error) for error in errors)
     assert not process.line.away

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import socket
 import subprocess
@@ -20,10 +21,13 @@ import redis.asyncio
 from ratethrottle import RateThrottleCore, RateThrottleRule, RedisStorage, create_limiter
 from ratethrottle.errors import ConfigurationError, StorageRefused, StorageUnavailable
 from ratethrottle.events import Event
+from ratethrottle.storage.redis import aside, names, settings
+from ratethrottle.storage.redis.aside import THREADS_MAX, Shared
 from ratethrottle.storage.redis.attempts import EVERY_MOST_S, EVERY_S, JITTER_S, Attempts
 from ratethrottle.storage.redis.names import dial, literal
+from ratethrottle.storage.redis.race import Pace, Progress, Race
 from tests.redis.certificates import make_certificates
-from tests.redis.recovery import until
+from tests.redis.recovery import served, until
 from tests.redis.test_sentinel import FakeSentinel
 from tests.redis.wire import Relay
 from tests.servers import RedisServer, free_port
@@ -342,6 +346,66 @@ async def test_all_addresses_of_a_name_are_tried(black_hole: tuple[str, int]) ->
     assert len(asyncio.all_tasks()) == 1
 
 
+async def test_an_address_whose_attempt_was_cancelled_by_others_leaves_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = names.connected
+
+    async def connected(place: names.Place) -> socket.socket:
+        if place[1] == ("127.0.0.1", 1):
+            raise asyncio.CancelledError
+        return await real(place)
+
+    monkeypatch.setattr(names, "connected", connected)
+    async with await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0) as server:
+        bad, good = (socket.AF_INET, ("127.0.0.1", 1)), (socket.AF_INET, server.sockets[0].getsockname())
+        with await dial([bad, good]) as made:
+            assert made.getpeername() == good[1]
+        with pytest.raises(StorageUnavailable, match="was cancelled by the client's own code"):
+            await dial([bad, bad])
+
+
+@pytest.mark.parametrize("what", ["name", "credentials"])
+async def test_what_hangs_once_is_tried_again(protected: RedisServer, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    monkeypatch.setattr(aside, "HANGS_S", 0.6)
+    released, real = threading.Event(), socket.getaddrinfo
+    hung: list[str] = []
+
+    def hang_once() -> None:
+        if not hung:
+            hung.append(what)
+            released.wait(20)
+
+    def look_up(host: Any, *args: Any, **kwargs: Any) -> Any:
+        if what == "name":
+            hang_once()
+        return real("127.0.0.1" if host == "redis.internal" else host, *args, **kwargs)
+
+    class Stuck(Tokens):
+        def get_credentials(self) -> tuple[str, str]:
+            if what == "credentials":
+                hang_once()
+            return "default", PASSWORD
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    client = redis.Redis(host="redis.internal", port=protected.port, credential_provider=Stuck())
+    try:
+        async with RateThrottleCore(RedisStorage(client, connect_timeout=0.3), rules=[RULE]) as limiter:
+            await until(lambda: by_redis(limiter), 6)
+        assert hung == [what]
+    finally:
+        released.set()
+
+
+def test_what_always_hangs_takes_few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aside, "HANGS_S", 0.0)
+    released = threading.Event()
+    shared = Shared(lambda: released.wait(20), "hangs")
+    works = [shared.begin() for _ in range(5)]
+    assert shared.count == THREADS_MAX
+    assert len({id(work) for work in works}) == THREADS_MAX
+    released.set()
+    assert asyncio.run(works[-1].outcome())
+
+
 # Credentials
 
 
@@ -429,6 +493,49 @@ async def test_a_provider_that_fails_says_so() -> None:
                 assert "s3cret" not in str(raised.value)
 
 
+class Cancelled(Tokens):
+    """A token library that cancels itself, or the task that it is called in, the first `times`."""
+
+    def __init__(self, how: str, times: int = 1) -> None:
+        super().__init__()
+        self.how, self.times = how, times
+
+    async def get_credentials_async(self) -> tuple[str, str]:
+        self.asked += 1
+        if self.asked <= self.times:
+            if self.how == "itself":
+                raise asyncio.CancelledError
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+            await asyncio.sleep(1)
+        return "default", PASSWORD
+
+
+@pytest.mark.parametrize("how", ["itself", "its task"])
+@pytest.mark.parametrize("whose", ["server", "master", "sentinel"])
+async def test_a_provider_that_is_cancelled_has_failed_and_is_asked_again(protected: RedisServer, whose: str, how: str) -> None:
+    tokens = Cancelled(how)
+    async with FakeSentinel.naming(protected.port) as sentinel:
+        client: Any = redis.asyncio.Redis(port=protected.port, credential_provider=tokens)
+        if whose != "server":
+            theirs: dict[str, Any] = {"credential_provider": tokens}
+            manager: Any = redis.asyncio.sentinel.Sentinel(
+                [sentinel.address], sentinel_kwargs=theirs if whose == "sentinel" else {}
+            )
+            client = manager.master_for("mymaster", **(theirs if whose == "master" else {"password": PASSWORD}))
+        limiter = RateThrottleCore(RedisStorage(client, on_outage="raise", deadline=2), rules=[RULE])
+        with (
+            contextlib.suppress(StorageUnavailable)
+            if whose == "sentinel"
+            else pytest.raises(StorageUnavailable, match="cancelled by")
+        ):
+            await limiter.check("user")
+        await until(lambda: served(limiter), 5)
+        assert tokens.asked >= 2
+        await limiter.aclose()
+
+
 async def test_who_connects_by_a_function_of_his_own_still_can(protected: RedisServer) -> None:
     called: list[str] = []
 
@@ -507,6 +614,64 @@ async def test_it_ends_at_any_moment_of_connecting(protected: RedisServer, monke
             await asyncio.gather(waiting, return_exceptions=True)
             names = [task.get_name() for task in asyncio.all_tasks()]
             assert [name for name in names if name.startswith("ratethrottle")] == []
+
+
+async def test_a_winner_that_nobody_takes_any_more_is_closed() -> None:
+    """Cancelled while the losers end, the race has a connection that nobody knows of."""
+    discarded: list[str] = []
+    begun, again = asyncio.Event(), asyncio.Event()
+
+    async def begin(progress: Progress) -> str:
+        if begun.is_set():
+            again.set()
+            return "winner"
+        begun.set()
+        try:
+            await asyncio.sleep(10)
+        finally:
+            await asyncio.sleep(0.2)
+        raise AssertionError(progress)
+
+    async def now() -> None:
+        return
+
+    async def discard(result: str) -> None:
+        discarded.append(result)
+
+    for cancels in (False, True):
+        begun.clear()
+        again.clear()
+        race = asyncio.ensure_future(Race(begin, Pace(now), discard).run())
+        await again.wait()
+        await asyncio.sleep(0.05)  # the loser takes its time
+        if cancels:
+            race.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await race
+        else:
+            assert await race == "winner"
+        assert discarded == ["winner"] * cancels
+        await asyncio.sleep(0.2)
+
+
+async def test_a_socket_is_closed_though_closing_its_connection_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[socket.socket] = []
+
+    async def dial_one(places: list[names.Place]) -> socket.socket:
+        made.append(await dial(places))
+        return made[0]
+
+    async def cancelled(_: object) -> None:
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(settings, "dial", dial_one)
+    monkeypatch.setattr(settings, "close", cancelled)
+    monkeypatch.setattr(settings, "through", lambda *_: {}["no connection is made"])
+    async with await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0) as server:
+        client = redis.asyncio.Redis(port=server.sockets[0].getsockname()[1], host="127.0.0.1")
+        with pytest.raises(StorageUnavailable, match="cancelled"):
+            await settings.Settings(client, 0.25).connect()
+    assert made[0].fileno() == -1
 
 
 # What is heard, and how often is tried
@@ -589,6 +754,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
         ({"ssl_cert_reqs": "CERT_NONE"}, 'ssl_cert_reqs is "none", "optional" or "required"; write "none"'),
         ({"ssl_cert_reqs": "s3cret"}, 'ssl_cert_reqs is "none", "optional" or "required"'),
         ({"ssl_cert_reqs": 7}, "ssl_cert_reqs is"),
+        ({"ssl_check_hostname": "s3cret"}, "ssl_check_hostname is True or False"),
         ({"ssl_ca_certs": "/s3cret/ca.pem"}, r"ssl_ca_certs can't be read \(No such file or directory\)"),
         ({"ssl_ca_certs": "{ca.key}"}, "ssl_ca_certs can't be used"),
         ({"ssl_ca_path": "/s3cret"}, "ssl_ca_path is no directory"),

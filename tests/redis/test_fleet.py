@@ -124,6 +124,17 @@ async def test_only_what_is_known_to_be_the_same_server_is_shared() -> None:
     assert knowledge(redis.asyncio.Redis(host="localhost", port=6379, db=1, username="u", password="p")) is kept[1].knowledge
     for elsewhere in ({"db": 2}, {"db": 1, "port": 6380}, {"db": 1, "host": "h"}, {"db": 1, "unix_socket_path": "/tmp/redis"}):
         assert knowledge(redis.Redis(**elsewhere)) is not kept[1].knowledge
+
+    class Tunnel(redis.asyncio.Connection):
+        pass
+
+    class Another(redis.asyncio.Connection):
+        pass
+
+    pools = [redis.asyncio.ConnectionPool(connection_class=kind, db=1) for kind in (Tunnel, Another)]
+    through = [RedisStorage(redis.asyncio.Redis(connection_pool=pool)) for pool in pools]
+    assert len({id(storage.knowledge) for storage in (kept[1], *through)}) == 3
+    assert knowledge(redis.asyncio.Redis(connection_pool=pools[0])) is through[0].knowledge
     sentinel = redis.asyncio.Sentinel([("a", 1), ("b", 2)])
     kept.append(RedisStorage(sentinel.master_for("m")))
     assert knowledge(redis.asyncio.Sentinel([("b", 2), ("a", 1)]).master_for("m")) is kept[2].knowledge

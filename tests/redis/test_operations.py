@@ -109,6 +109,13 @@ async def test_no_tls_to_a_port_that_wants_it_looks_like_an_outage_and_hints_at_
     assert type(unavailable.value) is StorageUnavailable
 
 
+async def test_tls_to_a_port_without_it_looks_like_an_outage_and_hints_at_it(redis_server: RedisServer) -> None:
+    url = f"rediss://127.0.0.1:{redis_server.port}"
+    async with create_limiter("redis", redis_url=url, rules=[RULE], connect_timeout=0.5, on_outage="raise") as limiter:
+        with pytest.raises(StorageUnavailable, match=r"no connection .* TLS \(rediss://\) or none \(redis://\)"):
+            await limiter.check("user")
+
+
 @pytest.mark.parametrize("kind", [ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError])
 def test_a_connection_that_dies_in_the_midst_of_tls_is_no_refusal(kind: type[ssl.SSLError]) -> None:
     error = redis.ConnectionError("Error 8 connecting")
@@ -293,6 +300,26 @@ async def test_a_storage_that_is_required_may_have_lost_something_just_now(
     async with create_limiter("redis", redis_url=redis_server.url, rules=[RULE], deadline=0.2, require_storage=True) as limiter:
         assert time.monotonic() - began_s > 0.5
         assert (await limiter.check("user")).source == "redis"
+
+
+async def test_a_required_storage_is_there_while_others_tell_it_what_they_know(
+    redis_server: RedisServer, redis_client: redis.Redis
+) -> None:
+    """A big repair takes as long as it takes, and keeps nobody from starting."""
+    seconds, micros = redis_client.time()
+    now_us = seconds * 10**6 + micros
+    redis_client.set(
+        "ratethrottle:epoch", f"{redis_client.info('server')['run_id']}{now_us:016}{now_us - 2_000_000:016}0{now_us - 100:016}"
+    )
+    redis_client.zadd("ratethrottle:epoch:telling", {"somebody": now_us - 100})
+    redis_client.hset("ratethrottle:epoch:heard", "somebody", str(now_us + 2_900_000))  # for all of the test
+    began_s = time.monotonic()
+    async with create_limiter(
+        "redis", redis_url=redis_server.url, rules=[RULE], connect_timeout=0.5, on_outage="raise", require_storage=True
+    ) as limiter:
+        assert time.monotonic() - began_s < 1
+        with pytest.raises(StorageUnavailable, match="being told"):
+            await limiter.check("user")
 
 
 async def test_evictions_of_bounds_are_counted(redis_server: RedisServer) -> None:

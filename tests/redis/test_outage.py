@@ -747,3 +747,30 @@ async def test_clearing_a_prefix_leaves_others_alone_and_waits_for_nobody_for_ev
                 await storage.clear()
             assert time.monotonic() - began < 2
             server.resume()
+
+
+async def test_clearing_says_what_it_waited_for_and_how_long(redis_server: RedisServer) -> None:
+    for asked, words in (
+        (b"EVAL", r"no connection to Redis within 0\.5 s"),
+        (b"SCAN", r"SCAN, a step of clear\(\), within 0\.2 s"),
+    ):
+        async with Relay(redis_server.socket) as relay:
+            storage = RedisStorage.from_url(relay.url, deadline=0.2, connect_timeout=0.5)
+            relay.tamper = lambda reply, relay=relay, asked=asked: b"" if asked in relay.heard else reply  # type: ignore[misc]  # the loop's values
+            with pytest.raises(StorageUnavailable, match=words):
+                await storage.clear()
+            relay.tamper = lambda reply: reply
+            await storage.clear()
+            await storage.aclose()
+
+
+async def test_a_closed_storage_is_not_cleared_and_says_what_to_do() -> None:
+    with RedisServer() as server, server.client() as client:
+        storage = RedisStorage.from_url(server.url, deadline=5)
+        limiter = RateThrottleCore(storage, rules=[RULE])
+        await limiter.check("user")
+        await storage.aclose()
+        for refused in (storage.clear(), limiter.check("user")):
+            with pytest.raises(StorageUnavailable, match="is closed; make a new one"):
+                await refused
+        assert client.keys("*=user")

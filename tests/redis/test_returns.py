@@ -56,6 +56,20 @@ def test_the_end_of_a_loop_gives_back_what_nobody_closed(redis_url: str) -> None
     assert asyncio.run(counted(redis_url, rule)) == admitted
 
 
+def test_the_end_of_a_loop_waits_for_no_redis_that_is_silent() -> None:
+    with RedisServer() as server:
+        limiter = create_limiter("redis", redis_url=server.url, rules=[leasing()], deadline=10)
+
+        async def main() -> float:
+            await spend(limiter)
+            server.pause()
+            return time.monotonic()
+
+        began_s = asyncio.run(main())
+        assert time.monotonic() - began_s < 2
+        server.resume()
+
+
 async def test_closing_in_one_loop_gives_back_what_another_one_holds(redis_url: str) -> None:
     rule = leasing()
     limiter = create_limiter("redis", redis_url=redis_url, rules=[rule])

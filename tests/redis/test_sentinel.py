@@ -110,6 +110,7 @@ class FakeSentinel:
         with contextlib.suppress(OSError):  # whoever asked has gone
             while asked := await reader.read(65536):
                 if self.reply is not None:
+                    writer.write(b"+OK\r\n" if b"AUTH" in asked else b"")
                     writer.write(
                         b"*3\r\n$9\r\nsubscribe\r\n$14\r\n+switch-master\r\n:1\r\n" if b"SUBSCRIBE" in asked else self.reply
                     )

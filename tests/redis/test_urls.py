@@ -129,6 +129,8 @@ def test_with_the_options_the_url_has_no_host() -> None:
         ("redis+sentinel://a:1/m?db=pa55word", "has db with a value of the wrong kind; it is a number"),
         ("valkey+sentinel://a:1/m?socket_timeout=pa55word", "has socket_timeout with a value of the wrong kind"),
         ("rediss://a?ssl_min_version=TLSv1.2", "it is 771 for TLS 1.2, or 772 for TLS 1.3"),
+        ("rediss://a?ssl_check_hostname=pa55word", "ssl_check_hostname with a value of the wrong kind; it is true or false"),
+        ("rediss+sentinel://a:1/m?ssl_check_hostname=off", "it is true or false"),
         ("valkeys://a?ssl_include_verify_flags=pa55word", "names of ssl.VerifyFlags"),
         ("valkey://localhost/pa55word", "no valid URL"),
         ("valkeyss://localhost", "valkey and valkeys stand for redis and rediss"),

@@ -14,12 +14,16 @@ T = TypeVar("T")
 
 # A result that nobody waited for any more is given to the next attempt, if that comes within so long.
 UNCLAIMED_S = 30.0
+# What has run for so long may never end: it is begun once more beside that, though never on more than so many threads.
+HANGS_S = 30.0
+THREADS_MAX = 2
 
 
 class Work(Generic[T]):
     """One call of `work` on a daemon thread. Any number of tasks may wait for its outcome, in any loop; one that leaves stops nothing."""
 
     def __init__(self, work: Callable[[], T], name: str) -> None:
+        self.began_s = time.monotonic()
         self.ended_s: float | None = None  # monotonic time
         self.failed = False
         self.claimed = False  # somebody has taken the result
@@ -63,7 +67,7 @@ class Work(Generic[T]):
 
 
 class Shared(Generic[T]):
-    """Runs `work` on a thread, once at a time: whoever asks meanwhile waits for the same result.
+    """Runs `work` on a thread, once at a time unless it hangs: whoever asks meanwhile waits for the same result.
 
     fresh_s: for how long a result that was taken serves others too. One that nobody waited for any more is kept for the next.
     """
@@ -76,6 +80,7 @@ class Shared(Generic[T]):
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._last: Work[T] | None = None
+        self._hanging: list[Work[T]] = []  # begun before the last one, and not ended yet
 
     async def get(self) -> T:
         """Wait for a result. Raises what the work raises."""
@@ -84,17 +89,20 @@ class Shared(Generic[T]):
     def begin(self) -> Work[T]:
         """Have the work begin, unless it is under way or a result is there."""
         if self._process != os.getpid():  # forked: the thread is the parent's, and so may be whoever holds the lock
-            self._process, self._lock, self._last = os.getpid(), threading.Lock(), None
+            self._process, self._lock, self._last, self._hanging = os.getpid(), threading.Lock(), None, []
         with self._lock:
             last = self._last
             if last is None or not self._serves(last):
+                if last is not None and last.ended_s is None:
+                    self._hanging.append(last)
                 self.count += 1
                 last = self._last = Work(self._work, self._name)
             return last
 
     def _serves(self, last: Work[T]) -> bool:
         if last.ended_s is None:
-            return True
+            self._hanging = [work for work in self._hanging if work.ended_s is None]
+            return time.monotonic() - last.began_s < HANGS_S or len(self._hanging) + 1 >= THREADS_MAX
         age_s = time.monotonic() - last.ended_s
         return not last.failed and age_s < (self._fresh_s if last.claimed else UNCLAIMED_S)
 

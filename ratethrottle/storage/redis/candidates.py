@@ -14,7 +14,7 @@ from ratethrottle.errors import StorageRefused, StorageUnavailable
 from ratethrottle.storage.redis.failures import said_by
 from ratethrottle.storage.redis.greeting import Reached, first, load
 from ratethrottle.storage.redis.settings import Address, Ask, Settings, close
-from ratethrottle.storage.redis.tasks import own_task
+from ratethrottle.storage.redis.tasks import own_task, succeeded
 
 ROLE = (b"ROLE",)
 
@@ -112,8 +112,3 @@ class Candidates:
         for attempt in attempts:
             if succeeded(attempt):
                 await close(attempt.result().connection)
-
-
-def succeeded(attempt: asyncio.Task[Reached]) -> bool:
-    """Whether it found a master. Looking keeps its error from being reported as forgotten."""
-    return attempt.done() and not attempt.cancelled() and attempt.exception() is None

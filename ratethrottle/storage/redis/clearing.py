@@ -33,10 +33,16 @@ class Clearing:
         self._pattern = self._all.removesuffix(b"*") + b"{*"
         self._ours = re.compile(re.escape(prefix) + rb":\{[0-9]{1,5}\}:[^:]+:[=(#].*\Z", re.DOTALL)
 
-    async def _ask(self, *words: bytes | int) -> Any:
-        async with asyncio.timeout(self._deadline_s):
-            await self._connection.send_command(*words)
-            return await self._connection.read_response(disable_decoding=True)
+    async def _ask(self, command: bytes, *words: bytes | int) -> Any:
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                await self._connection.send_command(command, *words)
+                return await self._connection.read_response(disable_decoding=True)
+        except TimeoutError:
+            raise StorageUnavailable(
+                f"Redis didn't answer {command.decode()}, a step of clear(), within {self._deadline_s} s; it may be half done: call it "
+                "again, perhaps with a longer `deadline`"
+            ) from None
 
     async def _run_id(self) -> bytes:
         try:

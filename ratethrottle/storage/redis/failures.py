@@ -152,7 +152,11 @@ def lost_again(wait_s: float) -> StorageUnavailable:
 
 def no_connection(deadline_s: float) -> StorageUnavailable:
     """Make the error of a call whose deadline passed before there was a connection."""
-    return StorageUnavailable(f"no connection to Redis within {deadline_s} s; is it up, and is the address right?")
+    # A Redis without TLS says nothing to a client with it.
+    return StorageUnavailable(
+        f"no connection to Redis within {deadline_s} s; is it up, is the address right, and do client and port agree on TLS "
+        "(rediss://) or none (redis://)?"
+    )
 
 
 def was_reset(error: BaseException) -> bool:

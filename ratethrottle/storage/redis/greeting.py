@@ -188,6 +188,14 @@ class Credentials(redis.CredentialProvider):
             else:
                 self._count += 1
                 given = await self._provider.get_credentials_async()
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # Not ours: a token library has cancelled its own work.
+            raise StorageUnavailable(
+                "the client's credential provider was cancelled by its own code; is its service up?"
+            ) from error
         except Exception as error:
             raise StorageUnavailable(
                 f"the client's credential provider failed ({type(error).__name__}); is its service up?"

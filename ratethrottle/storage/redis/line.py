@@ -29,6 +29,8 @@ IN_FLIGHT_MAX = 2
 FAR_S = 0.8
 # How long a connection that was late is heard for what its leases took.
 LATE_S = 10.0
+# And at the end of a loop, which nobody wants to wait for.
+ENDS_S = 0.15
 # A timer that fires so late was kept from it by its loop.
 STOOD_STILL_S = 0.02
 
@@ -67,6 +69,7 @@ class Line(Gathering):
         # One that was late, is heard for what its leases took, and decides nothing any more; and what ends that.
         self._late_one: tuple[AbstractConnection, Receiver, asyncio.TimerHandle] | None = None
         self._returning: asyncio.Future[None] | None = None  # leases, at the end
+        self._closing = False  # by somebody who closes the storage, or has let go of it; not by the end of the loop
         self._sent_before_error = 0  # calls, when Redis last answered one with an error
         self._context = contextvars.Context()  # of what is called later: it belongs to no request
         self._owner = own_task(self.loop, self._own(), "ratethrottle line")
@@ -97,6 +100,7 @@ class Line(Gathering):
         if not (self.ready and self._lease_count):
             self._leave()
             self._end(closed())  # a task that is cancelled before it began wouldn't
+        self._closing = True
         self._owner.cancel()
         return self._owner
 
@@ -107,6 +111,7 @@ class Line(Gathering):
 
     def abandon(self) -> None:
         """Have the line closed by its own loop. From any thread, and from a destructor."""
+        self._closing = True
         try:
             self.loop.call_soon_threadsafe(self._owner.cancel)
         except RuntimeError:
@@ -154,13 +159,15 @@ class Line(Gathering):
                     await self._tidy()
 
     async def _give_all_back(self) -> None:
-        """Give back what is left of leases, as far as the store answers within the deadline: nobody will spend it any more."""
+        """Give back what is left of leases, as far as the store answers in time: nobody will spend it any more."""
         if self.ended or not self.ready or not self._lease_count or self.loop.is_closed() or self.process != os.getpid():
             return
         self._returning = self._return_leases()
         self._leave()
         if self._returning is not None:
-            await asyncio.wait([self._returning], timeout=self._deadline_s)
+            # `asyncio.run` cancels every task, and then waits for each of them.
+            patience_s = self._deadline_s if self._closing else min(self._deadline_s, ENDS_S)
+            await asyncio.wait([self._returning], timeout=patience_s)
             self._returning.cancel()
 
     async def _open_connection(self) -> None:

@@ -10,7 +10,7 @@ import socket
 from typing import Any
 
 from ratethrottle.storage.redis.aside import Shared
-from ratethrottle.storage.redis.tasks import own_task
+from ratethrottle.storage.redis.tasks import own_task, result_of, succeeded
 
 # For how long an answer serves other attempts too. A failover by DNS must be seen by the next attempt but one.
 FRESH_S = 1.0
@@ -80,10 +80,13 @@ async def dial(places: list[Place]) -> socket.socket:
                 calls.add(own_task(loop, connected(left.pop(0)), "ratethrottle dial"))
             done, _ = await asyncio.wait(calls, timeout=BESIDE_S if left else None, return_when=asyncio.FIRST_COMPLETED)
             for call in done:
-                error = call.exception() or error
-                if call.exception() is None:
+                try:
+                    found = result_of(call)
+                except Exception as failed:  # noqa: BLE001  # the last one is raised
+                    error = failed
+                else:
                     calls.discard(call)
-                    return call.result()
+                    return found
             calls -= done
         raise error
     finally:
@@ -92,7 +95,7 @@ async def dial(places: list[Place]) -> socket.socket:
         if calls and not loop.is_closed():
             await asyncio.wait(calls)
             for call in calls:
-                if not call.cancelled() and call.exception() is None:
+                if succeeded(call):
                     call.result().close()
 
 

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from ratethrottle.storage.redis.tasks import own_task
+from ratethrottle.storage.redis.tasks import own_task, result_of, succeeded
 
 T = TypeVar("T")
 
@@ -78,16 +78,25 @@ class Race(Generic[T]):
         """Return what the first try returns. Raises what a try raises, unless another one still makes progress."""
         self._start()
         try:
-            while True:
-                await self._wait()
-                for task in [task for task in self._tries if task.done()]:
-                    del self._tries[task]
-                    came = not task.cancelled() and task.exception() is None
-                    if came or all(other.silent_in_s() <= 0 for other in self._tries.values()):
-                        return task.result()
-                self._renew()
-        finally:
+            result = await self._first()
+        except BaseException:
             await self._end()
+            raise
+        try:
+            await self._end()
+        except BaseException:  # cancelled: nobody else will close it
+            await self._discard(result)
+            raise
+        return result
+
+    async def _first(self) -> T:
+        while True:
+            await self._wait()
+            for task in [task for task in self._tries if task.done()]:
+                del self._tries[task]
+                if succeeded(task) or all(other.silent_in_s() <= 0 for other in self._tries.values()):
+                    return result_of(task)
+            self._renew()
 
     @property
     def _silent_in_s(self) -> float:
@@ -117,7 +126,7 @@ class Race(Generic[T]):
         if self._turning is None and silent:
             self._turning = own_task(self._loop, self._pace.turn(), "ratethrottle turn")
         elif self._turning is not None and self._turning.done():
-            self._turning.result()
+            result_of(self._turning)
             self._turning = None
             if silent:
                 self._start()
@@ -130,7 +139,9 @@ class Race(Generic[T]):
         for task in left:
             task.cancel()
         if left and not self._loop.is_closed():  # by somebody who leaves tasks behind: nothing can be waited for any more
-            await asyncio.wait(left)
-            for task in left - {self._turning}:
-                if not task.cancelled() and task.exception() is None:
-                    await self._discard(task.result())
+            try:
+                await asyncio.wait(left)
+            finally:
+                for task in left - {self._turning}:
+                    if succeeded(task):
+                        await self._discard(task.result())

@@ -148,9 +148,11 @@ class Settings:
         if "fakeredis" in self._class.__module__:
             # A server without a name of its own is only where it is.
             return kwargs.get("server") or object(), database
+        # Somebody's own may be a tunnel, to wherever it wants.
+        theirs = None if self._class.__module__.partition(".")[0] == "redis" else self._class
         if kwargs.get("path"):
-            return kwargs["path"], database
-        return str(kwargs.get("host") or "localhost").lower(), int(kwargs.get("port") or 6379), database
+            return kwargs["path"], database, theirs
+        return str(kwargs.get("host") or "localhost").lower(), int(kwargs.get("port") or 6379), database, theirs
 
     async def connect(self, address: Address | None = None) -> AbstractConnection:
         """Open a connection, to `address` where sentinels named it. Raises redis-py's errors and OSError; the caller bounds the time."""
@@ -228,9 +230,11 @@ class Settings:
                 replies = await more(first) if first else []
             return connection, await then(connection, replies, more)
         except BaseException:
-            await close(connection)
-            if dialled is not None:
-                dialled.close()
+            try:
+                await close(connection)
+            finally:
+                if dialled is not None:
+                    dialled.close()
             raise
 
     def _begin_reading(self) -> None:

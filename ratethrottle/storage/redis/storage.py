@@ -14,7 +14,7 @@ from typing import Any, Literal, Self, get_args
 
 import redis
 
-from ratethrottle._calls import Calls
+from ratethrottle._calls import REPAIRING, Calls
 from ratethrottle._core import CompiledRule, Decision, Entry, KeyTable, Limiter
 from ratethrottle._layout import Layout
 from ratethrottle._repair import Knowledge
@@ -38,6 +38,7 @@ OnOverload = Literal["deny", "raise"]
 
 TAGS_MAX = 16_384  # the slots of a cluster
 ASK_AGAIN_S = 0.01
+CLOSED = "the storage is closed; make a new one"
 LEARNS_S = 1.0  # at most, with a beat before and after
 ANSWERS_MAX = 128  # without a wait, one after the other; then the loop gets a turn
 PREFIX = re.compile(r"[^{}\s\ud800-\udfff]{1,64}\Z")
@@ -74,7 +75,8 @@ class RedisStorage(Calls):
     on_overload: what a check is when `max_waiting` wait already, or when it can't be answered in time since so many others wait:
     "deny" is denied, "raise" raises StorageUnavailable.
 
-    Storages of one process with the same server, database, prefix and tags share what is known, and count as one process.
+    Storages of one process with the same server, database, prefix and tags share what is known, and count as one process. The
+    `max_bounds` of the first one counts; those of the others are ignored.
 
     Raises ConfigurationError, also if the package was installed without its Lua scripts. Nothing connects before the first check, or
     `async with`.
@@ -240,8 +242,11 @@ class RedisStorage(Calls):
         that one of them has just heard may be repeated until then. Keys of other prefixes, as `app:other` beside `app`, and those
         that others keep under `app:` stay. So do the few by which processes know of each other and of this.
 
-        Raises StorageError, also when one step of it isn't answered within the deadline; cancelled or failed, it may be half done.
+        Connecting may take `connect_timeout`, and each step after that the deadline. Raises StorageError; cancelled or failed, it may
+        be half done.
         """
+        if self._closed:
+            raise StorageUnavailable(CLOSED)
         await self._clear(whole=False)
 
     async def _wipe(self) -> None:
@@ -250,8 +255,9 @@ class RedisStorage(Calls):
 
     async def _clear(self, *, whole: bool) -> None:
         found = topology.master(self._settings, self._notices.moved)  # not that of the lines, which may be of another loop
+        connect_s = self._settings.connect_timeout_s
         try:
-            async with asyncio.timeout(self._settings.connect_timeout_s):
+            async with asyncio.timeout(connect_s):
                 connection = await found.connect()
             try:
                 knowledge = self.knowledge
@@ -260,7 +266,7 @@ class RedisStorage(Calls):
             finally:
                 await close(connection)
         except (redis.RedisError, OSError) as error:
-            raise failure(error, self._deadline_s, sent=False) from None
+            raise failure(error, connect_s, sent=False) from None
         finally:
             await found.aclose()
 
@@ -285,9 +291,13 @@ class RedisStorage(Calls):
             while True:
                 try:
                     await self.peek(probe._entry("probe"))
-                except StorageError:
-                    # One that has just lost something answers, and decides again within a second.
-                    if not self.knowledge.learning or time.monotonic() >= give_up_s + LEARNS_S:
+                except StorageError as error:
+                    repairing = str(error) == REPAIRING
+                    # Redis answers. Only of single keys, such as the probe's, somebody may still tell it more.
+                    if repairing and all(line.ready for line in lines):
+                        return
+                    # One that has just lost something decides again within a second.
+                    if not (repairing or self.knowledge.learning) or time.monotonic() >= give_up_s + LEARNS_S:
                         raise
                     await asyncio.sleep(ASK_AGAIN_S)
                 else:
@@ -324,7 +334,7 @@ class RedisStorage(Calls):
     def _gatherings_here(self) -> tuple[Line, ...]:
         """Find or make the lines of this process and this loop."""
         if self._closed:
-            raise StorageUnavailable("the storage is closed")
+            raise StorageUnavailable(CLOSED)
         if self._forked():
             self._attempts = Attempts(self._attempts.most)  # the other one's connections aren't this one's, nor its turns
             self._notices.forget()

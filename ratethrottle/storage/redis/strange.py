@@ -53,6 +53,8 @@ def strange(client: Any) -> str:
 def check_tls(settings: Mapping[str, Any]) -> None:
     """Try each of the TLS settings on its own. Raises ConfigurationError that names the one that can't work."""
     _check_requirement(settings.get("ssl_cert_reqs", "required"))
+    if not isinstance(settings.get("ssl_check_hostname", True), (bool, int, type(None))):
+        raise ConfigurationError("ssl_check_hostname is True or False")
     for name in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"):
         if settings.get(name) is not None:
             _readable(name, settings[name])

@@ -22,7 +22,7 @@ from ratethrottle.storage.redis.greeting import Reached, first, load
 from ratethrottle.storage.redis.race import Pace
 from ratethrottle.storage.redis.sentinel import Sentinel
 from ratethrottle.storage.redis.settings import HALF_SECONDS, Address, Settings, abort, close
-from ratethrottle.storage.redis.tasks import own_task
+from ratethrottle.storage.redis.tasks import own_task, result_of
 
 T = TypeVar("T")
 
@@ -270,9 +270,9 @@ class FollowedMaster(Master):
             finding = self._finding = self._task(self._find(), "ratethrottle search for the master")
             finding.add_done_callback(lambda found: found.cancelled() or found.exception())  # nobody may be there to see it
         await asyncio.wait([finding])
-        if finding.cancelled():
+        if finding.cancelled() and self._closed:
             raise StorageUnavailable("the storage was closed")
-        return finding.result()
+        return result_of(finding)
 
     async def _find(self) -> Address:
         """Try the addresses that sentinels name, as they come in, until one is found that may be taken."""

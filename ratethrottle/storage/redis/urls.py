@@ -74,10 +74,13 @@ TLS_PARAMETERS = frozenset(
 )
 SENTINEL_PARAMETERS = frozenset({"sentinel_username", "sentinel_password"})
 KINDS = {
+    "ssl_check_hostname": "true or false",
     "ssl_min_version": "771 for TLS 1.2, or 772 for TLS 1.3",
     "ssl_include_verify_flags": "names of ssl.VerifyFlags with commas between them",
     "ssl_exclude_verify_flags": "names of ssl.VerifyFlags with commas between them",
 }
+# Anything else is true to redis-py, "off" too.
+FLAGS = frozenset({"", "0", "1", "f", "false", "n", "no", "on", "t", "true", "y", "yes"})
 PATH = re.compile(r"(/\d{0,9})?\Z", re.ASCII)
 MASTER_NAME = re.compile(r"[A-Za-z0-9._-]{1,255}\Z")
 SENTINEL_PATH = re.compile(r"/([A-Za-z0-9._-]{1,255})(?:/(\d{0,9}))?\Z", re.ASCII)
@@ -155,7 +158,7 @@ def _check_values(parameters: dict[str, str]) -> None:
         read = False
         with contextlib.suppress(ValueError):  # its message may quote the value
             parse_url(f"redis://localhost?{urlencode({name: value})}")
-            read = True
+            read = name != "ssl_check_hostname" or value.lower() in FLAGS
         if not read:
             raise ConfigurationError(f"redis_url has {name} with a value of the wrong kind; it is {KINDS.get(name, 'a number')}")
 
