@@ -59,17 +59,20 @@ class Filter:
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._server.close()
+        await asyncio.sleep(0.01)  # whoever was accepted just now is served by a task that hasn't begun
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.sleep(0)  # until what was aborted is closed
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
         self.connections += 1
-        upstream_reader, upstream = await asyncio.open_unix_connection(str(self._upstream))
+        upstream: asyncio.StreamWriter | None = None
         try:
+            upstream_reader, upstream = await asyncio.open_unix_connection(str(self._upstream))
             with contextlib.suppress(OSError, asyncio.IncompleteReadError):
                 while head := await reader.readline():
                     raw, words = head, []
@@ -88,7 +91,8 @@ class Filter:
                     writer.write(answer)
         finally:
             writer.transport.abort()
-            upstream.transport.abort()
+            if upstream is not None:
+                upstream.transport.abort()
 
 
 async def reply(reader: asyncio.StreamReader) -> bytes:
