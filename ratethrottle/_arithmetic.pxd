@@ -590,6 +590,9 @@ cdef inline void take_answer(const Terms* rule, const int64_t* numbers, int64_t 
         else:
             view.amount.counts = Counts(<uint32_t>(numbers[1] - later), <uint32_t>numbers[2])
             now_us = numbers[3]
+        if rule.kind != c"b":                # a window that stands ahead of the clock begins at most one window after now
+            view.at_us = rule.window_us
+            now_us += rule.window_us
         if not allowed:
             judge(rule, &view, now_us, cost, 0, 0, out)
         out.allowed = allowed

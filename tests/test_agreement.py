@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ratethrottle import RateThrottleRule
+from ratethrottle._core import read_answer
 from tests.strategies import START_US, STRATEGIES, known_rules, make_rule, random_step, rules
 from tests.subjects import Core, Lua, Oracle, Subject
 
@@ -252,3 +253,11 @@ def test_random_walks_of_the_core_hold_against_the_oracle() -> None:
             now_us += step.advance_us
             check = rule.compiled, now_us, step.cost
             assert core.check(*check, consume=step.consume) == oracle.check(*check, consume=step.consume), f"seed {seed}, {rule}"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "answer"), [("fixed_window", [1, 0, -5_000_000]), ("sliding_counter", [1, 0, 0, -5_000_000])]
+)
+def test_a_window_that_stands_ahead_of_the_clock_and_holds_nothing_is_fresh(strategy: str, answer: list[int]) -> None:
+    rule = RateThrottleRule("r", 28, 60, strategy=strategy).compiled
+    assert read_answer(rule, answer, 1) == (True, 28, 0, 0)
