@@ -40,6 +40,7 @@ cdef struct Terms:                         # what a rule compiles to; see docs/a
     char kind                              # b, s, c or f
     int64_t capacity                       # units
     int64_t window_us
+    int64_t passed_us                      # of the aligned window that 1970 began in
     int64_t unit_ticks
     int64_t drain_ticks                    # per µs
     int64_t slot_us
@@ -55,6 +56,11 @@ cdef inline bint same_definition(const Terms* a, const Terms* b) noexcept nogil:
     if a.kind == c"b":
         return a.unit_ticks == b.unit_ticks and a.drain_ticks == b.drain_ticks
     return a.window_us == b.window_us and a.slot_us == b.slot_us
+
+
+cdef inline int64_t window_start(const Terms* terms, int64_t at_us) noexcept nogil:
+    """Where the aligned window begins that an instant is in."""
+    return at_us - (at_us + terms.passed_us) % terms.window_us
 
 
 cdef struct Units:
@@ -220,7 +226,7 @@ cdef inline bint view_rebase(View* view, int64_t now_us) noexcept nogil:
     elif view.at_us - now_us <= view.terms.window_us:
         return False
     else:
-        view.at_us = now_us - now_us % view.terms.window_us
+        view.at_us = window_start(view.terms, now_us)
     return True
 
 
@@ -237,7 +243,7 @@ cdef inline void view_roll(View* view, int64_t now_us) noexcept nogil:
         return
     if now_us - view.at_us < terms.window_us:
         return
-    start_us = now_us - now_us % terms.window_us
+    start_us = window_start(terms, now_us)
     if terms.kind == c"c" and view.at_us == start_us - terms.window_us:
         view.amount.counts.prev = view.amount.counts.cur
     else:
@@ -420,7 +426,7 @@ cdef inline int view_derive(View* own, const Terms* rule, const View* source, in
         own.amount.level_ticks = min(used, rule.capacity) * rule.unit_ticks
         return KEEP
     if rule.kind != c"s":
-        own.at_us = now_us - now_us % rule.window_us
+        own.at_us = window_start(rule, now_us)
         own.amount.counts = Counts(<uint32_t>min(used, UNITS_MAX), 0)
         return KEEP
     own.at_us = 0
@@ -476,7 +482,7 @@ cdef inline void view_audit(const View* view, int64_t now_us) noexcept nogil:
         RT_INVARIANT(total == window.total)
         RT_INVARIANT(before_us <= reach_end(view.terms, now_us))
     else:
-        RT_INVARIANT(view.at_us % view.terms.window_us == 0)
+        RT_INVARIANT(view.at_us == window_start(view.terms, view.at_us))
         RT_INVARIANT(view.at_us - now_us <= view.terms.window_us)
         RT_INVARIANT(view.amount.counts.cur <= UNITS_MAX and view.amount.counts.prev <= UNITS_MAX)
 

@@ -190,6 +190,8 @@ cdef Policy policy_of(object word) except *:
     return <Policy><int>POLICIES.index(word)
 
 
+cdef int64_t WEEK_US = 604_800_000_000
+cdef int64_t PASSED_US = 259_200_000_000     # of the week of 1970-01-01, a Thursday: aligned windows of weeks begin on a Monday, UTC
 cdef uint64_t[2 * SOURCES_MAX] nobodys       # where rules count that no limiter has installed
 
 
@@ -218,8 +220,8 @@ cdef class CompiledRule:
         self.lease_units = lease_units
         self.policy = policy_of(on_outage)
         self.counts = nobodys
-        self.terms = Terms(<char>ord(kind), capacity, window_us, unit_ticks, drain_ticks, slot_us, coarse_us,
-                           ceil_div(window_us, coarse_us) if coarse_us else 0,
+        self.terms = Terms(<char>ord(kind), capacity, window_us, 0 if window_us % WEEK_US else PASSED_US, unit_ticks, drain_ticks,
+                           slot_us, coarse_us, ceil_div(window_us, coarse_us) if coarse_us else 0,
                            window_us // 8 + (slot_us if slot_us > 1 else 0))
 
     @property

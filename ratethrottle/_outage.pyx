@@ -15,7 +15,7 @@ from libc.string cimport memset
 from ratethrottle._arithmetic cimport (
     ceil_div, Counts, judge, KEEP, NO_MEMORY, Outcome, report, same_definition, settle, Terms, Units, UNITS_MAX, View, view_ahead,
     view_audit, view_charge_other, view_derive, view_free, view_rebase, view_roll, Window, window_clone, window_drop,
-    window_live, window_new, window_push,
+    window_live, window_new, window_push, window_start,
 )
 from ratethrottle._bound cimport aged_late, Bound, bound_learn
 from ratethrottle._core cimport CHECK, CompiledRule, KeyTable, PEEK, PendingDecision
@@ -133,7 +133,7 @@ cdef int view_part(View* part, const Terms* terms, const View* known, int64_t kn
         # The clocks agree but roughly: it is the window whose beginning is nearest, also if that comes only now.
         source.at_us = max(<int64_t>0, known.at_us + ahead_us + window_us // 2)
         source.at_us = min(source.at_us, now_us + window_us)
-        source.at_us -= source.at_us % window_us
+        source.at_us = window_start(known.terms, source.at_us)
         source.amount.counts = Counts(<uint32_t>ceil_div(known.amount.counts.cur, n), <uint32_t>ceil_div(known.amount.counts.prev, n))
         view_roll(&source, now_us)
         if same_definition(known.terms, terms):

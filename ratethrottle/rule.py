@@ -64,8 +64,8 @@ class RateThrottleRule:
     limit: units, 1 to 10^9, or 0, which denies everything. window: seconds (int, float) or a timedelta, 1 ms to 366 days, a whole
     number of µs. strategy: "sliding_window" (never more than `limit` in any interval), "token_bucket", "leaky_bucket",
     "sliding_counter" or "fixed_window". burst: capacity of a bucket in units, 1 to 10^9 (default: `limit`).
-    A fixed window, or that of a counter, begins at multiples of its length since 1970-01-01 00:00 UTC: a day at midnight UTC, and 7
-    days on a Thursday.
+    A fixed window, or that of a counter, begins at multiples of its length since 1970-01-01 00:00 UTC, a day at midnight UTC; one
+    of whole weeks begins on a Monday, 00:00 UTC.
     lease: let a busy process take units ahead in Redis and spend them without asking: True, or the most units at once.
     lease_ttl: for how many seconds at most, 0.005 to 1; a quarter of the window (an eighth of a sliding one), or of the time
     that a burst takes to come back, if that is less. Units not spent by then go back. A bucket with leases grants `burst` less

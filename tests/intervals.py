@@ -19,6 +19,7 @@ from fractions import Fraction
 from itertools import pairwise
 
 from ratethrottle import RateThrottleRule
+from tests.oracle import window_start
 
 Admission = tuple[int, int]  # us, units
 Bracketed = tuple[int, int, int]  # us before the call, us after the reply, units
@@ -75,14 +76,14 @@ def check_aligned(rule: RateThrottleRule, log: list[Admission]) -> None:
     """At most `limit` in each aligned window; for a counter together with what is left of the one before."""
     windows: Counter[int] = Counter()
     for at_us, units in log:
-        window, into_us = divmod(at_us, rule.window_us)
-        windows[window] += units
-        held = Fraction(windows[window])
+        start_us = window_start(rule.window_us, at_us)
+        windows[start_us] += units
+        held = Fraction(windows[start_us])
         # A coarse counter rounds elapsed time down, so that it counts no less than this.
         if rule.strategy == "sliding_counter":
-            held += min(rule.limit, windows[window - 1]) * (1 - Fraction(into_us, rule.window_us))
+            held += min(rule.limit, windows[start_us - rule.window_us]) * (1 - Fraction(at_us - start_us, rule.window_us))
         if held > rule.limit:
-            raise PromiseBrokenError(f"{float(held):g} units, not {rule.limit}, counted at {at_us} in window {window}")
+            raise PromiseBrokenError(f"{float(held):g} units, not {rule.limit}, counted at {at_us} in the window from {start_us}")
 
 
 def most_in(rule: RateThrottleRule, length_us: Fraction) -> Fraction | int:

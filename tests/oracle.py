@@ -17,12 +17,20 @@ from ratethrottle._core import CompiledRule
 
 Answer = tuple[bool, int, int, int]  # allowed, remaining, retry_us (-1: never), reset_us
 EXACT = 64  # units that a window without slots remembers: its limit is no larger
+WEEK_US = 7 * 86_400 * 10**6
+MONDAY_US = -3 * 86_400 * 10**6  # 1969-12-29
 DRAIN_US_MAX = 2**48  # no bucket takes longer
 
 
 def definition(rule: CompiledRule) -> tuple[str, int, int]:
     """What an account depends on: a rule whose limit or burst alone has changed reads the very same one."""
     return (rule.kind, *((rule.unit_ticks, rule.drain_ticks) if rule.kind == "b" else (rule.window_us, rule.slot_us)))
+
+
+def window_start(window: int, at: int) -> int:
+    """Where the aligned window began that an instant is in; those of whole weeks begin on a Monday, UTC."""
+    monday = 0 if window % WEEK_US else MONDAY_US
+    return monday + (at - monday) // window * window
 
 
 class Account:
@@ -47,16 +55,17 @@ class Account:
         # The latest window stands, also for a clock that has stepped back out of it: what comes before it counts in it.
         by_window, stands = Counter[int](), self.stands
         for at, units in self.log:
-            by_window[at // window] += units
+            by_window[window_start(window, at)] += units
         if rule.kind == "f":
-            return lambda t: by_window[max(t, stands) // window]
+            return lambda t: by_window[window_start(window, max(t, stands))]
         # The units of the window before are taken to have come evenly; time within the window is read in steps of coarse_us.
         steps = ceil(Fraction(window, rule.coarse_us))
 
         def estimate(t: int) -> Fraction:
             t = max(t, stands)
-            return min(capacity, by_window[t // window]) + Fraction(
-                min(capacity, by_window[t // window - 1]) * (steps - t % window // rule.coarse_us), steps
+            start = window_start(window, t)
+            return min(capacity, by_window[start]) + Fraction(
+                min(capacity, by_window[start - window]) * (steps - (t - start) // rule.coarse_us), steps
             )
 
         return estimate
@@ -68,13 +77,13 @@ class Account:
             return [now, *(at + window for at, _ in self.log if at + window > now)]
         if self.rule.kind == "f":
             then = max(now, self.stands)
-            return [now, then - then % window + window]
+            return [now, window_start(self.rule.window_us, then) + window]
         return range(now, now + (DRAIN_US_MAX if self.rule.kind == "b" else 3 * window) + 1)
 
     @property
     def stands(self) -> int:
         """Where the latest aligned window begins that this account has met."""
-        return self.seen - self.seen % self.rule.window_us
+        return window_start(self.rule.window_us, self.seen)
 
     def slot_end(self, now: int) -> int:
         """The slot rule: a unit of slot k counts from (k + 1)·q to (k + 1)·q + window. Without slots, from now."""
@@ -101,7 +110,7 @@ class Account:
             return moved
         # A bucket's log moves as a whole, that of aligned windows by whole windows; the next one may stand.
         grain = 1 if self.rule.kind == "b" else self.rule.window_us
-        step = max(0, self.seen // grain - now // grain) * grain
+        step = max(0, self.seen - now if self.rule.kind == "b" else self.stands - window_start(self.rule.window_us, now))
         if self.rule.kind in ("c", "f") and step == grain:
             return False
         self.log = [(at - step, units) for at, units in self.log]
@@ -115,7 +124,8 @@ class Account:
             return [(at, units) for at, units in self.log if at + window > now]
         if kind == "b":
             return self.log if self.held(self.rule)(now) else []
-        return [(at, units) for at, units in self.log if at // window >= max(now, self.stands) // window - (kind == "c")]
+        since = window_start(self.rule.window_us, max(now, self.stands)) - (kind == "c") * window
+        return [(at, units) for at, units in self.log if at >= since]
 
     def used(self, now: int) -> int:
         """Units that another definition takes over."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import fakeredis
@@ -22,6 +23,7 @@ from tests.strategies import START_US, STRATEGIES, known_rules, make_rule, rando
 from tests.subjects import Core, Lua, Oracle, Subject
 
 # fakeredis and a fixture's server serve all examples of a test; each example has a key of its own.
+WEEK_US = 7 * 86_400 * 10**6
 FIXED = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], print_blob=True)
 
 # How the clock moves: by a share of the rule's window in thousandths, by a few µs, or to next to an instant that matters.
@@ -36,7 +38,7 @@ shapes = st.builds(
     make_rule,
     st.sampled_from(STRATEGIES),
     st.sampled_from((1, 2, 5, 64, 65, 500, 10**6)),
-    st.sampled_from((1_000, 64_001, 10**6, 60 * 10**6)),
+    st.sampled_from((1_000, 64_001, 10**6, 60 * 10**6, WEEK_US)),
 )
 
 
@@ -53,8 +55,9 @@ def moved(move: tuple[str, int], now_us: int, rule: RateThrottleRule, last: tupl
     if kind == "share":
         return now_us + window_us * by // 1_000
     grain = window_us if kind == "boundary" else -(-window_us // 64)
+    passed_us = 3 * WEEK_US // 7 if kind == "boundary" and window_us % WEEK_US == 0 else 0
     return {"us": now_us, "promise": last[0], "reset": last[1], "eighth": now_us - window_us // 8}.get(
-        kind, now_us - now_us % grain + grain
+        kind, now_us - (now_us + passed_us) % grain + grain
     ) + by
 
 
@@ -261,3 +264,32 @@ def test_random_walks_of_the_core_hold_against_the_oracle() -> None:
 def test_a_window_that_stands_ahead_of_the_clock_and_holds_nothing_is_fresh(strategy: str, answer: list[int]) -> None:
     rule = RateThrottleRule("r", 28, 60, strategy=strategy).compiled
     assert read_answer(rule, answer, 1) == (True, 28, 0, 0)
+
+
+@pytest.mark.parametrize("weeks", [1, 2, 52])
+@pytest.mark.parametrize("strategy", ["fixed_window", "sliding_counter"])
+def test_a_window_of_weeks_begins_on_a_monday(scripts: list[Callable[[], Lua]], strategy: str, weeks: int) -> None:
+    rule = RateThrottleRule("r", 10, timedelta(weeks=weeks), strategy=strategy).compiled
+    some_day = datetime(2026, 11, 26, 12, 0, tzinfo=UTC)
+    for subject in (Core(), *(make() for make in scripts)):
+        now_us = int(some_day.timestamp()) * 10**6
+        allowed, _, _, reset_us = subject.check(rule, now_us, 10)
+        assert allowed
+        ends = datetime.fromtimestamp((now_us + reset_us) / 10**6, UTC)
+        if strategy == "fixed_window":
+            assert (ends.weekday(), ends.hour, ends.minute, ends.second) == (0, 0, 0, 0)
+            assert weeks > 1 or ends == datetime(2026, 11, 30, tzinfo=UTC)
+            assert not subject.check(rule, now_us + reset_us - 1, 1)[0]
+            assert subject.check(rule, now_us + reset_us, 10)[0]
+
+
+@pytest.mark.parametrize("strategy", ["fixed_window", "sliding_counter"])
+def test_a_week_that_began_on_a_thursday_is_not_granted_again(script_client: redis.Redis, strategy: str) -> None:
+    lua, rule = Lua(script_client), RateThrottleRule("r", 10, timedelta(weeks=1), strategy=strategy).compiled
+    now_us = int(datetime(2026, 11, 27, tzinfo=UTC).timestamp()) * 10**6
+    thursday_us = now_us - now_us % WEEK_US
+    counts = "9;" if strategy == "fixed_window" else "9,0;"
+    script_client.set(lua.key, f"1;{rule.kind}{WEEK_US},{thursday_us},{counts}")
+    day_us = WEEK_US // 7
+    assert [lua.check(rule, now_us + days * day_us, 1)[0] for days in (0, 1, 3, 9)] == [True, False, False, False]
+    assert lua.check(rule, now_us + 17 * day_us, 1)[0]

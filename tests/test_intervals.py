@@ -12,6 +12,7 @@ import pytest
 from ratethrottle import InMemoryStorage, RateThrottleCore, RateThrottleRule
 from ratethrottle._core import CompiledRule, Decision, Entry
 from tests.intervals import Admission, PromiseBrokenError, check, check_bracketed
+from tests.oracle import window_start
 from tests.strategies import START_US, STRATEGIES, make_rule
 from tests.subjects import Core
 
@@ -166,11 +167,14 @@ def one_by_one(rule: RateThrottleRule, log: list[Admission]) -> bool:
     if rule.strategy == "sliding_window":
         return all(units(lambda at_us, a=a: a <= at_us < a + window_us) <= limit for a in instants)
     for number, (at_us, _) in enumerate(log):
-        current = sum(more for other, more in log[: number + 1] if other // window_us == at_us // window_us)
+        start_us = window_start(window_us, at_us)
+        current = sum(more for other, more in log[: number + 1] if window_start(window_us, other) == start_us)
         before = (
-            units(lambda other, at_us=at_us: other // window_us == at_us // window_us - 1) if rule.compiled.kind == "c" else 0
+            units(lambda other, start_us=start_us: window_start(window_us, other) == start_us - window_us)
+            if rule.compiled.kind == "c"
+            else 0
         )
-        if min(limit, before) * (window_us - at_us % window_us) > (limit - current) * window_us:
+        if min(limit, before) * (start_us + window_us - at_us) > (limit - current) * window_us:
             return False
     return True
 

@@ -19,7 +19,7 @@ from ratethrottle._core import CompiledRule, KeyTable
 from ratethrottle._layout import Layout
 from ratethrottle._outage import Shares
 from tests import intervals
-from tests.oracle import Account, Answer, Oracle
+from tests.oracle import Account, Answer, Oracle, window_start
 from tests.strategies import START_US, STRATEGIES, known_rules, make_rule, random_step, rules, seeds
 
 Known = tuple[CompiledRule, list[int], int, int]  # rule, answer, cost, when it was asked
@@ -67,12 +67,12 @@ def answer_of(store: Oracle, rule: CompiledRule, now_us: int) -> list[int]:
         return [0, int(account.held(rule)(now_us) * rule.unit_ticks)]
     counts = Counter[int]()
     for at, units in account.living(now_us):
-        counts[at if rule.kind == "s" else at // rule.window_us] += int(units)
-    window = now_us // rule.window_us
+        counts[at if rule.kind == "s" else window_start(rule.window_us, at)] += int(units)
+    start = window_start(rule.window_us, now_us)
     if rule.kind == "f":
-        return [0, counts[window], now_us % rule.window_us]
+        return [0, counts[start], now_us - start]
     if rule.kind == "c":
-        return [0, counts[window], counts[window - 1], now_us % rule.window_us]
+        return [0, counts[start], counts[start - rule.window_us], now_us - start]
     first = min(counts) + rule.window_us - now_us if counts else 0
     return [int(allowed), counts.total(), first, reset_us, *([] if allowed else [retry_us])]
 
@@ -116,7 +116,10 @@ def parts(log: list[tuple[int, int]], n: int) -> list[tuple[int, int]]:
 
 def random_known(rng: random.Random, rule: CompiledRule, now_us: int) -> Known:
     """Any answer that a store might give at `now_us`, but for `granted`, which is only looked at in sliding windows."""
-    used, into_us = rng.choice((0, 1, rule.capacity, rng.randint(0, rule.capacity))), now_us % rule.window_us
+    used, into_us = (
+        rng.choice((0, 1, rule.capacity, rng.randint(0, rule.capacity))),
+        now_us - window_start(rule.window_us, now_us),
+    )
     if rule.kind == "b":
         answer = [0, rng.randint(0, rule.capacity * rule.unit_ticks)]
     elif rule.kind == "f":
@@ -328,18 +331,18 @@ def check_owed(
     found, expected = Counter[int](), Counter[int]()
     for at, units in log:
         if rule.compiled.kind != "s":
-            expected[at // window] += units
+            expected[window_start(window, at)] += units
         elif slot == 1:
             expected[at] += units
         else:
             expected[at // slot] += units
     for age, units in owed:
         at = now_us - age
-        found[at // window if rule.compiled.kind != "s" else at // slot if slot > 1 else at] += units
+        found[window_start(window, at) if rule.compiled.kind != "s" else at // slot if slot > 1 else at] += units
     if rule.compiled.kind == "s":
         live = {k: v for k, v in expected.items() if ((k + 1) * slot if slot > 1 else k) + window > now_us}
     else:
-        live = {k: v for k, v in expected.items() if k >= now_us // window - 1}
+        live = {k: v for k, v in expected.items() if k >= window_start(window, now_us) - window}
     assert found == live
 
 
@@ -447,9 +450,11 @@ def test_allow_admits_everything_and_owes_it_up_to_what_can_be_counted(rule: Rat
         )
         assert units == min(live, 64) if compiled.slot_us == 1 else units == min(live, 4 * 10**9)
     else:
-        assert units == sum(
-            min(4 * 10**9, sum(u for at, u in log.items() if at // window == now_us // window - back)) for back in (0, 1)
-        )
+        since_us = window_start(window, now_us) - window
+        counts = Counter[int]()
+        for at, u in log.items():
+            counts[window_start(window, at)] += u
+        assert units == sum(min(4 * 10**9, counts[at]) for at in (since_us, since_us + window))
 
 
 def test_what_is_admitted_under_allow_is_seen_by_the_share_that_comes_after() -> None:

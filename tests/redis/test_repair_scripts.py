@@ -19,6 +19,7 @@ from ratethrottle._core import CompiledRule
 from ratethrottle.storage.redis.scripts import script
 from tests import intervals
 from tests.clocked import EPOCH, EPOCH_KEY, RUN, ClockedScript, Lease, clocked, epoch_text, make_call, read_state
+from tests.oracle import window_start
 from tests.strategies import START_US, STRATEGIES, make_rule
 
 REPAIR_US, OTHERS_US, LEARN_US, LAPSE_US = 10_000_000, 500_000, 250_000, 3_000_000
@@ -52,7 +53,11 @@ class Log:
 
     def window(self, start_us: int) -> int:
         """Of an aligned window, in units."""
-        return sum(units for at_us, units in self.grants if at_us // self.rule.window_us == start_us // self.rule.window_us)
+        return sum(
+            units
+            for at_us, units in self.grants
+            if window_start(self.rule.window_us, at_us) == window_start(self.rule.window_us, start_us)
+        )
 
     def known(self, now_us: int) -> tuple[int, int, int]:
         """What a process says now that has heard of just these grants when the last of them was made."""
@@ -65,7 +70,7 @@ class Log:
         if rule.kind == "s":
             leaves_us = self.slot(heard_us) + rule.window_us - now_us
             return (self.counted(heard_us), leaves_us, now_us - heard_us) if leaves_us > 0 else (0, 1, 0)
-        start_us = heard_us - heard_us % rule.window_us
+        start_us = window_start(rule.window_us, heard_us)
         before = self.window(start_us - rule.window_us) if rule.kind == "c" else 0
         return self.window(start_us), now_us - start_us, before
 
@@ -144,7 +149,7 @@ def hold_against(strategy: str, server: Server, rule: CompiledRule, log: Log, no
         total = server.check(now_us, rule, mode="peek")[1]
         assert counted <= total if told else counted == total
     else:
-        start_us = now_us - now_us % rule.window_us
+        start_us = window_start(rule.window_us, now_us)
         held = server.check(now_us, rule, mode="peek")
         assert held[1] == log.window(start_us)
         if rule.kind == "c":

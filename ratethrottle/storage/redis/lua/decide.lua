@@ -50,7 +50,7 @@ local function others()
       given = min(v.level, max(0, min(back, floor(TICKS / v.unit)) * v.unit - v.drain * max(0, now - back_us)))
       v.level = v.level - given
     elseif kind ~= 's' then
-      if back_us - back_us % v.window == v.start then
+      if window_start(v.window, back_us) == v.start then
         given = min(v.cur, back)
         v.cur = v.cur - given
       end
@@ -221,9 +221,9 @@ local function decide(states, ends, resets, numbers, places, others, rules, cons
         else
           local shape = kind == 'f' and '^([0-9]+),([0-9]+);$' or '^([0-9]+),([0-9]+),([0-9]+);$'
           local start, cur, prev = match(text, shape, skip + 1)
-          local began = now - now % window
+          local began = rule.began
           start, cur, prev = start and start + 0, cur and cur + 0, prev and prev + 0 or 0
-          if start and start <= began and cur <= UNITS_MAX and prev <= UNITS_MAX and (start == began or start % window == 0) then
+          if start and start <= began and cur <= UNITS_MAX and prev <= UNITS_MAX and (start == began or start == window_start(window, start)) then
             local granted, stays = count, cur > 0 and start == began and not resets[k]
             if start < began then
               prev = start == began - window and cur or 0
@@ -276,7 +276,7 @@ local function decide(states, ends, resets, numbers, places, others, rules, cons
         elseif kind == 's' then
           rule.n, rule.total = 0, 0
         else
-          rule.start, rule.cur, rule.prev = now - now % window, 0, 0
+          rule.start, rule.cur, rule.prev = rule.began, 0, 0
         end
         if head and roll(own) then changed = true end
         if head and (repairing or head ~= PLAIN) then

@@ -97,7 +97,7 @@ end
 
 -- Where the aligned window began in which this state was first touched in the epoch: what is asserted is of then, or older.
 local function first_window(h, v)
-  return h.start - h.start % v.window
+  return window_start(v.window, h.start)
 end
 
 -- Joins `units` that were used in an aligned window before the epoch.
@@ -162,7 +162,7 @@ local function join(rule, own, other, h, a, b, c)
     join_window(own, h, units, at, heard)
   else
     -- The nearest window: a process measures from when it heard of it, and servers' clocks differ.
-    local start = floor((now - b) / own.window + 0.5) * own.window
+    local start = window_start(own.window, now - b + floor(own.window / 2))
     start = min(start, first_window(h, own) + own.window)
     join_count(own, h, start, a)
     if kind == 'c' then join_count(own, h, start - own.window, c) end
@@ -217,7 +217,7 @@ local function charge(v, h, charges)
         more_ats[n], more_counts[n] = at, units
       end
     elseif kind ~= 'b' then
-      local start = at - at % v.window
+      local start = window_start(v.window, at)
       if start + v.window <= h.generation then
         start = -1
       elseif start + v.window > now then

@@ -81,6 +81,15 @@ local function slot_end(q, at)
   return at - at % q + q
 end
 
+-- 1970-01-01 was a Thursday: three days of its week had passed.
+local WEEK, PASSED = 604800000000, 259200000000
+
+-- Where the aligned window began that an instant is in. Those of whole weeks begin on a Monday, UTC.
+local function window_start(window, at)
+  local passed = window % WEEK == 0 and PASSED or 0
+  return at - (at + passed) % window
+end
+
 -- How far ahead of now units count at most; from further away the clock was set back.
 local function ahead_of(window, q)
   return window / 8 + (q > 1 and q or 0)
@@ -123,10 +132,10 @@ local function read_rules(at, rule_count, keeps)
       local span = coarse and floor((window + coarse - 1) / coarse)
       if span and cap * span < TICKS and q == '0' and lead == '0' then
         rule = {kind = 'c', cap = cap, window = window, coarse = coarse, span = span, name = format('c%d,', window), start = 0, cur = 0,
-          prev = 0}
+          prev = 0, began = window_start(window, now)}
       end
     elseif kind == 'f' and q == '0' and coarse == '0' and lead == '0' then
-      rule = {kind = 'f', cap = cap, window = window, name = format('f%d,', window), start = 0, cur = 0, prev = 0}
+      rule = {kind = 'f', cap = cap, window = window, name = format('f%d,', window), start = 0, cur = 0, prev = 0, began = window_start(window, now)}
     end
     if rule then
       -- How a state begins that is this view alone; behind how many bytes (as text, which SETRANGE takes) its numbers stand; and such
@@ -138,7 +147,7 @@ local function read_rules(at, rule_count, keeps)
       elseif kind == 's' then
         rule.fresh, rule.ahead = rule.alone .. '0,0,0,1,;', ahead_of(window, q)
       else
-        rule.fresh = rule.alone .. format(kind == 'f' and '%d,0;' or '%d,0,0;', now - now % window)
+        rule.fresh = rule.alone .. format(kind == 'f' and '%d,0;' or '%d,0,0;', rule.began)
       end
     elseif not keeps then
       return nil, 'RATETHROTTLE a rule does not fit its kind'
@@ -288,7 +297,7 @@ local function views()
       if gone > 0 then drop(v, gone) end
       return rebased
     end
-    local start, before = now - now % v.window, v.start
+    local start, before = v.began, v.start
     if before == start then return false end
     if before > start then
       -- The clock has stepped back, by up to a window: the window that had begun stands until the clock has passed it.
@@ -419,7 +428,13 @@ local function views()
         if not after or (prev == '') ~= (kind == 'f') then return nil end
         view = {kind = kind, window = window ~= '1' and number(window, 1000, WINDOW_MAX), start = number(start, 0, EXACT_MAX),
           cur = number(cur, 0, UNITS_MAX), prev = kind == 'f' and 0 or number(prev, 0, UNITS_MAX)}
-        if not (view.window and view.start and view.cur and view.prev) or view.start % view.window ~= 0 then return nil end
+        if not (view.window and view.start and view.cur and view.prev) then return nil end
+        view.began = window_start(view.window, now)
+        if view.start ~= window_start(view.window, view.start) then
+          -- Weeks began on a Thursday before there was a release: such a one counts in the next.
+          if view.start % view.window ~= 0 then return nil end
+          view.start = window_start(view.window, view.start) + view.window
+        end
       else
         return nil
       end
@@ -457,7 +472,7 @@ local function views()
     if kind == 'b' then
       rule.level, rule.t = min(used, rule.cap) * rule.unit, now
     elseif kind ~= 's' then
-      rule.start, rule.cur, rule.prev = now - now % rule.window, min(used, UNITS_MAX), 0
+      rule.start, rule.cur, rule.prev = rule.began, min(used, UNITS_MAX), 0
     else
       rule.total, rule.n = 0, 0
       if source and source.kind == 's' then
