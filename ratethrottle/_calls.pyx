@@ -630,7 +630,7 @@ cdef class Gathering:
     # What a Line does:
 
     def _connect(self):
-        """There is something to send and no connection. Calls `_opened` or `_fail_waiting`, later."""
+        """There is something to send and no connection. Calls `_opened` or `_go_away`, later."""
         raise NotImplementedError
 
     def _refused(self, call, bytes text):

@@ -35,7 +35,6 @@ cdef class Errand:
     cdef int arg_count
     cdef Telling telling                     # what it is a part of; None unless it asserts
     cdef readonly object done                # is given the numbers of the reply
-    cdef readonly bint again                 # may be run twice without harm, and so is sent until it was answered
     cdef list owed                           # what it charges, of ages at `owed_us`
     cdef int64_t owed_us
     cdef bytes marker

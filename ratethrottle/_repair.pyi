@@ -16,8 +16,6 @@ class Errand:
         keys: list[bytes],
         args: list[bytes],
         done: Callable[[list[int]], object] | None = None,
-        *,
-        again: bool = False,
     ) -> None: ...
     @property
     def script(self) -> str: ...
@@ -27,8 +25,6 @@ class Errand:
     def args(self) -> list[bytes]: ...
     @property
     def done(self) -> Callable[[list[int]], object] | None: ...
-    @property
-    def again(self) -> bool: ...
 
 @final
 class Telling:

@@ -62,12 +62,11 @@ cdef bint age_counts(CompiledRule rule) noexcept:
 cdef class Errand:
     """A script call that isn't a check's: a beat, or what the store has to be told. `done` gets its reply's numbers, if they matter."""
 
-    def __init__(self, str script not None, list keys not None, list args not None, done=None, *, bint again=False):
+    def __init__(self, str script not None, list keys not None, list args not None, done=None):
         self.script = script
         self.key_list = keys
         self.args = args
         self.done = done
-        self.again = again
 
     @property
     def keys(self):
@@ -78,7 +77,7 @@ cdef class Errand:
 
     cdef Errand twin(self):
         """Another one of the same, while the first is still in some line's hands."""
-        cdef Errand twin = Errand(self.script, self.key_list, self.args, again=True)
+        cdef Errand twin = Errand(self.script, self.key_list, self.args)
         twin.packed_keys, twin.key_count = self.packed_keys, self.key_count
         twin.packed_args, twin.arg_count, twin.telling = self.packed_args, self.arg_count, self.telling
         twin.owed, twin.owed_us, twin.marker = self.owed, self.owed_us, self.marker
@@ -294,7 +293,7 @@ cdef class Telling:
         self.last = rows == 0
         errand = Errand("repair", [], [
             b"assert", b"%d" % max(1, len(terms)), b"%d" % rows,
-            *(word for address in terms or [<size_t>&NONE] for word in rule_words(<Terms*><size_t>address))], again=True)
+            *(word for address in terms or [<size_t>&NONE] for word in rule_words(<Terms*><size_t>address))])
         errand.packed_keys, errand.key_count = PyBytes_FromStringAndSize(keys.bytes, keys.used), rows
         errand.packed_args, errand.arg_count = PyBytes_FromStringAndSize(args.bytes, args.used), 7 * rows
         self.out[errand] = start
@@ -578,7 +577,7 @@ cdef class Knowledge:
             place += 1
             args += [b"%d" % number for number in (place, rules.index(words[place - 1]) + 1, newest, len(units))]
             args += [b"%d" % number for pair in units for number in pair]
-        errand = Errand("repair", names + [self.layout.charged_key + marker], args, again=True)
+        errand = Errand("repair", names + [self.layout.charged_key + marker], args)
         errand.owed, errand.owed_us, errand.marker = owed, now_us, marker
         return errand
 

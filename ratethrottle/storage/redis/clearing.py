@@ -13,9 +13,9 @@ from redis.asyncio.connection import AbstractConnection
 
 from ratethrottle._layout import Layout
 from ratethrottle.errors import StorageUnavailable
+from ratethrottle.storage.redis.greeting import RUN_ID
 from ratethrottle.storage.redis.scripts import script
 
-RUN_ID: Final = re.compile(rb"^run_id:([0-9a-f]{1,40})\r?$", re.MULTILINE)
 KEYS_MAX: Final = 500  # of a call
 RENEWED_S: Final = 5.0  # states of before it are taken for absent for ten seconds after an epoch began
 ROUNDS: Final = 3
