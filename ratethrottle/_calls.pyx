@@ -69,6 +69,7 @@ cdef enum:
     GIVE_BACK_US = 1_000_000                 # a bound is kept for so long after its lease, so that the rest of that goes back
     MOVED = -1                               # instead of numbers: it wasn't run, this is another epoch than it expected
     REFUSED_UNREADABLE = 2                   # why an entry of a repair isn't taken
+    REFUSED_DEFERRED = 3                     # nor those behind it: it would have held the store for too long
     DEFERRED = -4                            # it would have held the store for too long: it is asked anew
     UNREADABLE = -2                          # instead of an answer: the state can't be read, and stays as it is
 
@@ -883,7 +884,7 @@ cdef class Gathering:
             rest = [errand.request, self.run, b"%d" % self.knowledge.epoch, *errand.args]
         else:
             rest = [errand.request, errand.args[0], self.epoch_text, *errand.args[1:]]
-        last = [self.knowledge.process_id, b"%d" % errand.telling.level()] if errand.telling is not None else []
+        last = [self.knowledge.process_id, b"%d" % errand.telling.level(), b"%d" % errand.first] if errand.telling is not None else []
         buffer.used = 0
         if not buffer_room(buffer, 32):
             raise MemoryError
@@ -1613,9 +1614,11 @@ cdef class Gathering:
                 return BROKEN
             self.in_flight.popleft()
             self.heard_us = self.bounds.now_us()
-            self.knowledge.heard(errand, numbers[0] if count else 0)
-            if errand.script == "repair":
-                self.tell_refusals(errand, numbers, count)
+            first = self.tell_refusals(errand, numbers, count) if errand.script == "repair" else 0
+            if first and errand.telling is not None:
+                self.knowledge.deferred(errand, first)
+            else:
+                self.knowledge.heard(errand, numbers[0] if count else 0)
             if errand.done is not None:
                 errand.done([numbers[i] for i in range(count)])
             if errand.owed is not None:
@@ -1799,11 +1802,13 @@ cdef class Gathering:
         return 0
 
     cdef int tell_refusals(self, Errand errand, const int64_t* numbers, int count) except -1:
-        """Tell what of an errand the store didn't take, by pairs of an entry's number and why."""
-        cdef int i
+        """Tell what of an errand the store didn't take, by pairs of an entry's number and why. Returns what it begins with when it goes on."""
+        cdef int i, first = 0
         cdef dict refused = {}
         for i in range(2, count - 1, 2):
-            if 1 <= numbers[i] <= len(errand.keys):
+            if numbers[i + 1] == REFUSED_DEFERRED and errand.first < numbers[i] <= errand.key_count:
+                first = <int>numbers[i]
+            elif errand.first <= numbers[i] <= len(errand.keys):
                 rule = self.layout.rule_of(errand.keys[numbers[i] - 1])
                 if numbers[i + 1] == REFUSED_UNREADABLE:
                     self._notice("state_unreadable", rule)
@@ -1811,7 +1816,7 @@ cdef class Gathering:
                     refused[rule] = refused.get(rule, 0) + 1
         for rule, keys in refused.items():
             self._notice("repair_refused", f"a number is out of range for {keys} keys of rule {rule!r}")
-        return 0
+        return first
 
     cdef int settle_unsure(self, CallEntry* entry, int64_t now_us) except -1:
         """Others may still tell of more that was used: the outage policy decides."""

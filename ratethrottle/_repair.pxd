@@ -34,6 +34,7 @@ cdef class Errand:
     cdef bytes packed_args
     cdef int arg_count
     cdef Telling telling                     # what it is a part of; None unless it asserts
+    cdef int first                           # entry that is told, the others were already
     cdef readonly object done                # is given the numbers of the reply
     cdef list owed                           # what it charges, of ages at `owed_us`
     cdef int64_t owed_us
@@ -128,6 +129,7 @@ cdef class Knowledge:
     cdef int64_t pace_us(self, int64_t least_us) noexcept
     cdef Errand beat(self, bytes purpose, bint asks, bint named, done)
     cdef Errand next_errand(self, int64_t now_us, int rows_max, bint tells)
+    cdef int deferred(self, Errand errand, int first) except -1
     cdef bint idle(self) noexcept
     cdef Errand charge(self, list owed, bytes marker, int64_t now_us)
     cdef int forget_errand(self, Errand errand) except -1

@@ -67,6 +67,7 @@ cdef class Errand:
         self.key_list = keys
         self.args = args
         self.done = done
+        self.first = 1
 
     @property
     def keys(self):
@@ -79,7 +80,7 @@ cdef class Errand:
         """Another one of the same, while the first is still in some line's hands."""
         cdef Errand twin = Errand(self.script, self.key_list, self.args)
         twin.packed_keys, twin.key_count = self.packed_keys, self.key_count
-        twin.packed_args, twin.arg_count, twin.telling = self.packed_args, self.arg_count, self.telling
+        twin.packed_args, twin.arg_count, twin.telling, twin.first = self.packed_args, self.arg_count, self.telling, self.first
         twin.owed, twin.owed_us, twin.marker = self.owed, self.owed_us, self.marker
         return twin
 
@@ -553,6 +554,14 @@ cdef class Knowledge:
             if errand.telling is self.telling and self.telling.over:
                 self.told_us = server_us
                 self.telling = None
+        return 0
+
+    cdef int deferred(self, Errand errand, int first) except -1:
+        """The store has taken in what an errand tells, but for what begins with that entry: it would have taken too long."""
+        self.out.discard(errand)
+        if errand in errand.telling.out:
+            errand.first = first
+            self.put_back(errand)
         return 0
 
     cdef Errand aged(self, Errand errand, int64_t now_us):

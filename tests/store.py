@@ -110,7 +110,7 @@ class Request:
                 *words[first : first + 4],
                 b"0",
                 *words[first + 5 : first + 5 + 8 * rules],
-                *words[-2:],
+                *words[-3:],
             ]
 
 

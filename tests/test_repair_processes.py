@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import redis
@@ -14,6 +15,7 @@ from ratethrottle.errors import StorageUnavailable
 from tests.clocked import RUN
 from tests.intervals import PromiseBrokenError, check
 from tests.processes import Check, Connection, Process, World, running
+from tests.store import Request
 from tests.strategies import STRATEGIES
 
 pytestmark = pytest.mark.redis
@@ -225,3 +227,44 @@ def test_what_a_broken_line_had_to_charge_comes_before_the_checks_of_another_lin
     world.settle()
     assert check.decision is not None
     assert (check.decision.source, check.decision.remaining) == ("redis", 7)
+
+
+def test_what_would_hold_the_store_for_too_long_is_told_in_several_calls(redis_client: redis.Redis) -> None:
+    world = World(redis_client)
+    rule = RateThrottleRule("r", 64, 60, on_outage="local").compiled
+    process = Process(world, expected=1)
+    keys = [f"key:{number}" for number in range(100)]
+    for key in keys:
+        process.check(key, rule, 30)
+    world.settle()
+    process.line.lose()
+    with running(process.loop):
+        process.line._go_away(StorageUnavailable("cut off"))
+    alone = []
+    for _ in range(24):
+        world.t_us += 300
+        alone += [process.check(key, rule).decision for key in keys]
+    assert all(decision is not None and decision.source == "outage" and decision.allowed for decision in alone)
+    world.store.lose({})
+    told: list[int] = []
+
+    def note(request: Request, reply: Any) -> Any:
+        if b"assert" in request.words:
+            told.append(int(request.words[-1]))
+        return reply
+
+    process.line.tamper = note
+    process.line.wanted = True
+    process.connect()
+    for _ in range(60):
+        process.round_trip()
+        world.t_us += 20_000
+    begun = [first for first in told if first > 1]
+    assert begun == sorted(set(begun)), "it goes on where it was, and begins anew nowhere"
+    assert len(begun) > 2
+    checks = [process.check(key, rule, 10) for key in keys]
+    world.settle()
+    assert all(check.decision is not None and check.decision.source == "redis" for check in checks)
+    again = [process.check(key, rule) for key in keys]
+    world.settle()
+    assert all(check.decision is not None and not check.decision.allowed for check in again), "30, 24 and 10 of 64"

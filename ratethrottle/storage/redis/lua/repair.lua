@@ -5,15 +5,16 @@
 --- assert_entry: key_index rule_index generation a b c told_us
 --- charge_entry: key_index rule_index newest_us count charge...
 --- charge: age_us units
---- teller: process_id level_us
+--- teller: process_id level_us first_entry
 --- reply: request server_us applied refusal...
 --- refusal: entry_number why
---- why: out_of_range=1 unreadable=2
+--- why: out_of_range=1 unreadable=2 deferred=3
 --- limits: keys=128 rules=128 entries=128 charges=128
 -- With mode `assert` there is no marker_key. a b c: of b level 0 0, of s units leaves_us heard_us (ago), of f count since_us 0, of c cur since_us
 -- prev.
 -- told_us: the server's time, before the epoch, when that was heard; 0 if it was in an older one than the process knew. Of assertions the
--- teller comes last: who tells, and how far it has come (telling.lua), which may be all that there is to say.
+-- teller comes last: who tells, and how far it has come (telling.lua), which may be all that there is to say; and the number of the entry
+-- to begin with. A call ends where it has worked for about a millisecond: that entry and all behind it are deferred, to be sent again.
 -- newest_us is the age of the newest of a key's charges: what is older than its last reset is not counted.
 -- A call that charges is run once, however often it is sent: the marker tells. `applied` counts the entries that were taken in. An entry
 -- with a number out of range, or of a rule with one, is refused alone, and so is one whose state can't be read, which stays as it is.
@@ -262,44 +263,49 @@ for k = 1, #KEYS do
   if seen[KEYS[k]] then return refuse('RATETHROTTLE a key is given twice') end
   seen[KEYS[k]] = true
 end
-local EXACT_MAX = 9007199254740991
+local EXACT_MAX, WORK_MAX = 9007199254740991, 128
 local rules = read_rules(5, rule_count, true)
 
-local entries, refusals, at = {}, {}, 5 + 8 * rule_count
-local function refuse_entry(i, why)
-  entries[i] = nil
-  refusals[#refusals + 1], refusals[#refusals + 2] = i, why
+local at = 5 + 8 * rule_count
+local function key_and_rule(from)
+  local key, rule = number(ARGV[from + 1], 1, key_count), rules[number(ARGV[from + 2], 1, rule_count) or 0]
+  return key and rule and key + 1, rule
 end
-for i = 1, entry_count do
-  local key, rule = number(ARGV[at + 1], 1, key_count), rules[number(ARGV[at + 2], 1, rule_count) or 0]
-  local kind, fits = rule and rule.kind, key and rule and true or false
-  local entry = {key = key and key + 1, rule = rule}
-  if charges then
-    local count = number(ARGV[at + 4], 1, 128)
+
+-- What an entry asserts; false if a number of it is out of range. Read only when its turn has come.
+local first_row = at
+local function assertion(i)
+  local from = first_row + 7 * (i - 1)
+  local key, rule = key_and_rule(from)
+  if not key then return false end
+  local kind = rule.kind
+  local entry = {key = key, rule = rule, generation = number(ARGV[from + 3], 0, EXACT_MAX),
+    a = number(ARGV[from + 4], kind == 'b' and -EXACT_MAX or 0, kind == 'b' and EXACT_MAX or UNITS_MAX),
+    b = number(ARGV[from + 5], kind == 's' and 1 or kind ~= 'b' and -rule.window or 0, kind == 'b' and 0 or EXACT_MAX),
+    c = number(ARGV[from + 6], 0, kind == 'c' and UNITS_MAX or kind == 's' and EXACT_MAX or 0), told = number(ARGV[from + 7], 0, EXACT_MAX)}
+  return entry.generation and entry.a and entry.b and entry.c and entry.told and entry
+end
+
+local charged, teller, level, first = {}, nil, nil, 1
+if charges then
+  for i = 1, entry_count do
+    local key, rule = key_and_rule(at)
+    local kind, newest, count = rule and rule.kind, number(ARGV[at + 3], 0, EXACT_MAX), number(ARGV[at + 4], 1, 128)
     if not count then return refuse('RATETHROTTLE a count of charges is out of range') end
-    entry.newest = number(ARGV[at + 3], 0, EXACT_MAX)
-    fits, at = fits and entry.newest and (kind ~= 'b' or count == 1), at + 4
+    local entry, fits = {key = key, rule = rule, newest = newest}, key and newest and (kind ~= 'b' or count == 1)
+    at = at + 4
     for j = 1, count do
       local age, units = number(ARGV[at + 1], 0, kind == 'b' and 0 or EXACT_MAX), number(ARGV[at + 2], 1, kind == 'b' and TICKS or UNITS_MAX)
       fits, entry[j], at = fits and age and units and true, {age, units}, at + 2
     end
-  else
-    entry.generation = number(ARGV[at + 3], 0, EXACT_MAX)
-    entry.a = number(ARGV[at + 4], kind == 'b' and -EXACT_MAX or 0, kind == 'b' and EXACT_MAX or UNITS_MAX)
-    entry.b = number(ARGV[at + 5], kind == 's' and 1 or rule and kind ~= 'b' and -rule.window or 0, kind == 'b' and 0 or EXACT_MAX)
-    entry.c = number(ARGV[at + 6], 0, kind == 'c' and UNITS_MAX or kind == 's' and EXACT_MAX or 0)
-    entry.told = number(ARGV[at + 7], 0, EXACT_MAX)
-    fits, at = fits and entry.generation and entry.a and entry.b and entry.c and entry.told and true, at + 7
+    -- The oldest comes first, so that they are merged as they are.
+    if fits then table.sort(entry, function(one, other) return one[1] > other[1] end) end
+    charged[i] = fits and entry
   end
-  -- The oldest comes first, so that they are merged as they are.
-  if charges and fits then table.sort(entry, function(one, other) return one[1] > other[1] end) end
-  entries[i] = entry
-  if not fits then refuse_entry(i, 1) end
-end
-local teller, level
-if not charges then
-  teller, level, at = ARGV[at + 1], number(ARGV[at + 2], 0, EXACT_MAX), at + 2
-  if not (teller and teller ~= '' and level) then return refuse('RATETHROTTLE nobody tells') end
+else
+  at = at + 7 * entry_count + 3
+  teller, level, first = ARGV[at - 2], number(ARGV[at - 1], 0, EXACT_MAX), number(ARGV[at], 1, 128)
+  if not (teller and teller ~= '' and level and first) then return refuse('RATETHROTTLE nobody tells') end
 end
 if #ARGV ~= at then return refuse('RATETHROTTLE the number of arguments is wrong') end
 
@@ -310,7 +316,7 @@ if not entered then return refuse('RATETHROTTLE the epoch is none') end
 local marker = charges and KEYS[key_count + 2]
 if charges and states[key_count + 2] or not charges and repair_us == 0 then return {request, now, 0} end
 
--- Returns the state with an entry taken in, and how long it must be kept; false if there is nothing to take in; nothing if the state
+-- Returns the state with an entry taken in, how long it must be kept, and how many entries its sliding windows have; false if there is nothing to take in; nothing if the state
 -- can't be read. Raises an error where it is damaged.
 local function taken_in(entry)
   local rule, state = entry.rule, states[entry.key] or '1;'
@@ -344,20 +350,32 @@ local function taken_in(entry)
   end
   h.bases = print_bases(h)
   local reset, text = print_state(print_header(h), own, other)
-  return text, max(reset, h.keep)
+  return text, max(reset, h.keep), (own.n or 0) + (other and other.n or 0)
 end
 
-local applied, keeps = 0, {}
-for i = 1, entry_count do
-  local entry = entries[i]
+-- Of work, one is a key told of which nothing is stored.
+local applied, keeps, work, refusals = 0, {}, 0, {}
+local function refuse_entry(i, why)
+  refusals[#refusals + 1], refusals[#refusals + 2] = i, why
+end
+for i = first, entry_count do
+  if work >= WORK_MAX and not charges then
+    refuse_entry(i, 3)
+    break
+  end
+  local entry
+  if charges then entry = charged[i] else entry = assertion(i) end
   if entry then
     -- A state that can't be read stays as it is: the other keys have to be repaired all the same.
-    local fine, text, keep_us = pcall(taken_in, entry)
+    local fine, text, keep_us, held = pcall(taken_in, entry)
+    work = work + 1 + (fine and held and max(0, held - 4) or 0) / 6
     if not fine or text == nil then
       refuse_entry(i, 2)
     elseif text then
       applied, states[entry.key], keeps[entry.key] = applied + 1, text, keep_us
     end
+  else
+    refuse_entry(i, 1)
   end
 end
 
