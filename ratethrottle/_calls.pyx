@@ -44,6 +44,7 @@ cdef extern from "Python.h":
 
 cdef enum:
     ENTRIES_MAX = 128                        # of a call: the store is held for well under a millisecond
+    RULES_MAX = 32                           # of which a call makes no more entries: each takes as long as three of them
     IN_FLIGHT_MAX = 2
     HALVED_MIN = 32
     PLACES = 512                             # of the map from keys to entries: a power of two, at least twice ENTRIES_MAX
@@ -1349,7 +1350,7 @@ cdef class Gathering:
             entry = &call.entries[self.places[place] - 1] if self.places[place] else NULL
             # Of a key's entries the newest decides whether this one is equal to it: their order is kept.
             if entry == NULL or not self.joins(call, entry, pending):
-                if call.size == most:
+                if call.size == most or len(<list>call.rules) >= RULES_MAX:
                     break
                 entry = self.add_entry(call, pending, entry.key_index if entry != NULL else keys + 1)
                 keys += 1 if entry.key_index > keys else 0
@@ -1802,7 +1803,7 @@ cdef class Gathering:
         return 0
 
     cdef int tell_refusals(self, Errand errand, const int64_t* numbers, int count) except -1:
-        """Tell what of an errand the store didn't take, by pairs of an entry's number and why. Returns what it begins with when it goes on."""
+        """Tell what of an errand the store didn't take, by pairs of an entry's number and why. Returns with which entry it goes on, or 0."""
         cdef int i, first = 0
         cdef dict refused = {}
         for i in range(2, count - 1, 2):

@@ -27,6 +27,7 @@ from weakref import WeakSet
 
 cdef enum:
     ROWS_MAX = 128                           # keys of an errand
+    RULES_MAX = 32                           # and definitions that it asserts something of
     WHOLE_US = 3_000_000                     # for so long processes must have been counted without a gap: then all that live have come
     FEWER_US = 1_000_000                     # for so long the store must have counted fewer
     PERIOD_US = 900_000                      # for so long at least the store takes marks, before it counts them
@@ -263,7 +264,7 @@ cdef class Telling:
         cdef Hash128 hashed
         cdef int rows = 0
         cdef Errand errand
-        while rows < rows_max and self.at < last:
+        while rows < rows_max and len(terms) < RULES_MAX and self.at < last:
             hashed = Hash128(self.items[self.at].hash_lo, self.items[self.at].hash_hi)
             self.at += 1
             shard = &self.bounds.shards[<uint32_t>(((hashed.hi >> 32) * self.bounds.shard_count) >> 32)]

@@ -14,7 +14,7 @@ import pytest
 import redis
 import uvloop
 
-from ratethrottle import Decision, RateThrottleCore, RateThrottleRule, RedisStorage
+from ratethrottle import Decision, RateThrottleCore, RateThrottleRule, RedisStorage, Request
 from ratethrottle.errors import StorageError, StorageProtocolError, StorageUnavailable
 from ratethrottle.storage.redis import line
 from ratethrottle.storage.redis.wire import take_over
@@ -124,6 +124,20 @@ def test_check_many_takes_as_many_calls_as_it_has_to(run: Run, redis_server: Red
     ran = calls(redis_client) - before
     # 900 in entries of at most 128, whichever keys come together. Each call reads its keys at once; so does a beat, which then ranks us.
     assert ran["mget"] - ran["zscore"] <= 8
+
+
+def test_a_call_of_many_rules_has_few_entries(run: Run, redis_server: RedisServer, redis_client: redis.Redis) -> None:
+    rules = [RateThrottleRule(f"r{i}", 3, 3600) for i in range(100)]
+
+    async def many() -> list[Decision]:
+        async with limiter_of(redis_server.url, *rules) as limiter:
+            return await limiter.check_many([Request("user", rule.name) for rule in rules])
+
+    before = calls(redis_client)
+    assert all(decision.allowed and decision.remaining == 2 for decision in run(many()))
+    ran = calls(redis_client) - before
+    # A rule takes as long to read as three entries to decide, so that a call has at most 32 of them.
+    assert 4 <= ran["mget"] - ran["zscore"] <= 7
 
 
 def test_cancelled_checks_change_nobody_else(run: Run, redis_server: RedisServer) -> None:
