@@ -662,7 +662,23 @@ cdef class Gathering:
     def _in_flight_count(self): return len(self.in_flight)
 
     @property
-    def _lease_count(self): return len(self.leases)
+    def _has_leases(self): return bool(self.leases)
+
+    @property
+    def _lease_count(self):
+        """How many keys × rules have units ahead that may be spent now."""
+        cdef PendingDecision sample
+        cdef Shard* shard
+        cdef uint32_t index
+        cdef Bound* bound
+        cdef int64_t until_us, at_us, now_us = self.bounds.now_us()
+        cdef set found = set()
+        for until_us, _, sample, at_us in self.leases:
+            bound = self.bound_of(sample.hashed, &shard, &index)
+            # Of a lease that was renewed, spent or given back, the item stays until it would have ended.
+            if until_us > now_us and bound != NULL and bound.lease_units and bound.lease_at_us == at_us:
+                found.add((sample.hashed.lo, sample.hashed.hi))
+        return len(found)
 
     # Entering and leaving:
 

@@ -23,11 +23,11 @@ class Statistics:
     """What a storage counts in this process; the rest stays 0 where the storage has no such thing.
 
     How it is now:
-    keys: keys × rules held in memory. bounds: keys × rules of which it is remembered what Redis said. leases: those of them with
-    units taken ahead. connections: that are open for decisions. waiting: checks that are queued for a connection. in_flight:
-    script calls without a reply yet. breaker: "closed" while Redis is asked, "open" while it isn't, as it doesn't answer or
-    refuses us, "half_open" while an attempt is made meanwhile. processes: how many share the limits, by their heartbeats, this one
-    included. owed: keys × rules of which Redis has yet to be told what policies admitted.
+    keys: keys × rules held in memory. bounds: keys × rules of which it is remembered what Redis said. leases: those of them that
+    hold units taken ahead, which may be spent now. connections: that are open for decisions. waiting: checks that are queued for a
+    connection. in_flight: script calls without a reply yet. breaker: "closed" while Redis is asked, "open" while it isn't, as it
+    doesn't answer or refuses us, "half_open" while an attempt is made meanwhile. processes: how many share the limits, by their
+    heartbeats, this one included. owed: keys × rules of which Redis has yet to be told what policies admitted.
 
     How often since the storage was made:
     calls: script calls sent. entries: entries sent in them, equal checks of a key being one. reconnections: connections that

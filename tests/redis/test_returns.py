@@ -20,16 +20,16 @@ pytestmark = [pytest.mark.redis, pytest.mark.uvloop]
 LIMIT = 100_000
 
 
-def leasing(strategy: str = "fixed_window", **options: Any) -> RateThrottleRule:
-    return RateThrottleRule("hot", LIMIT, 86_400, strategy=strategy, **{"lease": True, "lease_ttl": 1.0, **options})
+def leasing(strategy: str = "fixed_window", name: str = "hot", **options: Any) -> RateThrottleRule:
+    return RateThrottleRule(name, LIMIT, 86_400, strategy=strategy, **{"lease": True, "lease_ttl": 1.0, **options})
 
 
-async def spend(limiter: RateThrottleCore, rounds: int = 7, key: str = "k") -> int:
-    """Have a lease of 80 units, all of which are left; returns how many checks were allowed."""
+async def spend(limiter: RateThrottleCore, rounds: int = 7, key: str = "k", rule: str = "hot") -> int:
+    """Have a lease of 80 units, all of which are left (after 3 rounds, one that is spent); returns how many checks were allowed."""
     admitted = 0
     for _ in range(rounds):
-        admitted += sum([d.allowed for d in await asyncio.gather(*[limiter.check(key, "hot") for _ in range(20)])])
-    assert limiter.statistics().leases > 0
+        admitted += sum([d.allowed for d in await asyncio.gather(*[limiter.check(key, rule) for _ in range(20)])])
+    assert limiter.statistics().decisions[rule]["lease"].allowed > 0
     return admitted
 
 
@@ -38,6 +38,28 @@ async def counted(url: str, rule: RateThrottleRule, key: str = "k") -> int:
     async with create_limiter("redis", redis_url=url, rules=[rule]) as limiter:
         decision = await limiter.peek(key)
         return decision.limit - decision.remaining
+
+
+async def test_statistics_count_the_keys_that_hold_a_lease_now(redis_url: str) -> None:
+    long, short = leasing(), leasing(name="short", lease_ttl=0.2)
+    limiter = create_limiter("redis", redis_url=redis_url, rules=[long, short])
+    await spend(limiter)
+    assert limiter.statistics().leases == 1  # which was renewed
+    await spend(limiter, key="other")
+    assert limiter.statistics().leases == 2
+    await spend(limiter, rule="short")
+    assert limiter.statistics().leases == 3
+    time.sleep(0.2)  # noqa: ASYNC251  # no timer of the loop sees to what has ended
+    assert limiter.statistics().leases == 2
+    while limiter.statistics().leases == 2:
+        assert (await limiter.check("k", "hot")).source == "lease"  # until all of it is spent
+    limiter.remove_rule("hot")
+
+    async def gone() -> bool:
+        return limiter.statistics().leases == 0
+
+    await until(gone)
+    await limiter.aclose()
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

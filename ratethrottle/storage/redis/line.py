@@ -97,7 +97,7 @@ class Line(Gathering):
 
         Where leases have to be given back first, it takes up to the deadline, unless `end_now` is called.
         """
-        if not (self.ready and self._lease_count):
+        if not (self.ready and self._has_leases):
             self._leave()
             self._end(closed())  # a task that is cancelled before it began wouldn't
         self._closing = True
@@ -160,7 +160,7 @@ class Line(Gathering):
 
     async def _give_all_back(self) -> None:
         """Give back what is left of leases, as far as the store answers in time: nobody will spend it any more."""
-        if self.ended or not self.ready or not self._lease_count or self.loop.is_closed() or self.process != os.getpid():
+        if self.ended or not self.ready or not self._has_leases or self.loop.is_closed() or self.process != os.getpid():
             return
         self._returning = self._return_leases()
         self._leave()
