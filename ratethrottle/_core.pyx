@@ -1471,19 +1471,19 @@ cdef class Limiter:
         self.only = next(iter(self._rules.values())) if len(self._rules) == 1 and not self._blocking else None
         return 0
 
-    def _counted(self):
-        """What was decided under rules that there are: name -> source -> (allowed, denied), without zeros."""
+    def _counted(self, outcomes):
+        """What was decided under each rule that there is: name -> source -> outcomes(allowed, denied)."""
         cdef CompiledRule rule
-        cdef dict counted = {}
-        cdef dict of_rule
+        cdef dict nothing = dict.fromkeys(SOURCES, outcomes(0, 0)), counted = {}, of_rule
         cdef int source
-        for rule in self._rules.values():
-            of_rule = {}
+        for rule in list(self._rules.values()):  # `outcomes` is Python code: another thread may add a rule meanwhile
+            of_rule = nothing
             for source in range(len(SOURCES)):
                 if rule.counts[2 * source] or rule.counts[2 * source + 1]:
-                    of_rule[SOURCES[source]] = (rule.counts[2 * source + 1], rule.counts[2 * source])
-            if of_rule:
-                counted[rule.name] = of_rule
+                    if of_rule is nothing:
+                        of_rule = nothing.copy()
+                    of_rule[SOURCES[source]] = outcomes(rule.counts[2 * source + 1], rule.counts[2 * source])
+            counted[rule.name] = of_rule
         return counted
 
     cdef CompiledRule which(self, object name):

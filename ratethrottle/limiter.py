@@ -187,10 +187,7 @@ class RateThrottleCore(Limiter):
     def statistics(self) -> Statistics:
         """Count what the storage did and holds in this process, and what this limiter decided. Costs no I/O; also after `aclose`."""
         counted: Statistics = self._storage.statistics()
-        decisions = {
-            rule: {source: Outcomes(*both) for source, both in sources.items()} for rule, sources in self._counted().items()
-        }
-        return replace(counted, decisions=decisions)
+        return replace(counted, decisions=self._counted(Outcomes))
 
     async def aclose(self) -> None:
         """Close the limiter and its storage. Later calls raise LimiterClosed; closing again does nothing."""

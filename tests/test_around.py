@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import gc
 import inspect
+import json
 import math
 import os
+import pickle
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest.mock import AsyncMock, MagicMock, Mock, create_autospec, patch
@@ -266,7 +269,7 @@ async def test_a_limit_of_0_denies_everything_without_asking_anybody(redis_serve
                 assert (denied.cost, denied.limit, denied.remaining, denied.retry_after) == (cost, 0, 0, math.inf)
                 assert (denied.reset_after, denied.source) == (0.0, "memory")
                 assert "Retry-After" not in denied.headers()
-        assert core.statistics().decisions == {"nothing": {"memory": Outcomes(0, 9)}}
+        assert counted(core) == {"nothing": {"memory": Outcomes(0, 9)}}
         with pytest.raises(CostExceedsLimit, match="capacity of 0"):
             core.check("key", cost=1_000_000_001)
         with pytest.raises(InvalidRequest):
@@ -328,16 +331,43 @@ async def test_a_peek_with_a_cost_of_0_says_what_is_left(strategy: str, redis_se
 # Counts of decisions
 
 
+def counted(core: RateThrottleCore) -> dict[str, dict[str, Outcomes]]:
+    """What decided at least once."""
+    decisions = core.statistics().decisions
+    some = {
+        rule: {source: found for source, found in sources.items() if found != Outcomes()} for rule, sources in decisions.items()
+    }
+    return {rule: sources for rule, sources in some.items() if sources}
+
+
+async def test_a_rule_has_counts_of_every_source_also_of_those_that_decided_nothing() -> None:
+    core = limiter(RULE, NOTHING)
+    await core.check("key", "api")
+    for rule in ("api", "nothing"):
+        sources = core.statistics().decisions[rule]
+        assert list(sources) == ["memory", "redis", "prefilter", "lease", "outage", "overload"]
+        assert [sources[source] for source in sources] == [Outcomes(rule == "api", 0), *[Outcomes(0, 0)] * 5]
+    with pytest.raises(KeyError):
+        core.statistics().decisions["ap"]
+    with pytest.raises(KeyError):
+        core.statistics().decisions["api"]["cache"]
+    before = core.statistics()
+    await core.check("key", "api")
+    assert before.decisions["api"]["memory"] == Outcomes(1, 0)  # a snapshot
+    assert pickle.loads(pickle.dumps(before)) == before
+    assert json.loads(json.dumps(asdict(before)))["decisions"]["nothing"]["redis"] == {"allowed": 0, "denied": 0}
+
+
 async def test_decisions_are_counted_by_rule_and_source(redis_server: RedisServer) -> None:
     rules = [RULE, RateThrottleRule("other", 1, 3600, strategy="fixed_window")]
     async with create_limiter("redis", redis_url=redis_server.url, rules=rules, deadline=5) as core:
-        assert core.statistics().decisions == {}
+        assert counted(core) == {}
         for _ in range(2):
             await core.check("key", "other")
         await core.check("key", "other")
         await core.check_many([Request(f"key {i}", "api", cost=2) for i in range(5)])
         await core.peek("key", "api")
-        assert core.statistics().decisions == {
+        assert counted(core) == {
             "api": {"redis": Outcomes(5, 0)},
             "other": {"redis": Outcomes(1, 0), "prefilter": Outcomes(0, 2)},
         }
@@ -349,24 +379,24 @@ async def test_limiters_that_share_a_rule_count_on_their_own_and_a_changed_rule_
     for _ in range(5):
         await one.check("key")
     await other.check_many(["key", "key"])
-    assert one.statistics().decisions == {"api": {"memory": Outcomes(allowed=3, denied=2)}}
-    assert other.statistics().decisions == {"api": {"memory": Outcomes(2, 0)}}
+    assert counted(one) == {"api": {"memory": Outcomes(allowed=3, denied=2)}}
+    assert counted(other) == {"api": {"memory": Outcomes(2, 0)}}
     one.add_rule(RateThrottleRule("api", 4, 60), replace=True)
     await one.check("key")
     assert one.statistics().decisions["api"]["memory"] == Outcomes(4, 2)
     one.remove_rule("api")
-    assert one.statistics().decisions == {}
+    assert counted(one) == {}
     one.add_rule(RULE)
     await one.check("another")
     assert one.statistics().decisions["api"]["memory"] == Outcomes(1, 0)
-    assert other.statistics().decisions == {"api": {"memory": Outcomes(2, 0)}}
+    assert counted(other) == {"api": {"memory": Outcomes(2, 0)}}
     assert InMemoryStorage().statistics().decisions == {}
 
 
 async def test_what_policies_decide_is_counted_as_an_outage() -> None:
     core = create_limiter("redis", redis_url="redis://127.0.0.1:1", rules=[RULE], on_outage="deny", deadline=0.05)
     await core.check("key")
-    assert core.statistics().decisions == {"api": {"outage": Outcomes(0, 1)}}
+    assert counted(core) == {"api": {"outage": Outcomes(0, 1)}}
     await core.aclose()
 
 

@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -275,10 +275,11 @@ async def test_a_limiter_passes_on_the_events_of_its_storage() -> None:
 
 async def test_the_statistics_of_a_storage_in_memory() -> None:
     limiter = create_limiter(rules=[RateThrottleRule("r", 5, 60)], max_keys=2)
-    assert limiter.statistics() == Statistics()
+    assert replace(limiter.statistics(), decisions={}) == Statistics()
     for number in range(5):
         await limiter.check(f"user:{number}")
-    assert limiter.statistics() == Statistics(keys=2, evictions=3, decisions={"r": {"memory": Outcomes(allowed=5)}})
+    assert replace(limiter.statistics(), decisions={}) == Statistics(keys=2, evictions=3)
+    assert limiter.statistics().decisions["r"]["memory"] == Outcomes(allowed=5)
     await limiter.aclose()
     assert limiter.statistics().keys == 2
 

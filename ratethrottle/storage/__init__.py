@@ -36,8 +36,8 @@ class Statistics:
     `on_overload`.
 
     decisions: what this limiter decided since a rule of that name was added: name of the rule -> `source` of the decisions ->
-    Outcomes; only what isn't 0. Peeks, errors and checks that were cancelled don't count. Empty where a storage is asked
-    instead of a limiter.
+    Outcomes, for each rule that the limiter has and each source. Peeks, errors and checks that were cancelled don't count. Empty
+    where a storage is asked instead of a limiter. Only to be read: rules that decided nothing share one mapping.
     """
 
     keys: int = 0

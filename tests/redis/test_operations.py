@@ -7,6 +7,7 @@ import re
 import ssl
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +242,7 @@ async def test_without_that_a_service_starts_while_redis_is_away() -> None:
 async def test_the_statistics_of_a_process(redis_server: RedisServer) -> None:
     async with Relay(redis_server.socket) as relay:
         limiter = create_limiter("redis", redis_url=relay.url, rules=[RULE], deadline=5, max_bounds=1_000)
-        assert limiter.statistics() == Statistics()
+        assert replace(limiter.statistics(), decisions={}) == Statistics()
         await limiter.check("user:0")
         first = limiter.statistics()
         assert (first.connections, first.calls, first.entries, first.bounds) == (1, 1, 1, 1)
