@@ -49,10 +49,11 @@ UNITS_S: Final = {
     "w": Fraction(7 * 86400),
     "week": Fraction(7 * 86400),
 }
+WORDS: Final = ("millisecond", "second", "minute", "hour", "day", "week")  # that have a plural
 NOT_FIXED: Final = {"mo": 30, "mon": 30, "month": 30, "quarter": 90, "y": 365, "yr": 365, "year": 365}  # about so many days
 RATE_FORM: Final = (
-    'a rate is written as "1000/minute", "10/s", "100 per 5 minutes" or "5/15m", its unit one of ms, s, sec, second, m, min, '
-    "minute, h, hr, hour, d, day, w, week and their plurals"
+    'a rate is written as "1000/minute", "10/s", "100 per 5 minutes" or "5/15m", its unit one of ms, s, sec, second(s), m, '
+    "min, minute(s), h, hr, hour(s), d, day(s), w, week(s)"
 )
 
 
@@ -120,12 +121,14 @@ class RateThrottleRule:
     def parse(cls, name: str, rate: str, **options: Any) -> RateThrottleRule:
         """Make a rule from a rate such as "1000/minute", "10/s", "100 per 5 minutes" or "5/15m".
 
-        Units are ms, s, m, h, d and w, and their names. A week is 7 days, and begins as the class says. Months and years have no
-        fixed length, and are refused. `options` are those of the class. Raises ConfigurationError.
+        Units are ms, s, m, h, d and w, and their names, also in the plural ("2 hours", not "2 hs"). A week is 7 days, and begins as
+        the class says. Months and years have no fixed length, and are refused. `options` are those of the class. Raises
+        ConfigurationError.
         """
         found = RATE.match(rate) if isinstance(rate, str) else None
         unit = found[3].lower() if found else ""
-        seconds = UNITS_S.get(unit) or UNITS_S.get(unit.removesuffix("s"))
+        word = unit.removesuffix("s")
+        seconds = UNITS_S.get(word if word in WORDS else unit)
         if found is None or seconds is None:
             raise ConfigurationError(f"rule {shown(name)}: {shown(rate)} is not a rate; {_rate_advice(rate, unit)}")
         window = Fraction(found[2] or 1) * seconds
@@ -139,6 +142,8 @@ class RateThrottleRule:
     def parse_many(cls, name: str, rates: str, **options: Any) -> tuple[RateThrottleRule, ...]:
         """Make a rule of each rate in a string such as "10/second;1000/day"; they are separated by `;` or `,`.
 
+        The last one may end with a separator too. An empty part elsewhere is refused.
+
         Each is called by `name` and its window: "api.1s" and "api.1d" of `name` "api". The window is written in the largest unit
         that it is a whole number of (w, d, h, m, s, ms, us), so that "60s" and "minute" are both "1m". `options` are those of the class,
         for each rule. Raises ConfigurationError, also for two rates with the same window.
@@ -146,7 +151,12 @@ class RateThrottleRule:
         if not isinstance(rates, str):
             raise ConfigurationError(f"rule {shown(name)}: {shown(rates)} is not a str of rates; {RATE_FORM}")
         rules: dict[str, RateThrottleRule] = {}
-        for rate in re.split("[;,]", rates):
+        parts = re.split(r";|(?<!\d),", rates)  # after a digit a comma separates thousands, which `parse` refuses
+        if len(parts) > 1 and not parts[-1].strip():
+            parts.pop()
+        if len(parts) > 1 and not all(part.strip() for part in parts):
+            raise ConfigurationError(f"rule {shown(name)}: {shown(rates)} has an empty part; write a rate before each ; or ,")
+        for rate in parts:
             rule = cls.parse(name, rate, **options)
             own = f"{name}.{_window_text(rule.window_us)}"
             if own in rules:
@@ -305,6 +315,8 @@ def _rate_advice(rate: object, unit: str) -> str:
     days = NOT_FIXED.get(unit.removesuffix("s"))
     if days:
         return f"a {unit.removesuffix('s')} has no fixed length: write it in days, such as {days}d"
+    if isinstance(rate, str) and re.search(r"\d,\d", rate):
+        return "a number has no commas: write 1000/s or 1_000/s"
     if isinstance(rate, str) and re.search("[;,]", rate):
         return f"for several rates there is parse_many; {RATE_FORM}"
     if isinstance(rate, str) and rate.strip().lower() in ("unlimited", "none", "inf", "infinity", "infinite"):

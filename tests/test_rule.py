@@ -110,6 +110,12 @@ def test_rates_are_read_as_people_write_them(rate: str, limit: int, window_us: i
         "1/" + "9" * 5000 + "s",
         "1/0.0001ms",
         "1/1.0000005s",
+        "10/ss",
+        "10/mss",
+        "10/hs",
+        "10/ws",
+        "10/secs",
+        "10/secondss",
     ],
 )
 def test_what_is_no_rate_is_refused(rate: Any) -> None:
@@ -301,12 +307,13 @@ def test_a_changed_copy_is_a_rule_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("rate", "advice"),
     [
-        ("10/fortnight", "h, hr, hour, d, day, w, week and their plurals"),
+        ("10/fortnight", r"h, hr, hour\(s\), d, day\(s\), w, week\(s\)$"),
         ("2000/month", "a month has no fixed length: write it in days, such as 30d"),
         ("5 per 2 years", "a year has no fixed length: write it in days, such as 365d"),
         ("unlimited", "for no limit leave the rule out"),
         ("100/day;10/minute", "for several rates there is parse_many"),
-        ("1,000/minute", "for several rates there is parse_many"),
+        ("1,000/minute", "a number has no commas: write 1000/s or 1_000/s$"),
+        ("1,000,000 per day", "a number has no commas: write 1000/s or 1_000/s$"),
         (None, "a rate is written as"),
     ],
 )
@@ -321,6 +328,10 @@ def test_what_is_no_rate_is_told_what_is(rate: Any, advice: str) -> None:
         ("10/second;1000/day", [("api.1s", 10, 1), ("api.1d", 1000, 86_400)]),
         ("10/s, 100 per 5 minutes ,1000/week", [("api.1s", 10, 1), ("api.5m", 100, 300), ("api.1w", 1000, 604_800)]),
         ("60/60s", [("api.1m", 60, 60)]),
+        ("10/s;", [("api.1s", 10, 1)]),
+        ("10/s, 100/m ; ", [("api.1s", 10, 1), ("api.1m", 100, 60)]),
+        ("10/s,", [("api.1s", 10, 1)]),
+        ("10/s,1_000/m", [("api.1s", 10, 1), ("api.1m", 1000, 60)]),
         ("5/1.5s;7/90s;2/8 days", [("api.1500ms", 5, 1.5), ("api.90s", 7, 90), ("api.8d", 2, 691_200)]),
     ],
 )
@@ -333,8 +344,14 @@ def test_several_rates_are_several_rules_named_by_their_windows(rates: str, rule
     ("rates", "words"),
     [
         ("10/s;20/second", "two rates with a window of 1 s"),
-        ("10/s;", "'' is not a rate"),
+        ("10/s;;5/m", "'10/s;;5/m' has an empty part; write a rate before each ; or ,$"),
+        (";10/s", "has an empty part"),
+        ("10/s, ;5/m", "has an empty part"),
+        ("10/s;;", "has an empty part"),
+        (";", "'' is not a rate"),
         ("", "'' is not a rate"),
+        (" ", "' ' is not a rate"),
+        ("10/s;1,000/day", "'1,000/day' is not a rate; a number has no commas: write 1000/s or 1_000/s$"),
         ("10/s;often", "'often' is not a rate"),
         (["10/s"], "not a str of rates"),
         ("10/s;5/month", "no fixed length"),
