@@ -2,7 +2,7 @@ from asyncio import AbstractEventLoop, Future
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from contextvars import Context
 from types import TracebackType
-from typing import Any, Literal, Never, Protocol, Self, TypeAlias, TypeVar, final, overload
+from typing import Any, Literal, Never, NoReturn, Protocol, Self, TypeAlias, TypeVar, final, overload
 
 from typing_extensions import disjoint_base, override
 
@@ -139,6 +139,7 @@ class PendingDecision(Coroutine[Any, Any, Decision]):
     def close(self) -> None: ...
     def __iter__(self) -> Self: ...
     def __next__(self) -> Any: ...
+    def __getattr__(self, name: str) -> NoReturn: ...
 
 @final
 class KeyTable:

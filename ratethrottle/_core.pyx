@@ -1087,6 +1087,11 @@ cdef class PendingDecision:
         self.lets_others_run = ASKED_FOR_TRUTH   # that nobody awaits it need not be said as well
         raise TypeError("this is not a decision yet: await it (`if await limiter.check(key):`)")
 
+    def __getattr__(self, name):
+        if hasattr(Decision, name) and not name.startswith("_"):
+            raise AttributeError(f"a check has no {name!r} yet; await the check first")
+        raise AttributeError(f"'PendingDecision' object has no attribute {name!r}")
+
     def __repr__(self):
         return f"<PendingDecision {'waiting' if self.stage != COMPLETE else 'complete'}>"
 
@@ -1494,7 +1499,8 @@ cdef class Limiter:
                 return <CompiledRule>next(iter(self._rules.values()))
             if not self._rules:
                 raise InvalidRequest("the limiter has no rule yet; add one with add_rule(...)")
-            raise InvalidRequest(f"the limiter has several rules; name one (rule=...): {listed(self._rules)}")
+            raise InvalidRequest(f"the limiter has several rules; name one (rule=...): {listed(self._rules)}; "
+                                 "in check_many write Request(key, rule)")
         if not isinstance(name, str):
             raise InvalidRequest(f"rule is a {type(name).__name__}; it is the name (str) of a rule")
         found = self._rules.get(name)

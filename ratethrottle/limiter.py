@@ -87,7 +87,7 @@ class RateThrottleCore(Limiter):
         super().__init__(storage)
         self._require_storage = require_storage
         self._by_name: dict[str, RateThrottleRule] = {}
-        if isinstance(rules, RateThrottleRule) or not isinstance(rules, Iterable):
+        if isinstance(rules, (RateThrottleRule, str)) or not isinstance(rules, Iterable):
             raise ConfigurationError(f"rules is a {type(rules).__name__}; it is an iterable of rules, such as [rule]")
         for rule in rules:
             self.add_rule(rule)
@@ -104,7 +104,7 @@ class RateThrottleCore(Limiter):
         Raises ConfigurationError if another rule of this name is there and `replace` is not given.
         """
         if not isinstance(rule, RateThrottleRule):
-            raise ConfigurationError(f"add_rule takes a RateThrottleRule, not a {type(rule).__name__}")
+            raise ConfigurationError(f"add_rule takes a RateThrottleRule, not a {type(rule).__name__}{_rule_advice(rule)}")
         known = self._by_name.get(rule.name)
         if known == rule:
             return
@@ -311,6 +311,13 @@ def create_limiter(
             'storage="redis" needs redis_url, such as "redis://localhost:6379/0", or sentinels and master_name'
         )
     return RateThrottleCore(RedisStorage.from_url(redis_url, **options), rules=rules, require_storage=require_storage)
+
+
+def _rule_advice(given: object) -> str:
+    """Say what to do with what isn't a rule."""
+    if isinstance(given, str):
+        return '; write RateThrottleRule.parse("name", "10/s")'
+    return "; add its rules one by one" if isinstance(given, Iterable) else ""
 
 
 def _wrong_storage(storage: object) -> str:

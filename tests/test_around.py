@@ -215,6 +215,17 @@ async def test_a_warning_that_is_an_error_ends_nothing(capsys: pytest.CaptureFix
         sys.unraisablehook = before
 
 
+def test_a_check_that_was_not_awaited_has_nothing_of_a_decision() -> None:
+    pending = limiter().check("key")
+    for name in (name for name in dir(Decision) if not name.startswith("_")):
+        with pytest.raises(AttributeError, match=f"a check has no '{name}' yet; await the check first"):
+            getattr(pending, name)
+    with pytest.raises(AttributeError, match="'PendingDecision' object has no attribute 'colour'"):
+        pending.colour  # type: ignore[attr-defined]  # noqa: B018  # the test
+    assert not hasattr(pending, "cr_code")
+    pending.close()
+
+
 # Many rules
 
 
@@ -239,9 +250,19 @@ async def test_with_100_000_rules_errors_and_reprs_are_short_quick_and_name_the_
         assert str(caught.value).endswith(" and 99,995 more")
         assert str(caught.value).count("tenant-") <= 6
         assert len(str(caught.value)) < 250
-    with pytest.raises(InvalidRequest, match=r"name one \(rule=\.\.\.\): tenant-0, .* and 99,995 more"):
+    with pytest.raises(InvalidRequest, match=r"name one \(rule=\.\.\.\): tenant-0, .* and 99,995 more; "):
         core.check("key")
     assert len(repr(core)) < 150
+
+
+async def test_with_several_rules_both_ways_to_name_one_are_said() -> None:
+    core = limiter(RULE, NOTHING)
+    words = r"^the limiter has several rules; name one \(rule=\.\.\.\): api, nothing; in check_many write Request\(key, rule\)$"
+    with pytest.raises(InvalidRequest, match=words):
+        core.check("key")
+    with pytest.raises(InvalidRequest, match=words):
+        await core.check_many(["key"])
+    assert await core.check_many([Request("key", "api")])
 
 
 def test_with_few_rules_all_are_named_the_nearest_first() -> None:
