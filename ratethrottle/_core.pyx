@@ -31,6 +31,7 @@ from math import inf as _inf
 from math import nextafter
 from os import urandom
 from sys import _getframe as current_frame
+from types import FunctionType
 
 from ratethrottle.errors import CostExceedsLimit, InvalidRequest, LimiterClosed, listed
 
@@ -1665,7 +1666,7 @@ ctypedef PyObject* (*Vectorcall)(PyObject*, PyObject**, size_t, PyObject*) noexc
 cdef class CheckMethod:
     """`check` of a limiter's class. Calls compiled code; all else that it is asked for is that of the `async def` it stands for.
 
-    So `inspect.iscoroutinefunction`, `inspect.signature` and `unittest.mock` see a coroutine function.
+    So `inspect.iscoroutinefunction`, `inspect.signature`, `isinstance` and `unittest.mock` see a coroutine function.
     """
 
     cdef Vectorcall vectorcall
@@ -1688,6 +1689,10 @@ cdef class CheckMethod:
     @property
     def __module__(self):
         return self.template.__module__
+
+    @property
+    def __class__(self):
+        return FunctionType                  # `unittest.mock` checks the arguments of functions only
 
     def __repr__(self):
         return f"<compiled method {self.template.__qualname__}>"

@@ -132,6 +132,21 @@ async def test_a_method_can_be_replaced_on_the_class_and_comes_back() -> None:
     assert await answer(core) == "ok"
 
 
+@pytest.mark.parametrize(("arguments", "options"), [((), {}), (("user:1", "api", 2), {}), (("user:1",), {"costs": 2})])
+async def test_a_double_made_from_the_class_refuses_arguments_that_check_has_not(arguments: Any, options: Any) -> None:
+    core = limiter()
+    for double in (create_autospec(RateThrottleCore), create_autospec(RateThrottleCore, instance=True), create_autospec(core)):
+        with pytest.raises(TypeError):
+            await double.check(*arguments, **options)
+        assert await double.check("user:1", "api", cost=2)
+    with patch.object(RateThrottleCore, "check", autospec=True, return_value=False) as check:
+        with pytest.raises(TypeError):
+            await core.check(*arguments, **options)
+        assert await answer(core) == "429"
+        check.assert_awaited_once_with(core, "user:1", cost=2)
+    assert await answer(core) == "ok"
+
+
 def test_only_methods_can_be_set_on_a_limiter() -> None:
     core = limiter()
     for name in ("checks", "rules", "colour"):
