@@ -133,15 +133,24 @@ class RateThrottleCore(Limiter):
         enough, it is decided, and consumed, by the call; by Redis once it is awaited: cancelled before it was sent it consumes
         nothing, after that it may have.
 
+        On Redis it is decided within the storage's `deadline`; a crowd of checks that start together shares one. What a process asks
+        faster than it is answered is overload: `max_waiting` checks wait already, or Redis answers others but not this one in time.
+        It is denied with `source="overload"`, which says nothing of the limit; with `on_overload="raise"` it raises.
+
         Raises `InvalidRequest` at once for a bad key, rule or cost (`CostExceedsLimit` above the rule's capacity),
         `LimiterClosed` after `aclose`; when awaited, a `StorageError` if the storage can't answer within its deadline.
         """
         raise NotImplementedError  # never run: `_core.pyx` holds what is called
 
     async def check_many(self, requests: Iterable[Key | Request]) -> list[Decision]:
-        """Decide several checks in order, in one gathering; each consumes on its own. Returns their decisions in order.
+        """Decide several checks in order; each consumes on its own. Returns their decisions in order.
 
-        All of them are validated before the first is decided. Raises what `check` raises.
+        All of them are validated before the first is decided, and all share one deadline: of a crowd that is too large for it the
+        rest is denied with `source="overload"`, as `check` says.
+
+        Raises what `check` raises, the first error in place of all decisions. With `StateUnreadable` only the checks of such keys
+        consumed nothing; the others were decided and stay consumed. With `StorageUnavailable` and other errors of the storage, what
+        was decided before stays consumed, and what was sent may have been.
         """
         if self._closed:
             raise LimiterClosed

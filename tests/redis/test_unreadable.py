@@ -249,7 +249,8 @@ async def test_one_key_that_cant_be_read_fails_nobody_else(redis_server: Any, re
             assert error.rule == "plan"
             assert "victim" not in str(error)
         with pytest.raises(StateUnreadable):
-            await limiter.check_many([Request("k1", "plan"), Request("victim", "plan")])
+            await limiter.check_many([Request("k1", "plan"), Request("victim", "plan"), Request("k1", "plan")])
+        assert (await limiter.peek("k1")).remaining == 997  # what was decided beside it stays consumed
         told = [event for event in heard if isinstance(event, events.UnreadableState)]
         assert [event.rule for event in told] == ["plan"], "once, however often it is met"
         assert redis_client.lrange(key, 0, -1) == [b"of somebody else"]
