@@ -13,8 +13,8 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from ratethrottle._arithmetic cimport (
-    ceil_div, Counts, judge, KEEP, NO_MEMORY, Outcome, report, same_definition, settle, Terms, Units, UNITS_MAX, View, view_ahead,
-    view_audit, view_charge_other, view_derive, view_free, view_rebase, view_roll, Window, window_clone, window_drop,
+    ceil_div, Counts, judge, KEEP, NO_MEMORY, Outcome, report, RT_OVERFLOWS, same_definition, settle, Terms, Units, UNITS_MAX, View,
+    view_ahead, view_audit, view_charge_other, view_derive, view_free, view_rebase, view_roll, Window, window_clone, window_drop,
     window_live, window_new, window_push, window_start,
 )
 from ratethrottle._bound cimport aged_late, Bound, bound_learn
@@ -271,6 +271,7 @@ cdef int account_bring(Account* account, Share share, int64_t now_us) noexcept:
 cdef int account_change(Account* account, Share share, int64_t now_us) noexcept:
     """Both views or none: they point into one share."""
     cdef View held, owed
+    cdef int64_t units
     if read_as(&account.held, &held, &share.terms, now_us) == NO_MEMORY:
         return NO_MEMORY
     if read_as(&account.owed, &owed, &share.owed, now_us) == NO_MEMORY:
@@ -281,10 +282,28 @@ cdef int account_change(Account* account, Share share, int64_t now_us) noexcept:
         view_free(&account.held)
     if not same_definition(account.owed.terms, owed.terms):
         view_free(&account.owed)
+    # The store drains what was charged by the whole rule's rate at most.
+    units = still_charged(account, &(<Share>account.share).rule.terms, now_us) // max(<int64_t>1, account.owed.terms.unit_ticks)
+    account.taken_ticks = units * owed.terms.unit_ticks if owed.terms.kind == c"b" and owed.terms.drain_ticks else 0
+    account.taken_us = now_us
     account.held = held
     account.owed = owed
     account.outage = 0                       # a larger share owes a larger part of what was known
     return KEEP
+
+
+cdef int64_t drained(int64_t ticks, int64_t drain_ticks, int64_t past_us) noexcept nogil:
+    cdef int64_t gone_ticks
+    return 0 if RT_OVERFLOWS(past_us, drain_ticks, &gone_ticks) else max(<int64_t>0, ticks - gone_ticks)
+
+
+cdef int64_t still_charged(const Account* account, const Terms* rule, int64_t now_us) noexcept nogil:
+    """How much of what was taken the store still holds at least: it drains by the rule's whole rate."""
+    cdef const Terms* owed = account.owed.terms
+    cdef int64_t past_us = max(<int64_t>0, now_us - account.taken_us), gone_ticks
+    if account.taken_ticks == 0 or RT_OVERFLOWS(past_us, rule.drain_ticks, &gone_ticks):
+        return 0
+    return max(<int64_t>0, account.taken_ticks - scaled_up(gone_ticks, owed.unit_ticks, rule.unit_ticks, LEVEL_MAX))
 
 
 cdef int account_meet(Account* account, Share share, const View* known, int64_t known_now_us, int64_t now_us) noexcept:
@@ -318,6 +337,7 @@ cdef Py_ssize_t work_of(tuple item) except -1:
 
 
 cdef int owed_ages(list ages, const View* owed, CompiledRule rule, int64_t now_us) except -1:
+    """What is owed of a window, as ages and units."""
     cdef const Terms* terms = owed.terms
     cdef const Window* window
     cdef int64_t half_us = terms.window_us // 2, beyond, left_out
@@ -340,9 +360,23 @@ cdef int owed_ages(list ages, const View* owed, CompiledRule rule, int64_t now_u
             ages.append((max(0, now_us - owed.at_us + terms.window_us - half_us), owed.amount.counts.prev))
         if owed.amount.counts.cur:
             ages.append((max(0, now_us - owed.at_us - half_us), owed.amount.counts.cur))
-    elif owed.amount.level_ticks:
-        ages.append((0, scaled_up(owed.amount.level_ticks, rule.terms.unit_ticks, terms.unit_ticks,
-                                  rule.terms.capacity * rule.terms.unit_ticks)))
+    return 0
+
+
+cdef int owed_level(list ages, const Account* account, int64_t level_ticks, CompiledRule rule, int64_t now_us) except -1:
+    """What is owed of a bucket, as ticks of the rule: what has drained from the store too early, and what is new.
+
+    Of all that was admitted here `level_ticks` are left, by the share's rate; the store holds a part of that, which was taken before.
+    By that rate it is the same part still; but the store drains it by the whole rate, where other processes have charged less.
+    """
+    cdef const Terms* owed = account.owed.terms
+    cdef const Terms* whole = &rule.terms
+    cdef int64_t part_ticks = drained(account.taken_ticks, owed.drain_ticks, max(<int64_t>0, now_us - account.taken_us))
+    cdef int64_t again_ticks = max(<int64_t>0, part_ticks - still_charged(account, whole, now_us))
+    cdef int64_t most_ticks = whole.capacity * whole.unit_ticks
+    if level_ticks > part_ticks:
+        ages.append((scaled_up(again_ticks, whole.unit_ticks, owed.unit_ticks, most_ticks),
+                     scaled_up(level_ticks - part_ticks, whole.unit_ticks, owed.unit_ticks, most_ticks)))
     return 0
 
 
@@ -508,7 +542,7 @@ cdef class Shares:
 
         work: stop once they take the store about as long as so many of which only a number changes; 0: never.
 
-        A key's units come oldest first; a bucket's as (0, ticks of the rule). There may be fewer than `most`,
+        A key's units come oldest first; a bucket's as (ticks that the store may have drained too early, ticks that are new). There may be fewer than `most`,
         or none, before all is taken: `owing` is 0 then. What a key holds of the share stays.
         """
         cdef KeyTable bounds = self.bounds
@@ -542,9 +576,10 @@ cdef class Shares:
     cdef tuple take(self, Shard* shard, uint32_t index, int64_t now_us):
         cdef Bound* bound = <Bound*>slot_at(shard, index)
         cdef Account* account = bound.account
+        cdef Account before
         cdef Share share
         cdef View owed
-        cdef list ages
+        cdef list ages = []
         if account == NULL or not account.owes:
             return None
         name = bound.name[:bound.name_size]
@@ -560,11 +595,20 @@ cdef class Shares:
         newest_age_us = max(<int64_t>0, now_us - account.newest_us)
         roll(&account.owed, now_us)
         owed = account.owed
+        if owed.terms.kind == c"b":
+            # It goes on with all that it has: what is admitted next must not drain while this drains from the store.
+            self.bounds.note_owes(shard, bound, False)
+            before = account[0]
+            if owed.terms.drain_ticks == 0:
+                account.owed.amount.level_ticks = 0
+            account.taken_ticks = account.owed.amount.level_ticks
+            account.taken_us = now_us
+            owed_level(ages, &before, owed.amount.level_ticks, share.rule, now_us)
+            return (share.rule, name, hashed, newest_age_us, ages) if ages else None
         if view_derive(&account.owed, owed.terms, NULL, now_us) == NO_MEMORY:
             account.owed = owed
             raise MemoryError
         self.bounds.note_owes(shard, bound, False)
-        ages = []
         try:
             owed_ages(ages, &owed, share.rule, now_us)
         finally:

@@ -296,37 +296,55 @@ def test_what_is_owed_is_what_was_admitted_and_not_taken(rule: RateThrottleRule,
     assert share is not None
     process = Process(n, rank)
     log: list[tuple[int, int]] = []
+    before = 0, now_us  # how much of a bucket's log was taken, and when
     for _ in range(rng.randrange(200)):
         step = random_step(rng, share, backwards=False)
         now_us += step.advance_us
         if process.check(rule.compiled, now_us, step.cost, consume=step.consume)[0] and step.consume:
             log.append((now_us, step.cost))
         if rng.random() < 0.03:
-            check_owed(rule, share, log, taken(process.shares, now_us).get("key", []), now_us)
-            log.clear()
+            check_owed(rule, share, log, taken(process.shares, now_us).get("key", []), now_us, before)
+            if rule.compiled.kind != "b":
+                log.clear()
+            elif len(log) > before[0]:
+                before = len(log), now_us
     now_us += rng.randrange(max(2, rule.window_us // 3))
-    check_owed(rule, share, log, taken(process.shares, now_us).get("key", []), now_us)
+    check_owed(rule, share, log, taken(process.shares, now_us).get("key", []), now_us, before)
     assert taken(process.shares, now_us) == {}
 
 
+def level_of(share: RateThrottleRule, log: list[tuple[int, int]], now_us: int) -> Fraction:
+    """What a bucket holds that drains by the share's rate, in units."""
+    level, before_us = Fraction(0), now_us
+    for at, units in [*log, (now_us, 0)]:
+        level = max(Fraction(0), level - Fraction((at - before_us) * share.limit, share.window_us)) if level else level
+        level, before_us = level + units, at
+    return level
+
+
 def check_owed(
-    rule: RateThrottleRule, share: RateThrottleRule, log: list[tuple[int, int]], owed: list[tuple[int, int]], now_us: int
+    rule: RateThrottleRule,
+    share: RateThrottleRule,
+    log: list[tuple[int, int]],
+    owed: list[tuple[int, int]],
+    now_us: int,
+    before: tuple[int, int],
 ) -> None:
-    """Hold what was taken against what was admitted since the last time."""
+    """Hold what was taken against what was admitted since the last time; of a bucket, the log goes on, and some was taken `before`."""
     window, slot = rule.window_us, rule.compiled.slot_us
     assert all(age >= 0 and units > 0 for age, units in owed)
     if rule.compiled.kind == "b":
-        unit = rule.compiled.unit_ticks
-        level, before_us = Fraction(0), now_us
-        for at, units in log:
-            level = max(Fraction(0), level - Fraction((at - before_us) * share.limit, window)) if level else level
-            level, before_us = level + units, at
-        level = max(Fraction(0), level - Fraction((now_us - before_us) * share.limit, window))
-        ticks = owed[0][1] if owed else 0
+        unit, (count, taken_us) = rule.compiled.unit_ticks, before
+        level = level_of(share, log, now_us)
+        held = level_of(share, log[:count], taken_us)
+        part = max(Fraction(0), held - Fraction((now_us - taken_us) * share.limit, window))
+        least = max(Fraction(0), held - Fraction((now_us - taken_us) * rule.limit, window))
+        again, new = owed[0] if owed else (0, 0)
         assert len(owed) <= 1
-        assert level * unit <= ticks <= rule.capacity * unit
         # A rate that had to be rounded down, for the ticks of the whole rule's capacity, lets a little more stand.
-        assert ticks <= level * unit * (1 + Fraction(1, 10**6)) + unit * Fraction(1, 1000) + 1
+        for ticks, exact in ((new, level - part), (again, part - least)) if len(log) > count else ():
+            assert exact * unit <= ticks + 1 <= rule.capacity * unit + 1
+            assert ticks <= exact * unit + unit * (level + held) * Fraction(1, 10**6) + unit * Fraction(1, 1000) + 1
         return
     found, expected = Counter[int](), Counter[int]()
     for at, units in log:

@@ -6,6 +6,7 @@ import contextlib
 import random
 import time
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import fakeredis
@@ -21,6 +22,7 @@ from tests import intervals
 from tests.clocked import EPOCH, EPOCH_KEY, RUN, ClockedScript, Lease, clocked, epoch_text, make_call, read_state
 from tests.oracle import window_start
 from tests.strategies import START_US, STRATEGIES, make_rule
+from tests.test_shares import shares_of
 
 REPAIR_US, OTHERS_US, LEARN_US, LAPSE_US = 10_000_000, 500_000, 250_000, 3_000_000
 UNKNOWN = -(2**52)
@@ -1073,3 +1075,29 @@ def test_an_assertion_ends_where_it_has_worked_enough_and_goes_on_from_there(scr
         call = make_call([(rule, key, 1)], "peek")
         call.args[1] = server.epoch
         assert call.answers(server.decide.send(script_client, NOW_US, call))[0][1] == 0
+
+
+@pytest.mark.parametrize("strategy", ["token_bucket", "leaky_bucket"])
+@pytest.mark.parametrize("processes", [1, 3, 4])
+def test_what_a_bucket_is_charged_in_parts_is_no_less_than_what_was_admitted(
+    script_client: redis.Redis, strategy: str, processes: int
+) -> None:
+    for seed in range(12):
+        rng = random.Random(f"{seed} {strategy} {processes}")
+        rule = make_rule(strategy, 40, 8_000_000, rng.choice((20, 40, 80))).compiled
+        server, now_us, calls = Server(script_client, NOW_US), NOW_US, 0
+        shares, admitted = [shares_of(processes, rank) for rank in range(processes)], []
+        eager = [rng.choice((0.05, 0.5, 1.0)) for _ in shares]
+        for turn in range(80):
+            now_us += rng.randrange(400_000)
+            for number, share in enumerate(shares):
+                asked = rng.randrange(8) if rng.random() < eager[number] else 0
+                admitted += [now_us for _ in range(asked) if share._decide(rule, "k", "=", now_us, 1)[0]]
+                # Redis is there for a moment, time and again, and at last for good.
+                if rng.random() < 0.1 or turn == 79:
+                    for *_, ages in share.take_owed(1, now_us):
+                        calls += 1
+                        server.charge(now_us, rule, str(calls), *ages[0])
+        rate = Fraction(rule.limit, rule.window_us)
+        owed = max((len(admitted) - place - rate * (now_us - at_us) for place, at_us in enumerate(admitted)), default=0)
+        assert server.left(now_us, rule) <= max(0, rule.capacity - owed), f"seed {seed}"
