@@ -1819,7 +1819,7 @@ cdef class Gathering:
         return 0
 
     cdef int tell_refusals(self, Errand errand, const int64_t* numbers, int count) except -1:
-        """Tell what of an errand the store didn't take, by pairs of an entry's number and why. Returns with which entry it goes on, or 0."""
+        """Tell what of an errand the store didn't take, by pairs of an entry's number and why. Returns where it goes on, or 0."""
         cdef int i, first = 0
         cdef dict refused = {}
         for i in range(2, count - 1, 2):

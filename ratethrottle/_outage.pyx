@@ -542,8 +542,8 @@ cdef class Shares:
 
         work: stop once they take the store about as long as so many of which only a number changes; 0: never.
 
-        A key's units come oldest first; a bucket's as (ticks that the store may have drained too early, ticks that are new). There may be fewer than `most`,
-        or none, before all is taken: `owing` is 0 then. What a key holds of the share stays.
+        A key's units come oldest first; a bucket's as (ticks that the store may have drained too early, ticks that are new).
+        There may be fewer than `most`, or none, before all is taken: `owing` is 0 then. What a key holds of the share stays.
         """
         cdef KeyTable bounds = self.bounds
         cdef list taken = []

@@ -49,11 +49,11 @@ UNITS_S: Final = {
     "w": Fraction(7 * 86400),
     "week": Fraction(7 * 86400),
 }
-WORDS: Final = ("millisecond", "second", "minute", "hour", "day", "week")  # that have a plural
+WORDS: Final = ("millisecond", "sec", "second", "min", "minute", "hr", "hour", "day", "week")  # that have a plural
 NOT_FIXED: Final = {"mo": 30, "mon": 30, "month": 30, "quarter": 90, "y": 365, "yr": 365, "year": 365}  # about so many days
 RATE_FORM: Final = (
-    'a rate is written as "1000/minute", "10/s", "100 per 5 minutes" or "5/15m", its unit one of ms, s, sec, second(s), m, '
-    "min, minute(s), h, hr, hour(s), d, day(s), w, week(s)"
+    'a rate is written as "1000/minute", "10/s", "100 per 5 minutes" or "5/15m", its unit one of ms, s, sec(s), second(s), m, '
+    "min(s), minute(s), h, hr(s), hour(s), d, day(s), w, week(s)"
 )
 
 
