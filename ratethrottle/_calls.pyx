@@ -1908,7 +1908,7 @@ cdef class Gathering:
         self.knowledge.live_until_us = max(self.knowledge.live_until_us, view_fresh_at(&bound.slot.view))
         bound.epoch = self.epoch
         if ahead > 0:
-            self.take_lease(bound, sample, rule, answer, ahead, call.sent_us, server_us, now_us)
+            self.take_lease(bound, sample, rule, terms, answer, ahead, call.sent_us, server_us, now_us)
         elif rule.lease_units == 0 and bound_fresh_at(bound) <= now_us:
             self.forget(entry.hashed)
         return 0
@@ -1993,8 +1993,8 @@ cdef class Gathering:
         bound.leasing = entry.ahead > 0
         return 0
 
-    cdef int take_lease(self, Bound* bound, PendingDecision sample, CompiledRule rule, const int64_t* answer, int64_t ahead,
-                        int64_t sent_us, int64_t server_us, int64_t now_us) except -1:
+    cdef int take_lease(self, Bound* bound, PendingDecision sample, CompiledRule rule, const Terms* terms, const int64_t* answer,
+                        int64_t ahead, int64_t sent_us, int64_t server_us, int64_t now_us) except -1:
         cdef int64_t for_us = rule.lease_us, ends_us
         if rule.terms.kind == c"f" or rule.terms.kind == c"c":  # it ends with the window
             for_us = min(for_us, rule.terms.window_us - answer[2 if rule.terms.kind == c"f" else 3])
@@ -2004,7 +2004,7 @@ cdef class Gathering:
         bound.lease_until_us = sent_us + for_us - for_us // DRIFT_SHARE - 2
         bound.keep_until_us = max(bound.keep_until_us, bound.lease_until_us + GIVE_BACK_US)
         bound.lease_at_us = server_us + lead(rule)
-        bound.lease_terms = rule.home_terms  # which `learn` has just met
+        bound.lease_terms = terms
         bound.lease_epoch = self.epoch
         ends_us = bound.lease_until_us
         heappush(self.leases, (ends_us, self.turns, sample, bound.lease_at_us))

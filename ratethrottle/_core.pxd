@@ -5,7 +5,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from ratethrottle._arithmetic cimport Outcome, Terms, View
 from ratethrottle._bound cimport Bound
-from ratethrottle._table cimport Hash128, Place, Shard, Slot
+from ratethrottle._table cimport Hash128, KeptTerms, Place, Shard, Slot
 
 
 cdef enum Policy:                            # what answers while the storage can't
@@ -68,8 +68,14 @@ cdef class KeyTable:
     cdef object clock
     cdef unsigned forks                      # of this process, when the table was last looked at
     cdef dict known                          # shape of a rule -> address of its terms
-    cdef set retired                         # addresses of terms that nothing referred to when that was last looked at
-    cdef Py_ssize_t known_most               # then it is looked at again
+    cdef KeptTerms* kept                     # all terms, the newest first, and how many
+    cdef readonly Py_ssize_t kept_terms
+    cdef Py_ssize_t known_most               # so many begin a round, which finds those that nothing refers to
+    cdef int64_t round                       # its number
+    cdef uint32_t round_shard                # the shard that it looks through next
+    cdef KeptTerms** round_at                # what points to the terms that it looks at next; NULL between two rounds
+    cdef bint letting_go                     # a step of it is being taken
+    cdef int terms_held                      # callers that hold terms while other code may run; with any, none are freed
 
     # Of a table of bounds:
     cdef uint16_t* owing_in                  # of each shard, how many of its keys owe something; NULL in another table
@@ -93,7 +99,10 @@ cdef class KeyTable:
     cdef void empty(self) noexcept
     cdef int locate(self, CompiledRule rule, bint joined, const char* data, Py_ssize_t length, Place* place) except -1
     cdef int meet(self, CompiledRule rule) except -1
-    cdef int forget_terms(self) except -1
+    cdef int64_t asked_us(self) except -1
+    cdef int let_terms_go(self) except -1
+    cdef int let_go_next(self) except -1
+    cdef void note_terms(self, Shard* shard) noexcept
     cdef void remove(self, Shard* shard, uint32_t index) noexcept
     cdef int make_room(self, Shard* shard, int64_t now_us) except -1
     cdef Slot* insert(self, Shard* shard, const Slot* slot, int64_t now_us) except NULL

@@ -21,8 +21,9 @@ from ratethrottle._arithmetic cimport (
 )
 from ratethrottle._bound cimport Bound, bound_verdict, DENIED, LEASED, OPEN, STALE
 from ratethrottle._table cimport (
-    Account, account_free, Hash128, Pair, Place, RT_PREFETCH, Shard, shard_find, shard_full, SHARD_KEYS, SHARD_ROOM_MIN, shard_place,
-    shard_rebuild, shard_remove, siphash, Slot, slot_at, slot_free, slot_fresh_at, slot_used_share, slot_views, tags_of,
+    Account, account_free, Hash128, KeptTerms, Pair, Place, RT_PREFETCH, Shard, shard_find, shard_full, SHARD_KEYS, SHARD_ROOM_MIN,
+    shard_place, shard_rebuild, shard_remove, siphash, Slot, slot_at, slot_free, slot_fresh_at, slot_used_share, slot_views, tags_of,
+    terms_met,
 )
 
 from asyncio import _get_running_loop as running_loop
@@ -196,6 +197,11 @@ cdef int64_t PASSED_US = 259_200_000_000     # of the week of 1970-01-01, a Thur
 cdef uint64_t[2 * SOURCES_MAX] nobodys       # where rules count that no limiter has installed
 
 
+cdef tuple shape_of(const Terms* terms):
+    """What tells one definition from another one; of this, all the rest follows."""
+    return (chr(terms.kind), terms.capacity, terms.window_us, terms.unit_ticks, terms.drain_ticks, terms.slot_us, terms.coarse_us)
+
+
 @cython.final
 cdef class Tally:
     pass
@@ -263,8 +269,7 @@ cdef class CompiledRule:
         return rule
 
     cdef tuple shape(self):
-        return (self.kind, self.terms.capacity, self.terms.window_us, self.terms.unit_ticks, self.terms.drain_ticks,
-                self.terms.slot_us, self.terms.coarse_us)
+        return shape_of(&self.terms)
 
     cdef tuple facts(self):
         return (self.name, self.strategy, self.kind, self.limit, *self.shape()[1:], self.lease_us, self.lease_units,
@@ -288,7 +293,8 @@ cdef class CompiledRule:
 # ------------------------------------------------------------------------------------------------------------ key table
 
 cdef enum:
-    KNOWN_MOST = 1024                        # shapes of rules, before those that nothing refers to are let go
+    KNOWN_MOST = 1024                        # definitions of rules, before those that nothing refers to are let go
+    TERMS_STEP = 64                          # of which so many are looked at for each one that is new
     EVICTION_SAMPLE = 8
     SWEEP_SLOTS = 16
     TIDY_SHARDS = 8
@@ -330,7 +336,6 @@ cdef class KeyTable:
         self.clock = clock_us
         self.forks = forks
         self.known = {}
-        self.retired = set()
         self.known_most = KNOWN_MOST
         memcpy(self.secret, PyBytes_AS_STRING(noise), 24)
         memcpy(&self.random, PyBytes_AS_STRING(noise) + 24, 8)
@@ -353,6 +358,7 @@ cdef class KeyTable:
 
     def __dealloc__(self):
         cdef uint32_t i, j
+        cdef KeptTerms* kept
         if self.shards != NULL:
             for i in range(self.shard_count):
                 for j in range(self.shards[i].room):
@@ -362,12 +368,9 @@ cdef class KeyTable:
             free(self.shards)
         free(self.owing_in)
         free(self.orphans)
-        if self.known is not None:
-            for address in self.known.values():
-                free(<void*><size_t>address)
-        if self.retired is not None:
-            for address in self.retired:
-                free(<void*><size_t>address)
+        while self.kept != NULL:
+            kept, self.kept = self.kept, self.kept.older
+            free(kept)
 
     def __len__(self):
         return self.used
@@ -411,9 +414,17 @@ cdef class KeyTable:
     cdef inline int64_t now_us(self) except -1:
         cdef timespec monotonic
         if self.clock is not None:
-            return self.clock()
+            return self.asked_us()
         clock_gettime(CLOCK_MONOTONIC, &monotonic)
         return monotonic.tv_sec * 1_000_000 + monotonic.tv_nsec // 1000 + self.clock_offset_us
+
+    cdef int64_t asked_us(self) except -1:
+        """The time by a clock that is Python. Other code may run meanwhile, so no terms are freed: a check may have been given them."""
+        self.terms_held += 1
+        try:
+            return self.clock()
+        finally:
+            self.terms_held -= 1
 
     cdef void notice_fork(self) noexcept:
         """As the first look-up of a key does."""
@@ -579,46 +590,95 @@ cdef class KeyTable:
     cdef int meet(self, CompiledRule rule) except -1:
         """Find or keep the rule's terms, which outlive it in the states that were written under it."""
         cdef tuple shape = rule.shape()
-        cdef Terms* terms
+        cdef KeptTerms* kept
         cdef bytes name = rule.name.encode()
         if shape not in self.known:
-            # Bounds are referred to from elsewhere too.
-            if len(self.known) >= self.known_most and self.shards[0].slot_bytes != sizeof(Bound):
-                self.forget_terms()
-            terms = <Terms*>malloc(sizeof(Terms))
-            if terms == NULL:
+            self.let_terms_go()
+        if shape not in self.known:              # other code, which may run meanwhile, hasn't met it either
+            kept = <KeptTerms*>malloc(sizeof(KeptTerms))
+            if kept == NULL:
                 raise MemoryError
-            terms[0] = rule.terms
-            self.known[shape] = <size_t>terms
-        rule.home_terms = <Terms*><size_t>self.known[shape]
+            kept.terms = rule.terms
+            kept.retired = False
+            try:
+                self.known[shape] = <size_t>kept
+            except BaseException:
+                free(kept)
+                raise
+            kept.older, self.kept = self.kept, kept
+            self.kept_terms += 1
+        kept = <KeptTerms*><size_t>self.known[shape]
+        kept.met_in = self.round
+        rule.home_terms = &kept.terms
         rule.home_seed = siphash(self.secret[0], self.secret[1], PyBytes_AS_STRING(name), PyBytes_GET_SIZE(name)).lo
         rule.home = self.secret[2]
         return 0
 
-    cdef int forget_terms(self) except -1:
-        """Let go of the terms under which no key was counted.
+    cdef int let_terms_go(self) except -1:
+        """Take a step towards letting go of terms that nothing refers to: one for each definition that is new.
 
-        They are freed only if that is so the next time as well: a check may be on its way with them, if the clock it reads is Python.
+        A round looks through the keys, a shard in each step, and then at all terms. It begins by having every rule met anew, so
+        that terms which are given out meanwhile are noted too. What nothing referred to in a round is given out no more; it is
+        freed if nothing refers to it in the next round either.
         """
-        cdef View[2] views
-        cdef uint32_t i, j
-        cdef int k
-        cdef set used = set()
-        for i in range(self.shard_count):
-            for j in range(self.shards[i].room):
-                if tags_of(&self.shards[i])[j]:
-                    for k in range(slot_views(slot_at(&self.shards[i], j), views)):
-                        used.add(<size_t>views[k].terms)
-        for address in self.retired - used:
-            free(<void*><size_t>address)
-        self.retired &= used
-        for shape, address in list(self.known.items()):
-            if address not in used:
-                del self.known[shape]
-                self.retired.add(address)
-        self.known_most = max(KNOWN_MOST, 2 * len(self.known), self.used // 64)
-        self.secret[2] += 1                      # every rule has to be met anew
+        if self.letting_go:                      # the step has let other code run, which is here now
+            return 0
+        self.letting_go = True
+        try:
+            if self.round_at == NULL and len(self.known) >= self.known_most:
+                self.round += 1
+                self.round_shard = 0
+                self.round_at = &self.kept
+                self.secret[2] += 1
+            if self.round_at != NULL:
+                self.let_go_next()
+        finally:
+            self.letting_go = False
         return 0
+
+    cdef int let_go_next(self) except -1:
+        cdef KeptTerms* kept
+        cdef int _step
+        if self.round_shard < self.shard_count:
+            self.note_terms(&self.shards[self.round_shard])
+            self.round_shard += 1
+            return 0
+        for _step in range(TERMS_STEP):
+            kept = self.round_at[0]
+            if kept == NULL:
+                self.round_at = NULL
+                self.known_most = max(<Py_ssize_t>KNOWN_MOST, 2 * len(self.known))
+                return 0
+            if kept.met_in != self.round and not kept.retired:
+                shape = shape_of(&kept.terms)    # other code may run here, and may meet just this definition
+                if kept.met_in != self.round:
+                    del self.known[shape]
+                    kept.retired = True
+            elif kept.met_in != self.round and self.terms_held == 0:
+                self.round_at[0] = kept.older
+                self.kept_terms -= 1
+                free(kept)
+                continue
+            self.round_at = &kept.older
+        return 0
+
+    cdef void note_terms(self, Shard* shard) noexcept:
+        """Note what the keys of a shard refer to."""
+        cdef View[2] views
+        cdef Bound* bound
+        cdef uint32_t i
+        cdef int k
+        for i in range(shard.room):
+            if not tags_of(shard)[i]:
+                continue
+            for k in range(slot_views(slot_at(shard, i), views)):
+                terms_met(views[k].terms, self.round)
+            if self.owing_in != NULL:
+                bound = <Bound*>slot_at(shard, i)
+                if bound.lease_units == 0:
+                    bound.lease_terms = NULL     # they are read only while units are left
+                elif bound.lease_terms != NULL:
+                    terms_met(bound.lease_terms, self.round)
 
     cdef inline int locate(self, CompiledRule rule, bint joined, const char* data, Py_ssize_t length, Place* place) except -1:
         """Hash a key, its UTF-8 or a tuple's joined form, and begin to fetch the shard it belongs to."""

@@ -244,9 +244,11 @@ cdef class Telling:
                 return None
         memset(&keys, 0, sizeof(Buffer))
         memset(&args, 0, sizeof(Buffer))
+        self.bounds.terms_held += 1              # it collects their addresses
         try:
             errand = self.build(&keys, &args, rows_max, ahead_us, now_us)
         finally:
+            self.bounds.terms_held -= 1
             free(keys.bytes)
             free(args.bytes)
         if errand is not None:
@@ -578,7 +580,7 @@ cdef class Knowledge:
         """Charge what was admitted here while the store was away. The marker has it charged once, however often it is told."""
         cdef Errand errand
         cdef list names = []
-        cdef list words = [rule_words(self.bounds.terms_of(item[0])) for item in owed]
+        cdef list words = [rule_words(&(<CompiledRule>item[0]).terms) for item in owed]
         cdef list rules = list(dict.fromkeys(words))
         cdef list args = [b"charge", b"%d" % len(rules), b"%d" % len(owed), *[word for rule in rules for word in rule]]
         cdef int place = 0

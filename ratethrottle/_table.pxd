@@ -26,6 +26,12 @@ cdef enum:
     SHARD_KEYS = 2048                      # keys of a full shard: rebuilding one takes well under a millisecond
     SHARD_ROOM_MIN = 8
 
+cdef struct KeptTerms:
+    Terms terms                            # first: what a view points to is one of these
+    KeptTerms* older
+    int64_t met_in                         # the last round in which anything referred to them
+    bint retired                           # nothing did in a whole round: they aren't given out any more
+
 cdef struct Pair:                          # two definitions of one rule in use, so that each has its own account
     View own
     View other
@@ -86,6 +92,11 @@ cdef inline void slot_copy(const Shard* shard, Slot* target, const Slot* source)
         target[0] = source[0]
     else:
         memcpy(target, source, shard.slot_bytes)
+
+
+cdef inline void terms_met(const Terms* terms, int64_t round_) noexcept nogil:
+    """Note that something refers to terms that a table keeps."""
+    (<KeptTerms*>terms).met_in = round_
 
 
 cdef inline uint64_t rotl(uint64_t x, int by) noexcept nogil:
