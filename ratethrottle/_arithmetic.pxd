@@ -5,7 +5,6 @@ function reads a clock.
 """
 
 from libc.stdint cimport int64_t, uint32_t
-from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memmove
 
 
@@ -27,6 +26,13 @@ cdef extern from *:
     bint RT_DEBUG
     void RT_INVARIANT(bint what) noexcept nogil
     bint RT_OVERFLOWS(int64_t a, int64_t b, int64_t* product) noexcept nogil
+
+
+cdef extern from "Python.h":
+    # Windows, accounts and names come from Python's allocator: an arena of it goes back to the system once all that was in it is freed.
+    # Whoever calls these holds the GIL.
+    void* piece_new "PyMem_Malloc"(size_t size) noexcept nogil
+    void piece_free "PyMem_Free"(void* piece) noexcept nogil
 
 
 cdef enum:
@@ -119,7 +125,7 @@ cdef inline int64_t reach_end(const Terms* terms, int64_t now_us) noexcept nogil
 
 
 cdef inline Window* window_new(uint32_t room) noexcept nogil:
-    cdef Window* window = <Window*>malloc(sizeof(Window) + (room - 1) * sizeof(Units))
+    cdef Window* window = <Window*>piece_new(sizeof(Window) + (room - 1) * sizeof(Units))
     if window != NULL:
         window.total = 0
         window.first = 0
@@ -178,7 +184,7 @@ cdef inline int window_push(Window** owner, bint exact, int64_t at_us, int64_t u
                 larger.total = window.total
                 larger.count = window.count
                 memcpy(larger.entries, window.entries, window.count * sizeof(Units))
-                free(window)
+                piece_free(window)
                 owner[0] = window = larger
         window.entries[window.first + window.count] = Units(at_us, units)
         window.count += 1
@@ -457,7 +463,7 @@ cdef inline int64_t view_reach(const Terms* terms) noexcept nogil:
 
 cdef inline void view_free(View* view) noexcept nogil:
     if view.terms.kind == c"s":
-        free(view.amount.window)
+        piece_free(view.amount.window)
 
 
 cdef inline void view_audit(const View* view, int64_t now_us) noexcept nogil:

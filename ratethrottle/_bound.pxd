@@ -5,11 +5,10 @@ says no, the answer is no. A lease is units that the store has counted already a
 """
 
 from libc.stdint cimport int64_t, uint32_t
-from libc.stdlib cimport free
 
 from ratethrottle._arithmetic cimport (
-    Counts, judge, KEEP, NO_MEMORY, Outcome, report, same_definition, Terms, Units, View, view_free, view_reach, view_roll, Window,
-    window_live, window_new,
+    Counts, judge, KEEP, NO_MEMORY, Outcome, piece_free, report, same_definition, Terms, Units, View, view_free, view_reach, view_roll,
+    Window, window_live, window_new,
 )
 from ratethrottle._table cimport Account, NamedSlot, named_fresh_at, Slot
 
@@ -152,7 +151,7 @@ cdef inline int know_window(View* known, const Terms* rule, const int64_t* answe
         window = window_new(KNOWN_ENTRIES)
         if window == NULL:
             return NO_MEMORY
-        free(known.amount.window)
+        piece_free(known.amount.window)
         known.amount.window = window
     window.first = window.count = 0
     window.total = 0

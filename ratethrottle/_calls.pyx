@@ -12,7 +12,7 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memset
 
 from ratethrottle._arithmetic cimport (
-    answer_length, KEEP, NEVER, Outcome, same_definition, take_answer, Terms, UNITS_MAX, view_free, view_fresh_at,
+    answer_length, KEEP, NEVER, Outcome, piece_free, same_definition, take_answer, Terms, UNITS_MAX, view_free, view_fresh_at,
 )
 from ratethrottle._bound cimport Bound, bound_fresh_at, bound_learn, bound_verdict, DENIED, DRIFT_SHARE, LEASED, OPEN
 from ratethrottle._core cimport (
@@ -55,6 +55,7 @@ cdef enum:
     BEAT_US = 500_000                        # between two beats of a process that is busy
     IDLE_BEAT_US = 1_000_000                 # and of one that isn't
     EVICTED_US = 5_000_000                   # between two questions whether Redis evicts keys
+    FREE_US = 10_000                         # between two shards that are freed, of those that a clear() has emptied
     LOOK_US = 1_000                          # what has run out of time is judged so much later: first what has come is read
     BLOCKED_US = 10_000                      # a timer that is so late tells that the loop was kept from its work
     SPARES_MAX = 2
@@ -579,6 +580,7 @@ cdef class Gathering:
     cdef bint beating
     cdef bint named                          # how keys are called was said on this connection, and is that in this epoch
     cdef bint telling_soon                   # the loop is about to call `_tell_on`
+    cdef bint freeing_soon                   # or `_free_on`
     cdef int64_t beaten_us                   # when the last beat was answered
     cdef int64_t heard_us                    # when anything was
     cdef int64_t evicted                     # keys that this run of the server has evicted; −1 before the first beat
@@ -1028,6 +1030,7 @@ cdef class Gathering:
             self.knowledge.marks = 0
             self.knowledge.rank_of = -1      # of which set it was, a mark finds out
         self.bounds.tidy(now_us)
+        self.free_emptied()
         self.tell()
         self.wind_beat(now_us)
 
@@ -1083,6 +1086,20 @@ cdef class Gathering:
         """Go on with what takes longer than the loop should stand still."""
         self.telling_soon = False
         self.tell()
+
+    cdef int free_emptied(self) except -1:
+        """Free what a `clear()` has emptied a shard at a time, while the loop goes on."""
+        if self.bounds.emptied_count and not self.freeing_soon:
+            self.freeing_soon = True
+            self.loop.call_later(FREE_US / 1e6, self._free_on, context=self.context)
+        return 0
+
+    def _free_on(self):
+        """Free the next shard."""
+        self.freeing_soon = False
+        if not self.ended:
+            self.bounds.free_emptied()
+            self.free_emptied()
 
     cdef int rows_max(self) noexcept:
         """How many keys an assertion has, so that those of all processes together take the store no longer than a check can wait."""
@@ -1895,7 +1912,7 @@ cdef class Gathering:
                 fresh.name = self.layout.name_new(sample, &fresh.name_size)
                 bound = <Bound*>self.bounds.insert(shard, &fresh.slot, now_us)
             except BaseException:
-                free(fresh.name)
+                piece_free(fresh.name)
                 view_free(&fresh.slot.view)
                 raise
         else:

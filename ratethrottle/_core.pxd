@@ -81,7 +81,8 @@ cdef class KeyTable:
     cdef uint16_t* owing_in                  # of each shard, how many of its keys owe something; NULL in another table
     cdef readonly int64_t owing              # all of them
     cdef uint32_t tidy_hand                  # the shard that is tidied next
-    cdef int64_t tidied                      # keys that were let go of so since memory was last given back
+    cdef Shard* emptied                      # those that are still to be freed, and how many
+    cdef readonly size_t emptied_count
     cdef int away                            # gatherings whose store is away
     cdef Orphan* orphans                     # a ring of ORPHANS_MAX
     cdef int64_t orphan_count                # how many there ever were
@@ -97,6 +98,7 @@ cdef class KeyTable:
     cdef void forked(self) noexcept
     cdef void notice_fork(self) noexcept
     cdef void empty(self) noexcept
+    cdef void free_emptied(self) noexcept
     cdef int locate(self, CompiledRule rule, bint joined, const char* data, Py_ssize_t length, Place* place) except -1
     cdef int meet(self, CompiledRule rule) except -1
     cdef int64_t asked_us(self) except -1

@@ -10,7 +10,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.unicode cimport PyUnicode_AsUTF8String
 from cpython.object cimport PyObject, PyTypeObject
 from libc.stdint cimport int64_t, uint16_t, uint32_t
-from libc.stdlib cimport calloc, free, malloc
+from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memset
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 
@@ -21,8 +21,8 @@ from ratethrottle._arithmetic cimport (
 )
 from ratethrottle._bound cimport Bound, bound_verdict, DENIED, LEASED, OPEN, STALE
 from ratethrottle._table cimport (
-    Account, account_free, Hash128, KeptTerms, Pair, Place, RT_PREFETCH, Shard, shard_find, shard_full, SHARD_KEYS, SHARD_ROOM_MIN,
-    shard_place, shard_rebuild, shard_remove, siphash, Slot, slot_at, slot_free, slot_fresh_at, slot_used_share, slot_views, tags_of,
+    Account, account_free, free_pages, Hash128, KeptTerms, Pair, Place, RT_PREFETCH, Shard, shard_find, shard_full, SHARD_KEYS, shard_free,
+    SHARD_ROOM_MIN, shard_place, shard_rebuild, shard_remove, siphash, Slot, slot_at, slot_fresh_at, slot_used_share, slot_views, tags_of,
     terms_met,
 )
 
@@ -47,18 +47,6 @@ cdef extern from *:
     """
     unsigned forks "rt_forks"
     int count_forks "rt_count_forks"() noexcept
-
-cdef extern from *:
-    """
-    /* Small pieces that were freed between others stay with the process otherwise. */
-    #ifdef __GLIBC__
-    #include <malloc.h>
-    static void rt_trim(void) { malloc_trim(0); }
-    #else
-    static void rt_trim(void) {}
-    #endif
-    """
-    void give_memory_back "rt_trim"() noexcept
 
 if count_forks():
     raise MemoryError
@@ -298,7 +286,6 @@ cdef enum:
     EVICTION_SAMPLE = 8
     SWEEP_SLOTS = 16
     TIDY_SHARDS = 8
-    TRIM_KEYS = 32_768                       # let go of, and memory goes back to the system: that takes a few ms
     ORPHANS_MAX = 1024
 
 
@@ -357,15 +344,15 @@ cdef class KeyTable:
         self.clock_offset_us = (wall.tv_sec - monotonic.tv_sec) * 1_000_000 + (wall.tv_nsec - monotonic.tv_nsec) // 1000
 
     def __dealloc__(self):
-        cdef uint32_t i, j
+        cdef uint32_t i
         cdef KeptTerms* kept
         if self.shards != NULL:
             for i in range(self.shard_count):
-                for j in range(self.shards[i].room):
-                    if tags_of(&self.shards[i])[j]:
-                        slot_free(&self.shards[i], slot_at(&self.shards[i], j))
-                free(self.shards[i].slots)
+                shard_free(&self.shards[i])
             free(self.shards)
+        while self.emptied_count:
+            self.free_emptied()
+        free(self.emptied)
         free(self.owing_in)
         free(self.orphans)
         while self.kept != NULL:
@@ -511,7 +498,6 @@ cdef class KeyTable:
         cdef Shard* shard
         cdef uint32_t i, fresh
         cdef int _shard
-        cdef int64_t before = self.used
         for _shard in range(<int>min(self.shard_count, <uint32_t>TIDY_SHARDS)):
             self.tidy_hand = self.tidy_hand + 1 if self.tidy_hand + 1 < self.shard_count else 0
             shard = &self.shards[self.tidy_hand]
@@ -520,14 +506,11 @@ cdef class KeyTable:
                 fresh += tags_of(shard)[i] and slot_fresh_at(shard, slot_at(shard, i)) <= now_us
             if fresh * 4 > shard.room or shard.room > SHARD_ROOM_MIN and (shard.used - fresh) * 2 < shard.room:
                 self.rebuild(shard, now_us)
-        self.tidied += before - self.used
-        if self.tidied >= TRIM_KEYS or self.used == before and self.tidied >= TRIM_KEYS // 8:
-            self.tidied = 0
-            give_memory_back()
         return 0
 
     cdef int rebuild(self, Shard* shard, int64_t now_us) except -1:
         """Leave out the keys of a shard that are fresh again."""
+        cdef Shard before = shard[0]
         cdef Bound* bound
         cdef uint32_t i
         if self.owing_in != NULL:
@@ -541,21 +524,39 @@ cdef class KeyTable:
             self.used += shard.used
             raise MemoryError
         self.used += shard.used
+        if self.owing_in != NULL and shard.room < before.room:
+            free_pages(before.slots, before.room * (before.slot_bytes + 1))
+        else:
+            free(before.slots)
         return 0
 
     cdef void empty(self) noexcept:
-        """Let go of every key."""
+        """Let go of every key, and of what was admitted here. `free_emptied` frees them: for a million keys that takes up to a second."""
         cdef Shard* shard
-        cdef uint32_t i, j
+        cdef Shard* room = <Shard*>realloc(self.emptied, (self.emptied_count + self.shard_count) * sizeof(Shard))
+        cdef size_t before = self.emptied_count
+        cdef uint32_t i
+        if room != NULL:
+            self.emptied = room
         for i in range(self.shard_count):
             shard = &self.shards[i]
-            for j in range(shard.room):
-                if tags_of(shard)[j]:
-                    slot_free(shard, slot_at(shard, j))
-            free(shard.slots)
+            if room == NULL:
+                shard_free(shard)
+            elif shard.slots != NULL:
+                self.emptied[self.emptied_count] = shard[0]
+                self.emptied_count += 1
             shard.slots = NULL
             shard.room = shard.used = shard.hand = 0
-        self.used = 0
+            self.owing_in[i] = 0
+        self.used = self.owing = 0
+        self.terms_held += before == 0 and self.emptied_count > 0  # to free a key takes its terms
+
+    cdef void free_emptied(self) noexcept:
+        """Free a shard of those that were emptied, in about 1 ms."""
+        if self.emptied_count:
+            self.emptied_count -= 1
+            shard_free(&self.emptied[self.emptied_count])
+            self.terms_held -= self.emptied_count == 0
 
     cdef Terms* terms_of(self, CompiledRule rule) except NULL:
         while rule.home != self.secret[2]:

@@ -4,9 +4,10 @@
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport uint32_t
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport free
 from libc.string cimport memchr, memcpy, memset
 
+from ratethrottle._arithmetic cimport piece_new
 from ratethrottle._core cimport CHECK, CompiledRule, Entry, MADE, Mode, PendingDecision, WHOLE
 from ratethrottle._resp cimport Buffer, buffer_room, digits, put, put_bulk, put_head
 
@@ -116,7 +117,7 @@ cdef class Layout:
             self.put_key(&buffer, pending)
             name = <const char*>memchr(buffer.bytes, c"\n", buffer.used) + 1
             size[0] = buffer.bytes + buffer.used - name - 2
-            kept = <char*>malloc(size[0])
+            kept = <char*>piece_new(size[0])
             if kept == NULL:
                 raise MemoryError
             memcpy(kept, name, size[0])

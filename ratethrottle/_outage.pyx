@@ -9,13 +9,12 @@ against the caller: N processes that begin from the same knowledge admit no more
 cimport cython
 from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint32_t
-from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from ratethrottle._arithmetic cimport (
-    ceil_div, Counts, judge, KEEP, NO_MEMORY, Outcome, report, RT_OVERFLOWS, same_definition, settle, Terms, Units, UNITS_MAX, View,
-    view_ahead, view_audit, view_charge_other, view_derive, view_free, view_rebase, view_roll, Window, window_clone, window_drop,
-    window_live, window_new, window_push, window_start,
+    ceil_div, Counts, judge, KEEP, NO_MEMORY, Outcome, piece_free, piece_new, report, RT_OVERFLOWS, same_definition, settle, Terms,
+    Units, UNITS_MAX, View, view_ahead, view_audit, view_charge_other, view_derive, view_free, view_rebase, view_roll, Window,
+    window_clone, window_drop, window_live, window_new, window_push, window_start,
 )
 from ratethrottle._bound cimport aged_late, Bound, bound_learn
 from ratethrottle._core cimport CHECK, CompiledRule, KeyTable, PEEK, PendingDecision
@@ -164,7 +163,7 @@ cdef int window_join(Window** own, const Window* other, bint exact) noexcept nog
             b += 1
         if max(a_left, b_left) < before:
             window_push(&joined, exact, at_us, before - max(a_left, b_left))  # it has room
-    free(own[0])
+    piece_free(own[0])
     own[0] = joined
     return KEEP
 
@@ -513,7 +512,7 @@ cdef class Shares:
         cdef Account* account
         if bound[0] == NULL:
             bound[0] = self.add_bound(pending, table_us, shard[0])
-        account = <Account*>malloc(sizeof(Account))
+        account = <Account*>piece_new(sizeof(Account))
         if account == NULL:
             raise MemoryError
         account[0] = fresh[0]
@@ -533,7 +532,7 @@ cdef class Shares:
             bound.name = self.layout.name_new(pending, &bound.name_size)
             return <Bound*>self.bounds.insert(shard, &bound.slot, now_us)
         except BaseException:
-            free(bound.name)
+            piece_free(bound.name)
             view_free(&bound.slot.view)
             raise
 

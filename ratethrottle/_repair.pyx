@@ -383,7 +383,6 @@ cdef class Knowledge:
 
     def forget_all(self):
         """Know nothing of any key, and owe nothing: everything was cleared."""
-        self.shares.clear()
         self.bounds.empty()
         self.errands = deque()
         self.out = set()

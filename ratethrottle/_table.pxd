@@ -9,7 +9,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
-from ratethrottle._arithmetic cimport KEEP, NO_MEMORY, Terms, View, view_free, view_fresh_at, view_used
+from ratethrottle._arithmetic cimport KEEP, NO_MEMORY, piece_free, Terms, View, view_free, view_fresh_at, view_used
 
 
 cdef extern from *:
@@ -17,7 +17,23 @@ cdef extern from *:
     #define RT_PREFETCH(address) __builtin_prefetch(address)
     /* Its caller holds the GIL; what is dropped is a Share, which runs no Python code when it goes. */
     static inline void rt_drop(PyObject *held) { Py_XDECREF(held); }
+
+    /* Frees a block that isn't needed again soon. Its pages go back to the system, wherever it lies in the heap; free() alone gives
+       back only the heap's end. malloc_trim() would lock the heap for about 0.1 ms per MB, on whatever thread it runs. */
+    #include <stdint.h>
+    #include <stdlib.h>
+    #include <sys/mman.h>
+    #include <unistd.h>
+    static __attribute__((noinline, cold)) void rt_free_pages(void *block, size_t size) {
+    #ifdef __linux__
+        uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), first = ((uintptr_t)block + page - 1) / page * page;
+        uintptr_t last = ((uintptr_t)block + size) / page * page;
+        if (block != NULL && last > first) madvise((void *)first, last - first, MADV_DONTNEED);
+    #endif
+        free(block);
+    }
     """
+    void free_pages "rt_free_pages"(void* block, size_t size) noexcept nogil
     void RT_PREFETCH(const void* address) noexcept nogil
     void rt_drop(PyObject* held) noexcept nogil
 
@@ -198,7 +214,7 @@ cdef inline void account_free(Account* account) noexcept nogil:
     view_free(&account.held)
     view_free(&account.owed)
     rt_drop(account.share)
-    free(account)
+    piece_free(account)
 
 
 cdef inline int64_t named_fresh_at(const NamedSlot* named) noexcept nogil:
@@ -239,12 +255,21 @@ cdef inline void slot_free(const Shard* shard, Slot* slot) noexcept nogil:
     cdef View[2] views
     cdef int i, count = slot_views(slot, views)
     if shard.slot_bytes != sizeof(Slot):
-        free((<NamedSlot*>slot).name)
+        piece_free((<NamedSlot*>slot).name)
         account_free((<NamedSlot*>slot).account)
     for i in range(count):
         view_free(&views[i])
     if slot.view.terms == NULL:
         free(slot.view.amount.pair)
+
+
+cdef inline void shard_free(Shard* shard) noexcept nogil:
+    """Give back all that a shard has; the shard itself stays as it is."""
+    cdef uint32_t i
+    for i in range(shard.room):
+        if tags_of(shard)[i]:
+            slot_free(shard, slot_at(shard, i))
+    free_pages(shard.slots, shard.room * (shard.slot_bytes + 1))
 
 
 cdef inline int64_t shard_find(const Shard* shard, Hash128 hashed) noexcept nogil:
@@ -304,7 +329,10 @@ cdef inline void shard_remove(Shard* shard, uint32_t hole) noexcept nogil:
 
 
 cdef inline int shard_rebuild(Shard* shard, int64_t now_us) noexcept nogil:
-    """Leave out the keys that are fresh again and make room for a third more than the rest. Returns NO_MEMORY or KEEP."""
+    """Leave out the keys that are fresh again and make room for a third more than the rest. Returns NO_MEMORY or KEEP.
+
+    The slots of before are the caller's to free, once it has the new ones.
+    """
     cdef Shard rebuilt
     cdef uint32_t i, kept = 0
     for i in range(shard.room):
@@ -324,7 +352,6 @@ cdef inline int shard_rebuild(Shard* shard, int64_t now_us) noexcept nogil:
             shard_place(&rebuilt, slot_at(shard, i))
         else:
             slot_free(shard, slot_at(shard, i))
-    free(shard.slots)
     shard[0] = rebuilt
     return KEEP
 

@@ -13,6 +13,7 @@ from ratethrottle import Decision, RateThrottleCore, RateThrottleRule, create_li
 from ratethrottle._core import KeyTable
 from ratethrottle._layout import Layout
 from ratethrottle._outage import Shares
+from ratethrottle._repair import Knowledge
 from tests.strategies import START_US, STRATEGIES
 
 pytestmark = pytest.mark.redis
@@ -117,3 +118,27 @@ def test_terms_of_keys_that_go_are_let_go(max_keys: int) -> None:
         shares._decide(changing(limit).compiled, f"key {limit % 7}", "=", START_US + limit, 1)
         most = max(most, table.kept_terms)
     assert 1_024 <= most < 2 * (1_024 + max_keys // 2_048 + 64)
+
+
+def test_terms_are_kept_for_keys_that_are_still_to_be_freed() -> None:
+    """A clear() leaves keys behind, which are freed a shard at a time, each as its definition asks for."""
+    table = KeyTable(1_000, clock_us=lambda: START_US, bounds=True)
+    knowledge = Knowledge(table, Layout(b"p", 64), 1)
+    for limit in range(1_000):
+        rule = RateThrottleRule("rule", 10 + limit, HOUR_S, strategy=STRATEGIES[limit % len(STRATEGIES)]).compiled
+        knowledge.shares._decide(rule, f"key {limit}", "=", START_US, 1)
+    knowledge.forget_all()
+    assert (len(table), knowledge.shares.owing) == (0, 0)
+    assert table.emptied_count == 1
+    for limit in range(5_000):
+        knowledge.shares._decide(changing(10**6 + limit).compiled, "nobody", "=", START_US, 1, consume=False)
+    assert table.kept_terms >= 6_000
+
+
+def test_a_clear_of_nothing_keeps_no_terms() -> None:
+    table = KeyTable(1_000, clock_us=lambda: START_US, bounds=True)
+    knowledge = Knowledge(table, Layout(b"p", 64), 1)
+    knowledge.forget_all()
+    for limit in range(5_000):
+        knowledge.shares._decide(changing(10**6 + limit).compiled, "nobody", "=", START_US, 1, consume=False)
+    assert table.kept_terms < 2_300
