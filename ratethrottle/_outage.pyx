@@ -374,8 +374,9 @@ cdef int owed_level(list ages, const Account* account, int64_t level_ticks, Comp
     cdef int64_t again_ticks = max(<int64_t>0, part_ticks - still_charged(account, whole, now_us))
     cdef int64_t most_ticks = whole.capacity * whole.unit_ticks
     if level_ticks > part_ticks:
-        ages.append((scaled_up(again_ticks, whole.unit_ticks, owed.unit_ticks, most_ticks),
-                     scaled_up(level_ticks - part_ticks, whole.unit_ticks, owed.unit_ticks, most_ticks)))
+        if again_ticks:
+            ages.append((now_us - account.taken_newest_us, scaled_up(again_ticks, whole.unit_ticks, owed.unit_ticks, most_ticks)))
+        ages.append((0, scaled_up(level_ticks - part_ticks, whole.unit_ticks, owed.unit_ticks, most_ticks)))
     return 0
 
 
@@ -541,8 +542,9 @@ cdef class Shares:
 
         work: stop once they take the store about as long as so many of which only a number changes; 0: never.
 
-        A key's units come oldest first; a bucket's as (ticks that the store may have drained too early, ticks that are new).
-        There may be fewer than `most`, or none, before all is taken: `owing` is 0 then. What a key holds of the share stays.
+        A key's units come oldest first. A bucket's are ticks of the rule: new ones of age 0, and before them such as were taken
+        before, of which the newest is so old: the store may have drained them too early. There may be fewer than `most`, or none,
+        before all is taken: `owing` is 0 then. What a key holds of the share stays.
         """
         cdef KeyTable bounds = self.bounds
         cdef list taken = []
@@ -602,6 +604,7 @@ cdef class Shares:
                 account.owed.amount.level_ticks = 0
             account.taken_ticks = account.owed.amount.level_ticks
             account.taken_us = now_us
+            account.taken_newest_us = account.newest_us
             owed_level(ages, &before, owed.amount.level_ticks, share.rule, now_us)
             return (share.rule, name, hashed, newest_age_us, ages) if ages else None
         if view_derive(&account.owed, owed.terms, NULL, now_us) == NO_MEMORY:

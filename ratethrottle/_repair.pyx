@@ -54,9 +54,9 @@ cdef int64_t reset_reach(const Terms* terms) noexcept:
     return 2 * view_reach(terms) if terms.kind == c"b" else view_reach(terms)
 
 
-cdef bint age_counts(CompiledRule rule) noexcept:
-    """A bucket is told what it holds, not since when: that stays, which is too strict by what has drained meanwhile."""
-    return rule.terms.kind != c"b"
+cdef bint ages_on(CompiledRule rule, int64_t age_us) noexcept:
+    """A bucket is told what is new, not since when: that stays, which is too strict by what has drained meanwhile."""
+    return rule.terms.kind != c"b" or age_us > 0
 
 
 @cython.final
@@ -572,7 +572,7 @@ cdef class Knowledge:
         if errand.owed is None or past_us <= 0:
             return errand
         return self.charge([(rule, name, hashed, newest + past_us,
-                             [(age + past_us if age_counts(rule) else age, units) for age, units in ages])
+                             [(age + past_us if ages_on(rule, age) else age, units) for age, units in ages])
                             for rule, name, hashed, newest, ages in errand.owed], errand.marker, now_us)
 
     cdef Errand charge(self, list owed, bytes marker, int64_t now_us):

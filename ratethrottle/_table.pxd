@@ -61,7 +61,8 @@ cdef struct Account:                       # what a process admits of a key whil
     View held                              # by the share's terms: a share of what was known, and what was admitted here
     View owed                              # by its `owed`: what was admitted here, and not taken yet; of a bucket, also what was
     int64_t taken_ticks                    # of a bucket: what was owed in all when it was taken last
-    int64_t taken_us                       # and when that was, in the store's time
+    int64_t taken_us                       # when that was, in the store's time
+    int64_t taken_newest_us                # and when the newest of it was admitted
     PyObject* share                        # owned: the Share that both views point into
     int64_t outage                         # the one in which it last met what was known
     int64_t met_us                         # and when that had been heard: a bound's received_us

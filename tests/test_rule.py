@@ -114,7 +114,6 @@ def test_rates_are_read_as_people_write_them(rate: str, limit: int, window_us: i
         "10/mss",
         "10/hs",
         "10/ws",
-        "10/ws",
         "10/secondss",
     ],
 )

@@ -339,8 +339,9 @@ def check_owed(
         held = level_of(share, log[:count], taken_us)
         part = max(Fraction(0), held - Fraction((now_us - taken_us) * share.limit, window))
         least = max(Fraction(0), held - Fraction((now_us - taken_us) * rule.limit, window))
-        again, new = owed[0] if owed else (0, 0)
-        assert len(owed) <= 1
+        new, again = (sum(ticks for age, ticks in owed if (age == 0) == is_new) for is_new in (True, False))
+        newest_us = log[max(0, count - 1)][0] if log else 0
+        assert [age for age, _ in owed] in ([], [0], [now_us - newest_us, 0])
         # A rate that had to be rounded down, for the ticks of the whole rule's capacity, lets a little more stand.
         for ticks, exact in ((new, level - part), (again, part - least)) if len(log) > count else ():
             assert exact * unit <= ticks + 1 <= rule.capacity * unit + 1

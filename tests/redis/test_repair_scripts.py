@@ -1041,7 +1041,7 @@ def test_of_an_errand_each_entry_is_refused_alone(script_client: redis.Redis) ->
     told = server.run("repair", ["a", "b", "c", "d"], NOW_US, "assert", server.epoch, 2, 4, *words, *strange, *entries, "p", 0, 1)
     assert told == [NOW_US, 2, 2, 1, 3, 1]
     assert [bool(script_client.exists(key)) for key in "abcd"] == [True, False, False, True]
-    charges = (1, 1, 0, 1, 0, known, 2, 1, 0, 1, 0, 2**52 + 1, 3, 2, 0, 1, 0, known, 4, 1, 0, 2, 0, 1, 0, 1)
+    charges = (1, 1, 0, 1, 0, known, 2, 1, 0, 1, 0, 2**52 + 1, 3, 2, 0, 1, 0, known, 4, 1, 0, 3, 0, 1, 0, 1, 0, 1)
     told = server.run("repair", ["a", "b", "c", "d", "m"], NOW_US, "charge", server.epoch, 2, 4, *words, *strange, *charges)
     assert told == [NOW_US, 1, 2, 1, 3, 1, 4, 1]
 
@@ -1097,7 +1097,7 @@ def test_what_a_bucket_is_charged_in_parts_is_no_less_than_what_was_admitted(
                 if rng.random() < 0.1 or turn == 79:
                     for *_, ages in share.take_owed(1, now_us):
                         calls += 1
-                        server.charge(now_us, rule, str(calls), *ages[0])
+                        server.charge(now_us, rule, str(calls), *(number for charge in ages for number in charge))
         rate = Fraction(rule.limit, rule.window_us)
         owed = max((len(admitted) - place - rate * (now_us - at_us) for place, at_us in enumerate(admitted)), default=0)
         assert server.left(now_us, rule) <= max(0, rule.capacity - owed), f"seed {seed}"

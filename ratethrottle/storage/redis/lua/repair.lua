@@ -15,7 +15,8 @@
 -- told_us: the server's time, before the epoch, when that was heard; 0 if it was in an older one than the process knew. Of assertions the
 -- teller comes last: who tells, and how far it has come (telling.lua), which may be all that there is to say; and the number of the entry
 -- to begin with. A call ends where it has worked for about a millisecond: that entry and all behind it are deferred, to be sent again.
--- A charge of b is: again_ticks ticks.
+-- Units of b are ticks, in two charges at most: those of age 0 are new; others, of which the newest is so old, were
+-- charged before, and may have drained too early.
 -- newest_us is the age of the newest of a key's charges: what is older than its last reset is not counted.
 -- A call that charges is run once, however often it is sent: the marker tells. `applied` counts the entries that were taken in. An entry
 -- with a number out of range, or of a rule with one, is refused alone, and so is one whose state can't be read, which stays as it is.
@@ -248,10 +249,19 @@ end
 
 -- Counts ticks that are new, and, up to the capacity, such as were charged before and may have drained too early: a process owes by its
 -- share of the rate, while the state drains by all of it.
-local function charge_bucket(v, rule, again, ticks)
-  v.level = min(v.level + ticks, max(v.level, 2 * rule.cap * v.unit))
+local function charge_bucket(v, h, rule, charges)
+  local again, new = 0, 0
+  for i = 1, #charges do
+    local age, ticks = charges[i][1], charges[i][2]
+    if age == 0 then
+      new = new + ticks
+    elseif now - age > h.generation then
+      again = again + ticks
+    end
+  end
+  v.level = min(v.level + new, max(v.level, 2 * rule.cap * v.unit))
   v.level = min(v.level + again, max(v.level, rule.cap * v.unit))
-  return floor((ticks + v.unit - 1) / v.unit)
+  return floor((new + v.unit - 1) / v.unit)
 end
 
 local KEYS, ARGV, refuse = KEYS, ARGV, redis.error_reply
@@ -296,10 +306,10 @@ if charges then
     local key, rule = key_and_rule(at)
     local kind, newest, count = rule and rule.kind, number(ARGV[at + 3], 0, EXACT_MAX), number(ARGV[at + 4], 1, 128)
     if not count then return refuse('RATETHROTTLE a count of charges is out of range') end
-    local entry, fits = {key = key, rule = rule, newest = newest}, key and newest and (kind ~= 'b' or count == 1)
+    local entry, fits = {key = key, rule = rule, newest = newest}, key and newest and (kind ~= 'b' or count <= 2)
     at = at + 4
     for j = 1, count do
-      local age, units = number(ARGV[at + 1], 0, kind == 'b' and TICKS or EXACT_MAX), number(ARGV[at + 2], 1, kind == 'b' and TICKS or UNITS_MAX)
+      local age, units = number(ARGV[at + 1], 0, EXACT_MAX), number(ARGV[at + 2], 1, kind == 'b' and TICKS or UNITS_MAX)
       fits, entry[j], at = fits and age and units and true, {age, units}, at + 2
     end
     -- The oldest comes first, so that they are merged as they are.
@@ -338,7 +348,7 @@ local function taken_in(entry)
   if charges and h.generation > 0 and now - entry.newest <= h.generation then
     return false
   elseif charges then
-    local counted = rule.kind == 'b' and charge_bucket(own, rule, entry[1][1], entry[1][2]) or charge(own, h, entry)
+    local counted = rule.kind == 'b' and charge_bucket(own, h, rule, entry) or charge(own, h, entry)
     if other then charge(other, h, rule.kind == 'b' and {{0, counted}} or entry) end
     h.granted = min(h.granted + counted, UNITS_MAX)
   elseif entry.generation < h.generation then
