@@ -342,10 +342,15 @@ def check_owed(
         new, again = (sum(ticks for age, ticks in owed if (age == 0) == is_new) for is_new in (True, False))
         newest_us = log[max(0, count - 1)][0] if log else 0
         assert [age for age, _ in owed] in ([], [0], [now_us - newest_us, 0])
-        # A rate that had to be rounded down, for the ticks of the whole rule's capacity, lets a little more stand.
-        for ticks, exact in ((new, level - part), (again, part - least)) if len(log) > count else ():
-            assert exact * unit <= ticks + 1 <= rule.capacity * unit + 1
-            assert ticks <= exact * unit + unit * (level + held) * Fraction(1, 10**6) + unit * Fraction(1, 1000) + 1
+        if len(log) > count:
+            # A rate that had to be rounded down, for the ticks of the whole rule's capacity, lets a little more stand, which is taken then.
+            assert (level - least) * unit <= (new + again) * (1 + Fraction(1, 10**9)) + 1, (
+                "all of it together is never too little"
+            )
+            slack = unit * (level + held) * Fraction(1, 10**6) + unit * Fraction(1, 1000) + 1
+            for ticks, exact in ((new, level - part), (again, part - least)):
+                assert ticks <= rule.capacity * unit
+                assert abs(ticks - exact * unit) <= slack
         return
     found, expected = Counter[int](), Counter[int]()
     for at, units in log:
