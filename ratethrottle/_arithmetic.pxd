@@ -7,6 +7,8 @@ function reads a clock.
 from libc.stdint cimport int64_t, uint32_t
 from libc.string cimport memcpy, memmove
 
+from ratethrottle._pieces cimport piece_free, piece_new
+
 
 cdef extern from *:
     """
@@ -26,13 +28,6 @@ cdef extern from *:
     bint RT_DEBUG
     void RT_INVARIANT(bint what) noexcept nogil
     bint RT_OVERFLOWS(int64_t a, int64_t b, int64_t* product) noexcept nogil
-
-
-cdef extern from "Python.h":
-    # Windows, accounts and names come from Python's allocator: an arena of it goes back to the system once all that was in it is freed.
-    # Whoever calls these holds the GIL.
-    void* piece_new "PyMem_Malloc"(size_t size) noexcept nogil
-    void piece_free "PyMem_Free"(void* piece) noexcept nogil
 
 
 cdef enum:

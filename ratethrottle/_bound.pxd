@@ -7,9 +7,10 @@ says no, the answer is no. A lease is units that the store has counted already a
 from libc.stdint cimport int64_t, uint32_t
 
 from ratethrottle._arithmetic cimport (
-    Counts, judge, KEEP, NO_MEMORY, Outcome, piece_free, report, same_definition, Terms, Units, View, view_free, view_reach, view_roll,
+    Counts, judge, KEEP, NO_MEMORY, Outcome, report, same_definition, Terms, Units, View, view_free, view_reach, view_roll,
     Window, window_live, window_new,
 )
+from ratethrottle._pieces cimport piece_free
 from ratethrottle._table cimport Account, NamedSlot, named_fresh_at, Slot
 
 

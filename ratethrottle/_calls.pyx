@@ -12,7 +12,7 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memset
 
 from ratethrottle._arithmetic cimport (
-    answer_length, KEEP, NEVER, Outcome, piece_free, same_definition, take_answer, Terms, UNITS_MAX, view_free, view_fresh_at,
+    answer_length, KEEP, NEVER, Outcome, same_definition, take_answer, Terms, UNITS_MAX, view_free, view_fresh_at,
 )
 from ratethrottle._bound cimport Bound, bound_fresh_at, bound_learn, bound_verdict, DENIED, DRIFT_SHARE, LEASED, OPEN
 from ratethrottle._core cimport (
@@ -21,6 +21,7 @@ from ratethrottle._core cimport (
     WHOLE, count_decision,
 )
 from ratethrottle._layout cimport Layout, pending_for, pending_of
+from ratethrottle._pieces cimport piece_free
 from ratethrottle._repair cimport Errand, Knowledge, reset_reach
 from ratethrottle._resp cimport (
     BROKEN, Buffer, buffer_room, INCOMPLETE, put, put_bulk, put_head, put_number, read_line, read_number,
@@ -1109,12 +1110,12 @@ cdef class Gathering:
         """Ask what the store says of some keys that were charged, so that this too is known if it loses them."""
         cdef PendingDecision pending
         cdef CompiledRule rule
-        cdef list charged = self.knowledge.charged
-        for rule, name, hashed, _, _ in charged[:ENTRIES_MAX]:
+        cdef int _row
+        for _row in range(min(<Py_ssize_t>ENTRIES_MAX, len(self.knowledge.charged))):
+            rule, name, hashed = self.knowledge.charged.popleft()
             pending = pending_for(rule, name, WHOLE, 0, PEEK)
             pending.hashed = Hash128(hashed[0], hashed[1])
             self.queue(pending)
-        self.knowledge.charged = charged[ENTRIES_MAX:]
         return 0
 
     cdef int64_t quiet_us(self, int64_t now_us) noexcept:
@@ -1656,8 +1657,7 @@ cdef class Gathering:
             if errand.done is not None:
                 errand.done([numbers[i] for i in range(count)])
             if errand.owed is not None:
-                self.knowledge.charged += errand.owed
-                del self.knowledge.charged[:-self.bounds.max_keys]
+                self.knowledge.charged.extend([item[:3] for item in errand.owed])
             if not self.ready or self.knowledge.telling is not None:
                 self.tell()
             return at

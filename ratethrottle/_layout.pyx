@@ -7,8 +7,8 @@ from libc.stdint cimport uint32_t
 from libc.stdlib cimport free
 from libc.string cimport memchr, memcpy, memset
 
-from ratethrottle._arithmetic cimport piece_new
 from ratethrottle._core cimport CHECK, CompiledRule, Entry, MADE, Mode, PendingDecision, WHOLE
+from ratethrottle._pieces cimport piece_new
 from ratethrottle._resp cimport Buffer, buffer_room, digits, put, put_bulk, put_head
 
 from hashlib import blake2b

@@ -12,13 +12,14 @@ from libc.stdint cimport int64_t, uint32_t
 from libc.string cimport memset
 
 from ratethrottle._arithmetic cimport (
-    ceil_div, Counts, judge, KEEP, NO_MEMORY, Outcome, piece_free, piece_new, report, RT_OVERFLOWS, same_definition, settle, Terms,
+    ceil_div, Counts, judge, KEEP, NO_MEMORY, Outcome, report, RT_OVERFLOWS, same_definition, settle, Terms,
     Units, UNITS_MAX, View, view_ahead, view_audit, view_charge_other, view_derive, view_free, view_rebase, view_roll, Window,
     window_clone, window_drop, window_live, window_new, window_push, window_start,
 )
 from ratethrottle._bound cimport aged_late, Bound, bound_learn
 from ratethrottle._core cimport CHECK, CompiledRule, KeyTable, PEEK, PendingDecision
 from ratethrottle._layout cimport Layout, pending_for
+from ratethrottle._pieces cimport piece_free, piece_new
 from ratethrottle._table cimport Account, Place, Shard, slot_at, tags_of
 
 from ratethrottle.terms import drain_rate, steps

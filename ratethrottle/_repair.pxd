@@ -114,7 +114,7 @@ cdef class Knowledge:
     cdef Layout layout
     cdef object errands                      # to be done before anything is asked
     cdef set out                             # errands that were sent and have no answer yet
-    cdef list charged                        # and not looked at since
+    cdef object charged                      # (rule, name, hash) of what was charged and not looked at since, as a deque
     cdef Telling telling                     # what is known to an epoch that may have lost it
     cdef int64_t newest_us                   # the store's time in its last answer of this epoch
     cdef int64_t told_us                     # and when all of before the epoch was told; 0: not yet, or there was nothing

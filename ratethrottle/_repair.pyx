@@ -345,7 +345,7 @@ cdef class Knowledge:
         self.shares = Shares(bounds, layout)
         self.expect(expected)
         self.errands = deque()
-        self.charged = []
+        self.charged = deque(maxlen=self.bounds.max_keys)
         self.out = set()
         self.process_id = urandom(8).hex().encode()
         self.forks = bounds.forks
@@ -367,7 +367,7 @@ cdef class Knowledge:
         self.errands = deque()
         self.out = set()
         self.telling = None
-        self.charged = []
+        self.charged = deque(maxlen=self.bounds.max_keys)
         return True
 
     @property
@@ -387,7 +387,7 @@ cdef class Knowledge:
         self.errands = deque()
         self.out = set()
         self.telling = None
-        self.charged = []
+        self.charged = deque(maxlen=self.bounds.max_keys)
         self.live_until_us = self.newest_us = self.told_us = 0
 
     def expect(self, int64_t expected):

@@ -9,7 +9,8 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
-from ratethrottle._arithmetic cimport KEEP, NO_MEMORY, piece_free, Terms, View, view_free, view_fresh_at, view_used
+from ratethrottle._arithmetic cimport KEEP, NO_MEMORY, Terms, View, view_free, view_fresh_at, view_used
+from ratethrottle._pieces cimport piece_free
 
 
 cdef extern from *:

@@ -41,14 +41,14 @@ print(len(shares), held - before, resident_bytes() - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="/proc is where Linux says what a process holds")
-@pytest.mark.skipif("PYTHONMALLOC" in os.environ, reason="it is Python's allocator that gives the memory back")
+@pytest.mark.skipif("PYTHONMALLOC" in os.environ, reason="a sanitize build has all from malloc")
 @pytest.mark.parametrize("strategy", ["token_bucket", "sliding_window"])
 def test_the_memory_of_what_is_over_goes_back_to_the_system(strategy: str) -> None:
     command = [sys.executable, "-c", LEFT, strategy]
     keys, held, left = map(int, subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout.split())
     assert keys == 0
     assert held > 200 * KEYS
-    assert left < 100 * KEYS
+    assert left < 5 * KEYS
 
 
 async def longest_stop_s(until_done: asyncio.Event) -> float:

@@ -1,0 +1,101 @@
+"""Memory for what is small and hangs from a key: windows, names, accounts. All of it goes back to the system once it is over.
+
+Pieces of one size fill a chunk of 64 KiB, which is unmapped once the last of them was freed. In malloc's heap, and in an arena of
+Python's allocator, a single piece that is still in use keeps what was freed around it. The caller holds the GIL. In a sanitize build
+every piece comes from malloc, whose users are watched.
+"""
+
+cdef extern from *:
+    """
+    #include <stdint.h>
+    #include <stdlib.h>
+    #ifdef __SANITIZE_ADDRESS__
+    #define rt_piece_new malloc
+    #define rt_piece_free free
+    #else
+    #include <stddef.h>
+    #include <sys/mman.h>
+    #define RT_CHUNK ((size_t)65536)
+    #define RT_GRAIN ((size_t)32)
+    #define RT_SIZES 128                   /* of pieces: multiples of the grain, up to 4 KiB */
+
+    struct rt_size;
+    struct rt_chunk {                      /* at the beginning of each */
+        struct rt_chunk *next, *before;    /* others of the size that have room */
+        struct rt_size *size;              /* NULL: a single piece, larger than any size */
+        void *freed;                       /* pieces: each begins with where the next one is */
+        size_t mapped, used, begun, most;  /* bytes of the chunk; pieces: in use, ever used, that fit */
+    };
+    struct rt_size { struct rt_chunk *roomy; };
+    /* Of the module that asks: what another one frees goes back to where it came from. */
+    static struct rt_size rt_sizes[RT_SIZES];
+
+    static __attribute__((noinline)) struct rt_chunk *rt_chunk_new(size_t bytes) {
+        /* mmap aligns to a page only. */
+        char *at = mmap(NULL, bytes + RT_CHUNK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0), *first;
+        if (at == MAP_FAILED) return NULL;
+        first = (char *)(((uintptr_t)at + RT_CHUNK - 1) & ~(uintptr_t)(RT_CHUNK - 1));
+        if (first > at) munmap(at, (size_t)(first - at));
+        if (at + RT_CHUNK > first) munmap(first + bytes, (size_t)(at + RT_CHUNK - first));
+        ((struct rt_chunk *)first)->mapped = bytes;
+        return (struct rt_chunk *)first;
+    }
+
+    static inline void rt_chunk_link(struct rt_chunk *chunk) {
+        chunk->before = NULL;
+        chunk->next = chunk->size->roomy;
+        if (chunk->next != NULL) chunk->next->before = chunk;
+        chunk->size->roomy = chunk;
+    }
+
+    static inline void rt_chunk_unlink(struct rt_chunk *chunk) {
+        if (chunk->next != NULL) chunk->next->before = chunk->before;
+        if (chunk->before != NULL) chunk->before->next = chunk->next;
+        else chunk->size->roomy = chunk->next;
+    }
+
+    static void *rt_piece_new(size_t bytes) {
+        const size_t head = (sizeof(struct rt_chunk) + RT_GRAIN - 1) / RT_GRAIN * RT_GRAIN;
+        const size_t grains = bytes ? (bytes + RT_GRAIN - 1) / RT_GRAIN : 1;
+        struct rt_chunk *chunk;
+        void *piece;
+        if (grains > RT_SIZES) {
+            if (bytes > PTRDIFF_MAX / 2) return NULL;
+            chunk = rt_chunk_new((head + bytes + RT_CHUNK - 1) / RT_CHUNK * RT_CHUNK);
+            return chunk == NULL ? NULL : (char *)chunk + head;
+        }
+        chunk = rt_sizes[grains - 1].roomy;
+        if (chunk == NULL) {
+            chunk = rt_chunk_new(RT_CHUNK);
+            if (chunk == NULL) return NULL;
+            chunk->size = &rt_sizes[grains - 1];
+            chunk->most = (RT_CHUNK - head) / (grains * RT_GRAIN);
+            rt_chunk_link(chunk);
+        }
+        piece = chunk->freed;
+        if (piece != NULL) chunk->freed = *(void **)piece;
+        else piece = (char *)chunk + head + grains * RT_GRAIN * chunk->begun++;
+        if (++chunk->used == chunk->most) rt_chunk_unlink(chunk);
+        return piece;
+    }
+
+    static void rt_piece_free(void *piece) {
+        struct rt_chunk *chunk = (struct rt_chunk *)((uintptr_t)piece & ~(uintptr_t)(RT_CHUNK - 1));
+        if (piece == NULL) return;
+        if (chunk->size == NULL) {
+            munmap(chunk, chunk->mapped);
+            return;
+        }
+        *(void **)piece = chunk->freed;
+        chunk->freed = piece;
+        if (chunk->used-- == chunk->most) rt_chunk_link(chunk);
+        /* One that is empty stays while it is the only one with room: the next piece would map it again. */
+        if (chunk->used == 0 && (chunk->next != NULL || chunk->before != NULL)) {
+            rt_chunk_unlink(chunk);
+            munmap(chunk, RT_CHUNK);
+        }
+    }
+    #endif
+    """
+    void* piece_new "rt_piece_new"(size_t size) noexcept nogil
+    void piece_free "rt_piece_free"(void* piece) noexcept nogil
