@@ -16,7 +16,7 @@ PACKAGE = Path(ratethrottle.__file__).parent
 CYTHON_IMPORT = re.compile(r"^\s*(?:from\s+(\S+)\s+c?import\s|c?import\s+(\S+))", re.MULTILINE)
 
 # What the compiled modules are put together from.
-COMPILED = ("_arithmetic", "_bound", "_resp", "_table")
+COMPILED = ("_arithmetic", "_bound", "_pieces", "_resp", "_table")
 # A layer may import itself and what stands above it in this list. The core raises the errors and an error carries a decision, so
 # those are one layer, with what both rules and a process's shares of them compile to. The package's own __init__ only gathers
 # the public names.
