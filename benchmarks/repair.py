@@ -2,6 +2,7 @@
 
 Each process has asked about all keys, and a few hot ones are used up. Told are how long it takes until each process has each hot key
 decided by Redis again, how many units are granted again (none may be), and for how long an event loop stood still at most.
+With `--kept` Redis is restarted with all of its data instead, and times count from when it is there again.
 """
 
 from __future__ import annotations
@@ -64,11 +65,11 @@ async def worker(order: dict[str, Any]) -> None:
         say({"again": again, "decided": list(decided.values()), "stood_s": stood_s})
 
 
-async def measure(processes: int, keys: int, seconds: float, deadline_s: float) -> dict[str, Any]:
-    """Run them, and lose everything once."""
+async def measure(processes: int, keys: int, seconds: float, deadline_s: float, *, kept: bool) -> dict[str, Any]:
+    """Run them, and lose everything once, or nothing."""
     pipe = asyncio.subprocess.PIPE
     started = []
-    with RedisServer() as server, server.client() as client:
+    with RedisServer("--appendonly", "yes" if kept else "no") as server, server.client() as client:
         order = json.dumps({"url": server.url, "keys": keys, "deadline_s": deadline_s})
         try:
             for _ in range(processes):
@@ -87,8 +88,12 @@ async def measure(processes: int, keys: int, seconds: float, deadline_s: float) 
             tell()
             used = sum(await heard())
             await asyncio.sleep(1)
+            if kept:
+                server.stop()
+                server.start()
             lost_s = time.time()
-            client.flushall()
+            if not kept:
+                client.flushall()
             told_s = 0.0
             while time.time() < lost_s + seconds:
                 await asyncio.sleep(0.05)
@@ -122,12 +127,13 @@ def main() -> None:
     parser.add_argument("--keys", type=int, default=100_000)
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--deadline", type=float, default=0.25)
+    parser.add_argument("--kept", action="store_true", help="restart Redis with its data")
     parser.add_argument("--worker")
     options = parser.parse_args()
     if options.worker:
         asyncio.run(worker(json.loads(options.worker)))
     else:
-        figures = asyncio.run(measure(options.processes, options.keys, options.seconds, options.deadline))
+        figures = asyncio.run(measure(options.processes, options.keys, options.seconds, options.deadline, kept=options.kept))
         for name, figure in figures.items():
             print(f"{name:>14}: {figure}")
 
