@@ -19,7 +19,7 @@ TOOLS := $(VENV)/.tools
 PEERS := $(VENV)/.peers
 STRANGER := .venv-peer-ratethrottle/.made
 BUILT := $(VENV)/.built
-SOURCES := setup.py pyproject.toml $(wildcard ratethrottle/*.pyx ratethrottle/*.pxd)
+SOURCES := setup.py pyproject.toml $(shell find ratethrottle -name '*.pyx' -o -name '*.pxd')
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
@@ -47,7 +47,7 @@ check: $(BUILT) $(PEERS) ## Everything static: format, lint, types, stubs, spell
 	$(BIN)/ruff check .
 	$(BIN)/mypy ratethrottle benchmarks tests/typing tools/check_wheel.py
 	$(BIN)/basedpyright --pythonpath $(PY)
-	$(PY) -m mypy.stubtest $(addprefix ratethrottle.,_core _layout _outage _repair _calls)
+	$(PY) -m mypy.stubtest $(subst /,.,$(basename $(sort $(shell find ratethrottle -name '*.pyx'))))
 	@# It calls pycodestyle by name.
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cython-lint ratethrottle
 	$(BIN)/codespell

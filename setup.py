@@ -1,14 +1,15 @@
-"""Build `ratethrottle._core`. RATETHROTTLE_BUILD picks the mode: ship (default), debug, trace or sanitize.
+"""Build the compiled modules. RATETHROTTLE_BUILD picks the mode: ship (default), debug, trace or sanitize.
 
 There is no slower twin to fall back to: if the extension doesn't build, neither does the package.
 """
 
 import os
+from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-EXTENSIONS = ["_core", "_layout", "_outage", "_repair", "_calls"]
+SOURCES = sorted(Path("ratethrottle").rglob("*.pyx"))
 
 STRICT = ["-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-Wno-missing-field-initializers"]
 INVARIANTS = {"define_macros": [("RATETHROTTLE_DEBUG", "1")], "undef_macros": ["NDEBUG"]}
@@ -48,7 +49,7 @@ options, directives = MODES[mode]
 
 setup(
     ext_modules=cythonize(
-        [Extension(f"ratethrottle.{name}", [f"ratethrottle/{name}.pyx"], **options) for name in EXTENSIONS],
+        [Extension(".".join(path.with_suffix("").parts), [str(path)], **options) for path in SOURCES],
         # Coverage finds the generated C only beside its source; everywhere else it would be mistaken for ours.
         build_dir=None if mode == "trace" else f"build/cython-{mode}",
         compiler_directives={"language_level": 3, "embedsignature": False, **directives},

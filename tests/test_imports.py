@@ -15,15 +15,14 @@ PACKAGE = Path(ratethrottle.__file__).parent
 # Cython's imports look like Python's, but ast can't read the rest of a .pyx.
 CYTHON_IMPORT = re.compile(r"^\s*(?:from\s+(\S+)\s+c?import\s|c?import\s+(\S+))", re.MULTILINE)
 
-# What the compiled modules are put together from.
-COMPILED = ("_arithmetic", "_bound", "_pieces", "_resp", "_table")
+# The compiled modules and what is compiled into them: each imports only from those before it.
+COMPILED = ("_pieces", "_resp", "_arithmetic", "_table", "_bound", "_core", "_layout", "_outage", "_repair", "_calls")
 # A layer may import itself and what stands above it in this list. The core raises the errors and an error carries a decision, so
 # those are one layer, with what both rules and a process's shares of them compile to. The package's own __init__ only gathers
 # the public names.
 LAYERS = [
     [
-        *("ratethrottle.errors", "ratethrottle.terms", "ratethrottle._core", "ratethrottle._calls", "ratethrottle._layout"),
-        *("ratethrottle._outage", "ratethrottle._repair", "ratethrottle._interpreter"),
+        *("ratethrottle.errors", "ratethrottle.terms", "ratethrottle._interpreter"),
         *(f"ratethrottle.{part}" for part in COMPILED),
     ],
     ["ratethrottle.rule", "ratethrottle.events"],
@@ -93,6 +92,18 @@ def test_the_core_imports_only_the_errors() -> None:
     imported = [a or b for source in sources for a, b in CYTHON_IMPORT.findall(source.read_text())]
     assert "ratethrottle.errors" in imported
     assert not [p for name in imported for p in problems("ratethrottle._core", name)]
+
+
+def test_compiled_modules_import_only_from_those_before_them() -> None:
+    directory = Path(__file__).parent.parent / "ratethrottle"
+    sources = [path for pattern in ("*.pyx", "*.pxd") for path in directory.rglob(pattern)]
+    if not sources:
+        pytest.skip("testing an installed wheel, which holds no .pyx")
+    assert {path.stem for path in sources} == set(COMPILED)
+    for path in sources:
+        parts = [name.rpartition(".")[2] for pair in CYTHON_IMPORT.findall(path.read_text()) for name in pair if name]
+        later = [part for part in parts if part in COMPILED and COMPILED.index(part) > COMPILED.index(path.stem)]
+        assert not later, f"{path.name} imports {later}, which stand on it"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ PACKAGE = "ratethrottle"
 SHIPPED = {".py", ".pyi", ".lua", ".typed"}
 # Built, or built from: of these the wheel takes only the extension module.
 SOURCES = {".pyx", ".pxd", ".c"}
-COMPILED = ("_core", "_layout", "_outage", "_repair", "_calls")
 
 
 def problems(wheel: Path, tree: Path) -> list[str]:
@@ -21,6 +20,7 @@ def problems(wheel: Path, tree: Path) -> list[str]:
         for path in package.rglob("*")
         if path.name == "py.typed" or (path.suffix in SHIPPED and "__pycache__" not in path.parts)
     }
+    compiled = [path.relative_to(tree).with_suffix("").as_posix() for path in sorted(package.rglob("*.pyx"))]
     must = {f"{PACKAGE}/__init__.py", f"{PACKAGE}/_core.pyi", f"{PACKAGE}/py.typed"}
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -29,8 +29,8 @@ def problems(wheel: Path, tree: Path) -> list[str]:
     found = [f"missing: {name}" for name in sorted((expected | must) - held)]
     found += [f"a source: {name}" for name in sorted(held) if Path(name).suffix in SOURCES]
     found += [f"unexpected: {name}" for name in sorted(held - expected - extensions) if Path(name).suffix not in SOURCES]
-    for module in COMPILED:
-        if not any(name.startswith(f"{PACKAGE}/{module}.") for name in extensions):
+    for module in compiled:
+        if not any(name.startswith(f"{module}.") for name in extensions):
             found.append(f"missing: the compiled {module}")
     if not any(name.endswith(".lua") for name in held):
         found.append("missing: any Lua script")
