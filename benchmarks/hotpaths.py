@@ -19,9 +19,14 @@ async def count(prepared: Prepared, checks: int) -> None:
     """Run some checks between two marks."""
     keys = prepared.keys(checks)
     check = prepared.limiter.check
+    together = prepared.together
     os.getppid()
-    for key in keys:
-        await check(key)
+    if together == 1:
+        for key in keys:
+            await check(key)
+    else:
+        for first in range(0, checks, together):
+            await asyncio.gather(*map(check, keys[first : first + together]))
     os.getppid()
 
 

@@ -1,0 +1,90 @@
+"""A server that gives recorded replies: what the compiled path to Redis costs, without a socket or a script.
+
+Its clock stands still, so that no timer rings, no lease ends and every run does the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from ratethrottle import RateThrottleRule
+from ratethrottle._calls import Calls, Gathering
+from ratethrottle._core import KeyTable, Limiter
+from ratethrottle._layout import Layout
+from ratethrottle.errors import StorageError, StorageUnavailable
+from ratethrottle.storage.redis.scripts import script
+from ratethrottle.storage.redis.wire import written
+
+RUN, NOW_US = "0123456789" * 4, 1_800_000_000_000_000
+EPOCH_US = NOW_US - 3_600_000_000
+SCRIPTS = {name: (script(name).sha(False), script(name).body(False)) for name in ("beat", "decide", "repair", "reset")}
+
+
+class Line(Gathering):
+    """A connection that answers each request when the loop comes to it."""
+
+    def __init__(self, storage: RecordedStorage, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(storage, loop, 1_000_000)
+        self.replies = loop
+        self.answer: list[int] = []  # to each check of a call
+
+    def _connect(self) -> None:
+        self.replies.call_soon(self._opened, self._write, SCRIPTS, RUN.encode())
+
+    def _write(self, data: bytes) -> None:
+        # EVALSHA, sha, the number of keys, keys; request, mode, epoch, how many rules, runs and leases.
+        words = data.split(b"\r\n")[2::2]
+        keys = int(words[2])
+        request, mode = words[3 + keys], words[4 + keys]
+        reply: list[Any] = [request, NOW_US]
+        if mode in (b"check", b"peek"):
+            # Each key has an entry of its own; the first key is the epoch's.
+            # A lease comes last: key, rule, cost, count, the units that it asks for, and what is given back.
+            leases = [int(words[-3])] if words[8 + keys] == b"1" else []
+            reply += (keys - 1) * [*self.answer, *leases]
+        else:
+            reply += [EPOCH_US, 0, 0, 1, 0, 0, 0, 0, 0, 10_000_000]
+        self.replies.call_soon(self._received, written(reply))
+
+    def _unsent(self) -> StorageError:
+        return StorageUnavailable("it is always there")
+
+    def _refused(self, call: Any, text: bytes) -> None:
+        raise AssertionError(call, text)
+
+    def _broken(self, what: str) -> None:
+        raise AssertionError(what)
+
+    def _late(self) -> None:
+        raise AssertionError("the clock stands still")
+
+    def _retry_us(self) -> int:
+        raise AssertionError("it is always there")
+
+    def _answered(self) -> None:
+        pass
+
+
+class RecordedStorage(Calls):
+    """A storage of one connection to it."""
+
+    def __init__(self) -> None:
+        table = KeyTable(100_000, bounds=True, clock_us=lambda: NOW_US)
+        super().__init__(Layout(b"ratethrottle", 64), table, 10_000_000, 10_000_000)
+        self.table = None
+        self.line = Line(self, asyncio.get_running_loop())
+
+    def _gatherings_here(self) -> tuple[Line, ...]:
+        return (self.line,)
+
+
+def recorded_limiter(rule: RateThrottleRule, *, granted: bool) -> Limiter:
+    """Make a limiter whose checks of a token bucket are all granted, or all denied. A lease is granted as it was asked for."""
+    storage = RecordedStorage()
+    compiled = rule.compiled
+    level = compiled.unit_ticks if granted else compiled.capacity * compiled.unit_ticks
+    storage.line.answer = [int(granted), level]
+    limiter = Limiter(storage)
+    limiter._install(compiled)
+    return limiter
