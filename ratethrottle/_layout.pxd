@@ -9,6 +9,8 @@ from ratethrottle._resp cimport Buffer
 cdef class Layout:
     cdef bytes opening                       # of every key, up to its tag
     cdef uint32_t tags
+    cdef int tag_parts                       # of a tuple, that decide its tag; 0: all
+    cdef bytes names                         # of the tags
     cdef readonly bytes epoch_key
     cdef readonly bytes processes_key
     cdef readonly bytes charged_key          # and what was charged

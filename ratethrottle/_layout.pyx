@@ -3,13 +3,13 @@
 
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
-from libc.stdint cimport uint32_t
+from libc.stdint cimport int64_t, uint32_t
 from libc.stdlib cimport free
 from libc.string cimport memchr, memcpy, memset
 
 from ratethrottle._core cimport CHECK, CompiledRule, Entry, MADE, Mode, PendingDecision, WHOLE
 from ratethrottle._pieces cimport piece_new
-from ratethrottle._resp cimport Buffer, buffer_room, digits, put, put_bulk, put_head
+from ratethrottle._resp cimport Buffer, buffer_room, put, put_bulk, put_head
 
 from hashlib import blake2b
 
@@ -20,8 +20,11 @@ cdef extern from "Python.h":
 
 cdef enum:
     KEY_BYTES_MAX = 128                      # longer keys are digested
+    SLOTS = 16384                            # of a Redis Cluster
+    TAG_BYTES = 5                            # of a tag's name, its length in front
 
 cdef uint32_t[256] CRC_TABLE
+cdef dict NAMES = {}                        # how many tags -> their names
 
 
 cdef void fill_crc_table() noexcept:
@@ -45,26 +48,101 @@ cdef inline uint32_t crc32(const char* data, Py_ssize_t size) noexcept nogil:
     return value ^ 0xFFFFFFFFU
 
 
+cdef uint32_t slot_of(const char* tag, int size) noexcept nogil:
+    """The slot of a Redis Cluster that a hash tag belongs to: CRC-16/XMODEM, modulo 16,384."""
+    cdef uint32_t value = 0
+    cdef int i, _bit
+    for i in range(size):
+        value ^= <uint32_t><unsigned char>tag[i] << 8
+        for _bit in range(8):
+            value = ((value << 1) ^ 0x1021 if value & 0x8000 else value << 1) & 0xFFFF
+    return value & 16383
+
+
+cdef bytes chosen_tags(uint32_t tags):
+    """Choose the names of the tags, of TAG_BYTES each: how long it is, and then the text.
+
+    The slots of a cluster are cut into as many ranges of equal length, and each tag lies in the middle half of its own: however the slots
+    are spread over nodes, each node has its part of the tags. Names are the shortest of digits and lower-case letters; of those, the
+    one that is nearest to the middle, and of equals the first.
+    """
+    cdef bytearray names = bytearray(TAG_BYTES * tags)
+    cdef list nearest
+    cdef char[TAG_BYTES] tag
+    cdef uint32_t slot, at, left = tags
+    cdef int size, i
+    cdef int64_t number, rest, distance
+    for size in range(1, TAG_BYTES):
+        nearest = [SLOTS] * tags
+        for number in range(36 ** size):
+            rest = number
+            for i in range(size - 1, -1, -1):
+                tag[i] = b"0123456789abcdefghijklmnopqrstuvwxyz"[rest % 36]
+                rest //= 36
+            slot = slot_of(tag, size)
+            at = slot * tags // SLOTS
+            # In parts of a range, of which it has SLOTS; a slot has `tags` of them.
+            distance = abs(<int64_t>slot * tags - <int64_t>at * SLOTS - SLOTS // 2)
+            if distance * 4 > max(<int64_t>SLOTS, 2 * <int64_t>tags) or distance >= <int64_t>nearest[at]:
+                continue
+            if names[TAG_BYTES * at] not in (0, size):
+                continue                     # it has a shorter one
+            left -= names[TAG_BYTES * at] == 0
+            nearest[at] = distance
+            names[TAG_BYTES * at] = size
+            names[TAG_BYTES * at + 1:TAG_BYTES * at + 1 + size] = tag[:size]
+        if left == 0:
+            break
+    return bytes(names)
+
+
+cdef Py_ssize_t parts_end(const char* data, Py_ssize_t size, int parts) noexcept nogil:
+    """Where the first so many parts of a joined tuple end, or all of it."""
+    cdef Py_ssize_t at = 0, length
+    cdef int _part
+    for _part in range(parts):
+        if at >= size:
+            break
+        length = 0
+        if data[at] == c"s":                 # s<length>:<text>
+            at += 1
+            while data[at] != c":":
+                length = 10 * length + data[at] - c"0"
+                at += 1
+            at += 1 + length
+        else:                                # i<number>, and a space
+            while data[at] != c" ":
+                at += 1
+            at += 1
+    return at
+
+
 @cython.final
 cdef class Layout:
-    """What keys are called in Redis: `prefix:{tag}:rule:=key` (DESIGN: key layout).
+    """What keys are called in Redis: `prefix:{tag}:rule:=key`.
 
-    The tag is of the key alone, so that all rules of a key share a slot of a cluster. The key comes last and is marked `=` (as it
-    is), `(` (a tuple, joined) or `#` (a digest of a long one), so that no two keys collide.
+    The tag is of the key alone, so that all rules of a key share a slot of a cluster; with `tag_parts`, of so many first parts of a
+    tuple. The key comes last and is marked `=` (as it is), `(` (a tuple, joined) or `#` (a digest of a long one), so that no two keys
+    collide.
     """
 
-    def __init__(self, bytes prefix not None, uint32_t tags):
+    def __init__(self, bytes prefix not None, uint32_t tags, int tag_parts=0):
         self.opening = prefix + b":{"
         self.tags = tags
+        self.tag_parts = tag_parts
+        self.names = NAMES.get(tags) or NAMES.setdefault(tags, chosen_tags(tags))
         self.epoch_key = prefix + b":epoch"
         self.processes_key = prefix + b":processes"
         self.charged_key = prefix + b":charged:"
         self.layout_key = prefix + b":layout"
-        self.layout = b"tags=%d" % tags
+        self.layout = b"tags=%d,parts=%d" % (tags, tag_parts)
 
     cdef int address(self, PendingDecision pending) except -1:
         """Find the key's tag; digest a long key."""
-        pending.tag = crc32(pending.data, pending.size) % self.tags
+        cdef Py_ssize_t size = pending.size
+        if self.tag_parts and pending.mark == c"(":
+            size = parts_end(pending.data, size, self.tag_parts)
+        pending.tag = crc32(pending.data, size) % self.tags
         if pending.size > KEY_BYTES_MAX:
             whole = (b"=" if pending.mark == c"=" else b"(") + pending.data[:pending.size]
             pending.text = blake2b(whole, digest_size=16).hexdigest().encode()
@@ -76,8 +154,8 @@ cdef class Layout:
     cdef int put_key(self, Buffer* buffer, PendingDecision pending) except -1:
         cdef Py_ssize_t name_size
         cdef const char* name = PyUnicode_AsUTF8AndSize(pending.rule.name, &name_size)
-        cdef char[20] tag
-        cdef int tag_size = digits(pending.tag, tag)
+        cdef const char* tag = PyBytes_AS_STRING(self.names) + TAG_BYTES * pending.tag
+        cdef int tag_size = tag[0]
         cdef size_t size = PyBytes_GET_SIZE(self.opening) + tag_size + 2 + name_size + 2 + pending.size
         if pending.mark == WHOLE:
             if not buffer_room(buffer, pending.size + 32):
@@ -88,7 +166,7 @@ cdef class Layout:
             raise MemoryError
         put_head(buffer, c"$", size)
         put(buffer, PyBytes_AS_STRING(self.opening), PyBytes_GET_SIZE(self.opening))
-        put(buffer, tag, tag_size)
+        put(buffer, tag + 1, tag_size)
         put(buffer, "}:", 2)
         put(buffer, name, name_size)
         put(buffer, ":", 1)

@@ -33,6 +33,7 @@ OPTIONS: Final[Mapping[str, tuple[str, str, str, str]]] = MappingProxyType(
         "deadline": ("redis", "0.25", "seconds", "0.005 to 60"),
         "connect_timeout": ("redis", "None", "seconds", "0.005 to 60; None: 5, or the client's socket_connect_timeout if longer"),
         "tags": ("redis", "64", "hash tags", "1 to 16,384"),
+        "tag_parts": ("redis", "None", "parts of a tuple key that decide its tag", "1 to 64, or None"),
         "connections": ("redis", "1", "connections", "1 to 8"),
         "max_waiting": ("redis", "100,000", "checks", "1 to 1,000,000"),
         "prefilter_ttl": ("redis", "1.0", "seconds", "0 to 60"),
@@ -288,6 +289,7 @@ def create_limiter(
     | deadline | redis | 0.25 | seconds | 0.005 to 60 |
     | connect_timeout | redis | None | seconds | 0.005 to 60; None: 5, or the client's socket_connect_timeout if longer |
     | tags | redis | 64 | hash tags | 1 to 16,384 |
+    | tag_parts | redis | None | parts of a tuple key that decide its tag | 1 to 64, or None |
     | connections | redis | 1 | connections | 1 to 8 |
     | max_waiting | redis | 100,000 | checks | 1 to 1,000,000 |
     | prefilter_ttl | redis | 1.0 | seconds | 0 to 60 |

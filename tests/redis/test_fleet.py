@@ -259,11 +259,20 @@ async def test_in_a_large_fleet_a_beat_is_a_bit() -> None:
 
 
 @pytest.mark.parametrize("policy", ["allow", "local"])
-async def test_two_numbers_of_tags_under_one_prefix_are_refused(redis_url: str, redis_client: redis.Redis, policy: str) -> None:
+@pytest.mark.parametrize(
+    ("options", "words", "layout"),
+    [
+        ({"tags": 32}, "tags=64, and this storage has tags=32, so", b"tags=32,parts=0"),
+        ({"tag_parts": 2}, "tags=64, and this storage has tags=64, tag_parts=2, so", b"tags=64,parts=2"),
+    ],
+)
+async def test_two_layouts_under_one_prefix_are_refused(
+    redis_url: str, redis_client: redis.Redis, policy: str, options: dict[str, int], words: str, layout: bytes
+) -> None:
     async with limiter_of(redis_url) as one:
         await one.check("user")
-        other = limiter_of(redis_url, tags=32, on_outage=policy)
-        with pytest.raises(StorageRefused, match="tags=64, and this storage has tags=32"):
+        other = limiter_of(redis_url, **options, on_outage=policy)
+        with pytest.raises(StorageRefused, match=words):
             await other.check("user")
         await other.aclose()
         assert (await one.check("user")).allowed
@@ -272,14 +281,14 @@ async def test_two_numbers_of_tags_under_one_prefix_are_refused(redis_url: str, 
 
         async def written() -> bool:
             await one.check("user")
-            return redis_client.get("ratethrottle:layout") == b"tags=64"
+            return redis_client.get("ratethrottle:layout") == b"tags=64,parts=0"
 
         await until(written)
     # Once nobody has it any more, it may be changed.
     redis_client.delete("ratethrottle:layout")
-    async with limiter_of(redis_url, tags=32) as other:
+    async with limiter_of(redis_url, **options) as other:
         await other.check("user")
-        assert redis_client.get("ratethrottle:layout") == b"tags=32"
+        assert redis_client.get("ratethrottle:layout") == layout
 
 
 # What a server can't have said

@@ -31,7 +31,7 @@ class Clearing:
         prefix = layout.epoch_key.removesuffix(b":epoch")
         self._all = re.sub(rb"([*?\[\]\\^-])", rb"\\\1", prefix) + b":*"
         self._pattern = self._all.removesuffix(b"*") + b"{*"
-        self._ours = re.compile(re.escape(prefix) + rb":\{[0-9]{1,5}\}:[^:]+:[=(#].*\Z", re.DOTALL)
+        self._ours = re.compile(re.escape(prefix) + rb":\{[0-9a-z]{1,5}\}:[^:]+:[=(#].*\Z", re.DOTALL)
 
     async def _ask(self, command: bytes, *words: bytes | int) -> Any:
         try:

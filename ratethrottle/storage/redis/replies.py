@@ -21,7 +21,7 @@ SAME_MAX = 3
 # What several connections hear in the same moment is one answer.
 SAME_MOMENT_S = 0.25
 
-LAYOUT = re.compile(r"RATETHROTTLE layout (tags=\d+) is in use, not (tags=\d+)")
+LAYOUT = re.compile(r"RATETHROTTLE layout tags=(\d+),parts=(\d+) is in use, not tags=(\d+),parts=(\d+)")
 OURS = re.compile(r"RATETHROTTLE ([a-z0-9 ,]+)")
 # The first word of an error reply. redis-py takes it away where it has a class for it.
 CODE = re.compile(r"[A-Z]{2,20}\b")
@@ -152,14 +152,20 @@ class Meaning(NamedTuple):
         return self.ours(self.words)
 
 
+def _layout(tags: str, parts: str) -> str:
+    """Write what names keys as the options of a storage."""
+    return f"tags={tags}" + (f", tag_parts={parts}" if parts != "0" else "")
+
+
 def meaning(text: str, code: str = "") -> Meaning:
     """Say what an error reply means: its text without the `-`. code: its first word, where that has been taken away."""
     layout = LAYOUT.search(text)
     if layout:
         return Meaning(
             StorageRefused,
-            f"Redis has keys under this prefix that are called by {layout[1]}, and this storage has {layout[2]}, so that they would "
-            "share nothing; give all processes the same, or delete the prefix's key `layout` once none is left that has the former",
+            f"Redis has keys under this prefix that are called by {_layout(layout[1], layout[2])}, and this storage has "
+            f"{_layout(layout[3], layout[4])}, so that they would share nothing; give all processes the same, or delete the prefix's "
+            "key `layout` once none is left that has the former",
         )
     own = OURS.search(text)
     if own:

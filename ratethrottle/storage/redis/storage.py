@@ -37,6 +37,7 @@ OnOutage = Literal["local", "allow", "deny", "raise"]
 OnOverload = Literal["deny", "raise"]
 
 TAGS_MAX = 16_384  # the slots of a cluster
+TAG_PARTS_MAX = 64
 ASK_AGAIN_S = 0.01
 CLOSED = "the storage is closed; make a new one"
 LEARNS_S = 1.0  # at most, with a beat before and after
@@ -62,8 +63,10 @@ class RedisStorage(Calls):
     makes connections of its own, and leaves the client alone. prefix: begins every key, without braces.
     deadline: seconds until a check has its answer or a StorageError, 0.005 to 60. connect_timeout: seconds that an attempt to
     connect may take, 0.005 to 60; it goes on while checks are decided by the policy. None is 5, or the client's
-    socket_connect_timeout if that is longer. tags: hash tags over which keys spread, 1 to 16,384, the same for all who share a
-    prefix. connections: on which decisions travel, for each event loop, 1 to 8; a key always takes the same one.
+    socket_connect_timeout if that is longer. tags: hash tags over which keys spread, 1 to 16,384. tag_parts: how many of the first
+    parts of a tuple key decide its tag, 1 to 64, so that keys which begin alike stand together; None: all of them. All processes of
+    a prefix have the same tags and tag_parts. connections: on which decisions travel, for each event loop, 1 to 8; a key always
+    takes the same one.
     max_waiting: checks that may wait for each of them, 1 to 1,000,000. prefilter_ttl: for how many seconds a denial may be
     repeated without asking Redis again, 0 to 60: so much later is it felt elsewhere that a key was reset. max_bounds: keys of
     which this process remembers what Redis said last, 1 to 10^8. max_connections: for decisions in all event loops of this
@@ -75,7 +78,7 @@ class RedisStorage(Calls):
     on_overload: what a check is when `max_waiting` wait already, or when it can't be answered in time since so many others wait:
     "deny" is denied, "raise" raises StorageUnavailable.
 
-    Storages of one process with the same server, database, prefix and tags share what is known, and count as one process. The
+    Storages of one process with the same server, database, prefix, tags and tag_parts share what is known, and count as one process. The
     `max_bounds` of the first one counts; those of the others are ignored.
 
     Raises ConfigurationError, also if the package was installed without its Lua scripts. Nothing connects before the first check, or
@@ -92,6 +95,7 @@ class RedisStorage(Calls):
         deadline: float = 0.25,
         connect_timeout: float | None = None,
         tags: int = 64,
+        tag_parts: int | None = None,
         connections: int = 1,
         max_waiting: int = 100_000,
         prefilter_ttl: float = 1.0,
@@ -108,6 +112,8 @@ class RedisStorage(Calls):
             seconds("connect_timeout", connect_timeout, 0.005, 60)
         seconds("prefilter_ttl", prefilter_ttl, 0, 60)
         whole("tags", tags, TAGS_MAX)
+        if tag_parts is not None:
+            whole("tag_parts", tag_parts, TAG_PARTS_MAX)
         whole("connections", connections, 8)
         whole("max_waiting", max_waiting, 1_000_000)
         whole("max_bounds", max_bounds, 100_000_000)
@@ -120,9 +126,9 @@ class RedisStorage(Calls):
         one_of("on_overload", on_overload, get_args(OnOverload))
         self._settings = Settings(client, deadline, connect_timeout)
         check_installed()
-        layout = Layout(prefix.encode(), tags)
+        layout = Layout(prefix.encode(), tags, tag_parts or 0)
         shared = SHARING.find(
-            (self._settings.where, prefix, tags), self, lambda: Knowledge(KeyTable(max_bounds, bounds=True), layout)
+            (self._settings.where, prefix, layout.layout), self, lambda: Knowledge(KeyTable(max_bounds, bounds=True), layout)
         )
         super().__init__(
             layout,

@@ -39,7 +39,7 @@ if purpose ~= 'count' and purpose ~= 'look' and purpose ~= 'leave' and purpose ~
 end
 if not (processes and processes >= 0 and processes % 1 == 0) then return refuse('RATETHROTTLE the number of processes is none') end
 
-if KEYS[3] and not match(ARGV[9], '^tags=%d+$') then return refuse('RATETHROTTLE the layout is none') end
+if KEYS[3] and not match(ARGV[9], '^tags=%d+,parts=%d+$') then return refuse('RATETHROTTLE the layout is none') end
 local heard_us = tonumber(ARGV[8] or 0)
 if not (heard_us and heard_us >= 0 and heard_us <= 9007199254740991 and heard_us % 1 == 0) then
   return refuse('RATETHROTTLE the time is none')
@@ -53,7 +53,7 @@ local now = clock[1] * 1000000 + clock[2]
 local found = call('MGET', KEYS[1], head, KEYS[1] .. ':cleared', KEYS[3] or head, KEYS[1] .. ':written')
 if KEYS[3] then
   local layout = found[4] or ''
-  if not match(layout, '^tags=%d+$') then
+  if not match(layout, '^tags=%d+,parts=%d+$') then
     call('SET', KEYS[3], ARGV[9])
   elseif layout ~= ARGV[9] then
     return refuse('RATETHROTTLE layout ' .. layout .. ' is in use, not ' .. ARGV[9])
