@@ -71,10 +71,11 @@ cdef bytes chosen_tags(uint32_t tags):
     cdef char[TAG_BYTES] tag
     cdef uint32_t slot, at, left = tags
     cdef int size, i
-    cdef int64_t number, rest, distance
+    cdef int64_t number, rest, distance, count = 1
     for size in range(1, TAG_BYTES):
         nearest = [SLOTS] * tags
-        for number in range(36 ** size):
+        count *= 36
+        for number in range(count):
             rest = number
             for i in range(size - 1, -1, -1):
                 tag[i] = b"0123456789abcdefghijklmnopqrstuvwxyz"[rest % 36]

@@ -58,6 +58,7 @@ class Attempts:
         self._costly = 0  # attempts in a row that failed and had asked for credentials
         self._every_s = EVERY_S  # between two turns
         self._next_s = 0.0  # the turn that was taken last, by the monotonic clock
+        self._given_back_s: float | None = None  # a turn that was taken and not used
         self._waiting: set[Callable[[], None]] = set()
         self._losses: deque[float] = deque(maxlen=2)
 
@@ -70,6 +71,9 @@ class Attempts:
         if self._failing_since_s is None:
             return 0.0
         now_s = time.monotonic()
+        given_back_s, self._given_back_s = self._given_back_s, None
+        if given_back_s is not None and given_back_s > now_s - EVERY_S / 4:
+            return max(0.0, given_back_s - now_s)
         last_s = max(now_s, self._next_s)  # another line's turn, if that is still to come
         self._every_s = every_s(now_s - self._failing_since_s)
         # By the wall clock, which processes share; but what is kept isn't, or a clock that is set back would make us wait as long.
@@ -83,6 +87,10 @@ class Attempts:
             self._next_s = max(self._next_s, last_s + most_s * random.uniform(0.5, 1.0))  # noqa: S311  # no secret
             self._every_s = max(self._every_s, most_s)
         return self._next_s - now_s
+
+    def give_back(self, turn_s: float) -> None:
+        """Leave a turn that was taken, by the monotonic clock, to whoever asks next."""
+        self._given_back_s = turn_s
 
     def until_next_s(self) -> float:
         """How many seconds it is until the next turn: before that it isn't worth asking again."""

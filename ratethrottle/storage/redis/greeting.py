@@ -70,6 +70,7 @@ async def ask(
     reply_s: how long each of them may take. Raises redis-py's errors, OSError and TimeoutError.
     """
     await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
+    progress.sent()
     return [await reply_of(connection, progress, reply_s) for _ in commands]
 
 
@@ -80,7 +81,7 @@ async def reply_of(connection: AbstractConnection, progress: Progress, reply_s: 
             reply = await connection.read_response(disable_decoding=True)
     except redis.ResponseError as error:
         reply = error
-    progress.heard()
+    progress.replied()
     return reply
 
 
@@ -135,6 +136,7 @@ async def greet(
     if not own and not first:
         return []
     await connection.send_packed_command(connection.pack_commands([*(command for command, _ in own), *first]), check_health=False)
+    progress.sent()
     for command, strange in own:
         try:
             said = await reply_of(connection, progress, reply_s)

@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 import math
 import os
+import time
 
 from redis.asyncio.connection import AbstractConnection
 
@@ -227,9 +228,22 @@ class Line(Gathering):
             await asyncio.sleep(FAR_S)
         self._attempts.failed()
         wait_s = self._attempts.wait_s()
+        turn_s = time.monotonic() + wait_s
         if not self._hurry.is_set():
-            await self._wait(wait_s)
+            try:
+                await self._wait(wait_s)
+            except asyncio.CancelledError:
+                # The whole attempt has taken too long. The next one begins at this turn.
+                self._attempts.give_back(turn_s)
+                raise
         self._hurry.clear()
+        if self._patience is None or self._stale:
+            return
+        if self._patience.expired():
+            self._attempts.give_back(turn_s)
+        else:
+            # A try that begins as the whole attempt ends has some time all the same: Redis may be back just now.
+            self._patience.reschedule(max(self._patience.when() or 0.0, self.loop.time() + EVERY_S / 2))
 
     async def _wait(self, wait_s: float) -> None:
         """Wait for a turn, or until there is another master or Redis answers somebody else."""

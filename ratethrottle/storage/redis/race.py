@@ -16,8 +16,8 @@ from ratethrottle.storage.redis.tasks import own_task, result_of, succeeded
 
 T = TypeVar("T")
 
-# A server that has said nothing for so long gets another try, at the next turn. Less than half a turn takes: a server that answers one
-# byte at a time gets a try at each turn all the same, though each try hears something. More than a round trip of 200 ms.
+# A server that has said nothing for so long gets another try, at the next turn. Less than half a turn takes: one that answers a byte at a
+# time gets a try at each turn all the same, though each try hears something. More than a round trip of 200 ms.
 SILENT_S = 0.22
 
 
@@ -26,11 +26,22 @@ class Progress:
 
     def __init__(self) -> None:
         self._since_s: float | None = None
+        self._answered = False  # what was sent last
         self.heard()
 
     def heard(self) -> None:
         """Take note that the server has said something."""
         self._since_s = time.monotonic()
+
+    def sent(self) -> None:
+        """Take note that commands were sent, in one write."""
+        self._answered = False
+
+    def replied(self) -> None:
+        """Take note of a reply to them. They all are due when the first one is: of a server that trickles nothing is heard after that."""
+        if not self._answered:
+            self._answered = True
+            self.heard()
 
     def elsewhere(self) -> None:
         """Take note that something else is waited for, until the next `heard`."""
