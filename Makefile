@@ -17,6 +17,7 @@ PY := $(BIN)/python
 MADE := $(VENV)/.made-with-$(subst /,_,$(PYTHON))
 TOOLS := $(VENV)/.tools
 PEERS := $(VENV)/.peers
+DOCS := $(VENV)/.docs
 STRANGER := .venv-peer-ratethrottle/.made
 BUILT := $(VENV)/.built
 SOURCES := setup.py pyproject.toml $(shell find ratethrottle -name '*.pyx' -o -name '*.pxd')
@@ -30,7 +31,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test demo check ci matrix floor bench instructions instructions-record agree agree-short model faults faults-short soak trace sanitize debug format wheel clean redis valgrind iptables FORCE
+.PHONY: help test demo check ci docs matrix floor bench instructions instructions-record agree agree-short model faults faults-short soak trace sanitize debug format wheel clean redis valgrind iptables FORCE
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,7 +54,12 @@ check: $(BUILT) $(PEERS) ## Everything static: format, lint, types, stubs, spell
 	$(BIN)/codespell
 	$(BIN)/validate-pyproject pyproject.toml
 
-ci: check test agree-short faults-short instructions ## check, test, short runs of agreement and faults, the instruction counts: what .ci/run calls
+ci: check docs test agree-short faults-short instructions ## check, docs, test, short runs of agreement and faults, the instruction counts: what .ci/run calls
+
+docs: $(BUILT) $(DOCS) ## The site in build/docs; a warning or a link that leads nowhere is an error
+	@# -E: a page that is taken from a former build has no warnings.
+	$(PY) -m sphinx -E -W -n --keep-going -q -b html -d build/doctrees docs build/docs
+	@echo "build/docs/index.html"
 
 faults: $(BUILT) redis iptables ## The fault board: each fault on real servers, a table (FAULTS_ARGS="--row server-killed --short")
 	$(PY) -m tests.faults $(FAULTS_ARGS)
@@ -124,6 +130,10 @@ $(TOOLS): $(MADE) requirements/dev.txt
 
 $(PEERS): $(TOOLS) requirements/bench.txt
 	$(PY) -m pip install -q --no-deps -r requirements/bench.txt
+	touch $@
+
+$(DOCS): $(TOOLS) requirements/docs.txt
+	$(PY) -m pip install -q --no-deps -r requirements/docs.txt
 	touch $@
 
 # The package on PyPI that has our name can't live where ours is installed.
