@@ -18,7 +18,6 @@ from ratethrottle import RateThrottleCore, RateThrottleRule, StorageError
 from tests.servers import RedisServer, eventually, executable, free_port
 
 PAGE = Path(__file__).parent.parent / "docs" / "distributed.rst"
-README = PAGE.parent.parent / "README.md"
 BLOCK = re.compile(r"^\.\. code-block:: python\n\n((?:    .*\n|\n)+)", re.MULTILINE)
 
 
@@ -106,12 +105,6 @@ def test_the_page_has_its_two_blocks_and_running_them_connects_to_nothing(monkey
     assert list(made["limiter"].rules.values()) == [made["rule"]]
     assert (made["rule"].name, made["rule"].limit, made["rule"].window_us) == ("api_limit", 1000, 60_000_000)
     assert isinstance(run(second)["limiter"], RateThrottleCore)
-
-
-def test_the_code_of_the_readme_runs(hosts: Any, redis_server: RedisServer, capsys: pytest.CaptureFixture[str]) -> None:
-    hosts("localhost", 6379, redis_server.port)
-    run(re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[0])
-    assert capsys.readouterr().out == "go on, 999 left\n"
 
 
 async def test_clients_that_hit_different_servers_share_the_same_limit(hosts: Any, redis_server: RedisServer) -> None:
