@@ -1345,16 +1345,16 @@ cdef class Gathering:
         memset(self.places, 0, PLACES * sizeof(uint16_t))
         if self.timer is not None:           # it rings after this
             self.excuse(now_us)
-        keys = self.fill(call, &self.waiting, most - min(<int>min(self.own.count, <Py_ssize_t>OWN_MIN), most // 4), keys, now_us)
+        keys = self.fill(call, &self.waiting, most - min(<int>min(self.own.count, <Py_ssize_t>OWN_MIN), most // 4), RULES_MAX, keys, now_us)
         if self.own.count and (call.size == 0 or call.mode == CHECK):
-            keys = self.fill(call, &self.own, most, keys, now_us)
+            keys = self.fill(call, &self.own, most, RULES_MAX + OWN_MIN, keys, now_us)
         if call.size:
             call.sent_us = now_us
             call.epoch = self.epoch
             self.write_call(call, keys)
         return 0
 
-    cdef int fill(self, Call call, Queue* queue, int most, int keys, int64_t now_us) except -1:
+    cdef int fill(self, Call call, Queue* queue, int most, int rules_most, int keys, int64_t now_us) except -1:
         """Take from a queue what goes with the call as it is; returns how many keys that has."""
         cdef PendingDecision pending
         cdef CallEntry* entry
@@ -1384,7 +1384,7 @@ cdef class Gathering:
             entry = &call.entries[self.places[place] - 1] if self.places[place] else NULL
             # Of a key's entries the newest decides whether this one is equal to it: their order is kept.
             if entry == NULL or not self.joins(call, entry, pending):
-                if call.size == most or len(<list>call.rules) >= RULES_MAX:
+                if call.size == most or len(<list>call.rules) >= rules_most:
                     break
                 entry = self.add_entry(call, pending, entry.key_index if entry != NULL else keys + 1)
                 keys += 1 if entry.key_index > keys else 0

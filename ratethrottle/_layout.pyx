@@ -93,8 +93,8 @@ cdef bytes chosen_tags(uint32_t tags):
             names[TAG_BYTES * at] = size
             names[TAG_BYTES * at + 1:TAG_BYTES * at + 1 + size] = tag[:size]
         if left == 0:
-            break
-    return bytes(names)
+            return bytes(names)
+    raise ValueError(f"{tags} tags are more than there are names for")
 
 
 cdef Py_ssize_t parts_end(const char* data, Py_ssize_t size, int parts) noexcept nogil:

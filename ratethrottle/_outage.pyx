@@ -262,6 +262,7 @@ cdef int account_bring(Account* account, Share share, int64_t now_us) noexcept:
             view_rebase(&account.held, now_us)
         if view_ahead(&account.owed, now_us):
             view_rebase(&account.owed, now_us)
+        account.taken_us = min(account.taken_us, now_us)
         if account.share != <PyObject*>share and account_change(account, share, now_us) == NO_MEMORY:
             return NO_MEMORY
     account.share = <PyObject*>share
@@ -284,7 +285,9 @@ cdef int account_change(Account* account, Share share, int64_t now_us) noexcept:
         view_free(&account.owed)
     # The store drains what was charged by the whole rule's rate at most.
     units = still_charged(account, &(<Share>account.share).rule.terms, now_us) // max(<int64_t>1, account.owed.terms.unit_ticks)
-    account.taken_ticks = units * owed.terms.unit_ticks if owed.terms.kind == c"b" and owed.terms.drain_ticks else 0
+    account.taken_ticks = 0
+    if owed.terms.kind == c"b" and owed.terms.drain_ticks:
+        account.taken_ticks = min(units, owed.amount.level_ticks // owed.terms.unit_ticks) * owed.terms.unit_ticks
     account.taken_us = now_us
     account.held = held
     account.owed = owed
@@ -595,6 +598,7 @@ cdef class Shares:
             return None
         share = <Share>account.share             # kept: `owed` points into it
         newest_age_us = max(<int64_t>0, now_us - account.newest_us)
+        account.taken_us = min(account.taken_us, now_us)  # the clock has stepped back, and what was taken drains from now, as it does
         roll(&account.owed, now_us)
         owed = account.owed
         if owed.terms.kind == c"b":

@@ -31,12 +31,17 @@ cdef extern from *:
     static struct rt_size rt_sizes[RT_SIZES];
 
     static __attribute__((noinline)) struct rt_chunk *rt_chunk_new(size_t bytes) {
-        /* mmap aligns to a page only. */
-        char *at = mmap(NULL, bytes + RT_CHUNK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0), *first;
+        /* The next one mostly lies below the last, aligned: the two are one mapping then, of which a process has a limited number. */
+        char *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0), *first = at;
         if (at == MAP_FAILED) return NULL;
-        first = (char *)(((uintptr_t)at + RT_CHUNK - 1) & ~(uintptr_t)(RT_CHUNK - 1));
-        if (first > at) munmap(at, (size_t)(first - at));
-        if (at + RT_CHUNK > first) munmap(first + bytes, (size_t)(at + RT_CHUNK - first));
+        if ((uintptr_t)at & (RT_CHUNK - 1)) {
+            munmap(at, bytes);
+            at = mmap(NULL, bytes + RT_CHUNK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+            if (at == MAP_FAILED) return NULL;
+            first = (char *)(((uintptr_t)at + RT_CHUNK - 1) & ~(uintptr_t)(RT_CHUNK - 1));
+            if (first > at) munmap(at, (size_t)(first - at));
+            if (at + RT_CHUNK > first) munmap(first + bytes, (size_t)(at + RT_CHUNK - first));
+        }
         ((struct rt_chunk *)first)->mapped = bytes;
         return (struct rt_chunk *)first;
     }
@@ -92,7 +97,8 @@ cdef extern from *:
         /* One that is empty stays while it is the only one with room: the next piece would map it again. */
         if (chunk->used == 0 && (chunk->next != NULL || chunk->before != NULL)) {
             rt_chunk_unlink(chunk);
-            munmap(chunk, RT_CHUNK);
+            /* In the middle of a mapping it makes two of one, of which there may be too many. */
+            if (munmap(chunk, RT_CHUNK) != 0) rt_chunk_link(chunk);
         }
     }
     #endif

@@ -276,8 +276,8 @@ def test_a_window_of_weeks_begins_on_a_monday(scripts: list[Callable[[], Lua]], 
         allowed, _, _, reset_us = subject.check(rule, now_us, 10)
         assert allowed
         ends = datetime.fromtimestamp((now_us + reset_us) / 10**6, UTC)
+        assert (ends.weekday(), ends.hour, ends.minute, ends.second) == (0, 0, 0, 0)
         if strategy == "fixed_window":
-            assert (ends.weekday(), ends.hour, ends.minute, ends.second) == (0, 0, 0, 0)
             assert weeks > 1 or ends == datetime(2026, 11, 30, tzinfo=UTC)
             assert not subject.check(rule, now_us + reset_us - 1, 1)[0]
             assert subject.check(rule, now_us + reset_us, 10)[0]

@@ -585,10 +585,10 @@ def test_a_key_is_one_account_in_any_form_and_is_called_as_in_redis() -> None:
     assert len(shares) == 4
     found = shares.take_owed(10, START_US + 7)
     assert {(name, newest_us): ages for _, name, _, newest_us, ages in found} == {
-        (b"p:{5}:rule:#" + b"5" * 32, 7): [(7, 1)],
-        (b"p:{4}:rule:(i5 ", 7): [(7, 1)],
-        ("p:{3}:rule:=ключ".encode(), 7): [(7, 3)],
-        (b"p:{5}:other:=" + b"5" * 32, 7): [(7, 1)],
+        (b"p:{21}:rule:#" + b"5" * 32, 7): [(7, 1)],
+        (b"p:{29}:rule:(i5 ", 7): [(7, 1)],
+        ("p:{e8}:rule:=ключ".encode(), 7): [(7, 3)],
+        (b"p:{21}:other:=" + b"5" * 32, 7): [(7, 1)],
     }
     assert {(item[0].kind, item[0].limit, item[0].window_us) for item in found} == {("s", 5, 1_000_000)}
 

@@ -140,6 +140,33 @@ def test_a_call_of_many_rules_has_few_entries(run: Run, redis_server: RedisServe
     assert 4 <= ran["mget"] - ran["zscore"] <= 7
 
 
+def test_what_nobody_waits_for_has_room_beside_any_number_of_rules(run: Run, redis_server: RedisServer) -> None:
+    rules = [RateThrottleRule(f"r{i}", 10**6, 3600) for i in range(120)]
+
+    async def flooded() -> tuple[int, int]:
+        leased = RateThrottleRule("leased", 1_000, 3600, lease=True)
+        async with limiter_of(redis_server.url, *rules, leased) as limiter:
+            used = 0
+            while limiter.statistics().leases == 0:
+                used += len([decision for decision in await limiter.check_many([Request("k", "leased")] * 20) if decision])
+            stop = time.monotonic() + 0.6
+
+            async def flood(rule: str) -> None:
+                while time.monotonic() < stop:
+                    await limiter.check("user", rule)
+
+            async with asyncio.TaskGroup() as group:
+                for rule in rules:
+                    group.create_task(flood(rule.name))
+                # The lease ends meanwhile, and what is left of it goes back.
+                await asyncio.sleep(0.4)
+                remaining = (await limiter.peek("k", "leased")).remaining
+            return used, remaining
+
+    used, remaining = run(flooded())
+    assert used + remaining == 1_000
+
+
 def test_cancelled_checks_change_nobody_else(run: Run, redis_server: RedisServer) -> None:
     rule = RateThrottleRule("r", LIMIT, 3600)
     rng = random.Random(5)

@@ -26,6 +26,7 @@ import redis.sentinel
 from ratethrottle import Decision, RateThrottleCore, RateThrottleRule, RedisStorage, create_limiter
 from ratethrottle.errors import StorageProtocolError, StorageRefused, StorageTimeout, StorageUnavailable
 from ratethrottle.events import Event
+from ratethrottle.storage.redis.attempts import EVERY_S, JITTER_S, Attempts
 from ratethrottle.storage.redis.line import Line
 from ratethrottle.storage.redis.scripts import script
 from tests.redis.certificates import make_certificates
@@ -710,3 +711,17 @@ def test_no_timer_or_task_is_left(redis_url: str) -> None:
         assert len(asyncio.all_tasks()) == 1
 
     asyncio.run(main())
+
+
+def test_a_turn_that_was_given_back_is_taken_once_and_not_after_a_success() -> None:
+    attempts = Attempts(1)
+    attempts.failed()
+    turn_s = time.monotonic() + attempts.wait_s()
+    attempts.give_back(turn_s)
+    assert attempts.wait_s() == pytest.approx(turn_s - time.monotonic(), abs=0.05)
+    assert attempts.wait_s() > turn_s - time.monotonic() + 0.1, "it was taken"
+    # One of a long outage is far ahead. Once Redis has answered, nobody waits for it.
+    attempts.give_back(time.monotonic() + 10)
+    attempts.succeeded()
+    attempts.failed()
+    assert attempts.wait_s() <= EVERY_S + JITTER_S

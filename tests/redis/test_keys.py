@@ -119,6 +119,8 @@ def test_keys_that_begin_alike_share_a_tag(key: tuple[str | int, ...], parts: in
         return TAG.search(state_key(of, layout=layout))[1]  # type: ignore[index]  # no match fails the test
 
     assert tag(key) == tag(key[:parts])
+    # Others begin with something else, and are elsewhere: 64 of them at one tag of 16,384 are no accident.
+    assert len({tag((f"{number}", *key)) for number in range(64)}) > 1
     assert tag((*key[:parts], "x")) == tag((*key[:parts], 7, "y")) or len(key) < parts
     if isinstance(other, str):
         # A key that is no tuple has no parts.

@@ -1101,3 +1101,15 @@ def test_what_a_bucket_is_charged_in_parts_is_no_less_than_what_was_admitted(
         rate = Fraction(rule.limit, rule.window_us)
         owed = max((len(admitted) - place - rate * (now_us - at_us) for place, at_us in enumerate(admitted)), default=0)
         assert server.left(now_us, rule) <= max(0, rule.capacity - owed), f"seed {seed}"
+
+
+def test_a_bucket_is_charged_for_what_came_after_the_clock_stepped_back() -> None:
+    shares, rule = shares_of(2), make_rule("token_bucket", 100, 10_000_000, 100).compiled
+    taken = 0
+    for at_us in (NOW_US, NOW_US - 3_000_000, NOW_US - 2_500_000):
+        admitted = sum(shares._decide(rule, "k", "=", at_us, 1)[0] for _ in range(20))
+        [(*_, ages)] = shares.take_owed(1, at_us)
+        new = sum(ticks for age, ticks in ages if age == 0)
+        assert new >= admitted * rule.unit_ticks
+        taken += new
+    assert taken >= 45 * rule.unit_ticks

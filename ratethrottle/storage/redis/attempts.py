@@ -132,6 +132,7 @@ class Attempts:
         if self._failing_since_s is not None:
             self._failing_since_s = None
             self._next_s = 0.0
+            self._given_back_s = None
             for hurry in list(self._waiting):
                 hurry()
 

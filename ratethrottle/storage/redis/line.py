@@ -61,6 +61,7 @@ class Line(Gathering):
         self._wanted = False  # a connection, by somebody
         self.failures = 0  # attempts to connect that came to nothing
         self._tried_s = -math.inf  # when the last one was begun, by the loop's clock
+        self._begun_s = 0.0  # when it began, by the loop's clock
         self._patience: asyncio.Timeout | None = None  # of the attempt that is under way
         self._impatience: asyncio.TimerHandle | None = None  # of checks, with that attempt
         self._resigning = False
@@ -186,6 +187,7 @@ class Line(Gathering):
             return
         self._stale = False
         self._began()
+        self._begun_s = self._tried_s
         asked = self.master.credentials_asked
         # An attempt is patient; checks aren't. Nobody is told of an outage who hasn't asked for anything yet.
         self._allow(self._deadline_s)
@@ -233,17 +235,21 @@ class Line(Gathering):
             try:
                 await self._wait(wait_s)
             except asyncio.CancelledError:
-                # The whole attempt has taken too long. The next one begins at this turn.
-                self._attempts.give_back(turn_s)
+                self._give_back(turn_s)
                 raise
-        self._hurry.clear()
         if self._patience is None or self._stale:
             return
-        if self._patience.expired():
-            self._attempts.give_back(turn_s)
-        else:
+        self._hurry.clear()
+        self._give_back(turn_s)
+        if not self._patience.expired():
             # A try that begins as the whole attempt ends has some time all the same: Redis may be back just now.
-            self._patience.reschedule(max(self._patience.when() or 0.0, self.loop.time() + EVERY_S / 2))
+            most_s = max(self._patience.when() or 0.0, self.loop.time() + EVERY_S / 2)
+            self._patience.reschedule(min(most_s, self._begun_s + self._connect_timeout_s + EVERY_S / 2))
+
+    def _give_back(self, turn_s: float) -> None:
+        """Leave a turn to the next attempt, if this one has taken too long to use it."""
+        if self._patience is not None and self._patience.expired() and not self._stale:
+            self._attempts.give_back(turn_s)
 
     async def _wait(self, wait_s: float) -> None:
         """Wait for a turn, or until there is another master or Redis answers somebody else."""

@@ -349,7 +349,7 @@ local function taken_in(entry)
     return false
   elseif charges then
     local counted = rule.kind == 'b' and charge_bucket(own, h, rule, entry) or charge(own, h, entry)
-    if other then charge(other, h, rule.kind == 'b' and {{0, counted}} or entry) end
+    if other and counted > 0 then charge(other, h, rule.kind == 'b' and {{0, counted}} or entry) end
     h.granted = min(h.granted + counted, UNITS_MAX)
   elseif entry.generation < h.generation then
     return false
