@@ -692,7 +692,7 @@ async def test_what_was_cleared_comes_back_by_nobody() -> None:
                     assert (await limiter.check(f"user of {id(limiter)}", "r")).allowed
             for _ in range(200):
                 await theirs.check("user", "leased")
-            for key in ("app:session:1", "app:{1}:somebody", "app:{x}:r:=k", "app:charged:x"):
+            for key in ("app:session:1", "app:{1}:somebody", "app:{X}:r:=k", "app:charged:x"):
                 client.set(key, "somebody else's")
             # Who lives and has a layout writes it again.
             others = set(client.keys()) - set(client.keys("app:{*}:*:=*")) - {b"app:layout"}
