@@ -698,7 +698,7 @@ async def test_what_was_cleared_comes_back_by_nobody() -> None:
             others = set(client.keys()) - set(client.keys("app:{*}:*:=*")) - {b"app:layout"}
             await storages[0].clear()
             assert others <= set(client.keys())
-            assert not [key for key in client.keys("app:{*}:*:=*") if not key.startswith(b"app:{x}")]
+            assert not [key for key in client.keys("app:{*}:*:=*") if not key.startswith(b"app:{X}")]
             assert (await mine.check(f"user of {id(mine)}", "r")).allowed
             await asyncio.sleep(0.3)
             for limiter in (mine, theirs):
