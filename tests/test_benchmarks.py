@@ -80,7 +80,7 @@ def test_what_a_bucket_admitted_beyond_its_rate_is_found_in_any_interval() -> No
 
 def test_only_our_own_instructions_are_added_up(tmp_path: Path) -> None:
     dump = tmp_path / "out.1"
-    own = instructions.OBJECT
+    own = next(iter(instructions.OBJECTS))
     dump.write_text(
         f"events: Ir\nsummary: 1000\n\nob=(1) /lib/python\nfn=(1) eval\n0 500\ncob=(2) /here/{own}\ncfn=(2) check\ncalls=1 0\n0 77\n"
         "\nob=(2)\nfn=(2)\n0 60\n+3 5\n0\ncob=(1)\ncfn=(3) dict\ncalls=2 0\n0 10\n* 2\n"
