@@ -48,7 +48,8 @@ def test_the_memory_of_what_is_over_goes_back_to_the_system(strategy: str) -> No
     keys, held, left = map(int, subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout.split())
     assert keys == 0
     assert held > 200 * KEYS
-    assert left < 30 * KEYS
+    # The system takes and gives pages of the rest of the process meanwhile, too.
+    assert left < held / 5
 
 
 async def longest_stop_s(until_done: asyncio.Event) -> float:
