@@ -202,7 +202,7 @@ cdef inline bint view_ahead(const View* view, int64_t now_us) noexcept nogil:
         window = view.amount.window
         # at > reach_end(now), without its division: with slots, `at` is a multiple of them.
         return window.count > 0 and window.entries[window.first + window.count - 1].at_us - view.terms.reach_us > now_us
-    # Likewise the start of a window, a multiple of it, lies behind now's exactly if it lies behind now.
+    # Likewise the start of an aligned window lies behind that of now's exactly if it lies behind now.
     return view.at_us > now_us
 
 

@@ -1616,7 +1616,7 @@ cdef class Gathering:
         cdef Call call
         cdef Errand errand = None
         cdef int64_t[ENTRIES_MAX * NUMBERS_MAX + 1] numbers
-        cdef int i, count, answers
+        cdef int i, count, answers, first
         oldest = self.in_flight[0]
         call = <Call>oldest if isinstance(oldest, Call) else None
         errand = <Errand>oldest if isinstance(oldest, Errand) else None

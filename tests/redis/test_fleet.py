@@ -323,7 +323,7 @@ def test_a_number_that_no_server_can_say_is_not_taken_up(redis_client: redis.Red
         return reply
 
     process.line.tamper = tamper
-    process.line._broken = lambda what: (broken.append(what), process.line.lose())  # type: ignore[method-assign]
+    process.line._broken = lambda what: (broken.append(what), process.line.lose())  # type: ignore[method-assign]  # the test hears of it
     for _ in range(20):
         turn(world, [process])
     assert broken
@@ -351,7 +351,7 @@ def test_a_time_that_no_clock_says_is_not_taken_up(redis_client: redis.Redis, mo
         return reply
 
     process.line.tamper = tamper
-    process.line._broken = lambda what: (broken.append(what), process.line.lose())  # type: ignore[method-assign]
+    process.line._broken = lambda what: (broken.append(what), process.line.lose())  # type: ignore[method-assign]  # the test hears of it
     process.ask([("k", rule, 1)], mode)
     turn(world, [process])
     assert len(broken) == (place != 1 or number > LATEST_US)

@@ -60,8 +60,8 @@ class Line(Gathering):
         self._hurry = asyncio.Event()  # it needn't wait for its turn to connect: there is another master, or Redis answers
         self._wanted = False  # a connection, by somebody
         self.failures = 0  # attempts to connect that came to nothing
-        self._tried_s = -math.inf  # when the last one was begun, by the loop's clock
-        self._begun_s = 0.0  # when it began, by the loop's clock
+        self._tried_s = -math.inf  # when the newest try was begun, by the loop's clock
+        self._begun_s = 0.0  # when the attempt was begun that the try belongs to
         self._patience: asyncio.Timeout | None = None  # of the attempt that is under way
         self._impatience: asyncio.TimerHandle | None = None  # of checks, with that attempt
         self._resigning = False

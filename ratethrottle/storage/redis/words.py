@@ -31,7 +31,7 @@ COMMANDS = frozenset(
 SETTINGS = frozenset({"maxmemory", "no", "yes"})
 # Behind one of these a secret or a name may follow; only these others don't look like one.
 TELLING = frozenset(
-    "auth credential credentials hello key login name pass passphrase passwd password secret token user username".split()  # noqa: SIM905
+    "auth credential credentials hello key login name pass passphrase passwd password secret token user username".split()  # noqa: SIM905  # one line of words, not twenty of strings
 )
 ORDINARY = frozenset(
     """
