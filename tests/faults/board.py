@@ -25,6 +25,7 @@ from tests.faults.judge import (
     slowest,
 )
 from tests.faults.records import SOURCES
+from tests.faults.worker import BUSY_MS
 
 HEALS_S = 1.0
 _rows: dict[str, Row] = {}
@@ -134,6 +135,7 @@ class Run:
             made = sum(began <= at <= end for log in living for began, end in fleet.faults for at, _ in log.connects)
             self.note(f"{made / max(1, len(living)) / max(0.001, fault_s(fleet)):.1f} attempts/s and process")
             verdict.expect(worst <= 0, f"{worst:g} attempts to connect more than two a second and process")
+        self.judge_busy(fleet)
         self.judge_ends(fleet, events, heals=heals_s is not None)
 
     def judge_time(self, fleet: Fleet) -> None:
@@ -145,6 +147,19 @@ class Run:
         limit_us = round(fleet.options["deadline"] * 1e6) + GRACE_US
         verdict.limits.append(f"calls {limit_us / 1e3:g} ms")
         verdict.expect(fair_us <= limit_us, f"a call took {raw_us / 1e3:.0f} ms, {fair_us / 1e3:.0f} ms without its loop's lag")
+
+    def judge_busy(self, fleet: Fleet) -> None:
+        """No loop was kept busy by what runs in it.
+
+        A virtual machine counts what its host takes from it as the thread's own time. So one stretch in a whole run is noted, unless
+        it is twice too long: what the library does happens in each process, and again.
+        """
+        stretches = [(busy_ms, garbage_ms) for member in fleet.living for busy_ms, garbage_ms in member.report["busy"]]
+        words = [f"{busy_ms:.0f} ms, {garbage_ms:.0f} of them by collecting garbage" for busy_ms, garbage_ms in stretches[:3]]
+        if len(stretches) == 1 and stretches[0][0] <= 2 * BUSY_MS:
+            self.note(f"one loop was once kept busy for {words[0]}")
+        else:
+            self.expect(not stretches, f"loops were kept busy {len(stretches)} times: {words}")
 
     def judge_ends(self, fleet: Fleet, events: Collection[str], *, heals: bool) -> None:
         """Nothing hung, leaked or was left for nobody to see."""

@@ -107,6 +107,7 @@ class Worker:
         self.events: list[dict[str, Any]] = []
         self.running = asyncio.Event()
         self.garbage_ns = 0  # spent on collecting it
+        self.busy: list[tuple[float, float]] = []  # how long the loop was kept busy at a stretch, and by garbage, in ms
         self.ended = False
 
     def write(self, kind: int, before_us: int, after_us: int, *, allowed: bool = False, rule: int = 0, key: int = 0) -> None:
@@ -156,10 +157,7 @@ class Worker:
                 self.write(LATE, due_us, now_us)
             # A busy machine is no fault of ours, but what this very thread did is.
             if (busy_ms := (time.thread_time_ns() - used_ns) / 1e6) > BUSY_MS:
-                garbage_ms = (self.garbage_ns - garbage_ns) / 1e6
-                self.noise.noise.append(
-                    f"the loop was kept busy for {busy_ms:.0f} ms, {garbage_ms:.0f} of them by collecting garbage"
-                )
+                self.busy.append((busy_ms, (self.garbage_ns - garbage_ns) / 1e6))
 
     def _collect(self, phase: str, _: dict[str, int]) -> None:
         self.garbage_ns += time.thread_time_ns() * (1 if phase == "stop" else -1)
@@ -231,7 +229,7 @@ class Worker:
             gc.collect()
         after = {"files": open_files(), "tasks": len(asyncio.all_tasks())}
         secrets = [told for told in self.noise.told if SECRET in told or PASSWORD in told]
-        lines = {"noise": self.noise.noise, "secrets": secrets, "told": len(self.noise.told)}
+        lines = {"noise": self.noise.noise, "busy": self.busy, "secrets": secrets, "told": len(self.noise.told)}
         self.pipe.send({"before": before, "last": last, "after": after, "hangs": hangs, **lines})
 
     def _hear(self) -> None:
