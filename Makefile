@@ -71,10 +71,10 @@ soak: $(BUILT) redis ## Faults at random on a fleet that works, SOAK_MINUTES=10 
 	$(PY) -m tests.faults.soak --minutes $(SOAK_MINUTES) $(SOAK_ARGS)
 
 agree: $(BUILT) redis ## Oracle, core and Lua over 10^6 random steps (AGREE_STEPS=…)
-	$(PY) -m tests.agree --steps $(AGREE_STEPS)
+	$(PY) -m tests.scripts.agree --steps $(AGREE_STEPS)
 
 agree-short: $(BUILT) redis
-	$(PY) -m tests.agree --steps 30000
+	$(PY) -m tests.scripts.agree --steps 30000
 
 model: $(BUILT) ## Every state of the models of bound, outage and repair that the suite has no time for (MODEL_ARGS="--processes 3")
 	$(PY) -m tests.model $(MODEL_ARGS)

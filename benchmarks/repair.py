@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import Any
 
 from ratethrottle import RateThrottleRule, Request, create_limiter
-from tests.servers import RedisServer
+from tests.kit.servers import RedisServer
 
 HOT_KEYS, LIMIT = 24, 100
 AT_ONCE = 128  # keys of a call

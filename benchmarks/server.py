@@ -11,7 +11,7 @@ from typing import Any, Self
 from benchmarks.load import Load
 from benchmarks.timing import Figures
 from ratethrottle import RateThrottleCore, RateThrottleRule, create_limiter
-from tests.servers import RedisServer
+from tests.kit.servers import RedisServer
 
 SCRIPTS = ("evalsha", "eval", "evalsha_ro", "eval_ro", "fcall")
 WRITES = ("set", "setrange", "psetex", "setex", "del", "unlink", "getset", "incrby", "expire", "pexpire")

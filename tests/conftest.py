@@ -15,7 +15,7 @@ import uvloop
 from ratethrottle._repair import Knowledge
 from ratethrottle.storage.redis import storage
 from ratethrottle.storage.redis.sharing import SHARING
-from tests.servers import RedisServer
+from tests.kit.servers import RedisServer
 
 
 def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:

@@ -4,7 +4,7 @@
 that came later than 2 ms after its time): on a busy machine nothing in the process ran then, and where its own CPU kept the loop, more
 than 50 ms of that are a problem of their own. Both figures are kept.
 
-**Over** is counted by brackets (tests/intervals.py): only what is certainly too much, whatever the true instants. What Redis granted
+**Over** is counted by brackets (tests/kit/intervals.py): only what is certainly too much, whatever the true instants. What Redis granted
 must keep the promise by itself, over all intervals, those that span the fault included: what is admitted while Redis is away is
 charged on return, and what an empty Redis forgot is asserted before it is asked. What `m` of `N` processes admitted by themselves
 must keep m/N of it. Together that is the promise · (1 + m/N) of DESIGN, and it is stricter than their sum. And what was admitted
@@ -22,7 +22,7 @@ from fractions import Fraction
 
 from ratethrottle import RateThrottleRule
 from tests.faults.records import ERRORS, Call, Log
-from tests.intervals import STRETCH, Bracketed, most_in
+from tests.kit.intervals import STRETCH, Bracketed, most_in
 
 GRACE_US = 50_000
 STEADY_US = 1_000_000  # by so much before the end everything is normal again

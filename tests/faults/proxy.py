@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from tests.faults.forked import CONTEXT
-from tests.servers import free_port
+from tests.kit.servers import free_port
 
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close with RST
 START_S = 30.0

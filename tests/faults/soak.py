@@ -15,7 +15,7 @@ from tests.faults.board import Row, Run, print_table
 from tests.faults.fleet import PROCESSES, Fleet
 from tests.faults.proxy import Proxy
 from tests.faults.worker import PASSWORD
-from tests.servers import RedisServer
+from tests.kit.servers import RedisServer
 
 CALM_S = (3.0, 8.0)  # between two faults: each has healed before the next one
 SAMPLE_S = 30.0

@@ -11,11 +11,11 @@ from pathlib import Path
 from ratethrottle import RateThrottleRule, create_limiter
 from tests.faults.board import Run, row
 from tests.faults.worker import open_files
-from tests.servers import RedisServer
+from tests.kit.servers import RedisServer
 
 REPOSITORY = Path(__file__).parents[3]
 THREADS = 8
-CONNECTIONS = "tests/redis/test_connections.py"
+CONNECTIONS = "tests/servers/test_connections.py"
 
 
 def held_by(run: Run, *tests: str) -> None:
@@ -112,6 +112,6 @@ def secrets_in_errors(run: Run) -> None:
     """No error holds a key or the password, whatever the server quotes (every row with a fleet looks for both too)"""
     held_by(
         run,
-        "tests/redis/test_errors.py::test_no_error_holds_the_key_or_the_password",
-        "tests/redis/test_errors.py::test_a_bad_url_is_refused_without_repeating_it",
+        "tests/servers/test_errors.py::test_no_error_holds_the_key_or_the_password",
+        "tests/servers/test_errors.py::test_a_bad_url_is_refused_without_repeating_it",
     )

@@ -12,7 +12,7 @@ from tests.faults.board import Run, row
 from tests.faults.fleet import DEADLINE_S
 from tests.faults.judge import GRACE_US
 from tests.faults.worker import open_files, resident_bytes
-from tests.servers import RedisServer
+from tests.kit.servers import RedisServer
 
 MAX_CONNECTIONS = 8
 WIDE = RateThrottleRule("wide", 10**9, 3600, strategy="fixed_window")

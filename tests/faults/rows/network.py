@@ -15,7 +15,7 @@ from tests.faults.board import Run, row
 from tests.faults.fleet import PROCESSES, Fleet
 from tests.faults.proxy import Proxy
 from tests.faults.worker import PASSWORD
-from tests.servers import RedisServer
+from tests.kit.servers import RedisServer
 
 
 def cut_off(run: Run, *, processes: int = PROCESSES, policy: str = "local", cut: bool = True, **mode: Any) -> None:

@@ -12,7 +12,7 @@ from tests.faults.board import Run, row
 from tests.faults.fleet import Fleet
 from tests.faults.judge import between, kinds
 from tests.faults.worker import PASSWORD
-from tests.servers import RedisServer, eventually
+from tests.kit.servers import RedisServer, eventually
 
 FOREVER = "while true do end"
 

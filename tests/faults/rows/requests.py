@@ -11,7 +11,7 @@ from ratethrottle import RateThrottleCore, RateThrottleRule, create_limiter
 from ratethrottle.errors import ConfigurationError, InvalidRequest
 from tests.faults.board import Run, row
 from tests.faults.rows.callers import held_by
-from tests.servers import RedisServer
+from tests.kit.servers import RedisServer
 
 COSTS: tuple[Any, ...] = (
     float("nan"), float("inf"), -float("inf"), -1, 0, True, False, 1.5, 1.0, "5", b"5", None, [], 1j, Decimal(1),
@@ -82,7 +82,7 @@ def bad_costs_and_rules(run: Run) -> None:
             else:
                 run.expect(fits, f"{name}={value!r} was taken")
     if not run.short:
-        held_by(run, "tests/redis/test_scripts.py::test_bad_arguments_are_refused_and_state_stays_byte_for_byte")
+        held_by(run, "tests/scripts/test_decide.py::test_bad_arguments_are_refused_and_state_stays_byte_for_byte")
 
 
 async def expect_refused(run: Run, call: Any, cost: Any) -> None:
@@ -129,7 +129,7 @@ def bad_keys(run: Run) -> None:
         longest = max(map(len, client.scan_iter("*", count=10_000)))
         run.note(f"the longest key in Redis has {longest} bytes")
         run.expect(longest < 256, f"a key in Redis has {longest} bytes")
-    held_by(run, "tests/redis/test_keys.py")
+    held_by(run, "tests/unit/test_keys.py")
 
 
 async def expect_invalid(run: Run, limiter: RateThrottleCore, key: Any) -> None:

@@ -15,7 +15,7 @@ from tests.faults.fleet import DEADLINE_S, Fleet
 from tests.faults.judge import GRACE_US, between, kinds
 from tests.faults.proxy import Proxy
 from tests.faults.records import monotonic_us
-from tests.servers import RedisServer, SentinelTopology, eventually, free_port
+from tests.kit.servers import RedisServer, SentinelTopology, eventually, free_port
 
 GAP_S = 1.0
 PLANNED_GAP_S = 1.5

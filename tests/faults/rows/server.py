@@ -11,7 +11,7 @@ from tests.faults.board import Run, row
 from tests.faults.fleet import RULES, Fleet
 from tests.faults.judge import between, errors
 from tests.faults.worker import PASSWORD, WIDE, keys
-from tests.servers import RedisServer
+from tests.kit.servers import RedisServer
 
 
 def killed(run: Run, policy: str) -> None:

@@ -9,7 +9,7 @@ from tests.faults.fleet import Fleet
 from tests.faults.judge import between, first_at_us, share_slower
 from tests.faults.proxy import Proxy
 from tests.faults.worker import PASSWORD
-from tests.servers import RedisServer
+from tests.kit.servers import RedisServer
 
 OPENS_S = 1.0
 QUICK_US = 1_000

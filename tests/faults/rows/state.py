@@ -9,7 +9,7 @@ from tests.faults.fleet import Fleet
 from tests.faults.judge import between
 from tests.faults.rows.server import executed_once
 from tests.faults.worker import PASSWORD
-from tests.servers import RedisServer
+from tests.kit.servers import RedisServer
 
 
 @row(short=True)

@@ -14,7 +14,7 @@ from tests.faults.board import Run, row
 from tests.faults.fleet import Fleet
 from tests.faults.proxy import Proxy
 from tests.faults.worker import PASSWORD, open_files
-from tests.servers import RedisServer
+from tests.kit.servers import RedisServer
 
 HUGE = b"*1000000000\r\n"
 MEMORY_BYTES = 10_000_000

@@ -1,0 +1,223 @@
+"""The scripts with a clock of the test's own: what they are given as the last argument stands in for TIME."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from ratethrottle._core import CompiledRule, read_answer
+from ratethrottle.storage.redis.scripts import script
+
+TIME = "call('TIME')"
+EPOCH_KEY = "test:epoch"
+RUN = "0123456789" * 4
+
+
+def epoch_text(name_us: int, began_us: int = 0) -> str:
+    """The value of an epoch's key: which one it is, and when learning began."""
+    return f"{RUN}{name_us:016}{began_us:016}"
+
+
+EPOCH = epoch_text(1)  # so long ago that nothing is repaired any more
+
+
+def clocked(name: str) -> str:
+    """A script's text, with the test's clock."""
+    text = script(name).text.decode()
+    assert text.count(TIME) == 1
+    text = text.replace(TIME, "{string.sub(test_now, 1, -7), string.sub(test_now, -6)}")
+    # The server would expire keys by its own clock, which stands still for the test's.
+    text = text.replace("call('PSETEX', ", "call('SET', ").replace(", expiry_ms, ", ", ")
+    text = text.replace("call('PTTL', key)", "(call('EXISTS', key) * 1000000000)")
+    return "local test_now = table.remove(ARGV)\n" + text
+
+
+CLOCKED = clocked("decide")
+
+Check = tuple[CompiledRule, str, int]  # rule, key, cost
+View = tuple[str, list[tuple[int, int]]]  # what is text, and the entries of a sliding window: at_us, units
+Answer = tuple[bool, int, int, int]  # allowed, remaining, retry_us, reset_us
+
+
+class Lease(NamedTuple):
+    """An entry that also takes units ahead, or gives some back."""
+
+    rule: CompiledRule
+    key: str
+    cost: int = 1
+    count: int = 1
+    ahead: int = 0
+    back: int = 0
+    back_us: int = 0
+
+
+class Call(NamedTuple):
+    """What the script is called with, without the request id and the epoch's key, and how many checks each of its entries stands for."""
+
+    keys: list[str]
+    args: list[Any]
+    entries: list[tuple[CompiledRule, int, int]]  # rule, cost, count
+    mode: str
+    leases: int
+
+    def raw(self, reply: list[Any]) -> list[list[int]]:
+        """The numbers of each entry."""
+        assert reply[0] == b"id"
+        numbers, split = reply[2:], []
+        for i, (rule, _, count) in enumerate(self.entries):
+            length = len(script("decide").header[f"answer_{rule.kind}"]) + (i >= len(self.entries) - self.leases)
+            length -= rule.kind == "s" and numbers[0] >= count  # no retry_us
+            split.append(numbers[:length])
+            numbers = numbers[length:]
+        assert len(numbers) % 2 == 0, "what is left are pairs of entry and generation"
+        return split
+
+    def answers(self, reply: list[Any]) -> list[Answer]:
+        """What each check hears."""
+        heard: list[Answer] = []
+        raw = self.raw(reply)
+        for place, (rule, cost, count) in enumerate(self.entries):
+            numbers = raw[place]
+            if place >= len(self.entries) - self.leases:
+                numbers = numbers if rule.lease_units else numbers[:-1]
+            elif rule.lease_units:
+                numbers = [*numbers, 0]
+            # A peek charges nothing, so that each of several hears what the first does.
+            heard += (read_answer(rule, numbers, cost, i if self.mode == "check" else 0, count) for i in range(count))
+        return heard
+
+
+def make_call(checks: Sequence[Check], mode: str = "check", *, merge: bool = False, leases: Sequence[Lease] = ()) -> Call:
+    """A call as the script's header has it: a run for each check, or with `merge` as few runs as there can be."""
+    keys = list(dict.fromkeys([key for _, key, _ in checks] + [lease.key for lease in leases]))
+    rules = list(dict.fromkeys([rule for rule, _, _ in checks] + [lease.rule for lease in leases]))
+    entries: list[list[int]] = []
+    for rule, key, cost in checks:
+        entry = [keys.index(key) + 1, rules.index(rule) + 1, cost, 1]
+        if merge and entries and entries[-1][:3] == entry[:3]:
+            entries[-1][3] += 1
+        else:
+            entries.append(entry)
+    runs: list[list[int]] = []  # key_index, key_count, rule_index, cost, count
+    for key_index, *what in entries:
+        if merge and runs and runs[-1][2:] == what and sum(runs[-1][:2]) == key_index:
+            runs[-1][1] += 1
+        else:
+            runs.append([key_index, 1, *what])
+    args: list[Any] = [mode, EPOCH, len(rules), len(runs), len(leases)]
+    for rule in rules:
+        args += (getattr(rule, word) for word in script("decide").header["rule"])
+    for run in runs:
+        args += run
+    for lease in leases:
+        args += (keys.index(lease.key) + 1, rules.index(lease.rule) + 1, *lease[2:])
+    told = [(rules[rule_index - 1], cost, count) for _, rule_index, cost, count in entries]
+    told += [(lease.rule, lease.cost, lease.count) for lease in leases]
+    return Call(keys, args, told, mode, len(leases))
+
+
+def read_state(state: bytes | None) -> list[View] | None:
+    """A state's header and views. How many digits the units of a sliding window have depends on its past, so they aren't in it."""
+    if state is None:
+        return None
+    assert state.endswith(b";")
+    return [read_view(text) for text in state.decode()[:-1].split(";")]
+
+
+def read_view(text: str) -> View:
+    """One view, and what docs/arithmetic.md promises of it."""
+    if not text.startswith("s"):
+        return text, []
+    window_us, slot_us, units, past, last, width = map(int, text[1:].split(",")[:-1])
+    older = text.rpartition(",")[2]
+    digits = len(str((window_us + window_us // 8) // slot_us + 1))
+    assert slot_us == 1 or digits == 2
+    step, entries = digits + width, []
+    assert len(older) % step == 0
+    for i in range(0, len(older), step):
+        slot, held = int(older[i : i + digits]), int(older[i + digits : i + step])
+        entries.append(((last - (last - slot) % 10**digits) * slot_us, held))
+    assert sum(held for _, held in entries) == past
+    entries += [(last * slot_us, units)] if units else []
+    assert entries == sorted(set(entries)), "they ascend"
+    assert all(held > 0 for _, held in entries)
+    return f"s{window_us},{slot_us},{units + past}", entries
+
+
+class ClockedScript:
+    """Calls the script at given times on a synchronous client, of a real Redis or of fakeredis."""
+
+    def __init__(self, client: Any, text: str = CLOCKED) -> None:
+        self.client = client
+        self.sha = client.script_load(text)
+        client.set(EPOCH_KEY, EPOCH)
+
+    def send(self, target: Any, now_us: int, call: Call) -> Any:
+        """Call on `target`, the client or a pipeline."""
+        return target.evalsha(self.sha, 1 + len(call.keys), EPOCH_KEY, *call.keys, "id", *call.args, now_us)
+
+    def call(self, now_us: int, checks: Sequence[Check], mode: str = "check", *, merge: bool = False) -> list[Answer]:
+        """Decide, and return an answer for each check."""
+        call = make_call(checks, mode, merge=merge)
+        return call.answers(self.send(self.client, now_us, call))
+
+    def lease(self, now_us: int, lease: Lease, mode: str = "check") -> list[int]:
+        """Decide a lease alone, and return its numbers."""
+        call = make_call([], mode, leases=[lease])
+        return call.raw(self.send(self.client, now_us, call))[0]
+
+    def state(self, key: str) -> bytes | None:
+        """The stored state."""
+        found: bytes | None = self.client.get(key)
+        return found
+
+    def forget(self, key: str) -> None:
+        """Drop the stored state."""
+        self.client.delete(key)
+
+
+class ClockedServer:
+    """All scripts of a server that forgets, at times of the test's choice, on the key "k"."""
+
+    def __init__(self, client: Any, began_us: int) -> None:
+        self.client, self.epoch = client, epoch_text(began_us, began_us)
+        self.level_us = 0  # of who tells: all
+        client.flushall()
+        self.decide = ClockedScript(client)
+        self.decide.client.set(EPOCH_KEY, self.epoch)
+        self.scripts = {name: client.script_load(clocked(name)) for name in ("repair", "reset", "beat")}
+
+    def run(self, name: str, keys: list[str], now_us: int, *args: Any) -> list[Any]:
+        reply: list[Any] = self.client.evalsha(self.scripts[name], 1 + len(keys), EPOCH_KEY, *keys, "id", *args, now_us)
+        assert reply[0] == b"id"
+        return reply[1:]
+
+    def repair(self, mode: str, now_us: int, rule: CompiledRule, *entry: int, keys: tuple[str, ...] = ("k",)) -> int:
+        """How many entries were taken in."""
+        words = [getattr(rule, word) for word in script("repair").header["rule"]]
+        teller = ("p", self.level_us, 1) if mode == "assert" else ()
+        at_us, applied = self.run("repair", list(keys), now_us, mode, self.epoch, 1, 1, *words, 1, 1, *entry, *teller)
+        assert at_us == now_us
+        return int(applied)
+
+    def tell(self, now_us: int, rule: CompiledRule, known: tuple[int, int, int], generation: int = 0, told_us: int = 0) -> int:
+        return self.repair("assert", now_us, rule, generation, *known, told_us)
+
+    def charge(self, now_us: int, rule: CompiledRule, marker: str, *charges: int) -> int:
+        return self.repair(
+            "charge", now_us, rule, min(charges[::2]), len(charges) // 2, *charges, keys=("k", f"charged:{marker}")
+        )
+
+    def check(self, now_us: int, rule: CompiledRule, cost: int = 1, mode: str = "check") -> list[int]:
+        call = make_call([(rule, "k", cost)], mode)
+        call.args[1] = self.epoch
+        reply = self.decide.send(self.client, now_us, call)
+        return call.raw(reply)[0]
+
+    def left(self, now_us: int, rule: CompiledRule) -> int:
+        call = make_call([(rule, "k", 1)], "peek")
+        call.args[1] = self.epoch
+        return call.answers(self.decide.send(self.client, now_us, call))[0][1]
+
+    def state(self) -> Any:
+        return read_state(self.decide.state("k"))

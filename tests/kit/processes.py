@@ -1,0 +1,400 @@
+"""Processes that share a store, without sockets and without sleep: the test decides when anything happens.
+
+A `Process` is a storage with a limiter on it, an event loop that runs when it is told to, and a clock that runs a little fast
+or slow. What it sends waits in its `Connection` until `serve` has the decision script run it on a real Redis, at the store's time;
+replies wait there until `deliver` hands them over, whole or in pieces. Checks that have come to an end are told to the `World`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import random
+from asyncio.events import _get_running_loop, _set_running_loop
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import redis
+
+from ratethrottle._calls import Calls, Gathering
+from ratethrottle._core import CompiledRule, Decision, KeyTable, Limiter, PendingDecision
+from ratethrottle._layout import Layout
+from ratethrottle.errors import StorageError, StorageUnavailable
+from ratethrottle.storage.redis.wire import written
+from tests.kit.clocked import RUN
+from tests.kit.store import SCRIPTS, START_US, Item, Request, Store
+
+prefixes = itertools.count()
+
+
+class FakeLoop:
+    """As much of an event loop as a gathering uses. It runs when it is told to."""
+
+    def __init__(self, clock_us: Callable[[], int]) -> None:
+        self.clock_us = clock_us
+        self.ready: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
+        self.timers: list[tuple[int, int, Timer]] = []
+        self.order = itertools.count()
+
+    def create_future(self) -> asyncio.Future[Any]:
+        return asyncio.Future(loop=self)  # type: ignore[arg-type]  # as much of a loop as a future asks for
+
+    def get_debug(self) -> bool:
+        return False
+
+    def call_soon(self, callback: Callable[..., Any], *args: Any, context: Any = None) -> None:
+        self.ready.append((callback, args))
+
+    def call_later(self, delay_s: float, callback: Callable[..., Any], *, context: Any = None) -> Timer:
+        timer = Timer(self.clock_us() + round(delay_s * 1_000_000), callback)
+        heapq.heappush(self.timers, (timer.at_us, next(self.order), timer))
+        return timer
+
+    def turn(self) -> None:
+        """Run what is due, once."""
+        while self.timers and self.timers[0][0] <= self.clock_us():
+            timer = heapq.heappop(self.timers)[2]
+            if timer.callback is not None:
+                self.ready.append((timer.callback, ()))
+        for _ in range(len(self.ready)):
+            callback, args = self.ready.popleft()
+            callback(*args)
+
+
+class Timer:
+    def __init__(self, at_us: int, callback: Callable[..., Any]) -> None:
+        self.at_us = at_us
+        self.callback: Callable[..., Any] | None = callback
+
+    def cancel(self) -> None:
+        self.callback = None
+
+
+@contextmanager
+def running(loop: FakeLoop) -> Iterator[None]:
+    before = _get_running_loop()
+    _set_running_loop(loop)  # type: ignore[arg-type]  # only asked whether it is the same
+    try:
+        yield
+    finally:
+        _set_running_loop(before)
+
+
+class Check:
+    """A check under way, awaited as a task would await it."""
+
+    def __init__(self, process: Process, key: str, rule: CompiledRule, cost: int) -> None:
+        self.process, self.key, self.rule, self.cost = process, key, rule, cost
+        self.state_key = process.state_key(key, rule)
+        self.began_us = process.now_us()
+        self.pending: PendingDecision | None = None
+        self.future: asyncio.Future[Any] | None = None
+        self.entered = False  # it had to wait
+        self.closed = False
+        self.decision: Decision | None = None
+        self.error: BaseException | None = None
+        self.ended_us = 0
+        self.item: Item | None = None  # what it was sent in, and as which one
+        self.position = 0
+
+    @property
+    def over(self) -> bool:
+        return self.closed or self.decision is not None or self.error is not None
+
+    @property
+    def waits(self) -> bool:
+        """Whether it may still be sent."""
+        return self.item is None and not self.over and self.future is not None and not self.future.done()
+
+    def go_on(self) -> None:
+        """Step it, as its task would."""
+        assert self.pending is not None
+        try:
+            while (future := self.pending.send(None)) is None:
+                pass
+        except StopIteration as stop:
+            self.decision = stop.value
+        except StorageError as error:
+            self.error = error
+        else:
+            assert future._asyncio_future_blocking
+            future._asyncio_future_blocking = False
+            self.future, self.entered = future, True
+        self.ended_us = self.process.now_us()
+
+    def cancel(self, *, at_once: bool = True) -> None:
+        """As `task.cancel()` does; `close` comes when the task runs."""
+        if self.future is not None:
+            self.future.cancel()
+        if at_once:
+            self.close()
+
+    def close(self) -> None:
+        assert self.pending is not None
+        self.closed = True
+        self.pending.close()
+
+
+class Connection(Gathering):
+    """A gathering with nothing but queues behind it."""
+
+    def __init__(self, process: Process, loop: FakeLoop) -> None:
+        super().__init__(process, loop, 1_000_000)  # type: ignore[arg-type]  # as much of a loop as it uses
+        self.process = process
+        self.wanted = False
+        self.unserved: deque[Request] = deque()
+        self.unread = b""
+        self.unsettled: deque[Request] = deque()
+        self.requests: list[Request] = []
+        self.tamper: Callable[[Request, Any], Any] = lambda request, reply: reply
+        self.connect_at_us = 0  # for tests that say when
+        self.mute = False  # what it would tell the store of what it knows is taken for told
+
+    def _connect(self) -> None:
+        self.wanted = True
+
+    def _unsent(self) -> StorageError:
+        return StorageUnavailable("not sent")
+
+    def _refused(self, call: Any, text: bytes) -> None:
+        if call is None:
+            return
+        assert text.startswith(b"NOSCRIPT"), text
+        for request in [request for request in self.unsettled if request.refused][:1]:
+            self.unsettled.remove(request)
+            for item in request.items:
+                for check in item.members:
+                    check.item = None
+        self._send_again(call)
+
+    def _broken(self, what: str) -> None:
+        raise AssertionError(what)
+
+    def _late(self) -> None:
+        self.lose()
+        self._go_away(StorageUnavailable("late"))
+
+    def _retry_us(self) -> int:
+        return 500_000
+
+    def _answered(self) -> None:
+        pass
+
+    def _write(self, data: bytes) -> None:
+        request = Request(data)
+        self.unserved.append(request)
+        if request.mode in {"beat", "repair"}:
+            return
+        self.requests.append(request)
+        if not request.loads:
+            self.unsettled.append(request)
+            self.process.world.sent(self.process, request)
+
+    def open(self) -> None:
+        self.wanted = False
+        self._opened(self._write, SCRIPTS, self.process.world.run.encode())
+
+    def lose(self) -> None:
+        """The connection breaks. What was sent may still be run."""
+        self.process.world.adrift += self.unserved
+        self.unserved.clear()
+        self.unsettled.clear()
+        self.unread = b""
+        if self._open:
+            self._shut(StorageUnavailable("lost"))
+
+    def serve(self) -> None:
+        """The server runs the next call."""
+        if self.unserved:
+            request = self.unserved.popleft()
+            world = self.process.world
+            if self.mute and request.mode == "repair":
+                request.say_nothing()
+            self.unread += written(self.tamper(request, world.store.run(request, world.server_us())))
+
+    def deliver(self, size: int | None = None) -> None:
+        """The first bytes of what was answered come, or all."""
+        data, self.unread = self.unread[:size], self.unread[len(self.unread[:size]) :]
+        if data:
+            with running(self.process.loop):
+                self._received(data)
+
+
+class Process(Calls):
+    """A process: a storage, a loop and a limiter, with a clock that runs at `rate` millionths of the world's."""
+
+    table = None
+
+    def __init__(
+        self,
+        world: World,
+        *,
+        rate: int = 1_000_000,
+        ttl_us: int = 1_000_000,
+        deadline_us: int = 250_000,
+        offset_us: int = START_US,
+        max_bounds: int = 1_000,
+        deny_overload: bool = False,
+        expected: int = 0,
+    ) -> None:
+        self.world, self.rate, self.offset_us = world, rate, offset_us
+        table = KeyTable(max_bounds, bounds=True, clock_us=self.now_us)
+        super().__init__(world.layout, table, deadline_us, ttl_us, expected=expected, deny_overload=deny_overload)
+        self.loop = FakeLoop(self.now_us)
+        self.line = Connection(self, self.loop)
+        self.limiter = Limiter(self)
+        self.checks: list[Check] = []
+        self.queues: defaultdict[bytes, list[Check]] = defaultdict(list)  # by key, in the order in which they entered
+        self.blind_until_us: dict[bytes, int] = {}
+        world.processes.append(self)
+
+    def now_us(self) -> int:
+        return self.offset_us + self.world.t_us * self.rate // 1_000_000
+
+    def _gatherings_here(self) -> tuple[Connection, ...]:
+        return (self.line,)
+
+    def state_key(self, key: str, rule: CompiledRule) -> bytes:
+        if self.limiter._rules.get(rule.name) != rule:
+            self.limiter._install(rule)
+        return self.layout.state_key(self.limiter._entry(key, rule.name, 1))
+
+    def check(self, key: str, rule: CompiledRule, cost: int = 1) -> Check:
+        """Begin a check. One that needs no answer is over when this returns."""
+        check = Check(self, key, rule, cost)
+        with running(self.loop):
+            check.pending = self.limiter.check(key, rule.name, cost=cost)
+            check.go_on()
+        self.checks.append(check)
+        if check.entered:
+            self.queues[check.state_key].append(check)
+        else:
+            self.world.ended(check)
+        return check
+
+    def ask(self, entries: Sequence[tuple[str, CompiledRule, int]], mode: str) -> Any:
+        """Begin a `check_many`, or a peek or reset. Returns the group."""
+        for _, rule, _ in entries:
+            if self.limiter._rules.get(rule.name) != rule:
+                self.limiter._install(rule)
+        with running(self.loop):
+            return self._ask_together([self.limiter._entry(key, rule.name, cost) for key, rule, cost in entries], mode)
+
+    def turn(self) -> None:
+        """Let the loop run what is due."""
+        with running(self.loop):
+            self.loop.turn()
+
+    def work(self, for_us: int) -> None:
+        """Time passes, and the loop works: it is never late by more than a millisecond."""
+        while for_us > 0:
+            self.world.t_us += min(for_us, 1_000)
+            for_us -= 1_000
+            self.turn()
+
+    def round_trip(self) -> None:
+        """Let the loop run, and everything that it sends be answered at once."""
+        self.turn()
+        self.connect()
+        while self.line.unserved or self.line.unread:
+            self.line.serve()
+            self.line.deliver()
+        self.poll()
+
+    def connect(self) -> None:
+        """A connection is made, if one is wanted, and the first beat answered."""
+        if self.line.wanted and not self.line._open:
+            with running(self.loop):
+                self.line.open()
+            self.line.serve()
+            self.line.deliver()
+
+    def poll(self) -> None:
+        """Let those go on whose wait is over."""
+        for check in [check for queue in self.queues.values() for check in queue]:
+            if check.future is not None and check.future.cancelled():
+                if not check.closed:
+                    check.close()
+            elif check.future is not None and check.future.done() and not check.over:
+                with running(self.loop):
+                    check.go_on()
+                self.world.ended(check)
+        for key, queue in list(self.queues.items()):
+            self.queues[key] = [check for check in queue if not check.over]
+
+
+class World:
+    """Time, the store, and the processes. `broken` raises what a test is about."""
+
+    def __init__(self, client: redis.Redis, *, oracle: bool = False) -> None:
+        self.t_us = 0
+        self.run = RUN  # of the server
+        self.step_us = 0  # by which the server's clock has been set
+        prefix = b"w%d" % next(prefixes)
+        self.layout = Layout(prefix, 4)
+        self.store = Store(client, prefix, oracle=oracle)
+        self.processes: list[Process] = []
+        self.adrift: list[Request] = []
+        self.when_ended: Callable[[Check], None] = lambda check: None
+        self.when_sent: Callable[[Process, Request], None] = lambda process, request: None
+
+    def fail_over(self, kept: dict[bytes, bytes]) -> None:
+        """Another server is the master from now on, which has only this; connections end."""
+        self.store.lose(kept)
+        self.run = self.run[::-1]
+        for process in self.processes:
+            process.line.lose()
+
+    def server_us(self) -> int:
+        return START_US + self.t_us + self.step_us
+
+    def ended(self, check: Check) -> None:
+        if not check.closed:
+            self.when_ended(check)
+
+    def sent(self, process: Process, request: Request) -> None:
+        self.when_sent(process, request)
+
+    def disturb(self, process: Process, rng: random.Random) -> None:
+        """Something happens between a process and the store: bytes move or are lost, a check is given up, scripts are forgotten."""
+        line = process.line
+        match rng.choices(range(6), (12, 12, 12, 6, 1, 1))[0]:
+            case 0:
+                process.turn()
+                process.connect()
+            case 1:
+                line.serve()
+            case 2:
+                line.deliver(rng.choice((None, None, rng.randint(1, 60))))
+            case 3:
+                if waiting := [check for queue in process.queues.values() for check in queue]:
+                    rng.choice(waiting).cancel(at_once=rng.random() < 0.5)
+            case 4:
+                line.lose()
+            case 5:
+                self.store.forgot_scripts = True
+        if self.adrift and rng.random() < 0.5:
+            self.store.run(self.adrift.pop(0), self.server_us())
+
+    def settle(self, rounds: int = 20) -> None:
+        """Let everybody do what there is to do, with no time passing."""
+        for _ in range(rounds):
+            for process in self.processes:
+                process.round_trip()
+            if not any(process.loop.ready or process.line.unserved or process.line.wanted for process in self.processes):
+                return
+
+    def end(self) -> None:
+        """Let everything come to its end, and see that nothing is left behind."""
+        for _ in range(12):
+            self.settle()
+            self.t_us += 150_000
+        for process in self.processes:
+            assert process.line._waiting_count == process.line._in_flight_count == 0
+            for check in process.checks:
+                assert check.over, "a check never came to its end"
+                if check.entered:
+                    assert check.future is None or check.future.done() or check.closed

@@ -1,0 +1,14 @@
+"""What one of several processes may admit on its own."""
+
+from __future__ import annotations
+
+from ratethrottle._core import KeyTable
+from ratethrottle._layout import Layout
+from ratethrottle._outage import Shares
+from tests.kit.strategies import START_US
+
+
+def shares_of(n: int, rank: int = 0, max_keys: int = 100) -> Shares:
+    shares = Shares(KeyTable(max_keys, clock_us=lambda: START_US, bounds=True), Layout(b"p", 64))
+    shares.set_share(n, rank)
+    return shares

@@ -1,0 +1,275 @@
+"""Oracle, core and script over random steps, to the unit: `python -m tests.scripts.agree --steps 1000000 [--seed N] [--no-redis]`.
+
+Worlds of a few keys share a clock that steps both ways and stops at the very instants that denials have promised. The script
+decides a world's checks of one instant in one call, mostly with equal ones as one entry. Ends at the first difference, with a
+vector for tests/vectors, and 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import fakeredis
+import redis
+
+from ratethrottle import ConfigurationError, RateThrottleRule
+from tests.kit.clocked import Call, ClockedScript, make_call
+from tests.kit.oracle import Answer
+from tests.kit.servers import RedisServer
+from tests.kit.strategies import START_US, STRATEGIES, known_rules, make_rule
+from tests.kit.subjects import Core, Oracle
+
+CHUNK_STEPS = 12_000
+KEYS, CHECKS, INSTANTS = 6, 10, 40
+FAKE_STEPS = 1_500  # fakeredis runs Lua, but takes about fifty times as long
+EARLIEST_US, LATEST_US = START_US // 2, START_US * 2  # a state has 16 digits for an instant
+
+Step = tuple[int, RateThrottleRule, int, bool]  # now_us, rule, cost, consume
+
+
+class DifferenceError(Exception):
+    """Two subjects decided differently."""
+
+
+@dataclass
+class Key:
+    """A key, the rules that take turns on it, and what happened to it."""
+
+    name: str
+    rules: list[RateThrottleRule]
+    current: int = 0
+    oracle: Oracle = field(default_factory=Oracle)
+    history: list[Step] = field(default_factory=list)
+
+
+def random_rule(rng: random.Random) -> RateThrottleRule:
+    """A rule of any size, mostly such that a test has time to fill it."""
+    while True:
+        if rng.random() < 0.4:
+            return rng.choice(known_rules())
+        window_us = int(1_000 * 10 ** rng.choice((rng.uniform(0, 10.5), 10.4)))
+        limit = int(10 ** rng.choice((rng.uniform(0, 2.5), rng.uniform(0, 9), 8.9)))
+        burst = int(10 ** rng.uniform(0, 9)) if rng.random() < 0.3 else None
+        try:
+            return make_rule(rng.choice(STRATEGIES), limit, window_us, burst)
+        except ConfigurationError:
+            continue
+
+
+def changed(rng: random.Random, rule: RateThrottleRule) -> RateThrottleRule:
+    """The rule as a later version of a service might have it."""
+    while True:
+        strategy, limit, window_us = rule.strategy, rule.limit, rule.window_us
+        what = rng.randrange(4)
+        if what == 0:
+            strategy = rng.choice(STRATEGIES)
+        elif what == 1:
+            limit = max(1, min(10**9, int(limit * rng.choice((0.1, 0.5, 2, 10))) + rng.randrange(2)))
+        elif what == 2:
+            window_us = max(1_000, int(window_us * rng.choice((0.1, 0.5, 1.01, 2, 7))))
+        else:
+            return random_rule(rng)
+        try:
+            return make_rule(strategy, limit, window_us, None)
+        except ConfigurationError:
+            continue
+
+
+class World:
+    """A few keys under one clock."""
+
+    def __init__(self, rng: random.Random, name: str) -> None:
+        self.rng, self.core = rng, Core()
+        self.now_us = START_US + rng.randrange(10**9)
+        self.promised: list[int] = []
+        base = random_rule(rng)
+        self.keys = [
+            Key(f"{name}:{i}", [base, *(changed(rng, base) for _ in range(rng.choice((0, 1, 1, 2))))]) for i in range(KEYS)
+        ]
+        self.turns = rng.choice((0.05, 0.2, 0.5))  # how often a key's rule changes
+
+    def advance(self) -> None:
+        """Move the clock by little, by much, to where something ends, or back."""
+        rng, window_us, kind = self.rng, self.rng.choice(self.rng.choice(self.keys).rules).window_us, self.rng.random()
+        if kind < 0.25 and self.promised:
+            self.now_us = rng.choice(self.promised) + rng.choice((-1, -1, 0, 0, 1))
+        elif kind < 0.5:
+            self.now_us += rng.randrange(max(2, window_us // rng.choice((40, 300))))
+        elif kind < 0.55:
+            self.now_us += rng.randrange(3)
+        elif kind < 0.7:
+            grain = rng.choice((window_us, -(-window_us // 64)))
+            self.now_us += grain - self.now_us % grain + rng.choice((-1, 0, 0, 1))
+        elif kind < 0.85:
+            self.now_us += rng.randrange(window_us)
+        elif kind < 0.9:
+            self.now_us += rng.randrange(3 * window_us)
+        elif kind < 0.94:
+            self.now_us -= rng.randrange(1, window_us // 20 + 2)
+        elif kind < 0.97:  # as far as a sliding window may be ahead, and no further
+            self.now_us -= window_us // 8 + rng.choice((-1, 0, 1, 2))
+        else:
+            self.now_us -= rng.randrange(2 * window_us)
+        if not EARLIEST_US < self.now_us < LATEST_US:
+            self.now_us = START_US
+        self.promised = [at_us for at_us in self.promised if at_us > self.now_us][-KEYS:]
+
+    def cost(self, rule: RateThrottleRule) -> int:
+        """A cost that fills the rule soon, but not at once."""
+        capacity = rule.capacity
+        return self.rng.choice((1, 1, 1, 2, capacity // 3, capacity // 10, self.rng.randint(1, capacity))) or 1
+
+    def step(self) -> tuple[bool, list[tuple[Key, RateThrottleRule, int]], list[Answer]]:
+        """Decide on an instant's checks with oracle and core, for the script to repeat: every third as those before it."""
+        self.advance()
+        consume = self.rng.random() > 0.1
+        checks: list[tuple[Key, RateThrottleRule, int]] = []
+        expected: list[Answer] = []
+        for i in range(CHECKS):
+            if i == 0 or self.rng.random() > 0.3:
+                key = self.rng.choice(self.keys)
+                if self.rng.random() < self.turns:
+                    key.current = self.rng.randrange(len(key.rules))
+                rule = key.rules[key.current]
+                cost = min(self.cost(rule), rule.capacity)
+            key.history.append((self.now_us, rule, cost, consume))
+            answer = key.oracle.check(rule.compiled, self.now_us, cost, consume=consume)
+            core = self.core.check(rule.compiled, self.now_us, cost, consume=consume, key=key.name)
+            if core != answer:
+                raise DifferenceError(difference("core", key, len(key.history), answer, core))
+            if answer[2] > 0:
+                self.promised.append(self.now_us + answer[2])
+            elif self.rng.random() < 0.2:  # when it is forgotten, by this version and by another
+                self.promised += (self.now_us + answer[3], self.now_us + self.rng.choice(key.rules).window_us)
+            checks.append((key, rule, cost))
+            expected.append(answer)
+        return consume, checks, expected
+
+
+def difference(who: str, key: Key, length: int, oracle: Answer, theirs: Answer) -> str:
+    """A vector of the key's steps up to the difference, replayed on an oracle for what each should give."""
+    steps = key.history[:length]
+    rules = list(dict.fromkeys(rule for _, rule, _, _ in steps))
+    replay = Oracle()
+    rows: list[list[Any]] = []
+    for now_us, rule, cost, consume in steps:
+        answer = replay.check(rule.compiled, now_us, cost, consume=consume)
+        rows.append([now_us - steps[0][0], str(rules.index(rule)), "check" if consume else "peek", cost, *answer])
+    vector = {
+        "name": f"{who} differed",
+        "start_us": steps[0][0],
+        "rules": {str(i): [rule.strategy, rule.limit, rule.window_us, rule.burst] for i, rule in enumerate(rules)},
+        "steps": rows,
+    }
+    return f"the oracle says {oracle}, the {who} {theirs}, after\n{json.dumps(vector)}"
+
+
+class Scripts:
+    """The script on a client: queues the calls of a world, and compares their answers later."""
+
+    def __init__(self, who: str, client: Any) -> None:
+        self.who, self.client = who, client
+        self.script = ClockedScript(client)
+        self.queued: list[tuple[Call, list[tuple[Key, int]], list[Answer]]] = []
+        self.pipeline = client.pipeline(transaction=False)
+
+    def queue(
+        self, now_us: int, consume: bool, merge: bool, checks: list[tuple[Key, RateThrottleRule, int]], expected: list[Answer]
+    ) -> None:
+        """Take up a call. Call it right after the oracle's decisions: it notes how long each history is."""
+        told = [(rule.compiled, key.name, cost) for key, rule, cost in checks]
+        call = make_call(told, "check" if consume else "peek", merge=merge)
+        self.script.send(self.pipeline, now_us, call)
+        later: dict[str, int] = {}
+        marks = []
+        for key, _, _ in reversed(checks):
+            marks.append((key, len(key.history) - later.get(key.name, 0)))
+            later[key.name] = later.get(key.name, 0) + 1
+        self.queued.append((call, marks[::-1], expected))
+
+    def compare(self) -> None:
+        """Send what is queued and hold the answers against the oracle's."""
+        for (call, marks, expected), reply in zip(self.queued, self.pipeline.execute(), strict=True):
+            for (key, length), ours, theirs in zip(marks, expected, call.answers(reply), strict=True):
+                if ours != theirs:
+                    raise DifferenceError(difference(self.who, key, length, ours, theirs))
+        self.queued.clear()
+
+
+def run(seed: int, chunk: int, steps: int, url: str | None) -> tuple[int, int]:
+    """Decide `steps` times in worlds that depend on seed and chunk alone. Returns how many were decided, and how many allowed."""
+    rng = random.Random(f"{seed}/{chunk}")
+    client: Any = redis.Redis.from_url(url) if url else None
+    scripts = [Scripts("script on Redis", client)] if client else []
+    fake = Scripts("script on fakeredis", fakeredis.FakeRedis(server=fakeredis.FakeServer())) if chunk == 0 else None
+    done = allowed = 0
+    while done < steps:
+        world = World(rng, f"agree:{chunk}:{done}")
+        subjects = [*scripts, fake] if fake and done < FAKE_STEPS else scripts
+        for _ in range(INSTANTS):
+            consume, checks, expected = world.step()
+            merge = rng.random() < 0.7
+            done += CHECKS
+            allowed += sum(answer[0] for answer in expected)
+            for subject in subjects:
+                subject.queue(world.now_us, consume, merge, checks, expected)
+        for subject in subjects:
+            subject.compare()
+            subject.client.delete(*(key.name for key in world.keys))
+    if client:
+        client.close()
+    return done, allowed
+
+
+def chunks(seed: int, steps: int, url: str | None, workers: int) -> Iterator[tuple[int, int]]:
+    """Run all chunks on all cores, and yield each one's counts as it ends."""
+    with ProcessPoolExecutor(workers) as pool:
+        sizes = [min(CHUNK_STEPS, steps - start) for start in range(0, steps, CHUNK_STEPS)]
+        running = [pool.submit(run, seed, chunk, size, url) for chunk, size in enumerate(sizes)]
+        try:
+            for future in as_completed(running):
+                yield future.result()
+        finally:
+            for future in running:
+                future.cancel()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.scripts.agree", description=__doc__)
+    parser.add_argument("--steps", type=int, default=1_000_000)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--no-redis", action="store_true", help="without the script on a real Redis")
+    options = parser.parse_args()
+    if not options.no_redis and shutil.which("redis-server") is None:
+        print("redis-server is not installed; pass --no-redis to go without the script on a real Redis", file=sys.stderr)
+        return 2
+    print(f"oracle, core and script over {options.steps:,} steps, seed {options.seed}", flush=True)
+    began, done, allowed = time.monotonic(), 0, 0
+    with nullcontext() if options.no_redis else RedisServer() as server:
+        try:
+            for steps, granted in chunks(options.seed, options.steps, server and f"unix://{server.socket}", options.workers):
+                done, allowed = done + steps, allowed + granted
+                if sys.stderr.isatty() or done >= options.steps or done % 100_000 < steps:
+                    rate = done / (time.monotonic() - began)
+                    print(f"{done:>11,} steps  {allowed:>11,} allowed  {rate:>7,.0f} steps/s", file=sys.stderr, flush=True)
+        except DifferenceError as found:
+            print(f"DIFFERENT (seed {options.seed}): {found}")
+            return 1
+    print(f"no difference in {done:,} steps ({allowed:,} allowed), {done / (time.monotonic() - began):,.0f} steps/s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
