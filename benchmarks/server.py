@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -11,6 +10,7 @@ from typing import Any, Self
 from benchmarks.load import Load
 from benchmarks.timing import Figures
 from ratethrottle import RateThrottleCore, RateThrottleRule, create_limiter
+from ratethrottle.cli.processes import NoRedis, server_program
 from tests.kit.servers import RedisServer
 
 SCRIPTS = ("evalsha", "eval", "evalsha_ro", "eval_ro", "fcall")
@@ -79,9 +79,11 @@ class Meter:
 
 @contextmanager
 def own_server() -> Iterator[Meter]:
-    """Run a redis-server on a free loopback port, without persistence. Raises FileNotFoundError without one on the PATH."""
-    if shutil.which("redis-server") is None:
-        raise FileNotFoundError("there is no redis-server on the PATH; `make redis` gets one")
+    """Run a redis-server on a free loopback port, without persistence. Raises FileNotFoundError where there is none."""
+    try:
+        server_program()
+    except NoRedis as reason:
+        raise FileNotFoundError(f"{reason}; `make redis` gets one") from reason
     with RedisServer() as server:
         meter = Meter(server)
         server.grow_old()

@@ -21,6 +21,7 @@ from ratethrottle.storage.redis import RedisStorage
 
 START_S = 10.0  # for a redis-server to answer
 END_S = 3.0  # for a process to go when told to, before it is killed
+PROGRAM = "RATETHROTTLE_REDIS_SERVER"  # of the environment: the program that runs a Redis here
 ATTEMPTS = 3  # somebody else may take the free port between our look and the server's
 
 
@@ -28,12 +29,29 @@ class NoRedis(Exception):
     """There is no redis-server to be had here; says why."""
 
 
+def server_program() -> str:
+    """Find the program that is started where a Redis is needed, here and in the tests. Raises NoRedis.
+
+    It is the one that RATETHROTTLE_REDIS_SERVER names, or redis-server or valkey-server on the PATH, or the Valkey beside this Python.
+    """
+    named = os.environ.get(PROGRAM)
+    if named:
+        found = shutil.which(named)
+        if found is None:
+            raise NoRedis(f"{PROGRAM} names {named}, which is no program that runs here")
+        return found
+    # That of PyPI is only taken where there is no other: whoever installed one wants to see that one.
+    beside = str(Path(sys.executable).parent)
+    found = shutil.which("redis-server") or shutil.which("valkey-server") or shutil.which("valkey-server", path=beside)
+    if found is None:
+        raise NoRedis("there is no redis-server on the PATH")
+    return found
+
+
 @asynccontextmanager
 async def redis_server() -> AsyncIterator[str]:
     """Run a redis-server on a free port of loopback, without persistence; yields its URL. Raises NoRedis."""
-    program = shutil.which("redis-server") or shutil.which("valkey-server")
-    if program is None:
-        raise NoRedis("there is no redis-server on the PATH")
+    program = server_program()
     # Ours alone: nobody else on this machine can come in, nor can we mistake another server on that port for ours.
     password = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="ratethrottle-demo-") as directory:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ratethrottle.cli.processes import Server
+from ratethrottle.cli.processes import NoRedis, Server, server_program
 from ratethrottle.cli.screen import picture, summary
 from tests.kit.servers import RedisServer, eventually, executable
 
@@ -66,12 +66,39 @@ def test_any_number_of_servers_is_offered_three_times_the_limit(redis_server: Re
 
 
 def test_without_redis_it_says_so_and_fails_only_in_ci() -> None:
-    laptop = demo("demo", PATH="", CI="")
+    laptop = demo("demo", RATETHROTTLE_REDIS_SERVER="/nowhere/redis-server", CI="")
     assert laptop.returncode == 0
-    assert "No Redis: there is no redis-server" in laptop.stdout
+    assert "No Redis: RATETHROTTLE_REDIS_SERVER names /nowhere/redis-server" in laptop.stdout
     assert "apt-get install redis-server" in laptop.stdout
     assert "Exactly 1,000 of 3,000 were admitted." in laptop.stdout
-    assert demo("demo", PATH="", CI="true").returncode == 1
+    assert demo("demo", RATETHROTTLE_REDIS_SERVER="/nowhere/redis-server", CI="true").returncode == 1
+
+
+def test_the_server_is_the_one_that_is_named_or_of_the_path_or_beside_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def program(*parts: str) -> str:
+        path = tmp_path.joinpath(*parts)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("#!/bin/sh\n")
+        path.chmod(0o755)
+        return str(path)
+
+    monkeypatch.delenv("RATETHROTTLE_REDIS_SERVER", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    monkeypatch.setattr(sys, "executable", program("venv", "python"))
+    with pytest.raises(NoRedis, match="there is no redis-server"):
+        server_program()
+    # The later one goes before.
+    for parts in (("venv", "valkey-server"), ("path", "valkey-server"), ("path", "redis-server")):
+        made = program(*parts)
+        assert server_program() == made
+    named = program("elsewhere", "redis-server")
+    monkeypatch.setenv("RATETHROTTLE_REDIS_SERVER", named)
+    assert server_program() == named
+    monkeypatch.setenv("RATETHROTTLE_REDIS_SERVER", f"{named}-8")
+    with pytest.raises(NoRedis, match=r"names .*redis-server-8, which is no program that runs here"):
+        server_program()
 
 
 @pytest.mark.parametrize(

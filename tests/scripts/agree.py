@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import random
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ import fakeredis
 import redis
 
 from ratethrottle import ConfigurationError, RateThrottleRule
+from ratethrottle.cli.processes import NoRedis, server_program
 from tests.kit.clocked import Call, ClockedScript, make_call
 from tests.kit.oracle import Answer
 from tests.kit.servers import RedisServer
@@ -252,9 +252,12 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--no-redis", action="store_true", help="without the script on a real Redis")
     options = parser.parse_args()
-    if not options.no_redis and shutil.which("redis-server") is None:
-        print("redis-server is not installed; pass --no-redis to go without the script on a real Redis", file=sys.stderr)
-        return 2
+    if not options.no_redis:
+        try:
+            server_program()
+        except NoRedis as reason:
+            print(f"{reason}; pass --no-redis to go without the script on a real Redis", file=sys.stderr)
+            return 2
     print(f"oracle, core and script over {options.steps:,} steps, seed {options.seed}", flush=True)
     began, done, allowed = time.monotonic(), 0, 0
     with nullcontext() if options.no_redis else RedisServer() as server:

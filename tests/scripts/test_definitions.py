@@ -53,7 +53,7 @@ async def test_what_redis_said_outlives_any_number_of_definitions(redis_url: str
     """A lease and checks that are on their way outlive them too."""
     rule = RateThrottleRule("rule", 10, HOUR_S, strategy=strategy)
     hot = RateThrottleRule("hot", 100_000, HOUR_S, strategy=strategy, lease=True, lease_ttl=1.0)
-    async with create_limiter("redis", redis_url=redis_url, rules=[rule, hot], prefilter_ttl=60) as limiter:
+    async with create_limiter("redis", redis_url=redis_url, rules=[rule, hot], prefilter_ttl=60, deadline=10) as limiter:
         assert await limiter.check("key", "rule", cost=10)
         assert not await limiter.check("key", "rule")
         for _ in range(7):
