@@ -125,7 +125,7 @@ format: $(TOOLS) ## Let ruff format and mend what it can
 
 clean: ## Remove everything built, .venv included
 	rm -rf build dist *.egg-info .venv .venv-peer-ratethrottle .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.*
-	rm -f ratethrottle/*.so ratethrottle/*.c
+	find ratethrottle \( -name '*.so' -o -name '*.c' \) -delete
 
 $(MADE):
 	tools/system-packages $(PYTHON)

@@ -10,7 +10,8 @@ from typing import Any
 
 from ratethrottle import RateThrottleRule
 from ratethrottle._calls import Calls, Gathering
-from ratethrottle._core import KeyTable, Limiter
+from ratethrottle._core import Limiter
+from ratethrottle._engine.keys import KeyTable
 from ratethrottle._layout import Layout
 from ratethrottle.errors import StorageError, StorageUnavailable
 from ratethrottle.storage.redis.scripts import script

@@ -55,7 +55,7 @@ def resolve(app: Sphinx, env: BuildEnvironment, node: pending_xref, shown: TextE
         shown += text.children
         return make_refnode(app.builder, node["refdoc"], page, "", shown)
     if node.get("refdomain") == "py" and node["reftarget"].startswith("ratethrottle."):
-        # A public class is defined in a module that isn't: `ratethrottle._core.Decision` is `ratethrottle.Decision`.
+        # A public class is defined in a module that isn't: `ratethrottle._engine.decision.Decision` is `ratethrottle.Decision`.
         public = "ratethrottle." + node["reftarget"].rpartition(".")[2]
         found = env.domains.python_domain.objects.get(public)
         if found is not None and public != node["reftarget"]:

@@ -1,7 +1,8 @@
 """An asyncio rate limiter for services on more than one server: atomic, fast, and bounded when Redis fails."""
 
 from ratethrottle import _interpreter, events  # noqa: F401  # the former first
-from ratethrottle._core import Decision, PendingDecision
+from ratethrottle._core import PendingDecision
+from ratethrottle._engine.decision import Decision
 from ratethrottle.errors import (
     ConfigurationError,
     CostExceedsLimit,

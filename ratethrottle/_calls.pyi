@@ -4,7 +4,10 @@ from typing import Any, Literal, final
 
 from typing_extensions import disjoint_base
 
-from ratethrottle._core import CompiledRule, Entry, Group, KeyTable, Remote, _OnOutage
+from ratethrottle._core import Backend, Group
+from ratethrottle._engine.decision import Entry
+from ratethrottle._engine.definitions import CompiledRule, _OnOutage
+from ratethrottle._engine.keys import KeyTable
 from ratethrottle._layout import Layout
 from ratethrottle._repair import Errand, Knowledge
 
@@ -22,7 +25,7 @@ class Tally:
     def overloads(self) -> int: ...
 
 @disjoint_base
-class Calls(Remote):
+class Calls(Backend):
     def __init__(
         self,
         layout: Layout,

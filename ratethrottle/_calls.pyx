@@ -11,22 +11,24 @@ from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memset
 
-from ratethrottle._arithmetic cimport (
-    answer_length, KEEP, NEVER, Outcome, same_definition, take_answer, Terms, UNITS_MAX, view_free, view_fresh_at,
-)
-from ratethrottle._bound cimport Bound, bound_fresh_at, bound_learn, bound_verdict, DENIED, DRIFT_SHARE, LEASED, OPEN
 from ratethrottle._core cimport (
-    ALLOW, CHECK, CompiledRule, COMPLETE, Decision, decision_new, DENY, GIVE_BACK, Group, KeyTable, LEASE, Mode, OF_STORAGE, OUTAGE,
-    OVERLOAD, PARKED, PEEK, PendingDecision, Policy, policy_of, PREFILTER, RAISE, REDIS, Remote, RESET, SENT, Waiter, WAITING,
-    WHOLE, count_decision,
+    Backend, CHECK, COMPLETE, GIVE_BACK, Group, Mode, PARKED, PEEK, PendingDecision, RESET, SENT, Waiter, WAITING, WHOLE,
 )
+from ratethrottle._engine.arithmetic cimport (
+    answer_length, LEVEL_MAX, NEVER, Outcome, same_definition, take_answer, Terms, view_free, view_fresh_at,
+)
+from ratethrottle._engine.bound cimport Bound, bound_fresh_at, bound_learn, bound_verdict, DENIED, DRIFT_SHARE, LEASED, OPEN
+from ratethrottle._engine.decision cimport count_decision, Decision, decision_new, LEASE, OUTAGE, OVERLOAD, PREFILTER, REDIS
+from ratethrottle._engine.definitions cimport ALLOW, CompiledRule, DENY, OF_STORAGE, Policy, policy_of, RAISE
+from ratethrottle._engine.keys cimport KeyTable
+from ratethrottle._engine.pieces cimport piece_free
+from ratethrottle._engine.table cimport Hash128, Shard
+from ratethrottle._engine.window cimport KEEP, UNITS_MAX
 from ratethrottle._layout cimport Layout, pending_for, pending_of
-from ratethrottle._pieces cimport piece_free
-from ratethrottle._repair cimport Errand, Knowledge, reset_reach
+from ratethrottle._repair cimport Errand, Knowledge, reset_reach, WHOLE_US
 from ratethrottle._resp cimport (
     BROKEN, Buffer, buffer_room, INCOMPLETE, put, put_bulk, put_head, put_number, read_line, read_number,
 )
-from ratethrottle._table cimport Hash128, Shard
 
 from asyncio import _get_running_loop as running_loop
 from asyncio import current_task
@@ -65,7 +67,6 @@ cdef enum:
     STEPS_MAX = 256                          # of tasks in a row, before the loop has its turn
     WATCH_US = 100_000                       # while what an idle one knows still counts: it must hear of a loss within LEARN
     PROCESSES_MAX = 1_000_000
-    WHOLE_US = 3_000_000                     # for so long processes must have been counted without a gap: then all that live have come
     COUNT_SIZE = 66                          # digits of what is counted: beat.lua has them
     LEARNING_MAX_US = 10_000_000
     RETURNS_MAX = 10_000                     # leases that wait for a connection to be given back on
@@ -76,7 +77,6 @@ cdef enum:
     DEFERRED = -4                            # it would have held the store for too long: it is asked anew
     UNREADABLE = -2                          # instead of an answer: the state can't be read, and stays as it is
 
-cdef int64_t LEVEL_MAX = (<int64_t>1 << 53) - 1
 cdef int64_t UNSURE = -3                      # instead of an answer: somebody may still tell of more that was used
 cdef int64_t YEAR_US = 31_622_400_000_000    # no server's clock is set so far ahead of when an epoch began
 cdef int64_t NEVER_US = 0x7FFFFFFFFFFFFFFF
@@ -264,7 +264,7 @@ cdef class Tally:
     cdef public object noticed               # is told what happened, for events
 
 
-cdef class Calls(Remote):
+cdef class Calls(Backend):
     """The compiled part of a storage: which gathering a check belongs to. One for all event loops of a process.
 
     layout: names the keys. deadline_us: how long a check may wait. ttl_us: how long a bound denies before it is asked again.
@@ -350,7 +350,7 @@ cdef class Calls(Remote):
         group.left = len(group.members) + 1
         try:
             for pending, entry in zip(group.members, entries):
-                pending.remote = self
+                pending.backend = self
                 pending.group = group
                 pending.hashed = self.bounds.hash_entry(entry)
                 self.gathering(pending.hashed).enter(pending)
@@ -1900,20 +1900,20 @@ cdef class Gathering:
         cdef Bound* bound = self.bound_of(entry.hashed, &shard, &index)
         if bound == NULL:
             memset(&fresh, 0, sizeof(Bound))
-            fresh.slot.hash_lo = entry.hashed.lo
-            fresh.slot.hash_hi = entry.hashed.hi
+            fresh.cell.hash_lo = entry.hashed.lo
+            fresh.cell.hash_hi = entry.hashed.hi
             if bound_learn(&fresh, terms, answer, refused, entry.cost, call.sent_us, now_us, server_us) != KEEP:
                 raise MemoryError
             # A key with leases is remembered even when nothing of it counts: that it was asked about says whether it is busy.
-            if view_fresh_at(&fresh.slot.view) <= now_us and rule.lease_units == 0:
-                view_free(&fresh.slot.view)
+            if view_fresh_at(&fresh.cell.view) <= now_us and rule.lease_units == 0:
+                view_free(&fresh.cell.view)
                 return 0
             try:
                 fresh.name = self.layout.name_new(sample, &fresh.name_size)
-                bound = <Bound*>self.bounds.insert(shard, &fresh.slot, now_us)
+                bound = <Bound*>self.bounds.insert(shard, &fresh.cell, now_us)
             except BaseException:
                 piece_free(fresh.name)
-                view_free(&fresh.slot.view)
+                view_free(&fresh.cell.view)
                 raise
         else:
             if bound_learn(bound, terms, answer, refused, entry.cost, call.sent_us, now_us, server_us) != KEEP:
@@ -1922,7 +1922,7 @@ cdef class Gathering:
             bound.leasing = bound.leasing and entry.ahead == 0
             if entry.back:
                 bound.returned_us = 0
-        self.knowledge.live_until_us = max(self.knowledge.live_until_us, view_fresh_at(&bound.slot.view))
+        self.knowledge.live_until_us = max(self.knowledge.live_until_us, view_fresh_at(&bound.cell.view))
         bound.epoch = self.epoch
         if ahead > 0:
             self.take_lease(bound, sample, rule, terms, answer, ahead, call.sent_us, server_us, now_us)

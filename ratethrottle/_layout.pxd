@@ -2,7 +2,9 @@
 
 from libc.stdint cimport uint32_t
 
-from ratethrottle._core cimport CompiledRule, Entry, Mode, PendingDecision
+from ratethrottle._core cimport Mode, PendingDecision
+from ratethrottle._engine.decision cimport Entry
+from ratethrottle._engine.definitions cimport CompiledRule
 from ratethrottle._resp cimport Buffer
 
 

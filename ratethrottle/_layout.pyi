@@ -1,6 +1,6 @@
 from typing import final
 
-from ratethrottle._core import Entry
+from ratethrottle._engine.decision import Entry
 
 __pyx_capi__: dict[str, object]
 

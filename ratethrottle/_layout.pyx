@@ -7,8 +7,10 @@ from libc.stdint cimport int64_t, uint32_t
 from libc.stdlib cimport free
 from libc.string cimport memchr, memcpy, memset
 
-from ratethrottle._core cimport CHECK, CompiledRule, Entry, MADE, Mode, PendingDecision, WHOLE
-from ratethrottle._pieces cimport piece_new
+from ratethrottle._core cimport CHECK, MADE, Mode, PendingDecision, WHOLE
+from ratethrottle._engine.decision cimport Entry
+from ratethrottle._engine.definitions cimport CompiledRule
+from ratethrottle._engine.pieces cimport piece_new
 from ratethrottle._resp cimport Buffer, buffer_room, put, put_bulk, put_head
 
 from hashlib import blake2b

@@ -2,11 +2,13 @@
 
 from libc.stdint cimport int64_t, uint32_t
 
-from ratethrottle._arithmetic cimport Outcome, Terms
-from ratethrottle._bound cimport Bound
-from ratethrottle._core cimport CompiledRule, KeyTable, PendingDecision
+from ratethrottle._core cimport PendingDecision
+from ratethrottle._engine.arithmetic cimport Outcome, Terms
+from ratethrottle._engine.bound cimport Bound
+from ratethrottle._engine.definitions cimport CompiledRule
+from ratethrottle._engine.keys cimport KeyTable
+from ratethrottle._engine.table cimport Account, Shard
 from ratethrottle._layout cimport Layout
-from ratethrottle._table cimport Account, Shard
 
 
 cdef class Share:                            # of one definition of a rule; the views of accounts point into it

@@ -1,7 +1,8 @@
 from collections.abc import Sequence
 from typing import TypeAlias, final
 
-from ratethrottle._core import CompiledRule, KeyTable
+from ratethrottle._engine.definitions import CompiledRule
+from ratethrottle._engine.keys import KeyTable
 from ratethrottle._layout import Layout
 
 _Owed: TypeAlias = tuple[CompiledRule, bytes, tuple[int, int], int, list[tuple[int, int]]]

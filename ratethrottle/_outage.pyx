@@ -11,18 +11,22 @@ from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint32_t
 from libc.string cimport memset
 
-from ratethrottle._arithmetic cimport (
-    ceil_div, Counts, judge, KEEP, NO_MEMORY, Outcome, report, RT_OVERFLOWS, same_definition, settle, Terms,
-    Units, UNITS_MAX, View, view_ahead, view_audit, view_charge_other, view_derive, view_free, view_rebase, view_roll, Window,
-    window_clone, window_drop, window_live, window_new, window_push, window_start,
+from ratethrottle._core cimport CHECK, PEEK, PendingDecision
+from ratethrottle._engine.arithmetic cimport (
+    ceil_div, Counts, LEVEL_MAX, Outcome, report, RT_OVERFLOWS, same_definition, settle, Terms, View, view_ahead, view_audit,
+    view_charge_other, view_derive, view_free, view_look, view_rebase, view_roll, window_start,
 )
-from ratethrottle._bound cimport aged_late, Bound, bound_learn
-from ratethrottle._core cimport CHECK, CompiledRule, KeyTable, PEEK, PendingDecision
+from ratethrottle._engine.bound cimport aged_late, Bound, bound_learn
+from ratethrottle._engine.definitions cimport CompiledRule
+from ratethrottle._engine.keys cimport KeyTable
+from ratethrottle._engine.pieces cimport piece_free, piece_new
+from ratethrottle._engine.table cimport Account, cell_at, fingerprints_of, Place, Shard
+from ratethrottle._engine.window cimport (
+    KEEP, NO_MEMORY, Units, UNITS_MAX, Window, window_clone, window_drop, window_live, window_new, window_push,
+)
 from ratethrottle._layout cimport Layout, pending_for
-from ratethrottle._pieces cimport piece_free, piece_new
-from ratethrottle._table cimport Account, Place, Shard, slot_at, tags_of
 
-from ratethrottle.terms import drain_rate, steps
+from ratethrottle._engine.terms import drain_rate, steps
 
 
 cdef extern from "Python.h":
@@ -55,8 +59,6 @@ cdef extern from *:
 cdef enum:
     SHARES_MAX = 1024
     SHARDS_TAKEN = 16                        # looked through for what is owed: a millisecond at most
-
-cdef int64_t LEVEL_MAX = (<int64_t>1 << 53) - 1
 
 
 # -------------------------------------------------------------------------------------------------------------- views
@@ -410,8 +412,8 @@ cdef class Shares:
         cdef uint32_t i, j
         for i in range(self.bounds.shard_count):
             for j in range(self.bounds.shards[i].room):
-                if tags_of(&self.bounds.shards[i])[j]:
-                    count += (<Bound*>slot_at(&self.bounds.shards[i], j)).account != NULL
+                if fingerprints_of(&self.bounds.shards[i])[j]:
+                    count += (<Bound*>cell_at(&self.bounds.shards[i], j)).account != NULL
         return count
 
     @property
@@ -477,16 +479,12 @@ cdef class Shares:
             if account.outage != self.outage or (bound != NULL and bound.heard and bound.received_us > account.met_us):
                 if bound != NULL and bound.heard:
                     account.met_us = bound.received_us
-                    if account_meet(account, share, &bound.slot.view, aged_late(bound, table_us), now_us) == NO_MEMORY:
+                    if account_meet(account, share, &bound.cell.view, aged_late(bound, table_us), now_us) == NO_MEMORY:
                         raise MemoryError
                 account.outage = self.outage
             # A denial leaves the account as it was, for a clock that steps back.
             held = account.held
-            if held.terms.kind == c"s":
-                window_live(held.amount.window, now_us - held.terms.window_us, &expired, &total)
-            else:
-                view_roll(&held, now_us)
-            judge(&share.terms, &held, now_us, units, expired, total, out)
+            view_look(&held, &share.terms, now_us, units, &expired, &total, out)
             if everything:
                 out.allowed = True
                 out.retry_us = 0
@@ -529,16 +527,16 @@ cdef class Shares:
         """A bound of a key of which nothing is known."""
         cdef Bound bound
         memset(&bound, 0, sizeof(Bound))
-        bound.slot.hash_lo = pending.hashed.lo
-        bound.slot.hash_hi = pending.hashed.hi
-        if view_derive(&bound.slot.view, self.bounds.terms_of(pending.rule), NULL, now_us) == NO_MEMORY:
+        bound.cell.hash_lo = pending.hashed.lo
+        bound.cell.hash_hi = pending.hashed.hi
+        if view_derive(&bound.cell.view, self.bounds.terms_of(pending.rule), NULL, now_us) == NO_MEMORY:
             raise MemoryError
         try:
             bound.name = self.layout.name_new(pending, &bound.name_size)
-            return <Bound*>self.bounds.insert(shard, &bound.slot, now_us)
+            return <Bound*>self.bounds.insert(shard, &bound.cell, now_us)
         except BaseException:
             piece_free(bound.name)
-            view_free(&bound.slot.view)
+            view_free(&bound.cell.view)
             raise
 
     def take_owed(self, Py_ssize_t most, int64_t now_us, Py_ssize_t work=0):
@@ -564,7 +562,7 @@ cdef class Shares:
                 i = 0
                 # What is taken makes objects, which may let another thread in, and that may move what stands here.
                 while most > 0 and i < bounds.shards[self.hand].room and bounds.owing_in[self.hand]:
-                    if tags_of(&bounds.shards[self.hand])[i]:
+                    if fingerprints_of(&bounds.shards[self.hand])[i]:
                         item = self.take(&bounds.shards[self.hand], i, now_us)
                         if item is not None:
                             most -= 1
@@ -579,7 +577,7 @@ cdef class Shares:
         return taken
 
     cdef tuple take(self, Shard* shard, uint32_t index, int64_t now_us):
-        cdef Bound* bound = <Bound*>slot_at(shard, index)
+        cdef Bound* bound = <Bound*>cell_at(shard, index)
         cdef Account* account = bound.account
         cdef Account before
         cdef Share share
@@ -588,13 +586,13 @@ cdef class Shares:
         if account == NULL or not account.owes:
             return None
         name = bound.name[:bound.name_size]
-        hashed = (bound.slot.hash_lo, bound.slot.hash_hi)
+        hashed = (bound.cell.hash_lo, bound.cell.hash_hi)
         # Making these may have let another thread in.
-        if index >= shard.room or not tags_of(shard)[index]:
+        if index >= shard.room or not fingerprints_of(shard)[index]:
             return None
-        bound = <Bound*>slot_at(shard, index)
+        bound = <Bound*>cell_at(shard, index)
         account = bound.account
-        if bound.slot.hash_lo != hashed[0] or bound.slot.hash_hi != hashed[1] or account == NULL or not account.owes:
+        if bound.cell.hash_lo != hashed[0] or bound.cell.hash_hi != hashed[1] or account == NULL or not account.owes:
             return None
         share = <Share>account.share             # kept: `owed` points into it
         newest_age_us = max(<int64_t>0, now_us - account.newest_us)
@@ -636,8 +634,8 @@ cdef class Shares:
         for i in range(self.bounds.shard_count):
             shard = &self.bounds.shards[i]
             for j in range(shard.room):
-                if tags_of(shard)[j]:
-                    self.bounds.drop_account(shard, <Bound*>slot_at(shard, j))
+                if fingerprints_of(shard)[j]:
+                    self.bounds.drop_account(shard, <Bound*>cell_at(shard, j))
 
     cdef Share share_of(self, CompiledRule rule, bint everything):
         cdef int64_t n = self.n, rank = self.rank

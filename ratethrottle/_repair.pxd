@@ -2,14 +2,17 @@
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from ratethrottle._arithmetic cimport Terms
-from ratethrottle._core cimport KeyTable, PendingDecision
+from ratethrottle._core cimport PendingDecision
+from ratethrottle._engine.arithmetic cimport Terms
+from ratethrottle._engine.keys cimport KeyTable
 from ratethrottle._layout cimport Layout
 from ratethrottle._outage cimport Shares
 from ratethrottle._resp cimport Buffer
 
 
 cdef enum:
+    # Processes must have been counted without a gap for this long; then all live ones have come.
+    WHOLE_US = 3_000_000
     AGES = 720                               # classes by age, each at most a sixteenth wide: all that 2^48 µs have
 
 

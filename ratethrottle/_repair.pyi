@@ -2,7 +2,7 @@ from collections.abc import Callable
 from typing import Any, final
 from weakref import WeakSet
 
-from ratethrottle._core import KeyTable
+from ratethrottle._engine.keys import KeyTable
 from ratethrottle._layout import Layout
 from ratethrottle._outage import Shares
 

@@ -12,13 +12,15 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memset
 
-from ratethrottle._arithmetic cimport Terms, view_reach
-from ratethrottle._bound cimport Bound, bound_assertion
-from ratethrottle._core cimport CompiledRule, KeyTable, PendingDecision
+from ratethrottle._core cimport PendingDecision
+from ratethrottle._engine.arithmetic cimport Terms, view_reach
+from ratethrottle._engine.bound cimport Bound, bound_assertion
+from ratethrottle._engine.definitions cimport CompiledRule
+from ratethrottle._engine.keys cimport KeyTable
+from ratethrottle._engine.table cimport cell_at, fingerprints_of, Hash128, Shard, shard_find
 from ratethrottle._layout cimport Layout
 from ratethrottle._outage cimport Shares
 from ratethrottle._resp cimport Buffer, buffer_room, digits, put_bulk, put_number
-from ratethrottle._table cimport Hash128, Shard, shard_find, slot_at, tags_of
 
 from collections import deque
 from os import urandom
@@ -28,7 +30,6 @@ from weakref import WeakSet
 cdef enum:
     ROWS_MAX = 128                           # keys of an errand
     RULES_MAX = 32                           # and definitions that it asserts something of
-    WHOLE_US = 3_000_000                     # for so long processes must have been counted without a gap: then all that live have come
     FEWER_US = 1_000_000                     # for so long the store must have counted fewer
     PERIOD_US = 900_000                      # for so long at least the store takes marks, before it counts them
     SMALL_FLEET = 50                         # processes whose beats are all scripts
@@ -40,7 +41,7 @@ cdef enum:
     MANY = 1_000_000_000                     # processes: more than there ever are
     STALLED_US = 250_000                     # after its deadline an errand is another line's to run, if its own is stalled
 
-cdef int64_t LEVEL_MAX = <int64_t>1 << 52
+cdef int64_t UNKNOWN_TICKS = <int64_t>1 << 52  # so far below zero an asserted level says nothing
 
 
 cdef tuple rule_words(const Terms* terms):
@@ -174,16 +175,16 @@ cdef class Telling:
                     raise MemoryError
                 self.found = larger
             for i in range(shard.room):
-                if not tags_of(shard)[i]:
+                if not fingerprints_of(shard)[i]:
                     continue
-                bound = <Bound*>slot_at(shard, i)
+                bound = <Bound*>cell_at(shard, i)
                 # What was heard in this very epoch, the store knows.
                 if bound.name == NULL or bound.epoch == self.epoch:
                     continue
                 us = told_at(bound, self.before)
                 if us < self.held_us if us else self.held_older:
                     continue
-                self.found[self.count] = Untold(us, bound.slot.hash_lo, bound.slot.hash_hi)
+                self.found[self.count] = Untold(us, bound.cell.hash_lo, bound.cell.hash_hi)
                 self.count += 1
                 self.ends[1 + self.class_at(us)] += 1
             self.shard += 1
@@ -244,11 +245,11 @@ cdef class Telling:
                 return None
         memset(&keys, 0, sizeof(Buffer))
         memset(&args, 0, sizeof(Buffer))
-        self.bounds.terms_held += 1              # it collects their addresses
+        self.bounds.definitions.held += 1              # it collects their addresses
         try:
             errand = self.build(&keys, &args, rows_max, ahead_us, now_us)
         finally:
-            self.bounds.terms_held -= 1
+            self.bounds.definitions.held -= 1
             free(keys.bytes)
             free(args.bytes)
         if errand is not None:
@@ -273,10 +274,10 @@ cdef class Telling:
             found = shard_find(shard, hashed)
             if found < 0:
                 continue
-            bound = <Bound*>slot_at(shard, <uint32_t>found)
+            bound = <Bound*>cell_at(shard, <uint32_t>found)
             if bound.name == NULL or bound.epoch == self.epoch:
                 continue
-            rule = bound.slot.view.terms
+            rule = bound.cell.view.terms
             generation = bound.generation_us
             if now_us + ahead_us - generation >= reset_reach(rule):
                 generation = 0
@@ -284,7 +285,7 @@ cdef class Telling:
                 if generation == 0:
                     continue
                 # That a key was reset has to be told even if nothing else is known of it.
-                numbers[0] = -LEVEL_MAX if rule.kind == c"b" else 0
+                numbers[0] = -UNKNOWN_TICKS if rule.kind == c"b" else 0
                 numbers[1] = 1 if rule.kind == c"s" else 0
                 numbers[2] = 0
             rows += 1
@@ -602,7 +603,7 @@ cdef class Knowledge:
             bound = self.shares.add_bound(sample, now_us, shard)
         if generation <= bound.generation_us:
             return 0
-        left_us = reset_reach(bound.slot.view.terms) - max(<int64_t>0, server_us - generation)
+        left_us = reset_reach(bound.cell.view.terms) - max(<int64_t>0, server_us - generation)
         bound.generation_us = generation
         bound.keep_until_us = max(bound.keep_until_us, now_us + left_us)
         bound.epoch = self.epoch

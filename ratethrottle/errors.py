@@ -25,7 +25,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ratethrottle._core import Decision
+    from ratethrottle._engine.decision import Decision
 
 
 def shown(value: object) -> str:

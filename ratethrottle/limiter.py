@@ -14,7 +14,8 @@ from typing import Any, Final, Self
 
 from anyio.lowlevel import checkpoint
 
-from ratethrottle._core import Decision, Entry, Limiter, compiled_check
+from ratethrottle._core import Limiter, compiled_check
+from ratethrottle._engine.decision import Decision, Entry
 from ratethrottle.errors import ConfigurationError, InvalidRequest, LimiterClosed, few, listed, more, shown
 from ratethrottle.events import Callback
 from ratethrottle.rule import RateThrottleRule

@@ -10,9 +10,9 @@ from datetime import timedelta
 from fractions import Fraction
 from typing import Any, Final, Literal, cast
 
-from ratethrottle._core import CompiledRule
+from ratethrottle._engine.definitions import CompiledRule
+from ratethrottle._engine.terms import drain_rate, steps
 from ratethrottle.errors import ConfigurationError, shown
-from ratethrottle.terms import drain_rate, steps
 
 MAX_UNITS: Final = 10**9
 MIN_WINDOW_US: Final = 1_000

@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 
-from ratethrottle._core import Decision
+from ratethrottle._engine.decision import Decision
 from ratethrottle.errors import RateThrottleError
 from ratethrottle.limiter import create_limiter
 from ratethrottle.rule import RateThrottleRule

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from ratethrottle._core import Decision, Entry, KeyTable
+from ratethrottle._engine.decision import Decision, Entry
+from ratethrottle._engine.keys import KeyTable
 from ratethrottle.events import Events
 
 

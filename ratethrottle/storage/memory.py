@@ -7,7 +7,8 @@ from typing import Literal
 
 from anyio.lowlevel import checkpoint
 
-from ratethrottle._core import Decision, Entry, KeyTable
+from ratethrottle._engine.decision import Decision, Entry
+from ratethrottle._engine.keys import KeyTable
 from ratethrottle.errors import ConfigurationError, shown
 from ratethrottle.events import Events
 from ratethrottle.storage import Statistics

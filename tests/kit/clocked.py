@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ratethrottle._core import CompiledRule, read_answer
+from ratethrottle._engine.decision import read_answer
+from ratethrottle._engine.definitions import CompiledRule
 from ratethrottle.storage.redis.scripts import script
 
 TIME = "call('TIME')"

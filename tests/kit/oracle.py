@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from math import ceil, floor
 
-from ratethrottle._core import CompiledRule
+from ratethrottle._engine.definitions import CompiledRule
 
 Answer = tuple[bool, int, int, int]  # allowed, remaining, retry_us (-1: never), reset_us
 EXACT = 64  # units that a window without slots remembers: its limit is no larger

@@ -20,7 +20,10 @@ from typing import Any
 import redis
 
 from ratethrottle._calls import Calls, Gathering
-from ratethrottle._core import CompiledRule, Decision, KeyTable, Limiter, PendingDecision
+from ratethrottle._core import Limiter, PendingDecision
+from ratethrottle._engine.decision import Decision
+from ratethrottle._engine.definitions import CompiledRule
+from ratethrottle._engine.keys import KeyTable
 from ratethrottle._layout import Layout
 from ratethrottle.errors import StorageError, StorageUnavailable
 from ratethrottle.storage.redis.wire import written

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ratethrottle._core import KeyTable
+from ratethrottle._engine.keys import KeyTable
 from ratethrottle._layout import Layout
 from ratethrottle._outage import Shares
 from tests.kit.strategies import START_US

@@ -11,7 +11,7 @@ from typing import Any
 
 import redis
 
-from ratethrottle._core import CompiledRule
+from ratethrottle._engine.definitions import CompiledRule
 from ratethrottle.storage.redis.scripts import script
 from tests.kit.clocked import EPOCH, EPOCH_KEY, ClockedScript, clocked
 from tests.kit.oracle import Answer, Oracle

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from ratethrottle._core import CompiledRule, Entry, KeyTable, Limiter
+from ratethrottle._core import Limiter
+from ratethrottle._engine.decision import Entry
+from ratethrottle._engine.definitions import CompiledRule
+from ratethrottle._engine.keys import KeyTable
 from tests.kit.clocked import ClockedScript, View, read_state
 from tests.kit.oracle import Answer, Oracle
 

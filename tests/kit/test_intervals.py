@@ -10,7 +10,8 @@ from itertools import combinations_with_replacement
 import pytest
 
 from ratethrottle import InMemoryStorage, RateThrottleCore, RateThrottleRule
-from ratethrottle._core import CompiledRule, Decision, Entry
+from ratethrottle._engine.decision import Decision, Entry
+from ratethrottle._engine.definitions import CompiledRule
 from tests.kit.intervals import Admission, PromiseBrokenError, check, check_bracketed
 from tests.kit.oracle import window_start
 from tests.kit.strategies import START_US, STRATEGIES, make_rule

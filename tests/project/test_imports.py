@@ -15,17 +15,19 @@ PACKAGE = Path(ratethrottle.__file__).parent
 # Cython's imports look like Python's, but ast can't read the rest of a .pyx.
 CYTHON_IMPORT = re.compile(r"^\s*(?:from\s+(\S+)\s+c?import\s|c?import\s+(\S+))", re.MULTILINE)
 
-# The compiled modules and what is compiled into them: each imports only from those before it.
-COMPILED = ("_pieces", "_resp", "_arithmetic", "_table", "_bound", "_core", "_layout", "_outage", "_repair", "_calls")
-# A layer may import itself and what stands above it in this list. The core raises the errors and an error carries a decision, so
-# those are one layer, with what both rules and a process's shares of them compile to. The package's own __init__ only gathers
-# the public names.
+# The compiled modules, and what is compiled into them: each imports only from those before it.
+COMPILED = (
+    *(f"_engine.{part}" for part in ("pieces", "window", "arithmetic", "table", "bound", "definitions", "decision", "keys")),
+    *("_coroutine", "_core"),
+    *("_resp", "_layout", "_outage", "_repair", "_calls"),
+)
+# A layer may import itself and what stands above it in this list. The engine raises the errors, and an error carries a decision: those
+# are one layer. The package's own __init__ only gathers the public names.
 LAYERS = [
-    [
-        *("ratethrottle.errors", "ratethrottle.terms", "ratethrottle._interpreter"),
-        *(f"ratethrottle.{part}" for part in COMPILED),
-    ],
+    ["ratethrottle.errors", "ratethrottle._engine"],
+    ["ratethrottle._coroutine", "ratethrottle._core", "ratethrottle._interpreter"],
     ["ratethrottle.rule", "ratethrottle.events"],
+    [f"ratethrottle.{part}" for part in ("_resp", "_layout", "_outage", "_repair", "_calls")],
     ["ratethrottle.storage"],
     ["ratethrottle.limiter"],
     ["ratethrottle.integrations", "ratethrottle.cli"],
@@ -84,31 +86,38 @@ def test_imports_point_down(path: Path) -> None:
     assert not [p for imported in imports(path.read_text(), package) for p in problems(module, imported)]
 
 
-def test_the_core_imports_only_the_errors() -> None:
-    directory = Path(__file__).parents[2] / "ratethrottle"
-    sources = [path for pattern in ("*.pyx", "*.pxd") for path in directory.glob(pattern)]
-    if not sources:
-        pytest.skip("testing an installed wheel, which holds no .pyx")
-    imported = [a or b for source in sources for a, b in CYTHON_IMPORT.findall(source.read_text())]
-    assert "ratethrottle.errors" in imported
-    assert not [p for name in imported for p in problems("ratethrottle._core", name)]
-
-
-def test_compiled_modules_import_only_from_those_before_them() -> None:
+def compiled_sources() -> dict[str, Path]:
+    """Find what is compiled: each .pyx and .pxd, by its path in the package."""
     directory = Path(__file__).parents[2] / "ratethrottle"
     sources = [path for pattern in ("*.pyx", "*.pxd") for path in directory.rglob(pattern)]
     if not sources:
         pytest.skip("testing an installed wheel, which holds no .pyx")
-    assert {path.stem for path in sources} == set(COMPILED)
-    for path in sources:
-        parts = [name.rpartition(".")[2] for pair in CYTHON_IMPORT.findall(path.read_text()) for name in pair if name]
-        later = [part for part in parts if part in COMPILED and COMPILED.index(part) > COMPILED.index(path.stem)]
-        assert not later, f"{path.name} imports {later}, which stand on it"
+    return {path.relative_to(directory).as_posix(): path for path in sources}
+
+
+def test_compiled_modules_import_down() -> None:
+    found = []
+    for name, path in compiled_sources().items():
+        module = "ratethrottle." + name.rpartition(".")[0].replace("/", ".")
+        imported = [a or b for a, b in CYTHON_IMPORT.findall(path.read_text())]
+        found += [problem for other in imported for problem in problems(module, other)]
+    assert not found
+
+
+def test_compiled_modules_import_only_from_those_before_them() -> None:
+    sources = {name: path.read_text() for name, path in compiled_sources().items()}
+    stems = {name: name.rpartition(".")[0].replace("/", ".") for name in sources}
+    assert set(stems.values()) == set(COMPILED)
+    for name, source in sources.items():
+        imported = [(a or b).removeprefix("ratethrottle.") for a, b in CYTHON_IMPORT.findall(source)]
+        later = [part for part in imported if part in COMPILED and COMPILED.index(part) > COMPILED.index(stems[name])]
+        assert not later, f"{name} imports {later}, which stand on it"
 
 
 @pytest.mark.parametrize(
     ("module", "source"),
     [
+        ("ratethrottle._engine.keys", "from ratethrottle._core import PendingDecision"),
         ("ratethrottle.rule", "from ratethrottle.storage.memory import InMemoryStorage"),
         ("ratethrottle.rule", "from ratethrottle import limiter"),
         ("ratethrottle.rule", "from . import limiter"),
@@ -133,7 +142,7 @@ def test_an_import_that_points_up_is_found(module: str, source: str) -> None:
         ("ratethrottle.storage.redis.storage", "from ..memory import InMemoryStorage"),
         ("ratethrottle.limiter", "from ratethrottle.storage.redis import RedisStorage"),
         ("ratethrottle.limiter", "import redistribution"),
-        ("ratethrottle.errors", "from ratethrottle._core import Decision"),
+        ("ratethrottle.errors", "from ratethrottle._engine.decision import Decision"),
     ],
 )
 def test_an_import_that_points_down_passes(module: str, source: str) -> None:

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ratethrottle import RateThrottleRule
-from ratethrottle._core import read_answer
+from ratethrottle._engine.decision import read_answer
 from tests.kit.strategies import START_US, STRATEGIES, known_rules, make_rule, random_step, rules
 from tests.kit.subjects import Core, Lua, Oracle, Subject
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ratethrottle import RateThrottleRule
-from ratethrottle._core import CompiledRule
+from ratethrottle._engine.definitions import CompiledRule
 from ratethrottle.storage.redis.scripts import SHEBANG, script
 from tests.kit.clocked import CLOCKED, EPOCH, EPOCH_KEY, ClockedScript, Lease, make_call, read_state
 from tests.kit.oracle import Oracle

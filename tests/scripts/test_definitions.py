@@ -10,7 +10,7 @@ import tracemalloc
 import pytest
 
 from ratethrottle import Decision, RateThrottleCore, RateThrottleRule, create_limiter
-from ratethrottle._core import KeyTable
+from ratethrottle._engine.keys import KeyTable
 from ratethrottle._layout import Layout
 from ratethrottle._outage import Shares
 from ratethrottle._repair import Knowledge

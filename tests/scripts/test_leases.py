@@ -10,7 +10,7 @@ import pytest
 import redis
 
 from ratethrottle import RateThrottleRule
-from ratethrottle._core import CompiledRule
+from ratethrottle._engine.definitions import CompiledRule
 from tests.kit.clocked import ClockedScript, Lease, View, make_call, read_state
 from tests.kit.strategies import START_US, STRATEGIES, make_rule
 

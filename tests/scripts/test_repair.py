@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ratethrottle import ConfigurationError
-from ratethrottle._core import CompiledRule
+from ratethrottle._engine.definitions import CompiledRule
 from ratethrottle.storage.redis.scripts import script
 from tests.kit import intervals
 from tests.kit.clocked import (

@@ -11,7 +11,7 @@ import pytest
 import redis
 
 from ratethrottle import RateThrottleRule, Request, StateUnreadable, create_limiter, events
-from ratethrottle._core import CompiledRule
+from ratethrottle._engine.definitions import CompiledRule
 from ratethrottle.storage.redis.scripts import script
 from tests.kit.clocked import EPOCH, EPOCH_KEY, ClockedScript, ClockedServer, Lease, make_call
 from tests.kit.strategies import START_US, STRATEGIES, make_rule

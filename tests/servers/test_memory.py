@@ -21,7 +21,7 @@ KEYS = 100_000
 LEFT = f"""
 import os, sys
 from ratethrottle import RateThrottleRule
-from ratethrottle._core import KeyTable
+from ratethrottle._engine.keys import KeyTable
 from ratethrottle._layout import Layout
 from ratethrottle._outage import Shares
 

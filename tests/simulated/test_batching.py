@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ratethrottle import RateThrottleRule
-from ratethrottle._core import CompiledRule
+from ratethrottle._engine.definitions import CompiledRule
 from tests.kit.processes import Check, Process, World
 from tests.kit.store import NEVER_US, Request
 from tests.kit.strategies import STRATEGIES

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ratethrottle import RateThrottleRule
-from ratethrottle._core import CompiledRule
+from ratethrottle._engine.definitions import CompiledRule
 from ratethrottle.storage.redis.wire import written
 from tests.kit import intervals
 from tests.kit.clocked import RUN, read_state

@@ -15,7 +15,8 @@ from hypothesis import assume, example, given, note, settings
 from hypothesis import strategies as st
 
 from ratethrottle import ConfigurationError, RateThrottleRule
-from ratethrottle._core import CompiledRule, KeyTable
+from ratethrottle._engine.definitions import CompiledRule
+from ratethrottle._engine.keys import KeyTable
 from ratethrottle._layout import Layout
 from ratethrottle._outage import Shares
 from tests.kit import intervals

@@ -15,7 +15,7 @@ from datetime import timedelta
 import pytest
 
 from ratethrottle import InMemoryStorage, RateThrottleCore, RateThrottleRule
-from ratethrottle._core import Decision
+from ratethrottle._engine.decision import Decision
 from tests.kit.intervals import check
 from tests.kit.strategies import START_US, STRATEGIES, make_rule
 from tests.kit.subjects import Core

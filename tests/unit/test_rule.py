@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ratethrottle import ConfigurationError, RateThrottleRule
+from ratethrottle._engine.terms import TICKS, largest_fraction
 from ratethrottle.errors import shown
 from ratethrottle.rule import MAX_DRAIN_US, fitting_rate
-from ratethrottle.terms import TICKS, largest_fraction
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"strategy": "sliding_windw"}, "did you mean 'sliding_window'"),

@@ -15,7 +15,10 @@ from typing import Any, Literal, Self, get_args
 import redis
 
 from ratethrottle._calls import REPAIRING, Calls
-from ratethrottle._core import CompiledRule, Decision, Entry, KeyTable, Limiter
+from ratethrottle._core import Limiter
+from ratethrottle._engine.decision import Decision, Entry
+from ratethrottle._engine.definitions import CompiledRule
+from ratethrottle._engine.keys import KeyTable
 from ratethrottle._layout import Layout
 from ratethrottle._repair import Knowledge
 from ratethrottle.errors import ConfigurationError, StorageError, StorageUnavailable, shown

@@ -1,7 +1,6 @@
-"""The key table as structs: hash, slots, and shards of open addressing, each rebuilt on its own.
+"""The key table as structs: hash, cells, and shards of open addressing, each rebuilt on its own.
 
-Like the arithmetic, everything is inline and touches no Python object. Which key is let go when a table is full, and when one is
-decided on, stands with `KeyTable` in `_core.pyx`.
+Like the arithmetic, everything is inline and touches no Python object. `KeyTable` in `keys.pyx` says which key leaves a full table.
 """
 
 from cpython.object cimport PyObject
@@ -9,18 +8,19 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
-from ratethrottle._arithmetic cimport KEEP, NO_MEMORY, Terms, View, view_free, view_fresh_at, view_used
-from ratethrottle._pieces cimport piece_free
+from ratethrottle._engine.arithmetic cimport BUCKET, Terms, View, view_free, view_fresh_at, view_used
+from ratethrottle._engine.pieces cimport piece_free
+from ratethrottle._engine.window cimport KEEP, NO_MEMORY
 
 
 cdef extern from *:
     """
     #define RT_PREFETCH(address) __builtin_prefetch(address)
-    /* Its caller holds the GIL; what is dropped is a Share, which runs no Python code when it goes. */
+    /* The caller holds the GIL. The object is a Share, whose deallocation runs no Python code. */
     static inline void rt_drop(PyObject *held) { Py_XDECREF(held); }
 
-    /* Frees a block that isn't needed again soon. Its pages go back to the system, wherever it lies in the heap; free() alone gives
-       back only the heap's end. malloc_trim() would lock the heap for about 0.1 ms per MB, on whatever thread it runs. */
+    /* Frees a block that isn't needed again soon. Its pages go back to the system, wherever the block is; free() alone gives back
+       only the heap's end. malloc_trim() would lock the heap for about 0.1 ms per MB, for every thread. */
     #include <stdint.h>
     #include <stdlib.h>
     #include <sys/mman.h>
@@ -43,47 +43,47 @@ cdef enum:
     SHARD_KEYS = 2048                      # keys of a full shard: rebuilding one takes well under a millisecond
     SHARD_ROOM_MIN = 8
 
-cdef struct KeptTerms:
-    Terms terms                            # first: what a view points to is one of these
+cdef struct KeptTerms:                     # of a definition that a table has met; see `Definitions`
+    Terms terms                            # first: a view's pointer to its terms points here
     KeptTerms* older
     int64_t met_in                         # the last round in which anything referred to them
     bint retired                           # nothing did in a whole round: they aren't given out any more
 
-cdef struct Pair:                          # two definitions of one rule in use, so that each has its own account
+cdef struct Pair:                          # the views of two definitions of one rule that are both in use
     View own
     View other
 
-cdef struct Slot:
+cdef struct Cell:
     uint64_t hash_lo
     uint64_t hash_hi
-    View view                              # terms == NULL: amount.pair holds two views
+    View view                              # terms == NULL: amount.pair points to two views
 
 cdef struct Account:                       # what a process admits of a key while the store is away: see `_outage.pyx`
-    View held                              # by the share's terms: a share of what was known, and what was admitted here
-    View owed                              # by its `owed`: what was admitted here, and not taken yet; of a bucket, also what was
-    int64_t taken_ticks                    # of a bucket: what was owed in all when it was taken last
+    View held                              # by the share's terms: a share of the known use, and the units admitted here
+    View owed                              # by the share's `owed`: units admitted here and not taken yet; a bucket keeps those too
+    int64_t taken_ticks                    # of a bucket: all that was owed when it was last taken
     int64_t taken_us                       # when that was, in the store's time
     int64_t taken_newest_us                # and when the newest of it was admitted
     PyObject* share                        # owned: the Share that both views point into
-    int64_t outage                         # the one in which it last met what was known
+    int64_t outage                         # the outage in which it last took in the known use
     int64_t met_us                         # and when that had been heard: a bound's received_us
-    int64_t ahead_us                       # both views are kept in the store's time, which is so much ahead of the table's
+    int64_t ahead_us                       # both views are in the store's time, which is so far ahead of the table's
     int64_t newest_us                      # when units were last admitted, in the store's time
-    bint owes                              # it is among those that `owing_in` counts
+    bint owes                              # `owing_in` counts it
 
-cdef struct NamedSlot:                     # of a table of bounds: a `Bound` begins as this does
-    Slot slot
-    char* name                             # owned: what the key is called in the store
+cdef struct NamedCell:                     # of a table of bounds: a `Bound` begins as this does
+    Cell cell
+    char* name                             # owned: the key's name in the store
     size_t name_size
-    Account* account                       # owned; NULL where nothing was admitted here
-    int64_t keep_until_us                  # whatever the view holds: for a lease, or because the key was reset
+    Account* account                       # owned; NULL if nothing was admitted here
+    int64_t keep_until_us                  # even if the view is fresh: for a lease, or because the key was reset
 
-cdef struct Shard:                         # small, as those of a large table must stay in the cache
-    uint16_t room                          # a third more than SHARD_KEYS, give or take what chance gives
+cdef struct Shard:                         # small, so that the shards of a large table stay in the cache
+    uint16_t room                          # up to about a third more than SHARD_KEYS; chance spreads the keys unevenly
     uint16_t used
-    uint16_t hand                          # the slot that the next sweep of a full table begins with
-    uint16_t slot_bytes                    # a Slot, and what a table keeps behind each
-    char* slots                            # and behind them their tags
+    uint16_t hand                          # the cell that the next sweep of a full table begins with
+    uint16_t cell_bytes                    # of a Cell, or of a Bound in a table of bounds
+    char* cells                            # followed by their fingerprints
 
 cdef struct Hash128:
     uint64_t lo
@@ -96,24 +96,24 @@ cdef struct Place:                         # where a key of a rule belongs in on
     const Terms* terms
 
 
-cdef inline Slot* slot_at(const Shard* shard, uint32_t i) noexcept nogil:
-    return <Slot*>(shard.slots + <size_t>i * shard.slot_bytes)
+cdef inline Cell* cell_at(const Shard* shard, uint32_t i) noexcept nogil:
+    return <Cell*>(shard.cells + <size_t>i * shard.cell_bytes)
 
 
-cdef inline uint8_t* tags_of(const Shard* shard) noexcept nogil:
-    """A byte of the hash for each slot, 0 when empty: a probe reads these first."""
-    return <uint8_t*>slot_at(shard, shard.room)
+cdef inline uint8_t* fingerprints_of(const Shard* shard) noexcept nogil:
+    """One byte of the hash for each cell, 0 if the cell is empty: a probe reads these first."""
+    return <uint8_t*>cell_at(shard, shard.room)
 
 
-cdef inline void slot_copy(const Shard* shard, Slot* target, const Slot* source) noexcept nogil:
-    if shard.slot_bytes == sizeof(Slot):   # of a size that the compiler knows
+cdef inline void cell_copy(const Shard* shard, Cell* target, const Cell* source) noexcept nogil:
+    if shard.cell_bytes == sizeof(Cell):   # the compiler knows this size
         target[0] = source[0]
     else:
-        memcpy(target, source, shard.slot_bytes)
+        memcpy(target, source, shard.cell_bytes)
 
 
 cdef inline void terms_met(const Terms* terms, int64_t round_) noexcept nogil:
-    """Note that something refers to terms that a table keeps."""
+    """Note that something refers to these terms, which a table keeps."""
     (<KeptTerms*>terms).met_in = round_
 
 
@@ -181,29 +181,29 @@ cdef inline Hash128 siphash(uint64_t k0, uint64_t k1, const char* data, Py_ssize
     return result
 
 
-cdef inline uint8_t tag_of(uint64_t hash_lo) noexcept nogil:
-    cdef uint8_t tag = <uint8_t>hash_lo
-    return tag if tag else 1
+cdef inline uint8_t fingerprint_of(uint64_t hash_lo) noexcept nogil:
+    cdef uint8_t fingerprint = <uint8_t>hash_lo
+    return fingerprint if fingerprint else 1
 
 
 cdef inline uint32_t home_of(uint64_t hash_lo, uint32_t room) noexcept nogil:
     return <uint32_t>(((hash_lo >> 32) * room) >> 32)
 
 
-cdef inline int slot_views(const Slot* slot, View* views) noexcept nogil:
-    if slot.view.terms != NULL:
-        views[0] = slot.view
+cdef inline int cell_views(const Cell* cell, View* views) noexcept nogil:
+    if cell.view.terms != NULL:
+        views[0] = cell.view
         return 1
-    views[0] = (<Pair*>slot.view.amount.pair).own
-    views[1] = (<Pair*>slot.view.amount.pair).other
+    views[0] = (<Pair*>cell.view.amount.pair).own
+    views[1] = (<Pair*>cell.view.amount.pair).other
     return 2
 
 
 cdef inline int64_t account_fresh_at(const Account* account) noexcept nogil:
-    """When nothing tells it from a new account, in the table's time."""
+    """When nothing tells the account from a new one, in the table's time."""
     cdef const View* owed = &account.owed
     cdef int64_t fresh_at_us = view_fresh_at(&account.held)
-    if owed.terms.kind != c"b" or owed.terms.drain_ticks:
+    if owed.terms.kind != BUCKET or owed.terms.drain_ticks:
         fresh_at_us = max(fresh_at_us, view_fresh_at(owed))
     elif owed.amount.level_ticks:
         return <int64_t>1 << 62             # until it is taken
@@ -219,16 +219,16 @@ cdef inline void account_free(Account* account) noexcept nogil:
     piece_free(account)
 
 
-cdef inline int64_t named_fresh_at(const NamedSlot* named) noexcept nogil:
-    cdef int64_t fresh_at_us = max(view_fresh_at(&named.slot.view), named.keep_until_us)
+cdef inline int64_t named_fresh_at(const NamedCell* named) noexcept nogil:
+    cdef int64_t fresh_at_us = max(view_fresh_at(&named.cell.view), named.keep_until_us)
     return fresh_at_us if named.account == NULL else max(fresh_at_us, account_fresh_at(named.account))
 
 
-cdef inline int64_t slot_fresh_at(const Shard* shard, const Slot* slot) noexcept nogil:
+cdef inline int64_t cell_fresh_at(const Shard* shard, const Cell* cell) noexcept nogil:
     cdef View[2] views
-    if shard.slot_bytes != sizeof(Slot):
-        return named_fresh_at(<NamedSlot*>slot)
-    if slot_views(slot, views) == 1:
+    if shard.cell_bytes != sizeof(Cell):
+        return named_fresh_at(<NamedCell*>cell)
+    if cell_views(cell, views) == 1:
         return view_fresh_at(views)
     return max(view_fresh_at(views), view_fresh_at(&views[1]))
 
@@ -237,57 +237,57 @@ cdef inline int64_t view_used_share(const View* view, int64_t now_us) noexcept n
     return (min(view_used(view, now_us), view.terms.capacity) << 20) // view.terms.capacity
 
 
-cdef inline int64_t slot_used_share(const Shard* shard, const Slot* slot, int64_t now_us) noexcept nogil:
-    """How much of its capacity a key has used, in 2^20ths; of two definitions the larger share, and of what was admitted here too."""
+cdef inline int64_t cell_used_share(const Shard* shard, const Cell* cell, int64_t now_us) noexcept nogil:
+    """How much of its capacity a key has used, in 2^20ths: the largest share among its definitions and its account."""
     cdef View[2] views
     cdef const Account* account
     cdef int64_t share = 0
-    cdef int i, count = slot_views(slot, views)
+    cdef int i, count = cell_views(cell, views)
     for i in range(count):
         share = max(share, view_used_share(&views[i], now_us))
-    account = (<NamedSlot*>slot).account if shard.slot_bytes != sizeof(Slot) else NULL
+    account = (<NamedCell*>cell).account if shard.cell_bytes != sizeof(Cell) else NULL
     if account != NULL:
         now_us = max(now_us + account.ahead_us, account.newest_us)
         share = max(share, max(view_used_share(&account.held, now_us), view_used_share(&account.owed, now_us)))
     return share
 
 
-cdef inline void slot_free(const Shard* shard, Slot* slot) noexcept nogil:
-    """Give back what hangs from a slot; the slot itself stays as it is."""
+cdef inline void cell_free(const Shard* shard, Cell* cell) noexcept nogil:
+    """Free what a cell points to; the cell itself stays as it is."""
     cdef View[2] views
-    cdef int i, count = slot_views(slot, views)
-    if shard.slot_bytes != sizeof(Slot):
-        piece_free((<NamedSlot*>slot).name)
-        account_free((<NamedSlot*>slot).account)
+    cdef int i, count = cell_views(cell, views)
+    if shard.cell_bytes != sizeof(Cell):
+        piece_free((<NamedCell*>cell).name)
+        account_free((<NamedCell*>cell).account)
     for i in range(count):
         view_free(&views[i])
-    if slot.view.terms == NULL:
-        free(slot.view.amount.pair)
+    if cell.view.terms == NULL:
+        free(cell.view.amount.pair)
 
 
 cdef inline void shard_free(Shard* shard) noexcept nogil:
-    """Give back all that a shard has; the shard itself stays as it is."""
+    """Free all that a shard points to; the shard itself stays as it is."""
     cdef uint32_t i
     for i in range(shard.room):
-        if tags_of(shard)[i]:
-            slot_free(shard, slot_at(shard, i))
-    free_pages(shard.slots, shard.room * (shard.slot_bytes + 1))
+        if fingerprints_of(shard)[i]:
+            cell_free(shard, cell_at(shard, i))
+    free_pages(shard.cells, shard.room * (shard.cell_bytes + 1))
 
 
 cdef inline int64_t shard_find(const Shard* shard, Hash128 hashed) noexcept nogil:
-    """The index of the key's slot; −1 − (index of the empty one it would take) when it is absent."""
+    """The index of the key's cell; if the key is absent, −1 − (the index of the empty cell that it would take)."""
     cdef uint32_t i
-    cdef uint8_t tag
-    cdef const uint8_t* tags
+    cdef uint8_t fingerprint
+    cdef const uint8_t* fingerprints
     if shard.room == 0:
         return -1
-    tags = tags_of(shard)
+    fingerprints = fingerprints_of(shard)
     i = home_of(hashed.lo, shard.room)
-    tag = tag_of(hashed.lo)
-    RT_PREFETCH(slot_at(shard, i))                # while the tags are on their way too
-    RT_PREFETCH(<char*>slot_at(shard, i) + 63)
-    while tags[i]:
-        if tags[i] == tag and slot_at(shard, i).hash_lo == hashed.lo and slot_at(shard, i).hash_hi == hashed.hi:
+    fingerprint = fingerprint_of(hashed.lo)
+    RT_PREFETCH(cell_at(shard, i))                # while the fingerprints are being fetched
+    RT_PREFETCH(<char*>cell_at(shard, i) + 63)
+    while fingerprints[i]:
+        if fingerprints[i] == fingerprint and cell_at(shard, i).hash_lo == hashed.lo and cell_at(shard, i).hash_hi == hashed.hi:
             return i
         i += 1
         if i == shard.room:
@@ -295,65 +295,65 @@ cdef inline int64_t shard_find(const Shard* shard, Hash128 hashed) noexcept nogi
     return -1 - <int64_t>i
 
 
-cdef inline uint32_t shard_place(Shard* shard, const Slot* slot) noexcept nogil:
-    """Put a key that is absent into a shard with room; returns where."""
-    cdef uint32_t i = home_of(slot.hash_lo, shard.room)
-    cdef uint8_t* tags = tags_of(shard)
-    while tags[i]:
+cdef inline uint32_t shard_place(Shard* shard, const Cell* cell) noexcept nogil:
+    """Put an absent key into a shard with room. Returns its index."""
+    cdef uint32_t i = home_of(cell.hash_lo, shard.room)
+    cdef uint8_t* fingerprints = fingerprints_of(shard)
+    while fingerprints[i]:
         i += 1
         if i == shard.room:
             i = 0
-    tags[i] = tag_of(slot.hash_lo)
-    slot_copy(shard, slot_at(shard, i), slot)
+    fingerprints[i] = fingerprint_of(cell.hash_lo)
+    cell_copy(shard, cell_at(shard, i), cell)
     shard.used += 1
     return i
 
 
 cdef inline void shard_remove(Shard* shard, uint32_t hole) noexcept nogil:
-    """Take a slot out and close the gap, so that no probe needs tombstones."""
+    """Empty a cell and close the gap, so that probes need no tombstones."""
     cdef uint32_t i = hole, home
-    slot_free(shard, slot_at(shard, hole))
+    cell_free(shard, cell_at(shard, hole))
     while True:
         i += 1
         if i == shard.room:
             i = 0
-        if not tags_of(shard)[i]:
+        if not fingerprints_of(shard)[i]:
             break
-        home = home_of(slot_at(shard, i).hash_lo, shard.room)
-        # A slot may move back into the hole unless its home lies behind the hole, up to where it stands (cyclically).
+        home = home_of(cell_at(shard, i).hash_lo, shard.room)
+        # A cell may move back into the hole unless its home lies behind the hole, up to where it stands (cyclically).
         if (hole < home <= i) if hole < i else (home > hole or home <= i):
             continue
-        slot_copy(shard, slot_at(shard, hole), slot_at(shard, i))
-        tags_of(shard)[hole] = tags_of(shard)[i]
+        cell_copy(shard, cell_at(shard, hole), cell_at(shard, i))
+        fingerprints_of(shard)[hole] = fingerprints_of(shard)[i]
         hole = i
-    tags_of(shard)[hole] = 0
+    fingerprints_of(shard)[hole] = 0
     shard.used -= 1
 
 
 cdef inline int shard_rebuild(Shard* shard, int64_t now_us) noexcept nogil:
-    """Leave out the keys that are fresh again and make room for a third more than the rest. Returns NO_MEMORY or KEEP.
+    """Remove the keys that are fresh again, and make room for a third more than the others. Returns NO_MEMORY or KEEP.
 
-    The slots of before are the caller's to free, once it has the new ones.
+    The caller then frees the former cells.
     """
     cdef Shard rebuilt
     cdef uint32_t i, kept = 0
     for i in range(shard.room):
-        if tags_of(shard)[i] and slot_fresh_at(shard, slot_at(shard, i)) > now_us:
+        if fingerprints_of(shard)[i] and cell_fresh_at(shard, cell_at(shard, i)) > now_us:
             kept += 1
     rebuilt.used = rebuilt.hand = 0
     rebuilt.room = <uint16_t>max(<uint32_t>SHARD_ROOM_MIN, kept + kept // 3)
-    rebuilt.slot_bytes = shard.slot_bytes
-    rebuilt.slots = <char*>malloc(rebuilt.room * (shard.slot_bytes + 1))
-    if rebuilt.slots == NULL:
+    rebuilt.cell_bytes = shard.cell_bytes
+    rebuilt.cells = <char*>malloc(rebuilt.room * (shard.cell_bytes + 1))
+    if rebuilt.cells == NULL:
         return NO_MEMORY
-    memset(tags_of(&rebuilt), 0, rebuilt.room)
+    memset(fingerprints_of(&rebuilt), 0, rebuilt.room)
     for i in range(shard.room):
-        if not tags_of(shard)[i]:
+        if not fingerprints_of(shard)[i]:
             continue
-        if slot_fresh_at(shard, slot_at(shard, i)) > now_us:
-            shard_place(&rebuilt, slot_at(shard, i))
+        if cell_fresh_at(shard, cell_at(shard, i)) > now_us:
+            shard_place(&rebuilt, cell_at(shard, i))
         else:
-            slot_free(shard, slot_at(shard, i))
+            cell_free(shard, cell_at(shard, i))
     shard[0] = rebuilt
     return KEEP
 

@@ -1,0 +1,50 @@
+"""Decisions, and the validated calls that they answer: see `decision.pyx`."""
+
+cimport cython
+from libc.stdint cimport int64_t
+
+from ratethrottle._engine.arithmetic cimport Outcome
+from ratethrottle._engine.definitions cimport CompiledRule
+
+
+cdef enum Source:
+    MEMORY
+    REDIS
+    PREFILTER
+    LEASE
+    OUTAGE
+    OVERLOAD
+
+
+@cython.final
+cdef class Decision:
+    cdef CompiledRule compiled
+    cdef readonly object key
+    cdef readonly int64_t cost
+    cdef Source source_index
+    cdef Outcome out
+
+    cdef Outcome* settled(self) noexcept
+    cdef tuple facts(self)
+
+
+cdef inline void count_decision(CompiledRule rule, Source source, bint allowed) noexcept:
+    rule.counts[2 * source + allowed] += 1
+
+
+cdef Decision decision_new(CompiledRule rule, object key, int64_t cost, Source source, const Outcome* out)
+cdef dict decisions_counted(dict rules, object outcomes)
+
+
+@cython.final
+cdef class Entry:
+    cdef readonly CompiledRule rule
+    cdef readonly object key
+    cdef readonly bytes canonical            # "=" and the key's UTF-8, or "(" and a tuple's joined form
+    cdef readonly int64_t cost
+
+    cdef bint joined(self)
+
+
+cdef Entry entry_new(CompiledRule rule, object key, object cost, int64_t least)
+cdef int64_t units_of(object cost, CompiledRule rule, int64_t least) except -1

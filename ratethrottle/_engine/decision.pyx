@@ -1,0 +1,299 @@
+# cython: auto_pickle=False, autotestdict=False
+"""Decisions and what makes them: validated calls, outcomes, and the counts by rule and source."""
+
+cimport cython
+from cpython.bytes cimport PyBytes_AS_STRING
+from cpython.unicode cimport PyUnicode_AsUTF8String
+from libc.stdint cimport int64_t
+
+from ratethrottle._engine.arithmetic cimport answer_length, ceil_div, NEVER, Outcome, settle, take_answer
+from ratethrottle._engine.definitions cimport CompiledRule
+
+from math import inf as _inf
+from math import nextafter
+
+from ratethrottle.errors import CostExceedsLimit, InvalidRequest
+
+
+cdef extern from "Python.h":
+    bint PyUnicode_Check(object)
+    bint PyBool_Check(object)
+    object PyNumber_Index(object)
+    long long PyLong_AsLongLongAndOverflow(object, int* overflow) except? -1
+
+
+cdef enum:
+    COST_MAX = 1_000_000_000                 # under a rule that denies everything
+
+cdef tuple SOURCES = ("memory", "redis", "prefilter", "lease", "outage", "overload")
+
+
+cdef object seconds_up(int64_t us):
+    """The least float of seconds that is not below the µs, so that nobody who sleeps that long wakes too early."""
+    seconds = us / 1e6
+    numerator, denominator = seconds.as_integer_ratio()
+    return seconds if numerator * 1_000_000 >= us * denominator else nextafter(seconds, _inf)
+
+
+@cython.final
+@cython.freelist(256)
+@cython.no_gc
+cdef class Decision:
+    """The outcome of a check: true when allowed. Durations are seconds from the decision, rounded up to the µs."""
+
+    def __init__(self):
+        raise TypeError("decisions are made by a limiter: `await limiter.check(key)`")
+
+    cdef inline Outcome* settled(self) noexcept:
+        if self.out.in_ticks:
+            settle(&self.compiled.terms, &self.out)
+        return &self.out
+
+    @property
+    def allowed(self):
+        """Whether the units were granted."""
+        return self.out.allowed
+
+    @property
+    def remaining(self):
+        """Units left, after what was granted."""
+        return self.settled().remaining
+
+    @property
+    def reset_after_us(self):
+        """Integer µs until nothing that was used counts any more."""
+        return self.settled().reset_us
+
+    @property
+    def rule(self):
+        """Name of the rule that decided."""
+        return self.compiled.name
+
+    @property
+    def limit(self):
+        """The rule's capacity: the most units that can be used at once."""
+        return self.compiled.terms.capacity if self.compiled.limit else 0
+
+    @property
+    def source(self):
+        """Who decided: "memory", "redis", "prefilter", "lease", "outage" or "overload"."""
+        return SOURCES[self.source_index]
+
+    @property
+    def retry_after_us(self):
+        """Integer µs until the same check would be allowed if nobody else consumed; 0 when allowed, 2^63 − 1 for never."""
+        return self.settled().retry_us if self.out.retry_us >= 0 else 0x7FFFFFFFFFFFFFFF
+
+    @property
+    def retry_after(self):
+        """Seconds until the same check would be allowed if nobody else consumed; 0.0 when allowed, inf for never.
+
+        Exact if `retry_after_exact` says so. With the source "prefilter" it is the earliest time: Redis wasn't asked. Of a rule with
+        leases it is the latest: units that others hold unspent may come back within `lease_ttl`.
+        """
+        return seconds_up(self.settled().retry_us) if self.out.retry_us >= 0 else _inf
+
+    @property
+    def retry_after_exact(self):
+        """Whether `retry_after` is exact. It is a bound if Redis wasn't asked, or if others may hold units of a lease."""
+        return self.out.allowed or self.source_index <= REDIS and self.compiled.lease_units == 0
+
+    @property
+    def reset_after(self):
+        """Seconds until nothing that was used counts any more."""
+        return seconds_up(self.settled().reset_us)
+
+    def headers(self):
+        """HTTP fields of this decision, by draft-ietf-httpapi-ratelimit-headers-11: a new dict of str to str.
+
+        Times are whole seconds rounded up, at least 1 when denied. `Retry-After` comes only with a denial that ends.
+        """
+        cdef int64_t wait_us = self.settled().reset_us if self.out.allowed else self.settled().retry_us
+        cdef int64_t wait_s = ceil_div(wait_us, 1_000_000) if wait_us > 0 else 0
+        cdef dict fields = {
+            "RateLimit-Policy": f'"{self.compiled.name}";q={self.compiled.limit};w={ceil_div(self.compiled.terms.window_us, 1_000_000)}',
+            "RateLimit": f'"{self.compiled.name}";r={self.out.remaining};t={wait_s}' if wait_us >= 0
+                         else f'"{self.compiled.name}";r={self.out.remaining}',
+        }
+        if wait_us >= 0 and not self.out.allowed:
+            fields["Retry-After"] = str(wait_s)
+        return fields
+
+    cdef tuple facts(self):
+        cdef Outcome* out = self.settled()
+        return (self.compiled, self.key, self.cost, <int>self.source_index, out.allowed, out.remaining, out.retry_us, out.reset_us)
+
+    def __bool__(self):
+        return self.out.allowed
+
+    def __eq__(self, other):
+        if not isinstance(other, Decision):
+            return NotImplemented
+        return self.facts() == (<Decision>other).facts()
+
+    def __hash__(self):
+        return hash(self.facts())
+
+    def __reduce__(self):
+        return _restore_decision, self.facts()
+
+    def __repr__(self):
+        # Without the key: a decision ends up in logs, and keys are addresses and accounts.
+        return (f"<Decision {'allowed' if self.allowed else 'denied'} rule={self.rule!r} cost={self.cost} "
+                f"remaining={self.remaining} limit={self.limit} retry_after={self.retry_after} "
+                f"reset_after={self.reset_after} source={self.source!r}>")
+
+
+cdef Decision decision_new(CompiledRule rule, object key, int64_t cost, Source source, const Outcome* out):
+    cdef Decision decision = Decision.__new__(Decision)
+    decision.out = out[0]
+    decision.compiled = rule
+    decision.key = key
+    decision.cost = cost
+    decision.source_index = source
+    return decision
+
+
+def read_answer(CompiledRule rule not None, numbers, int64_t cost, int64_t position=0, int64_t count=1):
+    """Read what the script's answer to `count` equal checks says to the check at `position` (0: the first).
+
+    Returns allowed, remaining, retry_us (−1: never) and reset_us.
+    """
+    cdef int64_t[6] raw
+    cdef Outcome out
+    cdef int i
+    if not 0 <= position < count:
+        raise ValueError("there is no such position among those checks")
+    if not numbers or len(numbers) != answer_length(&rule.terms, numbers[0], count) + (rule.lease_units > 0):
+        raise ValueError("the answer has another length than its rule's kind asks for")
+    for i in range(len(numbers)):
+        raw[i] = numbers[i]
+    take_answer(&rule.terms, raw, raw[len(numbers) - 1] if rule.lease_units else 0, cost, position, &out)
+    if out.in_ticks:
+        settle(&rule.terms, &out)
+    return out.allowed, out.remaining, out.retry_us, out.reset_us
+
+
+def _restore_decision(CompiledRule rule not None, key, int64_t cost, int source, bint allowed, int64_t remaining,
+                      int64_t retry_us, int64_t reset_us):
+    """Make a decision from its facts (pickle)."""
+    cdef Outcome out = Outcome(allowed, False, remaining, retry_us, reset_us)
+    return decision_new(rule, key, cost, <Source>source, &out)
+
+
+cdef dict decisions_counted(dict rules, object outcomes):
+    """The decisions under each of these rules: name -> source -> outcomes(allowed, denied)."""
+    cdef CompiledRule rule
+    cdef dict nothing = dict.fromkeys(SOURCES, outcomes(0, 0)), counted = {}, of_rule
+    cdef int source
+    for rule in list(rules.values()):            # `outcomes` is Python code: another thread may add a rule meanwhile
+        of_rule = nothing
+        for source in range(len(SOURCES)):
+            if rule.counts[2 * source] or rule.counts[2 * source + 1]:
+                if of_rule is nothing:
+                    of_rule = nothing.copy()
+                of_rule[SOURCES[source]] = outcomes(rule.counts[2 * source + 1], rule.counts[2 * source])
+        counted[rule.name] = of_rule
+    return counted
+
+
+@cython.final
+cdef class Entry:
+    """One validated check, on its way to a storage."""
+
+    def __init__(self):
+        raise TypeError("entries are made by a limiter")
+
+    cdef inline bint joined(self):
+        return PyBytes_AS_STRING(self.canonical)[0] == c"("
+
+    def costing(self, int64_t units):
+        """The same entry with another cost."""
+        cdef Entry entry = Entry.__new__(Entry)
+        entry.rule = self.rule
+        entry.key = self.key
+        entry.canonical = self.canonical
+        entry.cost = units
+        return entry
+
+    def asked(self, Decision decision not None):
+        """Turn a decision on a cost of 1 into that on a cost of 0, which only asks: allowed."""
+        cdef Outcome out = decision.settled()[0]
+        out.allowed = True
+        out.retry_us = 0
+        return decision_new(self.rule, self.key, 0, decision.source_index, &out)
+
+    def blocked(self, bint checks):
+        """The decision of a rule with a limit of 0. It is counted if it `checks`."""
+        cdef Outcome out = Outcome(self.cost == 0, False, 0, 0 if self.cost == 0 else NEVER, 0)
+        if checks:
+            count_decision(self.rule, MEMORY, False)
+        return decision_new(self.rule, self.key, self.cost, MEMORY, &out)
+
+    def decided(self, str source not None, bint allowed, int64_t remaining, int64_t retry_us, int64_t reset_us):
+        """The decision that a storage took on this entry. `retry_us` −1 is never."""
+        cdef Outcome out = Outcome(allowed, False, remaining, retry_us, reset_us)
+        return decision_new(self.rule, self.key, self.cost, <Source>SOURCES.index(source), &out)
+
+
+cdef Entry entry_new(CompiledRule rule, object key, object cost, int64_t least):
+    """Validate the cost and the key of a call. Raises InvalidRequest or CostExceedsLimit."""
+    cdef Entry entry = Entry.__new__(Entry)
+    entry.rule = rule
+    entry.cost = units_of(cost, rule, least)
+    entry.key = key
+    if PyUnicode_Check(key):
+        if not key:
+            raise InvalidRequest("the key is empty; a key names who is limited")
+        entry.canonical = b"=" + utf8(key)
+    elif isinstance(key, tuple):
+        entry.canonical = b"(" + joined_key(key)
+    else:
+        raise InvalidRequest(f"the key is a {type(key).__name__}; a key is a str, or a tuple of str and int")
+    return entry
+
+
+cdef bytes joined_key(object key):
+    """A tuple as netstrings, so that no two tuples differ only by where their parts join."""
+    cdef list parts = []
+    if not key:
+        raise InvalidRequest("the key is an empty tuple; a key has at least one part")
+    for part in key:
+        if isinstance(part, str):
+            encoded = utf8(part)
+            parts.append(b"s%d:%b" % (len(encoded), encoded))
+        elif isinstance(part, int) and not PyBool_Check(part):
+            try:
+                parts.append(b"i%d " % part)
+            except ValueError:
+                raise InvalidRequest("a part of the key is an int with more digits than Python prints; use a str") from None
+        else:
+            raise InvalidRequest(f"a part of the key is a {type(part).__name__}; a tuple key holds only str and int")
+    return b"".join(parts)
+
+
+cdef bytes utf8(object text):
+    try:
+        return PyUnicode_AsUTF8String(text)  # of a subclass too, whatever its encode() does
+    except UnicodeEncodeError:
+        raise InvalidRequest("the key holds a lone surrogate and has no UTF-8; decode the bytes it came from strictly") from None
+
+
+cdef int64_t units_of(object cost, CompiledRule rule, int64_t least) except -1:
+    """The cost as an integer from `least` (1, or 0 for a peek) to the rule's capacity."""
+    cdef int overflow = 0
+    cdef long long units
+    cdef int64_t most = rule.terms.capacity if rule.limit else COST_MAX
+    if PyBool_Check(cost):
+        raise InvalidRequest(f"the cost is {cost}; it is a whole number of units, at least {least}")
+    try:
+        index = PyNumber_Index(cost)
+    except TypeError:
+        raise InvalidRequest(f"the cost is a {type(cost).__name__}; it is a whole number (int) of units, at least {least}") from None
+    units = PyLong_AsLongLongAndOverflow(index, &overflow)
+    if overflow > 0 or (overflow == 0 and units > most):
+        raise CostExceedsLimit(index, rule.terms.capacity if rule.limit else 0, rule.name)
+    if overflow < 0 or units < least:
+        hint = "; peek(key, cost=0) says what is left" if overflow == 0 and units == 0 else ""
+        raise InvalidRequest(f"the cost is below {least}; it is a whole number of units, at least {least}{hint}")
+    return units
