@@ -1,8 +1,8 @@
-"""Memory for what is small and hangs from a key: windows, names, accounts. All of it goes back to the system once it is over.
+"""Memory for small things that belong to a key: windows, names, accounts. All of it goes back to the system once they are gone.
 
-Pieces of one size fill a chunk of 64 KiB, which is unmapped once the last of them was freed. In malloc's heap, and in an arena of
-Python's allocator, a single piece that is still in use keeps what was freed around it. The caller holds the GIL. In a sanitize build
-every piece comes from malloc, whose users are watched.
+Pieces of one size fill a chunk of 64 KiB, which is unmapped once the last of them is freed. In malloc's heap, and in an arena of
+Python's allocator, a single piece in use keeps the freed memory around it. The caller holds the GIL. In a sanitize build every piece
+comes from malloc, which the sanitizer watches.
 """
 
 cdef extern from *:
@@ -27,11 +27,11 @@ cdef extern from *:
         size_t mapped, used, begun, most;  /* bytes of the chunk; pieces: in use, ever used, that fit */
     };
     struct rt_size { struct rt_chunk *roomy; };
-    /* Of the module that asks: what another one frees goes back to where it came from. */
+    /* Each compiled module has its own. A piece that another module frees goes back to its own chunk. */
     static struct rt_size rt_sizes[RT_SIZES];
 
     static __attribute__((noinline)) struct rt_chunk *rt_chunk_new(size_t bytes) {
-        /* The next one mostly lies below the last, aligned: the two are one mapping then, of which a process has a limited number. */
+        /* The next chunk is mostly just below the last, and aligned. Then both are one mapping; a process may have only so many. */
         char *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0), *first = at;
         if (at == MAP_FAILED) return NULL;
         if ((uintptr_t)at & (RT_CHUNK - 1)) {
@@ -94,10 +94,10 @@ cdef extern from *:
         *(void **)piece = chunk->freed;
         chunk->freed = piece;
         if (chunk->used-- == chunk->most) rt_chunk_link(chunk);
-        /* One that is empty stays while it is the only one with room: the next piece would map it again. */
+        /* An empty chunk stays if no other has room: the next piece would map one again. */
         if (chunk->used == 0 && (chunk->next != NULL || chunk->before != NULL)) {
             rt_chunk_unlink(chunk);
-            /* In the middle of a mapping it makes two of one, of which there may be too many. */
+            /* Unmapping the middle of a mapping makes two of it, and may fail if there are too many. */
             if (munmap(chunk, RT_CHUNK) != 0) rt_chunk_link(chunk);
         }
     }
