@@ -22,7 +22,7 @@ from ratethrottle._engine.decision cimport (
 )
 from ratethrottle._engine.definitions cimport ALLOW, CompiledRule, OF_STORAGE, Tally
 from ratethrottle._engine.keys cimport forks, KeyTable
-from ratethrottle._engine.table cimport cell_at, Place, shard_find
+from ratethrottle._engine.table cimport cell_at, Hash128, Place, shard_find
 
 from asyncio import _get_running_loop as running_loop
 from asyncio import CancelledError, InvalidStateError
@@ -435,22 +435,25 @@ cdef class Limiter:
     @cython.final
     cdef PendingDecision checked(self, PyObject* given, CompiledRule rule, int64_t units):
         """Decide on a key, which isn't validated yet and which the caller holds."""
-        cdef bytes joined = None
         cdef Place place
         cdef Outcome* out
         cdef int64_t now_us
-        if (given == <PyObject*>self.last_key and rule is self.last_rule and self.table.forks == forks
-                and self.last_home == self.table.secret[2]):
+        if self.backend is not None:
+            return self.bounded(given, rule, units)
+        if self.is_last(given, <PyObject*>rule):
             place = self.last_place
         else:
-            joined = self.located(<object>given, rule, &place)
+            self.located(<object>given, rule, &place)
         now_us = self.table.now_us()
         # From here on no Python code runs, so no other thread can take the spare decision before this check hands it out.
         out = self.blank_outcome()
-        if self.backend is not None:
-            return self.bounded(&place, now_us, units, out, rule, <object>given, joined)
         self.table.decide_located(&place, now_us, units, out)
         return self.completed(rule, given, units, MEMORY)
+
+    cdef inline bint is_last(self, PyObject* given, PyObject* rule) noexcept:
+        """Whether the check before had this very key and rule, and `last_place` still holds."""
+        return (given == <PyObject*>self.last_key and rule == <PyObject*>self.last_rule and self.table.forks == forks
+                and self.last_home == self.table.secret[2])
 
     @cython.final
     cdef bytes located(self, object key, CompiledRule rule, Place* place):
@@ -476,24 +479,38 @@ cdef class Limiter:
         return None
 
     @cython.final
-    cdef PendingDecision bounded(self, const Place* place, int64_t now_us, int64_t units, Outcome* out, CompiledRule rule,
-                                 object key, bytes joined):
+    cdef PendingDecision bounded(self, PyObject* given, CompiledRule rule, int64_t units):
         """Decide by a bound or a lease, or return an awaitable that asks the store."""
-        cdef PendingDecision pending
-        cdef int64_t found = shard_find(place.shard, place.hashed)
+        cdef bytes joined = None
+        cdef Place place
+        cdef Outcome* out
+        cdef int64_t now_us, found
         cdef int verdict = OPEN
+        if self.is_last(given, <PyObject*>rule):
+            place = self.last_place
+        else:
+            joined = self.located(<object>given, rule, &place)
+        now_us = self.table.now_us()
+        out = self.blank_outcome()               # as in `checked`, no Python code runs from here on
+        found = shard_find(place.shard, place.hashed)
         if found >= 0:
             verdict = bound_verdict(<Bound*>cell_at(place.shard, <uint32_t>found), place.terms, rule.lease_units > 0, now_us, units,
                                     self.backend.ttl_us, out)
             if verdict == DENIED and self.table.away and self.backend.allows(rule):
                 verdict = OPEN
             if verdict == DENIED or verdict == LEASED:
-                return self.completed(rule, <PyObject*>key, units, LEASE if verdict == LEASED else PREFILTER)
+                return self.completed(rule, given, units, LEASE if verdict == LEASED else PREFILTER)
+        return self.to_ask(<object>given, joined, rule, units, place.hashed, verdict == STALE)
+
+    @cython.final
+    cdef PendingDecision to_ask(self, object key, bytes joined, CompiledRule rule, int64_t units, Hash128 hashed, bint stale):
+        """An awaitable that asks the store; `joined`: the joined form of a tuple, with its mark."""
+        cdef PendingDecision pending
         self.complete = 0
         pending = PendingDecision.__new__(PendingDecision)
         pending.stage = NEW
         pending.backend = self.backend
-        pending.stale = verdict == STALE
+        pending.stale = stale
         pending.rule = rule
         pending.key = key
         if joined is None:
@@ -507,10 +524,10 @@ cdef class Limiter:
             pending.mark = c"("
         pending.mode = CHECK
         pending.units = units
-        pending.hashed = place.hashed
+        pending.hashed = hashed
         return pending
 
-    cdef inline Outcome* blank_outcome(self):
+    cdef inline Outcome* blank_outcome(self) except NULL:
         """The outcome to fill in next: of the last decision made if nobody has kept it, else of a new one."""
         rt_drop_stop_value()
         if Py_REFCNT(<PyObject*>self.spare_decision) != 1:
@@ -546,6 +563,27 @@ cdef class Limiter:
 
 cdef object general_check = Limiter.check
 ctypedef PyObject* (*Vectorcall)(PyObject*, PyObject**, size_t, PyObject*) noexcept
+ctypedef PyObject* (*ParsedCall)(PyObject**, size_t, PyObject*) noexcept
+ctypedef PyObject* (*KeyCall)(PyObject*, PyObject*) noexcept
+
+
+cdef PendingDecision check_only(Limiter limiter, PyObject* given):
+    """Check a key by the only rule, at a cost of 1. Mostly that is the key of the check before."""
+    cdef Outcome* out
+    cdef PyObject* rule
+    if limiter.backend is not None:
+        return limiter.bounded(given, limiter.only, 1)
+    if limiter.table.clock is None:
+        out = limiter.blank_outcome()            # may run a finalizer of a key; from here on no Python code runs
+        rule = <PyObject*>limiter.only           # so this needs no reference
+        if rule != <PyObject*>None and limiter.is_last(given, rule):
+            limiter.table.decide_located(&limiter.last_place, limiter.table.now_us(), 1, out)
+            return limiter.completed(<CompiledRule>rule, given, 1, MEMORY)
+    return limiter.checked(given, limiter.only if limiter.only is not None else limiter.which(None), 1)
+
+
+# NULL with an exception, if check_only raises.
+cdef KeyCall check_fast = <KeyCall><void*>check_only
 
 
 @cython.final
@@ -584,21 +622,28 @@ cdef class CheckMethod:
         return f"<compiled method {self.template.__qualname__}>"
 
 
-cdef object check_called(PyObject* method, PyObject** args, size_t counted, PyObject* names):
-    """`check` as the interpreter calls it. A call with only a key needs no parsing."""
-    cdef size_t count = counted & ~PY_VECTORCALL_ARGUMENTS_OFFSET
-    if (count == 2 and names == NULL and <PyObject*>Py_TYPE(args[0]) == (<CheckMethod>method).owner
-            and not (<Limiter>args[0])._closed and (<Limiter>args[0]).only is not None):
-        return (<Limiter>args[0]).checked(args[1], (<Limiter>args[0]).only, 1)
+cdef object check_parsed(PyObject** args, size_t count, PyObject* names):
     if count == 0 or not isinstance(<object>args[0], Limiter):
         raise TypeError("check() is a method of a limiter, and was called without one")
     return PyObject_Vectorcall(<PyObject*>general_check, args, count, names)
 
 
+cdef ParsedCall check_slowly = <ParsedCall><void*>check_parsed
+
+
+cdef PyObject* check_called(PyObject* method, PyObject** args, size_t counted, PyObject* names) noexcept:
+    """`check` as the interpreter calls it. A call with only a key needs no parsing."""
+    cdef size_t count = counted & ~PY_VECTORCALL_ARGUMENTS_OFFSET
+    if (count == 2 and names == NULL and <PyObject*>Py_TYPE(args[0]) == (<CheckMethod>method).owner
+            and not (<Limiter>args[0])._closed and (<Limiter>args[0]).only is not None):
+        return check_fast(args[0], args[1])
+    return check_slowly(args, count, names)
+
+
 def compiled_check(template):
     """Stand in for an `async def check` of a subclass of `Limiter`, which is never run."""
     cdef CheckMethod method = CheckMethod.__new__(CheckMethod)
-    method.vectorcall = <Vectorcall><void*>check_called
+    method.vectorcall = check_called
     method.template = template
     rt_set_method(<PyTypeObject*>CheckMethod, <char*>&method.vectorcall - <char*><PyObject*>method)
     return method

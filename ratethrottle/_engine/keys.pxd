@@ -103,6 +103,7 @@ cdef class KeyTable:
         cdef int64_t found = shard_find(shard, place.hashed), total
         cdef View* view
         cdef View rolled
+        cdef Outcome outcome                 # in registers too, so that to store it changes nothing that is read
         cdef uint32_t expired
         if found < 0:
             return self.decide_new(place.terms, shard, place.hashed, now_us, cost, out)
@@ -111,8 +112,9 @@ cdef class KeyTable:
             return self.decide_general(place.terms, shard, <uint32_t>found, now_us, cost, out)
         # One view, of this very definition: the same steps as in decide_views, on a copy that stays in registers.
         rolled = view[0]
-        view_look(&rolled, rolled.terms, now_us, cost, &expired, &total, out)
-        if not out.allowed:
+        view_look(&rolled, rolled.terms, now_us, cost, &expired, &total, &outcome)
+        if not outcome.allowed:
+            out[0] = outcome
             return 0
         if rolled.terms.kind == SLIDING:
             if expired:
@@ -125,7 +127,8 @@ cdef class KeyTable:
             view_count(&rolled, cost)
             view.at_us = rolled.at_us
             view.amount = rolled.amount
-        report(rolled.terms, &rolled, now_us, total, out)
+        report(rolled.terms, &rolled, now_us, total, &outcome)
+        out[0] = outcome
         view_audit(view, now_us)
         return 0
 
