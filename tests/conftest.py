@@ -82,15 +82,6 @@ def fake_server() -> fakeredis.FakeServer:
     return fakeredis.FakeServer()
 
 
-@pytest.fixture(params=["redis", pytest.param("fakeredis", id="fakeredis")])
-def script_client(request: pytest.FixtureRequest) -> redis.Redis:
-    """A synchronous client of a real Redis, and then of a fake one."""
-    if request.param == "redis":
-        client: redis.Redis = request.getfixturevalue("redis_client")
-        return client
-    return fakeredis.FakeRedis(server=request.getfixturevalue("fake_server"))
-
-
 @pytest.fixture
 def black_hole() -> Iterator[tuple[str, int]]:
     """An address where connecting itself never ends: a listener whose queue is full."""

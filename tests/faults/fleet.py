@@ -18,9 +18,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from ratethrottle import RateThrottleRule
-from tests.faults.forked import CONTEXT
 from tests.faults.records import Log, monotonic_us, read_log
 from tests.faults.worker import Work, run_worker
+from tests.kit.forked import CONTEXT
 
 PROCESSES = 4
 DEADLINE_S = 0.25

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tests.faults.forked import CONTEXT
+from tests.kit.forked import CONTEXT
 from tests.kit.servers import free_port
 
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close with RST

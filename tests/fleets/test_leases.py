@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from ratethrottle import RateThrottleRule
+from tests.kit.forked import CONTEXT
 from tests.kit.intervals import Bracketed, check_bracketed
 from tests.kit.lessee import START_S, Work, read_log, run_process
 from tests.kit.servers import RedisServer
@@ -29,12 +29,10 @@ RULES = [RateThrottleRule(strategy, LIMIT, 1, strategy=strategy) for strategy in
 @pytest.mark.slow
 def test_eight_processes_with_leases_keep_every_promise(redis_server: RedisServer, tmp_path: Path) -> None:
     redis_server.grow_old()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.kit.lessee"])  # what takes most of the time of a process's start, once for all
-    together = context.Barrier(PROCESSES + 1)
+    together = CONTEXT.Barrier(PROCESSES + 1)
     leasing = [replace(rule, lease=True, lease_ttl=LEASE_TTL_S) for rule in RULES]
     works = [Work(redis_server.url, leasing, number, tmp_path / f"{number}.log", together, RUN_S) for number in range(PROCESSES)]
-    processes = [context.Process(target=run_process, args=(work,), daemon=True) for work in works]
+    processes = [CONTEXT.Process(target=run_process, args=(work,), daemon=True) for work in works]
     try:
         for process in processes:
             process.start()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from ratethrottle._engine.decision import read_answer
 from ratethrottle._engine.definitions import CompiledRule
@@ -22,6 +24,7 @@ def epoch_text(name_us: int, began_us: int = 0) -> str:
 EPOCH = epoch_text(1)  # so long ago that nothing is repaired any more
 
 
+@cache
 def clocked(name: str) -> str:
     """A script's text, with the test's clock."""
     text = script(name).text.decode()
@@ -34,6 +37,16 @@ def clocked(name: str) -> str:
 
 
 CLOCKED = clocked("decide")
+_loaded: WeakKeyDictionary[Any, dict[str, str]] = WeakKeyDictionary()
+
+
+def load(client: Any, text: str) -> str:
+    """What a client's server calls a script. A client loads each once, although a random test makes hundreds of servers out of one."""
+    known = _loaded.setdefault(client, {})
+    if text not in known:
+        known[text] = client.script_load(text)
+    return known[text]
+
 
 Check = tuple[CompiledRule, str, int]  # rule, key, cost
 View = tuple[str, list[tuple[int, int]]]  # what is text, and the entries of a sliding window: at_us, units
@@ -148,10 +161,10 @@ def read_view(text: str) -> View:
 class ClockedScript:
     """Calls the script at given times on a synchronous client, of a real Redis or of fakeredis."""
 
-    def __init__(self, client: Any, text: str = CLOCKED) -> None:
+    def __init__(self, client: Any, text: str = CLOCKED, epoch: str = EPOCH) -> None:
         self.client = client
-        self.sha = client.script_load(text)
-        client.set(EPOCH_KEY, EPOCH)
+        self.sha = load(client, text)
+        client.set(EPOCH_KEY, epoch)
 
     def send(self, target: Any, now_us: int, call: Call) -> Any:
         """Call on `target`, the client or a pipeline."""
@@ -184,9 +197,8 @@ class ClockedServer:
         self.client, self.epoch = client, epoch_text(began_us, began_us)
         self.level_us = 0  # of who tells: all
         client.flushall()
-        self.decide = ClockedScript(client)
-        self.decide.client.set(EPOCH_KEY, self.epoch)
-        self.scripts = {name: client.script_load(clocked(name)) for name in ("repair", "reset", "beat")}
+        self.decide = ClockedScript(client, epoch=self.epoch)
+        self.scripts = {name: load(client, clocked(name)) for name in ("repair", "reset", "beat")}
 
     def run(self, name: str, keys: list[str], now_us: int, *args: Any) -> list[Any]:
         reply: list[Any] = self.client.evalsha(self.scripts[name], 1 + len(keys), EPOCH_KEY, *keys, "id", *args, now_us)

@@ -13,7 +13,7 @@ import redis
 
 from ratethrottle._engine.definitions import CompiledRule
 from ratethrottle.storage.redis.scripts import script
-from tests.kit.clocked import EPOCH, EPOCH_KEY, ClockedScript, clocked
+from tests.kit.clocked import EPOCH, EPOCH_KEY, ClockedScript, clocked, load
 from tests.kit.oracle import Answer, Oracle
 
 START_US = 1_800_000_000_000_000
@@ -120,7 +120,7 @@ class Store:
     def __init__(self, client: redis.Redis, prefix: bytes, *, oracle: bool) -> None:
         self.client = client
         self.script = ClockedScript(client)
-        self.shas = {name: client.script_load(clocked(name)) for name in SCRIPTS}
+        self.shas = {name: load(client, clocked(name)) for name in SCRIPTS}
         self.prefix = prefix
         client.set(prefix + b":epoch", EPOCH)
         self.accounts: defaultdict[bytes, Oracle] | None = defaultdict(Oracle) if oracle else None

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import fakeredis
 import pytest
 import redis
 from hypothesis import HealthCheck, given, settings
@@ -22,7 +21,7 @@ from ratethrottle._engine.decision import read_answer
 from tests.kit.strategies import START_US, STRATEGIES, known_rules, make_rule, random_step, rules
 from tests.kit.subjects import Core, Lua, Oracle, Subject
 
-# fakeredis and a fixture's server serve all examples of a test; each example has a key of its own.
+# A fixture's server serves all examples of a test; each example has a key of its own.
 WEEK_US = 7 * 86_400 * 10**6
 FIXED = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], print_blob=True)
 
@@ -40,12 +39,6 @@ shapes = st.builds(
     st.sampled_from((1, 2, 5, 64, 65, 500, 10**6)),
     st.sampled_from((1_000, 64_001, 10**6, 60 * 10**6, WEEK_US)),
 )
-
-
-@pytest.fixture
-def scripts(redis_client: redis.Redis) -> list[Callable[[], Lua]]:
-    fake = fakeredis.FakeRedis(server=fakeredis.FakeServer())
-    return [lambda: Lua(redis_client), lambda: Lua(fake)]
 
 
 def moved(move: tuple[str, int], now_us: int, rule: RateThrottleRule, last: tuple[int, int]) -> int:
@@ -69,9 +62,9 @@ def units(cost: int | str, rule: RateThrottleRule) -> int:
 @given(versions=st.lists(rules | shapes, min_size=3, max_size=3), plan=steps, start_us=st.integers(START_US, START_US + 10**12))
 @settings(FIXED, max_examples=120)
 def test_all_subjects_agree_while_the_clock_steps_and_rules_change(
-    scripts: list[Callable[[], Lua]], versions: list[RateThrottleRule], plan: list[Any], start_us: int
+    redis_client: redis.Redis, versions: list[RateThrottleRule], plan: list[Any], start_us: int
 ) -> None:
-    oracle, core, subjects = Oracle(), Core(), [make() for make in scripts]
+    oracle, core, script = Oracle(), Core(), Lua(redis_client)
     now_us, last = start_us, (start_us, start_us)
     for move, cost, which, consume in plan:
         rule = versions[which]
@@ -80,9 +73,8 @@ def test_all_subjects_agree_while_the_clock_steps_and_rules_change(
         expected = oracle.check(*check, consume=consume)
         last = now_us + expected[2], now_us + expected[3]
         assert core.check(*check, consume=consume) == expected
-        for script in subjects:
-            assert script.check(*check, consume=consume) == expected
-            assert script.state(rule.compiled) in (None, core.state(rule.compiled)), "the states differ before a decision does"
+        assert script.check(*check, consume=consume) == expected
+        assert script.state(rule.compiled) in (None, core.state(rule.compiled)), "the states differ before a decision does"
 
 
 # Equal checks of one key, next to others of other costs, and now and then of another version.
@@ -94,9 +86,9 @@ crowds = st.lists(st.tuples(moves, mixed | groups, st.booleans() | st.just(True)
 @given(versions=st.lists(rules | shapes, min_size=3, max_size=3), plan=crowds, start_us=st.integers(START_US, START_US + 10**12))
 @settings(FIXED, max_examples=60)
 def test_an_entry_of_n_is_n_entries_of_one_to_the_unit(
-    scripts: list[Callable[[], Lua]], versions: list[RateThrottleRule], plan: list[Any], start_us: int
+    redis_client: redis.Redis, versions: list[RateThrottleRule], plan: list[Any], start_us: int
 ) -> None:
-    oracle, core, subjects, singles = Oracle(), Core(), [make() for make in scripts], [make() for make in scripts]
+    oracle, core, script, single = Oracle(), Core(), Lua(redis_client), Lua(redis_client)
     now_us, last = start_us, (start_us, start_us)
     for move, crowd, consume in plan:
         now_us = moved(move, now_us, versions[crowd[0][2]], last)
@@ -105,27 +97,23 @@ def test_an_entry_of_n_is_n_entries_of_one_to_the_unit(
         assert [core.check(rule.compiled, now_us, cost, consume=consume) for rule, cost in checks] == expected
         last = now_us + expected[-1][2], now_us + expected[-1][3]
         mode, state = "check" if consume else "peek", core.state(checks[-1][0].compiled)
-        for script, single in zip(subjects, singles, strict=True):
-            told = [(rule.compiled, script.key, cost) for rule, cost in checks]
-            assert script.script.call(now_us, told, mode, merge=True) == expected
-            for rule, cost in checks:
-                single.check(rule.compiled, now_us, cost, consume=consume)
-            assert script.state(versions[0].compiled) == single.state(versions[0].compiled)
-            assert script.state(versions[0].compiled) in (None, state), "the states differ before a decision does"
+        told = [(rule.compiled, script.key, cost) for rule, cost in checks]
+        assert script.script.call(now_us, told, mode, merge=True) == expected
+        for rule, cost in checks:
+            single.check(rule.compiled, now_us, cost, consume=consume)
+        assert script.state(versions[0].compiled) == single.state(versions[0].compiled)
+        assert script.state(versions[0].compiled) in (None, state), "the states differ before a decision does"
 
 
-@pytest.fixture(params=["oracle", "core", "redis", "fakeredis"])
+@pytest.fixture(params=["oracle", "core", "redis"])
 def subject(request: pytest.FixtureRequest) -> Callable[[], Subject]:
     """Makes a subject with a key of its own."""
     if request.param == "oracle":
         return Oracle
     if request.param == "core":
         return Core
-    if request.param == "redis":
-        client: redis.Redis = request.getfixturevalue("redis_client")
-        return lambda: Lua(client)
-    fake = fakeredis.FakeRedis(server=fakeredis.FakeServer())
-    return lambda: Lua(fake)
+    client: redis.Redis = request.getfixturevalue("redis_client")
+    return lambda: Lua(client)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -268,10 +256,10 @@ def test_a_window_that_stands_ahead_of_the_clock_and_holds_nothing_is_fresh(stra
 
 @pytest.mark.parametrize("weeks", [1, 2, 52])
 @pytest.mark.parametrize("strategy", ["fixed_window", "sliding_counter"])
-def test_a_window_of_weeks_begins_on_a_monday(scripts: list[Callable[[], Lua]], strategy: str, weeks: int) -> None:
+def test_a_window_of_weeks_begins_on_a_monday(redis_client: redis.Redis, strategy: str, weeks: int) -> None:
     rule = RateThrottleRule("r", 10, timedelta(weeks=weeks), strategy=strategy).compiled
     some_day = datetime(2026, 11, 26, 12, 0, tzinfo=UTC)
-    for subject in (Core(), *(make() for make in scripts)):
+    for subject in (Core(), Lua(redis_client)):
         now_us = int(some_day.timestamp()) * 10**6
         allowed, _, _, reset_us = subject.check(rule, now_us, 10)
         assert allowed
@@ -284,12 +272,12 @@ def test_a_window_of_weeks_begins_on_a_monday(scripts: list[Callable[[], Lua]], 
 
 
 @pytest.mark.parametrize("strategy", ["fixed_window", "sliding_counter"])
-def test_a_week_that_began_on_a_thursday_is_not_granted_again(script_client: redis.Redis, strategy: str) -> None:
-    lua, rule = Lua(script_client), RateThrottleRule("r", 10, timedelta(weeks=1), strategy=strategy).compiled
+def test_a_week_that_began_on_a_thursday_is_not_granted_again(redis_client: redis.Redis, strategy: str) -> None:
+    lua, rule = Lua(redis_client), RateThrottleRule("r", 10, timedelta(weeks=1), strategy=strategy).compiled
     now_us = int(datetime(2026, 11, 27, tzinfo=UTC).timestamp()) * 10**6
     thursday_us = now_us - now_us % WEEK_US
     counts = "9;" if strategy == "fixed_window" else "9,0;"
-    script_client.set(lua.key, f"1;{rule.kind}{WEEK_US},{thursday_us},{counts}")
+    redis_client.set(lua.key, f"1;{rule.kind}{WEEK_US},{thursday_us},{counts}")
     day_us = WEEK_US // 7
     assert [lua.check(rule, now_us + days * day_us, 1)[0] for days in (0, 1, 3, 9)] == [True, False, False, False]
     assert lua.check(rule, now_us + 17 * day_us, 1)[0]

@@ -95,32 +95,32 @@ NEVER_NUMBERS = ["nan", "-nan", "inf", "-inf", "-1", "1.5", "", "x", "1e30"]  # 
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_bad_arguments_are_refused_and_state_stays_byte_for_byte(script_client: redis.Redis, strategy: str) -> None:
+def test_bad_arguments_are_refused_and_state_stays_byte_for_byte(redis_client: redis.Redis, strategy: str) -> None:
     compiled = rule(strategy)
     keys, args, *_ = make_call([(compiled, "k", 1)])
-    decide(script_client, keys, ["id", *args])
-    before = script_client.get("k")
+    decide(redis_client, keys, ["id", *args])
+    before = redis_client.get("k")
     assert before is not None
     # id, mode, epoch, counts of rules, runs and leases, then the rule from 6 and the run from 14.
     bad: list[tuple[int, Any]] = [(1, "consume"), (1, ""), (0, ""), (6, "x"), (6, "")]
     bad += [(place, number) for place in (3, 4, 7, 8, *range(14, 19)) for number in BAD_NUMBERS]
     bad += [(place, number) for place in (5, *range(9, 14)) for number in NEVER_NUMBERS]
     bad += [(3, 129), (4, 129), (3, 2), (4, 2), (5, 1), (14, 2), (15, 2), (16, 2), (17, 10**9 + 1), (18, 10**6 + 1)]
-    refuses_each(script_client, keys, args, bad)
+    refuses_each(redis_client, keys, args, bad)
     for shorter in (args[:-1], [*args, 1], [], args[:4]):
         with pytest.raises(redis.ResponseError, match="RATETHROTTLE"):
-            decide(script_client, keys, ["id", *shorter])
+            decide(redis_client, keys, ["id", *shorter])
     for wrong_keys in ([], [f"k{i}" for i in range(129)]):
         with pytest.raises(redis.ResponseError, match="RATETHROTTLE"):
-            decide(script_client, wrong_keys, ["id", *args])
-    assert script_client.get("k") == before
+            decide(redis_client, wrong_keys, ["id", *args])
+    assert redis_client.get("k") == before
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_bad_leases_are_refused_and_state_stays_byte_for_byte(script_client: redis.Redis, strategy: str) -> None:
+def test_bad_leases_are_refused_and_state_stays_byte_for_byte(redis_client: redis.Redis, strategy: str) -> None:
     keys, args, *_ = make_call([], leases=[Lease(rule(strategy), "k", ahead=1, back=1, back_us=NOW_US)])
-    decide(script_client, keys, ["id", *args])
-    before = script_client.get("k")
+    decide(redis_client, keys, ["id", *args])
+    before = redis_client.get("k")
     assert before is not None
     # The lease is from 14: key_index rule_index cost count ahead back back_us.
     bad: list[tuple[int, Any]] = [(place, number) for place in (14, 15, 16) for number in BAD_NUMBERS]
@@ -137,23 +137,23 @@ def test_bad_leases_are_refused_and_state_stays_byte_for_byte(script_client: red
         (5, 2),
         (4, 1),
     ]
-    refuses_each(script_client, keys, args, bad)
+    refuses_each(redis_client, keys, args, bad)
 
 
-def test_a_lead_is_of_sliding_windows_and_an_eighth_of_the_window_at_most(script_client: redis.Redis) -> None:
+def test_a_lead_is_of_sliding_windows_and_an_eighth_of_the_window_at_most(redis_client: redis.Redis) -> None:
     for strategy in STRATEGIES:
         keys, args, *_ = make_call([(rule(strategy), "k", 1)])
         for lead_us in (1, 7_500_000, 7_500_001):
             wrong = ["id", *args]
             wrong[13] = lead_us
             if strategy == "sliding_window" and lead_us <= 7_500_000:
-                assert decide(script_client, keys, wrong)[2] == 1
+                assert decide(redis_client, keys, wrong)[2] == 1
                 continue
             with pytest.raises(redis.ResponseError, match="RATETHROTTLE"):
-                decide(script_client, keys, wrong)
+                decide(redis_client, keys, wrong)
 
 
-def test_128_entries_are_the_most_of_all_runs_and_leases(script_client: redis.Redis) -> None:
+def test_128_entries_are_the_most_of_all_runs_and_leases(redis_client: redis.Redis) -> None:
     keys, shape = [f"k{i}" for i in range(100)], make_call([(rule("fixed_window"), "k", 1)]).args[5:13]
     for runs, leases, fits in (
         ([(1, 100, 1, 1, 1), (1, 28, 1, 1, 1)], [], True),
@@ -163,25 +163,25 @@ def test_128_entries_are_the_most_of_all_runs_and_leases(script_client: redis.Re
         ([(1, 101, 1, 1, 1)], [], False),
         ([(51, 51, 1, 1, 1)], [], False),
     ):
-        script_client.flushall()
+        redis_client.flushall()
         args = ["id", "check", EPOCH, 1, len(runs), len(leases), *shape, *(number for what in runs + leases for number in what)]
         if fits:
-            decide(script_client, keys, args)
+            decide(redis_client, keys, args)
             continue
         with pytest.raises(redis.ResponseError, match="RATETHROTTLE"):
-            decide(script_client, keys, args)
-        assert not script_client.exists(*keys)
+            decide(redis_client, keys, args)
+        assert not redis_client.exists(*keys)
 
 
-def test_a_bad_last_entry_leaves_the_first_key_unwritten(script_client: redis.Redis) -> None:
+def test_a_bad_last_entry_leaves_the_first_key_unwritten(redis_client: redis.Redis) -> None:
     keys, args, *_ = make_call([(rule("fixed_window"), f"k{i}", 1) for i in range(3)])
     args[-1] = "nan"
     with pytest.raises(redis.ResponseError, match="RATETHROTTLE"):
-        decide(script_client, keys, ["id", *args])
-    assert not script_client.exists(*keys)
+        decide(redis_client, keys, ["id", *args])
+    assert not redis_client.exists(*keys)
 
 
-def test_rules_that_would_leave_exact_integers_are_refused(script_client: redis.Redis) -> None:
+def test_rules_that_would_leave_exact_integers_are_refused(redis_client: redis.Redis) -> None:
     for shape in (
         ("b", 10**9, 10**6, 2**51, 1, 0, 0, 0),  # capacity x ticks reaches 2^52
         ("b", 1, 10**6, 0, 1, 0, 0, 0),
@@ -193,8 +193,8 @@ def test_rules_that_would_leave_exact_integers_are_refused(script_client: redis.
         ("f", 5, 999, 0, 0, 0, 0, 0),
     ):
         with pytest.raises(redis.ResponseError, match="RATETHROTTLE"):
-            decide(script_client, ["k"], ["id", "check", EPOCH, 1, 1, 0, *shape, 1, 1, 1, 1, 1])
-    assert not script_client.exists("k")
+            decide(redis_client, ["k"], ["id", "check", EPOCH, 1, 1, 0, *shape, 1, 1, 1, 1, 1])
+    assert not redis_client.exists("k")
 
 
 @pytest.mark.parametrize(
@@ -222,60 +222,60 @@ def test_rules_that_would_leave_exact_integers_are_refused(script_client: redis.
         b"1;f60000000,1,1;f60000001,1,1;f60000002,1,1;",
     ],
 )
-def test_a_state_of_another_format_is_answered_as_such_and_kept(script_client: redis.Redis, state: bytes) -> None:
-    script_client.set("k", state)
+def test_a_state_of_another_format_is_answered_as_such_and_kept(redis_client: redis.Redis, state: bytes) -> None:
+    redis_client.set("k", state)
     keys, args, *_ = make_call([(rule("sliding_window"), "k", 1)])
-    reply = decide(script_client, keys, ["id", *args])
+    reply = decide(redis_client, keys, ["id", *args])
     assert [reply[0], *reply[2:]] == [b"id", -2]
-    assert script_client.get("k") == state
+    assert redis_client.get("k") == state
 
 
-def test_header_fields_of_later_versions_are_written_back(script_client: redis.Redis) -> None:
-    clocked = ClockedScript(script_client)
+def test_header_fields_of_later_versions_are_written_back(redis_client: redis.Redis) -> None:
+    clocked = ClockedScript(redis_client)
     for ours in (b"", b"g1799999999999999"):
-        script_client.set("k", b"1%sh7f3a,g=12;f60000000,1800000000000000,1;" % ours)
+        redis_client.set("k", b"1%sh7f3a,g=12;f60000000,1800000000000000,1;" % ours)
         assert clocked.call(NOW_US, [(rule("fixed_window"), "k", 2)]) == [(True, 2, 0, 60_000_000)]
-        assert script_client.get("k") == b"1%sh7f3a,g=12;f60000000,1800000000000000,3;" % ours
+        assert redis_client.get("k") == b"1%sh7f3a,g=12;f60000000,1800000000000000,3;" % ours
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_refusal_consumes_nothing(script_client: redis.Redis, strategy: str) -> None:
+def test_a_refusal_consumes_nothing(redis_client: redis.Redis, strategy: str) -> None:
     """Limits' fixed window and several others count a denied request."""
-    clocked = ClockedScript(script_client)
+    clocked = ClockedScript(redis_client)
     compiled = rule(strategy)
     assert clocked.call(NOW_US, [(compiled, "k", 3)])[0][0]
-    before = script_client.get("k")
+    before = redis_client.get("k")
     for later_us in range(0, 5_000_000, 1_000_000):
         assert not clocked.call(NOW_US + later_us, [(compiled, "k", 5)])[0][0]
         assert not clocked.call(NOW_US + later_us, [(compiled, "k", 6)])[0][0]
-        assert script_client.get("k") == before
+        assert redis_client.get("k") == before
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_peek_writes_nothing(script_client: redis.Redis, strategy: str) -> None:
-    clocked = ClockedScript(script_client)
+def test_peek_writes_nothing(redis_client: redis.Redis, strategy: str) -> None:
+    clocked = ClockedScript(redis_client)
     assert clocked.call(NOW_US, [(rule(strategy), "k", 1)], "peek")[0][:2] == (True, 5)
-    assert not script_client.exists("k")
+    assert not redis_client.exists("k")
     clocked.call(NOW_US, [(rule(strategy), "k", 1)])
-    before = script_client.get("k")
+    before = redis_client.get("k")
     clocked.call(NOW_US - 10**9, [(rule(strategy), "k", 1)], "peek")
-    assert script_client.get("k") == before
+    assert redis_client.get("k") == before
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_entries_of_one_call_are_decided_in_order(script_client: redis.Redis, strategy: str) -> None:
-    clocked = ClockedScript(script_client)
+def test_entries_of_one_call_are_decided_in_order(redis_client: redis.Redis, strategy: str) -> None:
+    clocked = ClockedScript(redis_client)
     compiled = rule(strategy)
     together = clocked.call(NOW_US, [(compiled, "k", cost) for cost in (2, 4, 2, 2, 1, 1)])
     assert [answer[0] for answer in together] == [True, False, True, False, True, False]
     alone = [clocked.call(NOW_US, [(compiled, "l", cost)])[0] for cost in (2, 4, 2, 2, 1, 1)]
     assert together == alone
-    assert script_client.get("k") == script_client.get("l")
+    assert redis_client.get("k") == redis_client.get("l")
 
 
 @pytest.mark.parametrize("count", [1, 2, 128])
-def test_a_call_decides_up_to_128_keys(script_client: redis.Redis, count: int) -> None:
-    clocked = ClockedScript(script_client)
+def test_a_call_decides_up_to_128_keys(redis_client: redis.Redis, count: int) -> None:
+    clocked = ClockedScript(redis_client)
     compiled = rule("fixed_window", 2)
     checks = [(compiled, f"k{i}", 1) for i in range(count)]
     assert [
@@ -285,8 +285,8 @@ def test_a_call_decides_up_to_128_keys(script_client: redis.Redis, count: int) -
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_run_decides_each_of_its_keys_like_a_call_of_its_own(script_client: redis.Redis, strategy: str) -> None:
-    clocked, compiled = ClockedScript(script_client), rule(strategy, 20)
+def test_a_run_decides_each_of_its_keys_like_a_call_of_its_own(redis_client: redis.Redis, strategy: str) -> None:
+    clocked, compiled = ClockedScript(redis_client), rule(strategy, 20)
     for i in (i for i in range(30) if i % 3):  # each key has a past of its own, some none
         for past_us in range(0, 40_000_000, 7_000_000 * (1 + i % 4)):
             for name in ("run", "alone"):
@@ -295,9 +295,9 @@ def test_a_run_decides_each_of_its_keys_like_a_call_of_its_own(script_client: re
     call = make_call(checks, merge=True)
     assert call.args[3] == 3
     alone = [clocked.call(NOW_US, [(compiled, key.replace("run", "alone"), cost)])[0] for _, key, cost in checks]
-    assert call.answers(clocked.send(script_client, NOW_US, call)) == alone
+    assert call.answers(clocked.send(redis_client, NOW_US, call)) == alone
     for i in range(30):
-        assert script_client.get(f"run{i}") == script_client.get(f"alone{i}")
+        assert redis_client.get(f"run{i}") == redis_client.get(f"alone{i}")
 
 
 def replaced(text: str, old: str, new: str) -> str:
@@ -315,10 +315,10 @@ ALL_THE_SAME_WAY = replaced(NOTING, "local simple, skip, window = consumes and",
 # Each example sets the keys of the fixture's server, which serves them all, before it looks at them.
 @settings(max_examples=35, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32))
-def test_simple_entries_are_decided_as_the_way_for_all_would(script_client: redis.Redis, seed: int) -> None:
+def test_simple_entries_are_decided_as_the_way_for_all_would(redis_client: redis.Redis, seed: int) -> None:
     """To the byte: what is answered, what is left behind, and until when."""
     rng = random.Random(seed)
-    scripts = [ClockedScript(script_client, text) for text in (NOTING, ALL_THE_SAME_WAY)]
+    scripts = [ClockedScript(redis_client, text) for text in (NOTING, ALL_THE_SAME_WAY)]
     strategy, window = rng.choice(STRATEGIES), rng.choice((0.001, 0.7, 60))
     rules = [rule(strategy, rng.choice((3, 64, 65, 1_000)), window) for _ in range(2)]
     rules.append(rule(rng.choice(STRATEGIES), 100, rng.choice((1, window))))
@@ -337,10 +337,10 @@ def test_simple_entries_are_decided_as_the_way_for_all_would(script_client: redi
         replies, after = [], []
         for clocked in scripts:
             for key, state, ends_us in zip("kl", states[0][:2], states[0][2:], strict=True):
-                script_client.delete(key) if state is None else script_client.set(key, state)
-                script_client.zadd("ends", {key: ends_us})
-            replies.append(clocked.send(script_client, now_us, call))
-            after.append((*map(clocked.state, "kl"), *(script_client.zscore("ends", key) for key in "kl")))
+                redis_client.delete(key) if state is None else redis_client.set(key, state)
+                redis_client.zadd("ends", {key: ends_us})
+            replies.append(clocked.send(redis_client, now_us, call))
+            after.append((*map(clocked.state, "kl"), *(redis_client.zscore("ends", key) for key in "kl")))
         assert replies[0] == replies[1]
         assert after[0] == after[1]
         states = after
@@ -398,15 +398,15 @@ def test_a_key_is_read_once_and_written_at_most_once(redis_client: redis.Redis) 
         assert written == keys or now is call, "only what is denied isn't written"
 
 
-def test_a_million_checks_are_granted_by_one_division(script_client: redis.Redis) -> None:
+def test_a_million_checks_are_granted_by_one_division(redis_client: redis.Redis) -> None:
     for strategy in STRATEGIES:
         keys, args, *_ = make_call([(rule(strategy, 10**9), strategy, 1_001)])
-        assert decide(script_client, keys, ["id", *args[:-1], 10**6])[2] == 999_000
+        assert decide(redis_client, keys, ["id", *args[:-1], 10**6])[2] == 999_000
 
 
-def test_without_64_bits_in_a_long_the_script_prints_the_same(script_client: redis.Redis) -> None:
+def test_without_64_bits_in_a_long_the_script_prints_the_same(redis_client: redis.Redis) -> None:
     assert CLOCKED.count("~= '4503599627370496'") == 1
-    here, there = ClockedScript(script_client), ClockedScript(script_client, CLOCKED.replace("~= '4503599627370496'", "~= ''"))
+    here, there = ClockedScript(redis_client), ClockedScript(redis_client, CLOCKED.replace("~= '4503599627370496'", "~= ''"))
     rng, now_us, oracle = random.Random(1), NOW_US, Oracle()
     for _ in range(300):
         shape = rng.choice(known_rules())
@@ -418,8 +418,8 @@ def test_without_64_bits_in_a_long_the_script_prints_the_same(script_client: red
         assert here.state("here") == there.state("there")
 
 
-def test_integers_come_back_exactly(script_client: redis.Redis) -> None:
-    clocked = ClockedScript(script_client)
+def test_integers_come_back_exactly(redis_client: redis.Redis) -> None:
+    clocked = ClockedScript(redis_client)
     compiled = RateThrottleRule("r", 1, 366 * 86_400, strategy="token_bucket").compiled
     year_us = 366 * 86_400 * 10**6
     assert clocked.call(NOW_US, [(compiled, "k", 1)]) == [(True, 0, 0, year_us)]
@@ -470,8 +470,8 @@ def test_each_key_of_a_call_has_an_expiry_of_its_own(redis_client: redis.Redis) 
         assert_expires(redis_client, key, reply[1] + answer[3])
 
 
-def test_a_smaller_limit_takes_over_the_newest_64_units_of_many_slots(script_client: redis.Redis) -> None:
-    clocked, oracle = ClockedScript(script_client), Oracle()
+def test_a_smaller_limit_takes_over_the_newest_64_units_of_many_slots(redis_client: redis.Redis) -> None:
+    clocked, oracle = ClockedScript(redis_client), Oracle()
     large, small = rule("sliding_window", 1_000), rule("sliding_window", 10, 55)
     for i in range(20):
         check = (NOW_US + i * 1_000_000, 7 + i % 3)
@@ -480,19 +480,19 @@ def test_a_smaller_limit_takes_over_the_newest_64_units_of_many_slots(script_cli
         assert clocked.call(NOW_US + later_us, [(small, "k", 3)]) == [oracle.check(small, NOW_US + later_us, 3)]
 
 
-def test_fresh_state_is_deleted(script_client: redis.Redis) -> None:
+def test_fresh_state_is_deleted(redis_client: redis.Redis) -> None:
     """What is written back fresh is dropped: a clock that steps back over a fresh view leaves no key without an end."""
-    clocked = ClockedScript(script_client)
-    script_client.set("k", b"1;b60000000,5,5,0,1800000001000000;")
+    clocked = ClockedScript(redis_client)
+    redis_client.set("k", b"1;b60000000,5,5,0,1800000001000000;")
     clocked.call(NOW_US, [(rule("token_bucket"), "k", 6)])
-    assert not script_client.exists("k")
+    assert not redis_client.exists("k")
 
 
 @pytest.mark.parametrize("strategy", ["token_bucket", "leaky_bucket"])
 @pytest.mark.parametrize(("limit", "window"), [(3, 1), (7, 60), (10, 0.003), (49, 1), (9973, 86_400)])
-def test_a_burst_is_admitted_to_the_last_unit(script_client: redis.Redis, strategy: str, limit: int, window: float) -> None:
+def test_a_burst_is_admitted_to_the_last_unit(redis_client: redis.Redis, strategy: str, limit: int, window: float) -> None:
     """Floating-point GCRA admits one fewer than the burst in a third of simple cases (redis_rate)."""
-    clocked = ClockedScript(script_client)
+    clocked = ClockedScript(redis_client)
     compiled = rule(strategy, limit, window)
     answers = clocked.call(NOW_US, [(compiled, "k", 1)] * 100)
     more = [clocked.call(NOW_US, [(compiled, "k", max(1, limit - 100))])] if limit > 100 else []
@@ -501,12 +501,12 @@ def test_a_burst_is_admitted_to_the_last_unit(script_client: redis.Redis, strate
     assert not clocked.call(NOW_US, [(compiled, "k", 1)])[0][0]
 
 
-def test_reset_forgets_and_repeats_the_request(script_client: redis.Redis) -> None:
-    script_client.mset({"a": "1;", "b": "1;", "c": "1;", EPOCH_KEY: EPOCH})
+def test_reset_forgets_and_repeats_the_request(redis_client: redis.Redis) -> None:
+    redis_client.mset({"a": "1;", "b": "1;", "c": "1;", EPOCH_KEY: EPOCH})
     text = script("reset").text.decode()
-    request, now_us, *generations = script_client.eval(text, 3, EPOCH_KEY, "a", "b", "id", EPOCH, 0, 0)
+    request, now_us, *generations = redis_client.eval(text, 3, EPOCH_KEY, "a", "b", "id", EPOCH, 0, 0)
     assert (request, generations) == (b"id", [now_us, now_us])
-    assert sorted(script_client.keys()) == [b"c", EPOCH_KEY.encode()]
+    assert sorted(redis_client.keys()) == [b"c", EPOCH_KEY.encode()]
     for keys, args in (
         ([], ["id", EPOCH]),
         (["c"], ["", EPOCH, 0]),
@@ -516,8 +516,8 @@ def test_reset_forgets_and_repeats_the_request(script_client: redis.Redis) -> No
         (["c", "c"], ["id", EPOCH, 0, 0]),
     ):
         with pytest.raises(redis.ResponseError, match="RATETHROTTLE"):
-            script_client.eval(text, 1 + len(keys), EPOCH_KEY, *keys, *args)
-    assert script_client.exists("c")
+            redis_client.eval(text, 1 + len(keys), EPOCH_KEY, *keys, *args)
+    assert redis_client.exists("c")
 
 
 def test_a_replica_refuses_the_script_before_it_runs(redis_server: Any, redis_client: redis.Redis) -> None:
@@ -535,8 +535,8 @@ def entries(state: bytes | None) -> list[tuple[int, int]]:
     return (read_state(state) or [])[1][1]
 
 
-def test_counts_of_a_sliding_window_get_as_many_digits_as_they_need(script_client: redis.Redis) -> None:
-    clocked, oracle = ClockedScript(script_client), Oracle()
+def test_counts_of_a_sliding_window_get_as_many_digits_as_they_need(redis_client: redis.Redis) -> None:
+    clocked, oracle = ClockedScript(redis_client), Oracle()
     large = rule("sliding_window", 10**9)
     slot_us, start_us, sizes = large.slot_us, NOW_US - NOW_US % large.slot_us, []
     for i, units in enumerate((1, 9, 10, 3, 12_345, 1, 99_999_999, 1, 1)):
@@ -552,12 +552,12 @@ def test_counts_of_a_sliding_window_get_as_many_digits_as_they_need(script_clien
     assert (clocked.state("k") or b"").endswith(b",1,%02d5;" % (((start_us + 10**9) // slot_us + 1) % 100)), "it has begun again"
 
 
-def test_a_count_of_a_sliding_window_that_is_saturated_fits(script_client: redis.Redis) -> None:
+def test_a_count_of_a_sliding_window_that_is_saturated_fits(redis_client: redis.Redis) -> None:
     """What another definition admits counts too, however full the window is."""
-    clocked, large, other = ClockedScript(script_client), rule("sliding_window", 10**9), rule("fixed_window", 10**9)
+    clocked, large, other = ClockedScript(redis_client), rule("sliding_window", 10**9), rule("fixed_window", 10**9)
     slot = NOW_US // large.slot_us + 1
     state = b"s60000000,937500,3999999999,9,%d,1,%02d9;" % (slot, (slot - 1) % 100)
-    script_client.set("k", b"1;f60000000,%d,1;%s" % (NOW_US - NOW_US % 60_000_000, state))
+    redis_client.set("k", b"1;f60000000,%d,1;%s" % (NOW_US - NOW_US % 60_000_000, state))
     for i in range(3):
         assert clocked.call(NOW_US + i * large.slot_us, [(other, "k", 2)])[0][0]
     (*_, (_, held)) = read_state(clocked.state("k")) or []
@@ -566,11 +566,11 @@ def test_a_count_of_a_sliding_window_that_is_saturated_fits(script_client: redis
 
 
 @pytest.mark.parametrize("limit", [64, 1_000])
-def test_digits_of_slots_come_round_for_many_windows(script_client: redis.Redis, limit: int) -> None:
+def test_digits_of_slots_come_round_for_many_windows(redis_client: redis.Redis, limit: int) -> None:
     """Steps back by many windows, and states that are read thousands of slots after they were written."""
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")
-    rng, clocked, oracle = random.Random(seed), ClockedScript(script_client), Oracle()
+    rng, clocked, oracle = random.Random(seed), ClockedScript(redis_client), Oracle()
     shape = rule("sliding_window", limit, 0.064)
     now_us = NOW_US
     for _ in range(1_500):
@@ -593,8 +593,8 @@ def test_digits_of_slots_come_round_for_many_windows(script_client: redis.Redis,
 
 
 @pytest.mark.parametrize("back_us", [50_000, 64_000, 1_000_000, 100_000_000])
-def test_entries_are_kept_by_a_clock_that_steps_back_by_many_windows(script_client: redis.Redis, back_us: int) -> None:
-    clocked, oracle, shape = ClockedScript(script_client), Oracle(), rule("sliding_window", 1_000, 0.064)
+def test_entries_are_kept_by_a_clock_that_steps_back_by_many_windows(redis_client: redis.Redis, back_us: int) -> None:
+    clocked, oracle, shape = ClockedScript(redis_client), Oracle(), rule("sliding_window", 1_000, 0.064)
     for i in range(60):
         assert clocked.call(NOW_US + 1_000 * i, [(shape, "k", 3)]) == [oracle.check(shape, NOW_US + 1_000 * i, 3)]
     before = clocked.state("k")
@@ -611,17 +611,17 @@ def test_entries_are_kept_by_a_clock_that_steps_back_by_many_windows(script_clie
         assert clocked.call(now_us + later_us, [(shape, "k", 7)]) == [oracle.check(shape, now_us + later_us, 7)]
 
 
-def test_a_call_is_bounded_by_its_work_and_what_is_deferred_was_not_touched(script_client: redis.Redis) -> None:
+def test_a_call_is_bounded_by_its_work_and_what_is_deferred_was_not_touched(redis_client: redis.Redis) -> None:
     """To read 64 entries as another definition does takes as long as to decide a hundred simple ones."""
     old, new = rule("sliding_window", 64, 3_600), rule("sliding_window", 64, 3_000)
-    clocked, keys = ClockedScript(script_client), [f"k{i}" for i in range(40)]
+    clocked, keys = ClockedScript(redis_client), [f"k{i}" for i in range(40)]
     for i in range(60):
         clocked.call(NOW_US + i * 1_000, [(old, key, 1) for key in keys], merge=True)
     before = {key: clocked.state(key) for key in keys}
     waiting, rounds, now_us = list(keys), 0, NOW_US + 60_000
     while waiting:
         call = make_call([(new, key, 3) for key in waiting], merge=True)
-        numbers, deferred = clocked.send(script_client, now_us, call)[2:], []
+        numbers, deferred = clocked.send(redis_client, now_us, call)[2:], []
         for key in waiting:
             if numbers[0] == -4:
                 deferred.append(key)
@@ -637,4 +637,4 @@ def test_a_call_is_bounded_by_its_work_and_what_is_deferred_was_not_touched(scri
     assert rounds > 1
     # Simple ones go through as ever.
     simple = make_call([(old, f"s{i}", 1) for i in range(128)], merge=True)
-    assert -4 not in clocked.send(script_client, now_us, simple)
+    assert -4 not in clocked.send(redis_client, now_us, simple)

@@ -148,10 +148,10 @@ class Model:
 
 @pytest.mark.parametrize("limit", [20, 64, 65, 5_000])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_random_leases_do_what_the_page_says(script_client: redis.Redis, strategy: str, limit: int) -> None:
+def test_random_leases_do_what_the_page_says(redis_client: redis.Redis, strategy: str, limit: int) -> None:
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")
-    rng, clocked, compiled = random.Random(seed), ClockedScript(script_client), leased(strategy, limit, 2)
+    rng, clocked, compiled = random.Random(seed), ClockedScript(redis_client), leased(strategy, limit, 2)
     model, now_us, taken = Model(compiled), NOW_US, [NOW_US]
     for _ in range(400):
         now_us += rng.choice(
@@ -175,9 +175,9 @@ def test_random_leases_do_what_the_page_says(script_client: redis.Redis, strateg
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_an_eighth_of_what_is_free_is_taken_ahead_at_most_and_nothing_once_one_was_refused(
-    script_client: redis.Redis, strategy: str
+    redis_client: redis.Redis, strategy: str
 ) -> None:
-    clocked, compiled = ClockedScript(script_client), leased(strategy)
+    clocked, compiled = ClockedScript(redis_client), leased(strategy)
     capacity = compiled.capacity
     assert clocked.lease(NOW_US, Lease(compiled, "k", count=4, ahead=3))[-1] == 3
     assert clocked.lease(NOW_US, Lease(compiled, "k", count=0, ahead=10**9))[-1] == (capacity - 7) // 8
@@ -193,17 +193,17 @@ def test_an_eighth_of_what_is_free_is_taken_ahead_at_most_and_nothing_once_one_w
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_who_is_granted_with_units_ahead_hears_what_was_left_before_them(script_client: redis.Redis, strategy: str) -> None:
-    clocked, compiled = ClockedScript(script_client), leased(strategy)
+def test_who_is_granted_with_units_ahead_hears_what_was_left_before_them(redis_client: redis.Redis, strategy: str) -> None:
+    clocked, compiled = ClockedScript(redis_client), leased(strategy)
     call = make_call([], leases=[Lease(compiled, "k", count=3, ahead=8)])
-    heard = call.answers(clocked.send(script_client, NOW_US, call))
+    heard = call.answers(clocked.send(redis_client, NOW_US, call))
     assert [answer[:3] for answer in heard] == [(True, compiled.capacity - i, 0) for i in (1, 2, 3)]
     assert clocked.call(NOW_US, [(compiled, "k", 1)], "peek")[0][1] == compiled.capacity - 11
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_peek_takes_nothing_ahead_and_gives_nothing_back(script_client: redis.Redis, strategy: str) -> None:
-    clocked, compiled = ClockedScript(script_client), leased(strategy)
+def test_a_peek_takes_nothing_ahead_and_gives_nothing_back(redis_client: redis.Redis, strategy: str) -> None:
+    clocked, compiled = ClockedScript(redis_client), leased(strategy)
     clocked.lease(NOW_US, Lease(compiled, "k", count=5, ahead=5))
     before = clocked.state("k")
     numbers = clocked.lease(NOW_US, Lease(compiled, "k", count=5, ahead=5, back=5, back_us=NOW_US), "peek")
@@ -211,8 +211,8 @@ def test_a_peek_takes_nothing_ahead_and_gives_nothing_back(script_client: redis.
     assert clocked.state("k") == before
 
 
-def test_a_bucket_gets_back_what_has_not_drained_since(script_client: redis.Redis) -> None:
-    clocked, compiled = ClockedScript(script_client), RateThrottleRule("r", 60, 60, strategy="token_bucket", lease=True).compiled
+def test_a_bucket_gets_back_what_has_not_drained_since(redis_client: redis.Redis) -> None:
+    clocked, compiled = ClockedScript(redis_client), RateThrottleRule("r", 60, 60, strategy="token_bucket", lease=True).compiled
     assert (compiled.unit_ticks, compiled.drain_ticks) == (1_000_000, 1)
     for later_us, left in (
         (2_000_000, 10_000_000),
@@ -231,16 +231,16 @@ def test_a_bucket_gets_back_what_has_not_drained_since(script_client: redis.Redi
     assert clocked.state("k") is None
 
 
-def test_nothing_comes_back_of_what_a_bucket_has_let_go_long_ago_however_much_it_is(script_client: redis.Redis) -> None:
-    clocked = ClockedScript(script_client)
+def test_nothing_comes_back_of_what_a_bucket_has_let_go_long_ago_however_much_it_is(redis_client: redis.Redis) -> None:
+    clocked = ClockedScript(redis_client)
     compiled = RateThrottleRule("r", 7, 366 * 86_400, strategy="token_bucket", burst=50, lease=True).compiled
     numbers = clocked.lease(NOW_US, Lease(compiled, "k", count=5))
     assert numbers[1] == 5 * compiled.unit_ticks
     assert clocked.lease(NOW_US, Lease(compiled, "k", count=0, back=10**9, back_us=0))[1] == numbers[1]
 
 
-def test_a_sliding_window_gets_back_from_the_very_entry(script_client: redis.Redis) -> None:
-    clocked, compiled = ClockedScript(script_client), leased("sliding_window")
+def test_a_sliding_window_gets_back_from_the_very_entry(redis_client: redis.Redis) -> None:
+    clocked, compiled = ClockedScript(redis_client), leased("sliding_window")
     lead_us, entry_us = compiled.lead_us, (NOW_US + compiled.lead_us) // compiled.slot_us * compiled.slot_us + compiled.slot_us
     assert lead_us == 100_000
     clocked.lease(NOW_US, Lease(compiled, "k", count=4, ahead=6))
@@ -258,8 +258,8 @@ def test_a_sliding_window_gets_back_from_the_very_entry(script_client: redis.Red
 
 
 @pytest.mark.parametrize("strategy", ["fixed_window", "sliding_counter"])
-def test_a_count_gets_back_within_its_window(script_client: redis.Redis, strategy: str) -> None:
-    clocked, compiled = ClockedScript(script_client), leased(strategy)
+def test_a_count_gets_back_within_its_window(redis_client: redis.Redis, strategy: str) -> None:
+    clocked, compiled = ClockedScript(redis_client), leased(strategy)
     clocked.lease(NOW_US, Lease(compiled, "k", count=4, ahead=6))
     given = Lease(compiled, "k", count=0, back=3, back_us=NOW_US)
     assert clocked.lease(NOW_US + 1, given)[1] == 7
@@ -272,11 +272,9 @@ def test_a_count_gets_back_within_its_window(script_client: redis.Redis, strateg
 
 
 @pytest.mark.parametrize("lease", [True, False])
-def test_entries_up_to_an_eighth_of_the_window_ahead_are_legal_whoever_reads_them(
-    script_client: redis.Redis, lease: bool
-) -> None:
+def test_entries_up_to_an_eighth_of_the_window_ahead_are_legal_whoever_reads_them(redis_client: redis.Redis, lease: bool) -> None:
     """Whoever took them ahead, with whatever lead, may still spend them."""
-    clocked, compiled = ClockedScript(script_client), leased("sliding_window", 10, 60)
+    clocked, compiled = ClockedScript(redis_client), leased("sliding_window", 10, 60)
     reader = RateThrottleRule("r", 10, 60, lease=lease).compiled
     clocked.lease(NOW_US, Lease(compiled, "k", count=1, ahead=1))
     before = clocked.state("k")
@@ -290,9 +288,9 @@ def test_entries_up_to_an_eighth_of_the_window_ahead_are_legal_whoever_reads_the
     assert entries(clocked.state("k")) == {NOW_US - 1: 2}
 
 
-def test_a_lease_shorter_than_another_one_joins_its_entry_and_takes_back_none_of_it(script_client: redis.Redis) -> None:
+def test_a_lease_shorter_than_another_one_joins_its_entry_and_takes_back_none_of_it(redis_client: redis.Redis) -> None:
     """What the shorter one gives back is not found, or found in an entry that leaves no later than its own units."""
-    clocked, long = ClockedScript(script_client), leased("sliding_window", 60, 60)
+    clocked, long = ClockedScript(redis_client), leased("sliding_window", 60, 60)
     short = RateThrottleRule("r", 60, 60, lease=True, lease_ttl=0.005).compiled
     clocked.lease(NOW_US, Lease(long, "k", ahead=3))
     clocked.lease(NOW_US + 10, Lease(short, "k", ahead=2))
@@ -303,8 +301,8 @@ def test_a_lease_shorter_than_another_one_joins_its_entry_and_takes_back_none_of
     assert clocked.lease(NOW_US + 20, Lease(long, "k", count=0, back=3, back_us=NOW_US))[1] == 4
 
 
-def test_units_ahead_stay_in_order_after_the_clock_stepped_back(script_client: redis.Redis) -> None:
-    clocked, compiled = ClockedScript(script_client), leased("sliding_window", 60, 60)
+def test_units_ahead_stay_in_order_after_the_clock_stepped_back(redis_client: redis.Redis) -> None:
+    clocked, compiled = ClockedScript(redis_client), leased("sliding_window", 60, 60)
     clocked.lease(NOW_US, Lease(compiled, "k", ahead=3))
     clocked.lease(NOW_US - 50_000, Lease(compiled, "k", ahead=3))
     assert entries(clocked.state("k")) == {NOW_US: 1, NOW_US + 100_000: 7}
@@ -313,9 +311,9 @@ def test_units_ahead_stay_in_order_after_the_clock_stepped_back(script_client: r
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("limit", [64, 65])
 def test_a_step_back_locks_nobody_out_for_longer_than_a_window_an_eighth_and_a_slot(
-    script_client: redis.Redis, strategy: str, limit: int
+    redis_client: redis.Redis, strategy: str, limit: int
 ) -> None:
-    clocked, longest = ClockedScript(script_client), leased("sliding_window", limit, 8)
+    clocked, longest = ClockedScript(redis_client), leased("sliding_window", limit, 8)
     most_us = longest.window_us * 9 // 8 + (longest.slot_us if limit > 64 else 0)
     for back_us in (1, 10_000, 1_000_000, 1_000_001, 5_000_000, 100_000_000):
         for rule in (longest, RateThrottleRule("r", limit, 8).compiled):
@@ -329,17 +327,17 @@ def test_a_step_back_locks_nobody_out_for_longer_than_a_window_an_eighth_and_a_s
             assert clocked.call(NOW_US - back_us + most_us, [(rule, "k", limit)])[0][0]
 
 
-def test_a_view_that_is_derived_now_gets_nothing_back(script_client: redis.Redis) -> None:
+def test_a_view_that_is_derived_now_gets_nothing_back(redis_client: redis.Redis) -> None:
     """It holds what another definition counted, capped, so that units given back could be others'."""
-    clocked, old, new = ClockedScript(script_client), leased("fixed_window"), leased("token_bucket")
+    clocked, old, new = ClockedScript(redis_client), leased("fixed_window"), leased("token_bucket")
     clocked.lease(NOW_US, Lease(old, "k", count=50, ahead=5))
     level = clocked.lease(NOW_US, Lease(new, "k", count=0, back=5, back_us=NOW_US))[1]
     assert level == 55 * new.unit_ticks
     assert clocked.lease(NOW_US, Lease(new, "k", count=0, back=5, back_us=NOW_US))[1] == 50 * new.unit_ticks
 
 
-def test_units_ahead_are_charged_to_the_other_view_too(script_client: redis.Redis) -> None:
-    clocked, old, new = ClockedScript(script_client), leased("fixed_window"), leased("sliding_window", 200, 0.1)
+def test_units_ahead_are_charged_to_the_other_view_too(redis_client: redis.Redis) -> None:
+    clocked, old, new = ClockedScript(redis_client), leased("fixed_window"), leased("sliding_window", 200, 0.1)
     clocked.lease(NOW_US, Lease(old, "k"))
     clocked.lease(NOW_US, Lease(new, "k"))
     assert clocked.lease(NOW_US, Lease(old, "k", count=2, ahead=3)) == [2, 7, 1_000_000, 3]
@@ -350,18 +348,18 @@ def test_units_ahead_are_charged_to_the_other_view_too(script_client: redis.Redi
     assert clocked.call(NOW_US, [(bucket, "l", 1)], "peek")[0][1] == bucket.capacity - 6
 
 
-def test_runs_come_before_leases(script_client: redis.Redis) -> None:
-    clocked, compiled = ClockedScript(script_client), leased("fixed_window", 10)
+def test_runs_come_before_leases(redis_client: redis.Redis) -> None:
+    clocked, compiled = ClockedScript(redis_client), leased("fixed_window", 10)
     call = make_call(
         [(compiled, "k", 2), (compiled, "l", 1)], leases=[Lease(compiled, "k", count=9), Lease(compiled, "l", ahead=4)]
     )
-    reply: Any = clocked.send(script_client, NOW_US, call)
+    reply: Any = clocked.send(redis_client, NOW_US, call)
     assert call.raw(reply) == [[1, 2, 1_000_000], [1, 1, 1_000_000], [8, 10, 1_000_000, 0], [1, 3, 1_000_000, 1]]
 
 
-def test_another_view_reaches_an_eighth_of_its_own_window_ahead(script_client: redis.Redis) -> None:
+def test_another_view_reaches_an_eighth_of_its_own_window_ahead(redis_client: redis.Redis) -> None:
     """Else a window of a millisecond, once changed to a longer one with leases, would gather entries by the thousand."""
-    clocked, old, new = ClockedScript(script_client), leased("sliding_window", 200, 0.1), leased("sliding_window", 10_000, 60)
+    clocked, old, new = ClockedScript(redis_client), leased("sliding_window", 200, 0.1), leased("sliding_window", 10_000, 60)
     assert (old.lead_us, new.lead_us) == (12_500, 100_000)
     clocked.lease(NOW_US, Lease(old, "k"))
     for now_us in range(NOW_US, NOW_US + 400_000, 1_000):
@@ -372,8 +370,8 @@ def test_another_view_reaches_an_eighth_of_its_own_window_ahead(script_client: r
         assert len(held) <= 74
 
 
-def test_what_was_taken_ahead_stays_ahead_when_the_window_changes(script_client: redis.Redis) -> None:
-    clocked, old, new = ClockedScript(script_client), leased("sliding_window", 10, 60), leased("sliding_window", 10, 50)
+def test_what_was_taken_ahead_stays_ahead_when_the_window_changes(redis_client: redis.Redis) -> None:
+    clocked, old, new = ClockedScript(redis_client), leased("sliding_window", 10, 60), leased("sliding_window", 10, 50)
     clocked.lease(NOW_US, Lease(old, "k", ahead=1))
     assert clocked.lease(NOW_US + 10, Lease(new, "k", cost=10))[0] == 0
     assert (clocked.state("k") or b"").startswith(b"1;s50000000,1,1,1,")

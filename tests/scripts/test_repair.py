@@ -9,7 +9,6 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-import fakeredis
 import pytest
 import redis
 from hypothesis import HealthCheck, given, settings
@@ -172,13 +171,13 @@ def play(client: Any, strategy: str, limit: int, seed: int, repair: Callable[...
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32))
 def test_what_was_known_before_a_loss_and_what_was_granted_since_are_added(
-    script_client: redis.Redis, strategy: str, limit: int, seed: int
+    redis_client: redis.Redis, strategy: str, limit: int, seed: int
 ) -> None:
-    play(script_client, strategy, limit, seed)
+    play(redis_client, strategy, limit, seed)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_to_take_the_larger_of_the_two_would_not_do(fake_client: redis.Redis, strategy: str) -> None:
+def test_to_take_the_larger_of_the_two_would_not_do(redis_client: redis.Redis, strategy: str) -> None:
     """A mutant, to see that the test above finds it: what is asserted is joined without what was granted since."""
     naive = clocked("repair")
     for added, alone in (
@@ -195,19 +194,14 @@ def test_to_take_the_larger_of_the_two_would_not_do(fake_client: redis.Redis, st
 
     def play_all() -> None:
         for seed in range(60):
-            play(fake_client, strategy, 20, seed, tell)
+            play(redis_client, strategy, 20, seed, tell)
 
     with pytest.raises(AssertionError):
         play_all()
 
 
-@pytest.fixture
-def fake_client(fake_server: Any) -> redis.Redis:
-    return fakeredis.FakeRedis(server=fake_server)
-
-
 @pytest.mark.parametrize(("strategy", "limit"), NUMBERS)
-def test_what_is_asserted_does_it_in_any_order_and_once(script_client: redis.Redis, strategy: str, limit: int) -> None:
+def test_what_is_asserted_does_it_in_any_order_and_once(redis_client: redis.Redis, strategy: str, limit: int) -> None:
     """Overlapping knowledge of three, generations before and after a reset, each once or more, with grants before, or none."""
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")
@@ -222,7 +216,7 @@ def test_what_is_asserted_does_it_in_any_order_and_once(script_client: redis.Red
         ends = set()
         costs = [rng.randint(1, 1 + limit // 40) for _ in range(case % 4)]
         for _ in range(6):
-            server = ClockedServer(script_client, now_us - 100)
+            server = ClockedServer(redis_client, now_us - 100)
             for cost in costs:
                 server.check(now_us, rule, cost)
             order = [*told, *rng.choices(told, k=2)]
@@ -238,12 +232,12 @@ def test_what_is_asserted_does_it_in_any_order_and_once(script_client: redis.Red
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_knowledge_of_before_a_reset_is_refused_by_who_knows_of_it(script_client: redis.Redis, strategy: str) -> None:
+def test_knowledge_of_before_a_reset_is_refused_by_who_knows_of_it(redis_client: redis.Redis, strategy: str) -> None:
     rule = make_rule(strategy, 100, MINUTE_US).compiled
     log = Log(rule, [(NOW_US, 60)])
     now_us = NOW_US + 1_000
     # The reset comes after the loss.
-    server = ClockedServer(script_client, NOW_US + 500)
+    server = ClockedServer(redis_client, NOW_US + 500)
     assert server.run("reset", ["k"], now_us, server.epoch, 0) == [now_us, now_us]
     assert server.tell(now_us, rule, log.known(now_us)) == 0
     assert server.left(now_us, rule) == 100
@@ -252,7 +246,7 @@ def test_knowledge_of_before_a_reset_is_refused_by_who_knows_of_it(script_client
     assert server.left(now_us + 1, rule) <= 37
     # Or before it: who knows of it comes first, or last. Those granted since stay in both cases.
     for first in (True, False):
-        server = ClockedServer(script_client, NOW_US + 500)
+        server = ClockedServer(redis_client, NOW_US + 500)
         server.check(now_us, rule, 7)
         nothing = {"b": (UNKNOWN, 0, 0), "s": (0, 1, 0)}.get(rule.kind, (0, 0, 0))
         if first:
@@ -266,13 +260,13 @@ def test_knowledge_of_before_a_reset_is_refused_by_who_knows_of_it(script_client
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_reset_undoes_what_a_replica_brought_back(script_client: redis.Redis, strategy: str) -> None:
+def test_a_reset_undoes_what_a_replica_brought_back(redis_client: redis.Redis, strategy: str) -> None:
     rule = make_rule(strategy, 100, MINUTE_US).compiled
-    server = ClockedServer(script_client, NOW_US - 10**9)
+    server = ClockedServer(redis_client, NOW_US - 10**9)
     server.check(NOW_US, rule, 60)
-    stale = script_client.get("k")
-    server = ClockedServer(script_client, NOW_US + 500)
-    script_client.set("k", stale or b"")
+    stale = redis_client.get("k")
+    server = ClockedServer(redis_client, NOW_US + 500)
+    redis_client.set("k", stale or b"")
     server.check(NOW_US + 600, rule, 5)
     known = {"b": (UNKNOWN, 0, 0), "s": (0, 1, 0)}.get(rule.kind, (0, 0, 0))
     assert server.tell(NOW_US + 700, rule, known, NOW_US + 400) == 1
@@ -281,22 +275,22 @@ def test_a_reset_undoes_what_a_replica_brought_back(script_client: redis.Redis, 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("ahead_us", [-5_000_000, -300_000, 300_000, 5_000_000])
-def test_a_new_clock_ahead_or_behind_loses_nothing_but_its_step(script_client: redis.Redis, strategy: str, ahead_us: int) -> None:
+def test_a_new_clock_ahead_or_behind_loses_nothing_but_its_step(redis_client: redis.Redis, strategy: str, ahead_us: int) -> None:
     rule = make_rule(strategy, 100, MINUTE_US).compiled
     log = Log(rule, [(NOW_US + i * 1_000_000, 4) for i in range(15)])
     told_us = NOW_US + 15_000_000
-    server = ClockedServer(script_client, told_us + ahead_us)
+    server = ClockedServer(redis_client, told_us + ahead_us)
     assert server.tell(told_us + ahead_us, rule, log.known(told_us)) == 1
     assert server.left(told_us + ahead_us, rule) <= 100 - 60 + (15_000_000 * 100 // MINUTE_US + 1) * (rule.kind == "b")
     assert server.left(told_us + ahead_us + 2 * MINUTE_US + rule.slot_us, rule) == 100
 
 
 @pytest.mark.parametrize("strategy", ["fixed_window", "sliding_counter"])
-def test_a_window_that_has_ended_since_is_joined_where_it_was(script_client: redis.Redis, strategy: str) -> None:
+def test_a_window_that_has_ended_since_is_joined_where_it_was(redis_client: redis.Redis, strategy: str) -> None:
     rule = make_rule(strategy, 100, 1_000_000).compiled
     before_us = NOW_US + 999_000
     log = Log(rule, [(before_us, 50)])
-    server = ClockedServer(script_client, before_us + 100)
+    server = ClockedServer(redis_client, before_us + 100)
     assert server.check(before_us + 200, rule, 7)[0] == 1
     now_us = NOW_US + 1_000_500
     assert server.check(now_us, rule, 3)[0] == 1
@@ -307,10 +301,10 @@ def test_a_window_that_has_ended_since_is_joined_where_it_was(script_client: red
 
 @pytest.mark.parametrize("used", [False, True])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_what_was_admitted_before_a_reset_is_not_charged_after_it(script_client: redis.Redis, strategy: str, used: bool) -> None:
+def test_what_was_admitted_before_a_reset_is_not_charged_after_it(redis_client: redis.Redis, strategy: str, used: bool) -> None:
     """Although nothing was known of the key when it was reset, and although a slot or a window hides when units were admitted."""
     rule = make_rule(strategy, 100, MINUTE_US).compiled
-    server = ClockedServer(script_client, NOW_US - 10**9)
+    server = ClockedServer(redis_client, NOW_US - 10**9)
     if used:
         server.check(NOW_US - 1, rule, 10)
     assert server.run("reset", ["k"], NOW_US, server.epoch, 120_000) == [NOW_US, NOW_US]
@@ -329,14 +323,14 @@ def test_what_was_admitted_before_a_reset_is_not_charged_after_it(script_client:
         assert server.left(NOW_US + 1_000, rule) == 93
     # So long is it kept, also when checks have written the state since.
     assert server.check(NOW_US + 2_000, rule, 1)[0] == 1
-    assert b"g%d" % NOW_US in script_client.get("k")
+    assert b"g%d" % NOW_US in redis_client.get("k")
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_what_was_admitted_alone_is_charged_once(script_client: redis.Redis, strategy: str) -> None:
+def test_what_was_admitted_alone_is_charged_once(redis_client: redis.Redis, strategy: str) -> None:
     rule = make_rule(strategy, 100, MINUTE_US).compiled
     for began_us in (NOW_US - 10**9, NOW_US):
-        server = ClockedServer(script_client, began_us)
+        server = ClockedServer(redis_client, began_us)
         server.check(NOW_US + 1, rule, 10)
         charges = (0, 5 * rule.unit_ticks) if rule.kind == "b" else (2_000_000, 3, 1_000_000, 2)
         assert [server.charge(NOW_US + 1, rule, marker, *charges) for marker in ("one", "one", "two")] == [1, 0, 1]
@@ -345,17 +339,17 @@ def test_what_was_admitted_alone_is_charged_once(script_client: redis.Redis, str
             # What others knew comes on top.
             server.tell(NOW_US + 1, rule, Log(rule, [(NOW_US - 10, 30)]).known(NOW_US + 1))
             assert server.left(NOW_US + 1, rule) == 50
-        assert script_client.pttl("charged:one") > 0
+        assert redis_client.pttl("charged:one") > 0
         if rule.kind == "s":
             assert server.left(NOW_US + 1 + MINUTE_US - 1_000_000 + 2 * rule.slot_us, rule) >= 90
 
 
 @pytest.mark.parametrize("first", STRATEGIES)
 @pytest.mark.parametrize("second", STRATEGIES)
-def test_two_definitions_both_count_what_is_asserted_to_one(script_client: redis.Redis, first: str, second: str) -> None:
+def test_two_definitions_both_count_what_is_asserted_to_one(redis_client: redis.Redis, first: str, second: str) -> None:
     old, new = make_rule(first, 1_000, MINUTE_US).compiled, make_rule(second, 500, 50_000_000).compiled
     log = Log(old, [(NOW_US - 1_000, 200)])
-    server = ClockedServer(script_client, NOW_US - 10)
+    server = ClockedServer(redis_client, NOW_US - 10)
     server.check(NOW_US, old, 1)
     server.check(NOW_US, new, 1)
     for _ in range(2):
@@ -371,17 +365,17 @@ def test_two_definitions_both_count_what_is_asserted_to_one(script_client: redis
     assert server.left(NOW_US, old) >= 1_000 - 205
 
 
-def test_leases_ahead_of_now_keep_their_place(script_client: redis.Redis) -> None:
+def test_leases_ahead_of_now_keep_their_place(redis_client: redis.Redis) -> None:
     rule = make_rule("sliding_window", 1_000, MINUTE_US).compiled
-    server = ClockedServer(script_client, NOW_US - 10**9)
+    server = ClockedServer(redis_client, NOW_US - 10**9)
     lease = Lease(rule, "k", count=5, ahead=5)
     call = make_call([], leases=[lease])
     call.args[1], call.args[12] = server.epoch, MINUTE_US // 8
-    server.decide.send(script_client, NOW_US, call)
-    ahead, inherited = server.state()[1][1], script_client.get("k") or b""
+    server.decide.send(redis_client, NOW_US, call)
+    ahead, inherited = server.state()[1][1], redis_client.get("k") or b""
     assert [units for _, units in ahead] == [5, 5]
-    server = ClockedServer(script_client, NOW_US + 10)
-    script_client.set("k", inherited)
+    server = ClockedServer(redis_client, NOW_US + 10)
+    redis_client.set("k", inherited)
     for leaves_us, units in ((MINUTE_US - 5_000_000, 40), (MINUTE_US + MINUTE_US // 8 + 10**9, 45), (MINUTE_US, 13)):
         for _ in range(2):
             assert server.tell(NOW_US + 30, rule, (units, leaves_us, 10_000)) == 1
@@ -392,16 +386,16 @@ def test_leases_ahead_of_now_keep_their_place(script_client: redis.Redis) -> Non
 
 
 def test_what_the_old_master_granted_after_the_new_one_was_told_is_not_taken_for_what_has_left(
-    script_client: redis.Redis,
+    redis_client: redis.Redis,
 ) -> None:
     """Two units are inherited, and one of them leaves; then the old master, which others have left, grants one more."""
     rule = make_rule("sliding_window", 3, MINUTE_US).compiled
-    server = ClockedServer(script_client, NOW_US - 10**9)
+    server = ClockedServer(redis_client, NOW_US - 10**9)
     server.check(NOW_US - MINUTE_US + 10, rule)
     server.check(NOW_US - 1_000, rule)
-    inherited = script_client.get("k") or b""
-    server = ClockedServer(script_client, NOW_US)
-    script_client.set("k", inherited)
+    inherited = redis_client.get("k") or b""
+    server = ClockedServer(redis_client, NOW_US)
+    redis_client.set("k", inherited)
     assert server.tell(NOW_US, rule, (2, MINUTE_US - 1_000, 1_000)) == 1
     for _ in range(2):
         # Heard at NOW_US + 20, when the first had left: of these two the store knows one.
@@ -409,18 +403,18 @@ def test_what_the_old_master_granted_after_the_new_one_was_told_is_not_taken_for
         assert server.left(NOW_US + 30, rule) == 1
 
 
-def test_too_late_nothing_is_asserted_and_headers_go(script_client: redis.Redis) -> None:
+def test_too_late_nothing_is_asserted_and_headers_go(redis_client: redis.Redis) -> None:
     rule = make_rule("token_bucket", 100, 1000 * MINUTE_US).compiled
-    server = ClockedServer(script_client, NOW_US)
+    server = ClockedServer(redis_client, NOW_US)
     server.check(NOW_US, rule, 3)
-    assert (script_client.get("k") or b"").startswith(b"1e%016d,%d,3;" % (NOW_US, NOW_US))
+    assert (redis_client.get("k") or b"").startswith(b"1e%016d,%d,3;" % (NOW_US, NOW_US))
     late_us = NOW_US + REPAIR_US
     assert server.tell(late_us - 1, rule, (10 * rule.unit_ticks, 0, 0)) == 1
     assert server.left(late_us - 1, rule) == 87
     assert server.tell(late_us, rule, (50 * rule.unit_ticks, 0, 0)) == 0
     assert server.left(late_us, rule) == 87
     server.check(late_us, rule)
-    assert (script_client.get("k") or b"").startswith(b"1;b")
+    assert (redis_client.get("k") or b"").startswith(b"1;b")
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -477,26 +471,26 @@ def test_a_generation_lives_as_long_as_what_it_undid(redis_client: redis.Redis, 
     assert again > generation
 
 
-def test_another_epoch_refuses_everything_and_touches_nothing(script_client: redis.Redis) -> None:
+def test_another_epoch_refuses_everything_and_touches_nothing(redis_client: redis.Redis) -> None:
     rule = make_rule("fixed_window", 10, MINUTE_US).compiled
-    server = ClockedServer(script_client, NOW_US)
+    server = ClockedServer(redis_client, NOW_US)
     server.check(NOW_US, rule)
-    before = script_client.get("k")
+    before = redis_client.get("k")
     for stored in (epoch_text(NOW_US, NOW_US + 1), None, "x", [1]):
-        script_client.delete(EPOCH_KEY)
+        redis_client.delete(EPOCH_KEY)
         if isinstance(stored, list):
-            script_client.rpush(EPOCH_KEY, *stored)
+            redis_client.rpush(EPOCH_KEY, *stored)
         elif stored:
-            script_client.set(EPOCH_KEY, stored)
+            redis_client.set(EPOCH_KEY, stored)
         call = make_call([(rule, "k", 1)])
         call.args[1] = server.epoch
-        assert server.decide.send(script_client, NOW_US, call) == [b"id", -1]
+        assert server.decide.send(redis_client, NOW_US, call) == [b"id", -1]
         assert server.run("reset", ["k"], NOW_US, server.epoch, 0) == [-1]
         words = [getattr(rule, word) for word in script("repair").header["rule"]]
         assert server.run("repair", ["k"], NOW_US, "assert", server.epoch, 1, 1, *words, 1, 1, 0, 5, 0, 0, 0, "p", 0, 1) == [-1]
         assert server.run("repair", ["k", "m"], NOW_US, "charge", server.epoch, 1, 1, *words, 1, 1, 5, 1, 5, 1) == [-1]
-        assert script_client.get("k") == before
-        assert not script_client.exists("m")
+        assert redis_client.get("k") == before
+        assert not redis_client.exists("m")
 
 
 class Beats:
@@ -514,8 +508,8 @@ class Beats:
         return reply[1:-5]
 
 
-def test_an_epoch_is_named_by_the_first_beat_and_learnt_where_one_was_before(script_client: redis.Redis) -> None:
-    beat = Beats(script_client)
+def test_an_epoch_is_named_by_the_first_beat_and_learnt_where_one_was_before(redis_client: redis.Redis) -> None:
+    beat = Beats(redis_client)
     assert beat(NOW_US, 0) == [NOW_US, 0, 0, 1, 0]
     assert beat(NOW_US + 5, NOW_US) == [NOW_US, 0, 0, 1, 0]
     # A process that knew an older one: others are waited for.
@@ -529,11 +523,11 @@ def test_an_epoch_is_named_by_the_first_beat_and_learnt_where_one_was_before(scr
     assert beat(now_us, NOW_US, other)[:3] == [NOW_US + 1, now_us + OTHERS_US, all_us]
     assert beat(now_us + 10, 0, other)[:3] == [NOW_US + 1, now_us + OTHERS_US, all_us - 10]
     # A flush, found by one who knew; and one who comes back from a later epoch that this server never saw.
-    script_client.delete(EPOCH_KEY)
+    redis_client.delete(EPOCH_KEY)
     assert beat(NOW_US + 100, NOW_US + 1, other)[:3] == [NOW_US + 100, NOW_US + 100 + OTHERS_US, all_us]
     assert beat(NOW_US + 200, NOW_US + 900, other)[:3] == [NOW_US + 901, NOW_US + 200 + OTHERS_US, all_us]
     # Of one that began long ago nothing is learnt any more.
-    script_client.delete(EPOCH_KEY)
+    redis_client.delete(EPOCH_KEY)
     beat(NOW_US, 0)
     assert beat(NOW_US + REPAIR_US, 5)[:3] == [NOW_US, 0, 0]
     # A clock that was set back far doesn't make it last.
@@ -543,8 +537,8 @@ def test_an_epoch_is_named_by_the_first_beat_and_learnt_where_one_was_before(scr
 
 
 @pytest.mark.parametrize("purpose", ["count", "look"])
-def test_once_as_many_have_come_as_were_known_nobody_else_is_waited_for(script_client: redis.Redis, purpose: str) -> None:
-    beat = Beats(script_client)
+def test_once_as_many_have_come_as_were_known_nobody_else_is_waited_for(redis_client: redis.Redis, purpose: str) -> None:
+    beat = Beats(redis_client)
     known = NOW_US - 10**6
     epoch, began_us, _, *ranked = beat(NOW_US, known, process="b", purpose=purpose, processes=3)
     assert (epoch, began_us, ranked) == (NOW_US, NOW_US + OTHERS_US, [1, 0])
@@ -561,36 +555,36 @@ def test_once_as_many_have_come_as_were_known_nobody_else_is_waited_for(script_c
     assert beat(NOW_US + 8, known, process="a", purpose=purpose, processes=2)[1:] == [began_us, OTHERS_US + LEARN_US - 8, 2, 1]
     # The third.
     assert beat(NOW_US + 9, known, process="c", purpose=purpose, processes=1)[1:] == [NOW_US + 9, LEARN_US, 3, 2]
-    assert set(script_client.zrange("processes", 0, -1)) == {b"a", b"b", b"c"}
+    assert set(redis_client.zrange("processes", 0, -1)) == {b"a", b"b", b"c"}
     assert beat(NOW_US + 10, epoch, process="b", processes=1)[1:] == [NOW_US + 9, LEARN_US - 1, 3, 0]
     # From now on all are counted; and who comes later doesn't begin again.
     assert beat(NOW_US + 11, epoch, process="new")[1:] == [NOW_US + 9, LEARN_US - 2, 4, 3]
     assert beat(NOW_US + 12, known, process="d", processes=3)[1:] == [NOW_US + 9, LEARN_US - 3, 5, 4]
 
 
-def test_the_largest_number_of_processes_that_anybody_knew_counts(script_client: redis.Redis) -> None:
-    beat = Beats(script_client)
+def test_the_largest_number_of_processes_that_anybody_knew_counts(redis_client: redis.Redis) -> None:
+    beat = Beats(redis_client)
     known = NOW_US - 10**6
     for i, processes in enumerate((2, 12, 3)):
         heard = beat(NOW_US + i, known, process=f"p{i}", processes=processes)
         assert heard[1:] == [NOW_US + OTHERS_US, OTHERS_US + LEARN_US - i, i + 1, i]
-    assert script_client.get("processes:count")[40:50] == b"%010d" % 12
+    assert redis_client.get("processes:count")[40:50] == b"%010d" % 12
     # Nobody else comes; from then on nobody is waited for.
     assert beat(NOW_US + OTHERS_US, NOW_US, process="new", processes=3)[1:] == [NOW_US + OTHERS_US, LEARN_US, 4, 3]
-    assert script_client.get("processes:count")[40:50] == b"%010d" % 0
-    assert set(script_client.zrange("processes", 0, -1)) == {b"p0", b"p1", b"p2", b"new"}
+    assert redis_client.get("processes:count")[40:50] == b"%010d" % 0
+    assert set(redis_client.zrange("processes", 0, -1)) == {b"p0", b"p1", b"p2", b"new"}
 
 
-def test_who_was_alone_waits_for_nobody(script_client: redis.Redis) -> None:
-    beat = Beats(script_client)
+def test_who_was_alone_waits_for_nobody(redis_client: redis.Redis) -> None:
+    beat = Beats(redis_client)
     assert beat(NOW_US, NOW_US - 7, processes=1) == [NOW_US, NOW_US, LEARN_US, 1, 0]
     # Whom another server counted comes with it, and hasn't come.
-    script_client.zadd("processes", {"x": NOW_US, "y": NOW_US})
+    redis_client.zadd("processes", {"x": NOW_US, "y": NOW_US})
     assert beat(NOW_US + 1, NOW_US, RUN[::-1], processes=2)[1:] == [NOW_US + 1 + OTHERS_US, OTHERS_US + LEARN_US, 1, 0]
 
 
-def test_processes_lapse_leave_and_have_a_rank(script_client: redis.Redis) -> None:
-    beat = Beats(script_client)
+def test_processes_lapse_leave_and_have_a_rank(redis_client: redis.Redis) -> None:
+    beat = Beats(redis_client)
     assert [beat(NOW_US + i, 0, process=name)[3:] for i, name in enumerate("cab")] == [[1, 0], [2, 1], [3, 2]]
     assert beat(NOW_US + 10, 0, process="c")[3:] == [3, 0]
     assert beat(NOW_US + 15, 0, process="c", purpose="look")[3:] == [0, 0]
@@ -605,8 +599,8 @@ def test_processes_lapse_leave_and_have_a_rank(script_client: redis.Redis) -> No
     assert beat(NOW_US + 3 * LAPSE_US, 0, process="e")[3:] == [1, 0]
     assert beat(NOW_US - 10**9, 0, process="f")[3:] == [2, 1]
     assert beat(NOW_US - 10**9 + LAPSE_US, 0, process="f")[3:] == [1, 0]
-    for key in script_client.keys("processes*"):
-        assert 0 < script_client.pttl(key) <= 3_600
+    for key in redis_client.keys("processes*"):
+        assert 0 < redis_client.pttl(key) <= 3_600
 
 
 def test_a_process_is_counted_at_the_same_cost_in_a_fleet_of_any_size(shared_redis_server) -> None:
@@ -643,9 +637,9 @@ def test_a_process_is_counted_at_the_same_cost_in_a_fleet_of_any_size(shared_red
     }
 
 
-def test_two_processes_never_have_one_slot(script_client: redis.Redis) -> None:
+def test_two_processes_never_have_one_slot(redis_client: redis.Redis) -> None:
     """Also when one is back after it was taken for gone, and its slot is another one's."""
-    beat = Beats(script_client)
+    beat = Beats(redis_client)
     rng, at_us, slots = random.Random(7), NOW_US, {}
     for _ in range(400):
         at_us += rng.randrange(400_000)
@@ -658,41 +652,41 @@ def test_two_processes_never_have_one_slot(script_client: redis.Redis) -> None:
             for other in [other for other, theirs in slots.items() if theirs == slot]:
                 del slots[other]
             slots[name] = slot
-        stored = {member.decode(): int(score) for member, score in script_client.zrange("processes", 0, -1, withscores=True)}
+        stored = {member.decode(): int(score) for member, score in redis_client.zrange("processes", 0, -1, withscores=True)}
         assert slots.items() <= stored.items()
         assert len(set(stored.values())) == len(stored) <= 12
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_what_was_cleared_counts_no_more_before_it_is_deleted(script_client: redis.Redis, strategy: str) -> None:
+def test_what_was_cleared_counts_no_more_before_it_is_deleted(redis_client: redis.Redis, strategy: str) -> None:
     """Nor does it come back, whoever may still know of it."""
     rule = make_rule(strategy, 100, MINUTE_US).compiled
-    server = ClockedServer(script_client, NOW_US)
+    server = ClockedServer(redis_client, NOW_US)
     server.check(NOW_US, rule, 60)
-    old = script_client.get("k")
+    old = redis_client.get("k")
     now_us = NOW_US + 1_000
     clear = ("processes",), now_us, RUN, NOW_US, "p", "clear", 0, 0, 0
     at_us, epoch, began_us, *_ = server.run("beat", list(clear[0]), *clear[1:])
     assert (at_us, epoch, began_us) == (now_us, now_us, 0)
     before, server.epoch = server.epoch, epoch_text(epoch, 0)
-    assert script_client.get(EPOCH_KEY) == server.epoch.encode() + b"1" + b"0" * 16
+    assert redis_client.get(EPOCH_KEY) == server.epoch.encode() + b"1" + b"0" * 16
     # A call of before isn't run, and one of now finds nothing.
     call = make_call([(rule, "k", 1)])
     call.args[1] = before
-    assert server.decide.send(script_client, now_us, call) == [b"id", -1]
+    assert server.decide.send(redis_client, now_us, call) == [b"id", -1]
     assert server.left(now_us + 1, rule) == 100
-    assert script_client.get("k") == old
+    assert redis_client.get("k") == old
     assert server.charge(now_us + 1, rule, "m", *((0, 5 * rule.unit_ticks) if rule.kind == "b" else (0, 5))) == 1
     assert server.left(now_us + 1, rule) == 95
-    assert script_client.get("k") != old
+    assert redis_client.get("k") != old
     # What is deleted is what is older.
     text = script("clear").text.decode()
-    script_client.set("l", "damaged")
-    script_client.rpush("m", 1)
+    redis_client.set("l", "damaged")
+    redis_client.rpush("m", 1)
     mine = (4, EPOCH_KEY, "k", "l", "m", "id")
-    assert script_client.eval(text, *mine, before) == [b"id", -1]
-    assert script_client.eval(text, *mine, server.epoch) == [b"id", 2]
-    assert script_client.exists("k", "l", "m") == 1
+    assert redis_client.eval(text, *mine, before) == [b"id", -1]
+    assert redis_client.eval(text, *mine, server.epoch) == [b"id", 2]
+    assert redis_client.exists("k", "l", "m") == 1
     # Who comes from before has to forget; who doesn't, has not; and nobody learns from anybody.
     for known, forgets in ((NOW_US, 1), (0, 0), (epoch, 0), (NOW_US - 5, 1)):
         reply = server.run("beat", ["processes"], now_us + 2, RUN, known, f"p{known}", "count", 0, 1, 0)
@@ -701,7 +695,7 @@ def test_what_was_cleared_counts_no_more_before_it_is_deleted(script_client: red
     # Later the calls are named by the epoch alone again, and a failover changes nothing of it.
     late_us = now_us + REPAIR_US
     server.run("beat", ["processes"], late_us, RUN, epoch, "p", "count", 0, 1, 0)
-    assert script_client.get(EPOCH_KEY) == server.epoch.encode()
+    assert redis_client.get(EPOCH_KEY) == server.epoch.encode()
     for known, forgets in ((NOW_US, 1), (epoch, 0)):
         assert server.run("beat", ["processes"], late_us, RUN[::-1], known, "p", "count", 0, 1, 0)[-4] == forgets
 
@@ -734,8 +728,8 @@ class Gate:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_key_is_decided_once_nobody_can_know_anything_newer_of_it(script_client: redis.Redis, strategy: str) -> None:
-    gate, t = Gate(script_client, make_rule(strategy, 10, 1000 * MINUTE_US).compiled), NOW_US - 5_000
+def test_a_key_is_decided_once_nobody_can_know_anything_newer_of_it(redis_client: redis.Redis, strategy: str) -> None:
+    gate, t = Gate(redis_client, make_rule(strategy, 10, 1000 * MINUTE_US).compiled), NOW_US - 5_000
     gate.comes(NOW_US, "a", t + 100)
     gate.comes(NOW_US + 1, "b", t + 70)
     assert gate.asks(NOW_US + 2) == -3
@@ -760,11 +754,11 @@ def test_a_key_is_decided_once_nobody_can_know_anything_newer_of_it(script_clien
     assert gate.asks(NOW_US + 18) == 0
     for process in "abc":
         gate.tells(NOW_US + 20, process, 0)
-    assert script_client.get(EPOCH_KEY) == gate.server.epoch.encode()
+    assert redis_client.get(EPOCH_KEY) == gate.server.epoch.encode()
 
 
-def test_what_is_known_of_another_key_says_nothing_of_one_that_nobody_told(script_client: redis.Redis) -> None:
-    gate = Gate(script_client, make_rule("fixed_window", 10, MINUTE_US).compiled)
+def test_what_is_known_of_another_key_says_nothing_of_one_that_nobody_told(redis_client: redis.Redis) -> None:
+    gate = Gate(redis_client, make_rule("fixed_window", 10, MINUTE_US).compiled)
     gate.comes(NOW_US, "a", NOW_US - 50)
     gate.tells(NOW_US + 1, "a", 1)
     assert gate.asks(NOW_US + 2) == -3
@@ -773,20 +767,20 @@ def test_what_is_known_of_another_key_says_nothing_of_one_that_nobody_told(scrip
     assert gate.asks(NOW_US + 4) == 1
     # Nor does anybody wait for who knows nothing, or ends, or stands still for three seconds.
     gate.comes(NOW_US + 5, "b", 0)
-    script_client.delete("k")
+    redis_client.delete("k")
     gate.tells(NOW_US + 6, "a", 0)
     assert gate.asks(NOW_US + 7) == 1
     for process in "cd":
         gate.comes(NOW_US + 8, process, NOW_US - 50)
-    script_client.delete("k")
+    redis_client.delete("k")
     gate.tells(NOW_US + LAPSE_US, "d", NOW_US - 60)
     assert gate.asks(NOW_US + LAPSE_US) == -3
     gate.tells(NOW_US + 8 + LAPSE_US, "d", 0)
     assert gate.asks(NOW_US + 9 + LAPSE_US) == 1
 
 
-def test_it_is_repaired_until_all_is_told(script_client: redis.Redis) -> None:
-    gate = Gate(script_client, make_rule("fixed_window", 10, 1000 * MINUTE_US).compiled)
+def test_it_is_repaired_until_all_is_told(redis_client: redis.Redis) -> None:
+    gate = Gate(redis_client, make_rule("fixed_window", 10, 1000 * MINUTE_US).compiled)
     gate.comes(NOW_US, "a", NOW_US - 50)
     for second in range(1, 20):
         gate.tells(NOW_US + second * 10**6, "a", NOW_US - 100 - second)
@@ -798,8 +792,8 @@ def test_it_is_repaired_until_all_is_told(script_client: redis.Redis) -> None:
     assert gate.asks(NOW_US + 20 * 10**6 + 4) == 0
 
 
-def test_the_times_of_two_servers_are_not_compared(script_client: redis.Redis) -> None:
-    gate = Gate(script_client, make_rule("fixed_window", 10, MINUTE_US).compiled)
+def test_the_times_of_two_servers_are_not_compared(redis_client: redis.Redis) -> None:
+    gate = Gate(redis_client, make_rule("fixed_window", 10, MINUTE_US).compiled)
     gate.comes(NOW_US, "a", NOW_US - 50)
     gate.comes(NOW_US + 1, "b", NOW_US - 900, known=NOW_US - 5)
     gate.tells(NOW_US + 2, "a", NOW_US - 60, told_us=NOW_US - 60)
@@ -810,8 +804,8 @@ def test_the_times_of_two_servers_are_not_compared(script_client: redis.Redis) -
     assert gate.asks(NOW_US + 7) == 1
 
 
-def test_what_a_replica_has_kept_needs_not_be_told(script_client: redis.Redis) -> None:
-    gate, t = Gate(script_client, make_rule("fixed_window", 10, MINUTE_US).compiled), NOW_US
+def test_what_a_replica_has_kept_needs_not_be_told(redis_client: redis.Redis) -> None:
+    gate, t = Gate(redis_client, make_rule("fixed_window", 10, MINUTE_US).compiled), NOW_US
     assert gate.comes(t, "a", 0, known=0) == 0
     epoch = int(gate.server.epoch[40:56])
     for past_us in (10_000, 60_000, 100_000):
@@ -822,12 +816,12 @@ def test_what_a_replica_has_kept_needs_not_be_told(script_client: redis.Redis) -
     assert gate.comes(t + 500_001, "b", t + 90_000, known=epoch - 1, run=other) == 0
     assert gate.comes(t + 500_002, "c", t + 90_000, known=epoch, run=other) == t + 60_000
     # Of an epoch that was flushed nothing is.
-    script_client.flushall()
+    redis_client.flushall()
     assert gate.comes(t + 600_000, "a", t + 90_000, known=epoch, run=other) == 0
 
 
-def test_a_beat_that_is_none_is_refused_and_nothing_is_written(script_client: redis.Redis) -> None:
-    beat = Beats(script_client)
+def test_a_beat_that_is_none_is_refused_and_nothing_is_written(redis_client: redis.Redis) -> None:
+    beat = Beats(redis_client)
     good: list[Any] = [RUN, 7, "p", "count", 0, 3, 5]
     for place, wrong in ((0, RUN[1:]), (0, RUN[1:] + "-"), (2, ""), (3, "leaves"), (3, "")):
         with pytest.raises(redis.ResponseError, match="RATETHROTTLE"):
@@ -836,38 +830,38 @@ def test_a_beat_that_is_none_is_refused_and_nothing_is_written(script_client: re
         for number in (-1, 0.5, "x", "nan", ""):
             with pytest.raises(redis.ResponseError, match="RATETHROTTLE"):
                 beat.server.run("beat", ["processes"], NOW_US, *good[:place], number, *good[place + 1 :])
-    assert script_client.keys() == []
+    assert redis_client.keys() == []
     beat.server.run("beat", ["processes"], NOW_US, *good)
 
 
-def test_what_is_no_epoch_or_no_set_is_replaced(script_client: redis.Redis) -> None:
-    beat = Beats(script_client)
+def test_what_is_no_epoch_or_no_set_is_replaced(redis_client: redis.Redis) -> None:
+    beat = Beats(redis_client)
     for junk in ("", "x", RUN, epoch_text(5, 5) + "0", epoch_text(5, 5)[:-1] + "x"):
-        script_client.set(EPOCH_KEY, junk)
+        redis_client.set(EPOCH_KEY, junk)
         assert beat(NOW_US, 7)[:3] == [NOW_US, NOW_US + OTHERS_US, OTHERS_US + LEARN_US]
-    script_client.delete(EPOCH_KEY, "processes")
-    script_client.rpush(EPOCH_KEY, 1)
-    script_client.rpush("processes", 1)
+    redis_client.delete(EPOCH_KEY, "processes")
+    redis_client.rpush(EPOCH_KEY, 1)
+    redis_client.rpush("processes", 1)
     assert beat(NOW_US, 0) == [NOW_US, 0, 0, 1, 0]
     # A number that no clock has said keeps nobody out, whether it stands there or a process was told it.
     for far_us in (NOW_US + 2 * 366 * 86_400 * 10**6, 9_999_999_999_999_998, 9_999_999_999_999_999):
-        script_client.set(EPOCH_KEY, epoch_text(far_us))
+        redis_client.set(EPOCH_KEY, epoch_text(far_us))
         assert beat(NOW_US, 0)[:3] == [NOW_US, 0, 0]
         assert beat(NOW_US, far_us)[:3] == [NOW_US, NOW_US + OTHERS_US, OTHERS_US + LEARN_US]
     for suffix in ("", ":marks", ":last", ":before", ":alive", ":count"):
-        script_client.delete("processes" + suffix)
-        script_client.rpush("processes" + suffix, 1)
+        redis_client.delete("processes" + suffix)
+        redis_client.rpush("processes" + suffix, 1)
         assert beat(NOW_US + 10**6, 0)[3:] == [1, 0], suffix
-    script_client.set("processes:count", "9" * 66)
+    redis_client.set("processes:count", "9" * 66)
     assert beat(NOW_US + 10**6, 0)[3:] == [1, 0]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_bad_arguments_of_a_repair_are_refused_and_nothing_is_written(script_client: redis.Redis, strategy: str) -> None:
+def test_bad_arguments_of_a_repair_are_refused_and_nothing_is_written(redis_client: redis.Redis, strategy: str) -> None:
     rule = make_rule(strategy, 10, MINUTE_US).compiled
-    server = ClockedServer(script_client, NOW_US)
+    server = ClockedServer(redis_client, NOW_US)
     server.check(NOW_US, rule, 2)
-    before = script_client.get("k")
+    before = redis_client.get("k")
     words = [getattr(rule, word) for word in script("repair").header["rule"]]
     own = {"b": (9, 0, 0), "s": (3, 5, 0), "f": (3, 5, 0), "c": (3, 5, 2)}[rule.kind]
     for mode, entry, keys in (("assert", (1, 1, 0, *own, 0, "p", 0, 1), ["k"]), ("charge", (1, 1, 0, 1, 0, 3), ["k", "m"])):
@@ -879,28 +873,28 @@ def test_bad_arguments_of_a_repair_are_refused_and_nothing_is_written(script_cli
                 if place >= 12 and place not in ((15,) if mode == "charge" else (len(good) - 2, len(good) - 1)):
                     # One that is wrong is refused alone.
                     assert server.run("repair", keys, NOW_US, *wrong) == [NOW_US, 0, 1, 1]
-                    script_client.delete("m")
+                    redis_client.delete("m")
                     continue
                 with pytest.raises(redis.ResponseError, match="RATETHROTTLE"):
                     server.run("repair", keys, NOW_US, *wrong)
         for wrong in (good[:-1], [*good, 1]):
             with pytest.raises(redis.ResponseError, match="RATETHROTTLE"):
                 server.run("repair", keys, NOW_US, *wrong)
-        assert script_client.get("k") == before
-        assert not script_client.exists("m")
+        assert redis_client.get("k") == before
+        assert not redis_client.exists("m")
         assert server.run("repair", keys, NOW_US, *good) == [NOW_US, 1]
-        script_client.set("k", before or b"")
+        redis_client.set("k", before or b"")
 
 
-def test_a_key_of_another_version_does_not_stand_in_the_way_of_others(script_client: redis.Redis) -> None:
+def test_a_key_of_another_version_does_not_stand_in_the_way_of_others(redis_client: redis.Redis) -> None:
     rule = make_rule("fixed_window", 10, MINUTE_US).compiled
-    server = ClockedServer(script_client, NOW_US)
-    script_client.set("k", "2;whatever")
+    server = ClockedServer(redis_client, NOW_US)
+    redis_client.set("k", "2;whatever")
     words = [getattr(rule, word) for word in script("repair").header["rule"]]
     entries = (1, 1, 0, 4, 0, 0, 0, 2, 1, 0, 4, 0, 0, 0, "p", 0, 1)
     assert server.run("repair", ["k", "l"], NOW_US, "assert", server.epoch, 1, 2, *words, *entries) == [NOW_US, 1, 1, 2]
-    assert script_client.get("k") == b"2;whatever"
-    assert script_client.exists("l")
+    assert redis_client.get("k") == b"2;whatever"
+    assert redis_client.exists("l")
 
 
 REACHES = {
@@ -915,13 +909,13 @@ REACHES = {
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("longer", STRATEGIES)
 def test_a_generation_is_told_for_as_long_as_either_definition_reaches(
-    script_client: redis.Redis, strategy: str, longer: str
+    redis_client: redis.Redis, strategy: str, longer: str
 ) -> None:
     """Not a µs less: until then somebody may still know what had been used before the reset."""
     rule, other = make_rule(strategy, 7, MINUTE_US).compiled, make_rule(longer, 1_000, 3 * MINUTE_US).compiled
     for rules in ((rule,), (rule, other), (other, rule)):
         reach_us = max(REACHES[name](which) for name, which in ((strategy, rule), (longer, other)) if which in rules)
-        server = ClockedServer(script_client, NOW_US - 10**9)
+        server = ClockedServer(redis_client, NOW_US - 10**9)
         server.check(NOW_US, rule, 5)
         server.run("reset", ["k"], NOW_US, server.epoch, 0)
         for which in rules:
@@ -929,17 +923,17 @@ def test_a_generation_is_told_for_as_long_as_either_definition_reaches(
         for later_us, told in ((reach_us // 2 + 1, True), (reach_us - 1, True), (reach_us, False)):
             call = make_call([(rules[-1], "k", 1)])
             call.args[1] = server.epoch
-            reply = server.decide.send(script_client, NOW_US + later_us, call)
+            reply = server.decide.send(redis_client, NOW_US + later_us, call)
             assert (reply[-2:] == [1, NOW_US]) == told, (later_us, reply)
-            assert ((b"g%d" % NOW_US) in (script_client.get("k") or b"")) == told
+            assert ((b"g%d" % NOW_US) in (redis_client.get("k") or b"")) == told
 
 
 @pytest.mark.parametrize("first", STRATEGIES)
 @pytest.mark.parametrize("second", STRATEGIES)
-def test_two_definitions_both_count_what_is_charged_to_one(script_client: redis.Redis, first: str, second: str) -> None:
+def test_two_definitions_both_count_what_is_charged_to_one(redis_client: redis.Redis, first: str, second: str) -> None:
     rules = [make_rule(first, 100, MINUTE_US).compiled, make_rule(second, 60, 2 * MINUTE_US).compiled]
     for charged in (0, 1):
-        server = ClockedServer(script_client, NOW_US - 10**9)
+        server = ClockedServer(redis_client, NOW_US - 10**9)
         for rule in rules:
             assert server.check(NOW_US, rule, 2)[0] == 1
         rule = rules[charged]
@@ -962,7 +956,7 @@ def corners() -> list[CompiledRule]:
     return rules
 
 
-def test_what_python_builds_the_scripts_take(script_client: redis.Redis) -> None:
+def test_what_python_builds_the_scripts_take(redis_client: redis.Redis) -> None:
     """Every number that a process may say of a rule, at the ends of its range: decided, asserted, charged and reset."""
     rules = corners()
     assert len(rules) > 50
@@ -975,7 +969,7 @@ def test_what_python_builds_the_scripts_take(script_client: redis.Redis) -> None
             "c": [(4 * 10**9, 0, 4 * 10**9), (1, 2 * rule.window_us - 1, 1), (0, 2**53 - 1, 1), (1, -rule.window_us, 1)],
         }[rule.kind]
         ages = [(0, units) for units in (1, full)] if rule.kind == "b" else [(0, 4 * 10**9), (2**53 - 1, 1), (rule.window_us, 1)]
-        server = ClockedServer(script_client, NOW_US)
+        server = ClockedServer(redis_client, NOW_US)
         for costs in ((1, rule.capacity), (rule.capacity,)):
             for place, numbers in enumerate(known):
                 granted = [server.check(NOW_US + place, rule, cost)[0] for cost in costs]
@@ -988,12 +982,12 @@ def test_what_python_builds_the_scripts_take(script_client: redis.Redis) -> None
             assert all(-rule.window_us <= number < 2**53 for number in answer)
             server.run("reset", ["k"], NOW_US + 10, server.epoch, 0)
             assert server.check(NOW_US + 11, rule, rule.capacity)[0] == 1
-            script_client.delete("k")
+            redis_client.delete("k")
 
 
-def test_of_an_errand_each_entry_is_refused_alone(script_client: redis.Redis) -> None:
+def test_of_an_errand_each_entry_is_refused_alone(redis_client: redis.Redis) -> None:
     rule = make_rule("token_bucket", 10, MINUTE_US).compiled
-    server = ClockedServer(script_client, NOW_US)
+    server = ClockedServer(redis_client, NOW_US)
     words = [getattr(rule, word) for word in script("repair").header["rule"]]
     strange = [*words[:1], 0, *words[2:]]
     known = 4 * rule.unit_ticks
@@ -1004,15 +998,15 @@ def test_of_an_errand_each_entry_is_refused_alone(script_client: redis.Redis) ->
     ]
     told = server.run("repair", ["a", "b", "c", "d"], NOW_US, "assert", server.epoch, 2, 4, *words, *strange, *entries, "p", 0, 1)
     assert told == [NOW_US, 2, 2, 1, 3, 1]
-    assert [bool(script_client.exists(key)) for key in "abcd"] == [True, False, False, True]
+    assert [bool(redis_client.exists(key)) for key in "abcd"] == [True, False, False, True]
     charges = (1, 1, 0, 1, 0, known, 2, 1, 0, 1, 0, 2**52 + 1, 3, 2, 0, 1, 0, known, 4, 1, 0, 3, 0, 1, 0, 1, 0, 1)
     told = server.run("repair", ["a", "b", "c", "d", "m"], NOW_US, "charge", server.epoch, 2, 4, *words, *strange, *charges)
     assert told == [NOW_US, 1, 2, 1, 3, 1, 4, 1]
 
 
-def test_an_assertion_ends_where_it_has_worked_enough_and_goes_on_from_there(script_client: redis.Redis) -> None:
+def test_an_assertion_ends_where_it_has_worked_enough_and_goes_on_from_there(redis_client: redis.Redis) -> None:
     rule = make_rule("sliding_window", 64, MINUTE_US).compiled
-    server = ClockedServer(script_client, NOW_US)
+    server = ClockedServer(redis_client, NOW_US)
     words = [getattr(rule, word) for word in script("repair").header["rule"]]
     keys, aged = [f"key:{number}" for number in range(120)], [(1_000 * age, 1) for age in range(40, 0, -1)]
     told = [word for row in range(len(keys)) for word in (row + 1, 1, 0, 50, 30_000_000, 0, 0)]
@@ -1023,7 +1017,7 @@ def test_an_assertion_ends_where_it_has_worked_enough_and_goes_on_from_there(scr
 
     assert tell(1) == [120], "nothing is stored: all are taken in at once"
     assert tell(121) == [0]
-    script_client.delete(*keys)
+    redis_client.delete(*keys)
     for key in keys:
         charges = [number for charge in aged for number in charge]
         charge = ("charge", server.epoch, 1, 1, *words, 1, 1, 1_000, len(aged), *charges)
@@ -1038,18 +1032,18 @@ def test_an_assertion_ends_where_it_has_worked_enough_and_goes_on_from_there(scr
     for key in keys:
         call = make_call([(rule, key, 1)], "peek")
         call.args[1] = server.epoch
-        assert call.answers(server.decide.send(script_client, NOW_US, call))[0][1] == 0
+        assert call.answers(server.decide.send(redis_client, NOW_US, call))[0][1] == 0
 
 
 @pytest.mark.parametrize("strategy", ["token_bucket", "leaky_bucket"])
 @pytest.mark.parametrize("processes", [1, 3, 4])
 def test_what_a_bucket_is_charged_in_parts_is_no_less_than_what_was_admitted(
-    script_client: redis.Redis, strategy: str, processes: int
+    redis_client: redis.Redis, strategy: str, processes: int
 ) -> None:
     for seed in range(12):
         rng = random.Random(f"{seed} {strategy} {processes}")
         rule = make_rule(strategy, 40, 8_000_000, rng.choice((20, 40, 80))).compiled
-        server, now_us, calls = ClockedServer(script_client, NOW_US), NOW_US, 0
+        server, now_us, calls = ClockedServer(redis_client, NOW_US), NOW_US, 0
         shares, admitted = [shares_of(processes, rank) for rank in range(processes)], []
         eager = [rng.choice((0.05, 0.5, 1.0)) for _ in shares]
         for turn in range(80):
