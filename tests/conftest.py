@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 from collections.abc import Callable, Iterator
 
@@ -11,11 +12,30 @@ import fakeredis
 import pytest
 import redis
 import uvloop
+from hypothesis import HealthCheck, settings
 
 from ratethrottle._repair import Knowledge
 from ratethrottle.storage.redis import storage
 from ratethrottle.storage.redis.sharing import SHARING
 from tests.kit.servers import RedisServer
+from tests.kit.strategies import STRATEGIES
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("suite", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Two for each processor: most tests wait most of the time, for a server or for another process."""
+    return 2 * (os.cpu_count() or 1)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out what differs in nothing that its test is about; and begin with the slow ones, so that none of them ends last."""
+    items[:] = [item for item in items if not repeats(item)]
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
@@ -24,6 +44,12 @@ def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], a
     if item.get_closest_marker("uvloop"):
         loops["uvloop"] = uvloop.new_event_loop
     return loops
+
+
+def repeats(item: pytest.Item) -> bool:
+    """Whether it runs another strategy on uvloop. A loop knows nothing of strategies: one of them is enough there."""
+    params = item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
+    return uvloop.new_event_loop in params and any(strategy in params for strategy in STRATEGIES[1:])
 
 
 @pytest.fixture(scope="session")

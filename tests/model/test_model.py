@@ -16,9 +16,10 @@ SOUND = {
     "two lines": Config(limit=1, lines=2, faults=1),
     "three processes": Config(limit=1, processes=3, faults=1),
 }
+# Each in the smallest model that shows it: most of them are caught where one thing goes wrong.
 MUTANTS = [
     # Only with two units can the larger be less than the sum.
-    Config(mutant="max-merge", learn=1, repair=2),
+    Config(mutant="max-merge", faults=1, learn=1, repair=2),
     Config(mutant="base stays", limit=1),
     Config(mutant="no learning", faults=1),
     Config(mutant="waits for nobody", limit=1),
@@ -27,11 +28,10 @@ MUTANTS = [
     Config(mutant="generation untold", resets=1, faults=1),
     Config(mutant="no marker", local=True, losses=0),
     Config(mutant="charge forgotten", local=True, faults=1),
-    # It takes two faults to show: with two lines, the sound protocol has them in `make model`.
-    Config(mutant="late grant", limit=1, lines=2, learn=1, repair=2),
-    Config(mutant="no gate", limit=1),
+    Config(mutant="late grant", limit=1, lines=2, learn=1, repair=2, faults=1),
+    Config(mutant="no gate", limit=1, learn=1, repair=2, faults=1),
     Config(mutant="oldest first", limit=1),
-    Config(mutant="held till failover", limit=1),
+    Config(mutant="held till failover", limit=1, learn=1, repair=2, faults=1),
 ]
 
 

@@ -23,7 +23,7 @@ from tests.kit.subjects import Core, Lua, Oracle, Subject
 
 # A fixture's server serves all examples of a test; each example has a key of its own.
 WEEK_US = 7 * 86_400 * 10**6
-FIXED = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], print_blob=True)
+FIXED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 # How the clock moves: by a share of the rule's window in thousandths, by a few µs, or to next to an instant that matters.
 moves = st.one_of(

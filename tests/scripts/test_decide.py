@@ -313,7 +313,7 @@ ALL_THE_SAME_WAY = replaced(NOTING, "local simple, skip, window = consumes and",
 
 
 # Each example sets the keys of the fixture's server, which serves them all, before it looks at them.
-@settings(max_examples=35, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=35, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32))
 def test_simple_entries_are_decided_as_the_way_for_all_would(redis_client: redis.Redis, seed: int) -> None:
     """To the byte: what is answered, what is left behind, and until when."""

@@ -168,7 +168,7 @@ def play(client: Any, strategy: str, limit: int, seed: int, repair: Callable[...
 
 @pytest.mark.parametrize(("strategy", "limit"), NUMBERS)
 # Each example begins by flushing the fixture's server, which serves them all.
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32))
 def test_what_was_known_before_a_loss_and_what_was_granted_since_are_added(
     redis_client: redis.Redis, strategy: str, limit: int, seed: int

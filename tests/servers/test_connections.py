@@ -157,7 +157,7 @@ async def test_a_huge_reply_while_connecting_takes_no_time_of_the_loop(redis_ser
     async with Relay(redis_server.socket) as relay:
         relay.tamper = lambda reply: b"*1000000000\r\n"
         async with create_limiter(
-            "redis", redis_url=relay.url, rules=[RateThrottleRule("r", 5, 60)], on_outage="deny", deadline=0.1
+            "redis", redis_url=relay.url, rules=[RateThrottleRule("r", 5, 60)], on_outage="deny", deadline=0.1, connect_timeout=1
         ) as limiter:
             used_s = time.thread_time()
             for _ in range(3):
@@ -411,7 +411,9 @@ async def test_a_port_that_accepts_and_says_nothing_is_unavailable_within_the_de
     server = await asyncio.start_server(silent, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     url = f"redis://127.0.0.1:{port}"
-    async with create_limiter("redis", redis_url=url, rules=[RULE], deadline=0.1, on_outage="raise") as limiter:
+    async with create_limiter(
+        "redis", redis_url=url, rules=[RULE], deadline=0.1, connect_timeout=0.5, on_outage="raise"
+    ) as limiter:
         started = time.monotonic()
         with pytest.raises(StorageUnavailable, match="no connection to Redis within"):
             await limiter.check("user")

@@ -91,7 +91,7 @@ class Crowd:
         process.poll()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32))
 def test_each_check_hears_what_it_would_have_heard_alone(shared_redis_server: Any, seed: int) -> None:
     with shared_redis_server.client() as client:

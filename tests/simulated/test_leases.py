@@ -126,7 +126,7 @@ def follow(process: Process, request: Request) -> None:
             check.item = item
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @given(seed=st.integers(0, 2**32))
 def test_no_interval_holds_more_than_the_promise(shared_redis_server: RedisServer, strategy: str, seed: int) -> None:

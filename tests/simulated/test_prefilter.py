@@ -120,7 +120,7 @@ def run(doubted: Doubted, steps: int = 150) -> int:
     return doubted.denials
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(seed=st.integers(0, 2**32))
 def test_nothing_is_denied_that_the_store_would_have_granted(shared_redis_server: RedisServer, seed: int) -> None:
     with shared_redis_server.client() as client:

@@ -84,7 +84,7 @@ class Losing:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**32))
 def test_nothing_that_a_living_process_knew_is_granted_again(shared_redis_server, strategy: str, seed: int) -> None:
     with shared_redis_server.client() as client:

@@ -11,7 +11,7 @@ from math import ceil
 from typing import Any
 
 import pytest
-from hypothesis import assume, example, given, note, settings
+from hypothesis import assume, example, given, note
 from hypothesis import strategies as st
 
 from ratethrottle import ConfigurationError, RateThrottleRule
@@ -159,7 +159,6 @@ def known_of(store: Oracle, rule: RateThrottleRule, now_us: int) -> Known | None
     return (rule.compiled, answer_of(store, rule.compiled, now_us), 1, now_us - AHEAD_US) if store.accounts else None
 
 
-@settings(deadline=None)  # the oracle searches, it does not calculate
 @given(rule=rules, n=st.integers(1, 300))
 def test_the_shares_of_all_ranks_come_to_exactly_the_limit(rule: RateThrottleRule, n: int) -> None:
     assume(rule.limit >= n and rule.capacity >= n)
@@ -169,7 +168,6 @@ def test_the_shares_of_all_ranks_come_to_exactly_the_limit(rule: RateThrottleRul
     assert left == sorted(left, reverse=True)
 
 
-@settings(deadline=None)  # the oracle searches, it does not calculate
 @given(rule=rules, n=st.sampled_from((1, 2, 3, 7, 50, 1000)), seed=seeds)
 def test_a_share_decides_as_the_oracle_of_a_smaller_rule(rule: RateThrottleRule, n: int, seed: int) -> None:
     note(f"seed {seed}")
@@ -187,7 +185,6 @@ def test_a_share_decides_as_the_oracle_of_a_smaller_rule(rule: RateThrottleRule,
         assert got == oracle.check(share.compiled, now_us, step.cost, consume=step.consume), f"{rule} {n} {rank} {seed}"
 
 
-@settings(deadline=None)  # the oracle searches, it does not calculate
 @given(rule=rules, n=st.sampled_from((2, 3, 7, 50)), seed=seeds)
 def test_a_key_meets_what_is_known_once_an_outage_and_is_charged_up_to_its_part(
     rule: RateThrottleRule, n: int, seed: int
@@ -232,7 +229,6 @@ SMALL = st.builds(
 )
 
 
-@settings(deadline=None)  # the oracle searches, it does not calculate
 @given(rule=SMALL, n=st.integers(1, 6), seed=seeds, data=st.data())
 def test_no_interval_holds_more_than_the_limit_and_the_shares_of_those_cut_off(
     rule: RateThrottleRule, n: int, seed: int, data: st.DataObject
@@ -262,7 +258,6 @@ def test_no_interval_holds_more_than_the_limit_and_the_shares_of_those_cut_off(
             intervals.check(share, own[rank])
 
 
-@settings(deadline=None)  # the oracle searches, it does not calculate
 @given(rule=SMALL, n=st.integers(1, 6), seed=seeds)
 @example(rule=make_rule("token_bucket", 4, 1_000_000, 30), n=3, seed=131)  # the rate of a share is above or below a third
 @example(rule=make_rule("token_bucket", 16, 10_000_000, 10), n=3, seed=1227)  # and so is its capacity
@@ -281,7 +276,6 @@ def test_all_processes_cut_off_together_admit_what_the_rule_allows_and_no_more(r
     intervals.check(rule, log)
 
 
-@settings(deadline=None)  # the oracle searches, it does not calculate
 @given(rule=rules, n=st.sampled_from((1, 2, 3, 7)), seed=seeds)
 def test_what_is_owed_is_what_was_admitted_and_not_taken(rule: RateThrottleRule, n: int, seed: int) -> None:
     note(f"seed {seed}")
@@ -366,7 +360,6 @@ def check_owed(
     assert found == live
 
 
-@settings(deadline=None)  # the oracle searches, it does not calculate
 @given(seed=seeds)
 def test_a_rule_or_a_share_that_changes_is_never_a_refill_and_keeps_what_is_owed(seed: int) -> None:
     note(f"seed {seed}")
@@ -446,7 +439,6 @@ def test_a_rate_that_no_rule_of_its_own_could_have_is_rounded_down() -> None:
     assert sum(Process(3, rank).check(rule.compiled, START_US, 1, consume=False)[1] for rank in range(3)) == 10**9
 
 
-@settings(deadline=None)
 @given(rule=rules, seed=seeds)
 @example(rule=RateThrottleRule("rule", 10**9, 86_400), seed=160)  # more than can be counted, of which the oldest has left
 def test_allow_admits_everything_and_owes_it_up_to_what_can_be_counted(rule: RateThrottleRule, seed: int) -> None:
