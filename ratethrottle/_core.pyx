@@ -12,13 +12,13 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from ratethrottle._coroutine cimport (
     Py_DECREF, Py_INCREF, Py_REFCNT, Py_TYPE, Py_XDECREF, PY_VECTORCALL_ARGUMENTS_OFFSET, PyContext_Enter, PyContext_Exit,
     PyErr_Clear, PYGEN_ERROR, PYGEN_NEXT, PYGEN_RETURN, PyMethod_New, PyObject_GC_UnTrack, PyObject_Vectorcall, PySendResult,
-    PyUnicode_Check, PyUnicode_CheckExact, rt_drop_stop_value, rt_free_pending, rt_raise_set, rt_set_method, rt_set_slots,
+    PyUnicode_CheckExact, rt_drop_stop_value, rt_free_pending, rt_raise_set, rt_set_method, rt_set_slots,
     rt_set_stop, rt_utf8, rt_warn_unawaited,
 )
 from ratethrottle._engine.arithmetic cimport NEVER, Outcome
 from ratethrottle._engine.bound cimport Bound, bound_verdict, DENIED, LEASED, OPEN, STALE
 from ratethrottle._engine.decision cimport (
-    count_decision, Decision, decisions_counted, Entry, entry_new, LEASE, MEMORY, PREFILTER, Source, units_of,
+    count_decision, Decision, decisions_counted, Entry, entry_new, LEASE, MEMORY, PREFILTER, rule_named, Source, units_of,
 )
 from ratethrottle._engine.definitions cimport ALLOW, CompiledRule, OF_STORAGE, Tally
 from ratethrottle._engine.keys cimport forks, KeyTable
@@ -29,7 +29,7 @@ from asyncio import CancelledError, InvalidStateError
 from sys import _getframe as current_frame
 from types import FunctionType
 
-from ratethrottle.errors import InvalidRequest, LimiterClosed, listed
+from ratethrottle.errors import LimiterClosed
 
 
 @cython.final
@@ -391,22 +391,7 @@ cdef class Limiter:
         return decisions_counted(self._rules, outcomes)
 
     cdef CompiledRule which(self, object name):
-        if name is None:
-            if self.only is not None:
-                return self.only
-            if len(self._rules) == 1:
-                return <CompiledRule>next(iter(self._rules.values()))
-            if not self._rules:
-                raise InvalidRequest("the limiter has no rule yet; add one with add_rule(...)")
-            raise InvalidRequest(f"the limiter has several rules; name one (rule=...): {listed(self._rules)}; "
-                                 "in check_many write Request(key, rule)")
-        if not isinstance(name, str):
-            raise InvalidRequest(f"rule is a {type(name).__name__}; it is the name (str) of a rule")
-        found = self._rules.get(name)
-        if found is None:
-            # The message doesn't repeat the name: if the arguments were swapped, it is a key.
-            raise InvalidRequest(f"the limiter has no such rule; it has {listed(self._rules, name) or 'none yet'}")
-        return <CompiledRule>found
+        return self.only if name is None and self.only is not None else rule_named(self._rules, name)
 
     def _entry(self, key, rule=None, cost=1, int64_t least=1):
         """Validate a call; `least` is the lowest cost. Raises InvalidRequest, CostExceedsLimit or LimiterClosed."""
@@ -428,7 +413,8 @@ cdef class Limiter:
     cdef PendingDecision denied(self, CompiledRule rule, object key, int64_t units):
         """The decision of a rule with a limit of 0."""
         cdef Place place
-        self.located(key, rule, &place)          # raises if it isn't a key
+        self.located(<PyObject*>key, rule, &place)  # raises if it isn't a key
+        rt_drop_stop_value()
         self.blank_outcome()[0] = Outcome(False, False, 0, NEVER, 0)
         return self.completed(rule, <PyObject*>key, units, MEMORY)
 
@@ -443,11 +429,12 @@ cdef class Limiter:
         if self.is_last(given, <PyObject*>rule):
             place = self.last_place
         else:
-            self.located(<object>given, rule, &place)
+            self.located(given, rule, &place)
         now_us = self.table.now_us()
+        rt_drop_stop_value()
         # From here on no Python code runs, so no other thread can take the spare decision before this check hands it out.
         out = self.blank_outcome()
-        self.table.decide_located(&place, now_us, units, out)
+        self.table.decide_place(&place, now_us, units, out)
         return self.completed(rule, given, units, MEMORY)
 
     cdef inline bint is_last(self, PyObject* given, PyObject* rule) noexcept:
@@ -456,27 +443,35 @@ cdef class Limiter:
                 and self.last_home == self.table.secret[2])
 
     @cython.final
-    cdef bytes located(self, object key, CompiledRule rule, Place* place):
-        """Locate a key. Returns the joined form of a tuple, with its mark; None for a str."""
-        cdef bytes joined
-        cdef Py_ssize_t length
+    cdef bint is_noted(self, PyObject* given, CompiledRule rule) noexcept:
+        """Make a str the last key, if no Python code has to run for that. Returns whether it is."""
         cdef const char* data
-        if not PyUnicode_Check(key):
-            joined = (<Entry>self._entry(key, rule.name)).canonical
-            self.table.locate(rule, True, PyBytes_AS_STRING(joined) + 1, PyBytes_GET_SIZE(joined) - 1, place)
-            return joined
-        data = rt_utf8(key, &length)
+        cdef Py_ssize_t length
+        if self.table.forks != forks or rule.home != self.table.secret[2] or not PyUnicode_CheckExact(<object>given):
+            return False
+        data = rt_utf8(<object>given, &length)
         if data == NULL or length == 0:
             PyErr_Clear()
-            self._entry(key, rule.name)          # raises the error
-            raise InvalidRequest("the key has no UTF-8")
-        self.table.locate(rule, False, data, length, place)
-        if PyUnicode_CheckExact(key):
-            self.last_key = key
+            return False                         # `located` raises the error
+        self.table.hash_key(rule, False, data, length, &self.last_place)
+        self.last_key = <object>given
+        if rule is not self.last_rule:
             self.last_rule = rule
-            self.last_place = place[0]
-            self.last_home = self.table.secret[2]
-        return None
+        self.last_home = rule.home
+        return True
+
+    @cython.final
+    cdef bytes located(self, PyObject* given, CompiledRule rule, Place* place):
+        """Locate a key. Returns the joined form of a tuple, with its mark; None for a str."""
+        cdef Entry entry
+        self.table.notice_fork()
+        self.table.terms_of(rule)
+        if self.is_noted(given, rule):
+            place[0] = self.last_place
+            return None
+        entry = entry_new(rule, <object>given, 1, 1)  # raises if it isn't a key
+        self.table.locate_entry(entry, place)
+        return entry.canonical if entry.joined() else None
 
     @cython.final
     cdef PendingDecision bounded(self, PyObject* given, CompiledRule rule, int64_t units):
@@ -489,8 +484,9 @@ cdef class Limiter:
         if self.is_last(given, <PyObject*>rule):
             place = self.last_place
         else:
-            joined = self.located(<object>given, rule, &place)
+            joined = self.located(given, rule, &place)
         now_us = self.table.now_us()
+        rt_drop_stop_value()
         out = self.blank_outcome()               # as in `checked`, no Python code runs from here on
         found = shard_find(place.shard, place.hashed)
         if found >= 0:
@@ -529,7 +525,6 @@ cdef class Limiter:
 
     cdef inline Outcome* blank_outcome(self) except NULL:
         """The outcome to fill in next: of the last decision made if nobody has kept it, else of a new one."""
-        rt_drop_stop_value()
         if Py_REFCNT(<PyObject*>self.spare_decision) != 1:
             self.spare_decision = Decision.__new__(Decision)
         return &self.spare_decision.out
@@ -568,15 +563,16 @@ ctypedef PyObject* (*KeyCall)(PyObject*, PyObject*) noexcept
 
 
 cdef PendingDecision check_only(Limiter limiter, PyObject* given):
-    """Check a key by the only rule, at a cost of 1. Mostly that is the key of the check before."""
-    cdef Outcome* out
+    """Check a key by the only rule, at a cost of 1."""
     cdef PyObject* rule
+    cdef Outcome* out
     if limiter.backend is not None:
         return limiter.bounded(given, limiter.only, 1)
     if limiter.table.clock is None:
-        out = limiter.blank_outcome()            # may run a finalizer of a key; from here on no Python code runs
+        rt_drop_stop_value()                     # may run a finalizer of a key; from here on no Python code runs
         rule = <PyObject*>limiter.only           # so this needs no reference
-        if rule != <PyObject*>None and limiter.is_last(given, rule):
+        if rule != <PyObject*>None and (limiter.is_last(given, rule) or limiter.is_noted(given, <CompiledRule>rule)):
+            out = limiter.blank_outcome()
             limiter.table.decide_located(&limiter.last_place, limiter.table.now_us(), 1, out)
             return limiter.completed(<CompiledRule>rule, given, 1, MEMORY)
     return limiter.checked(given, limiter.only if limiter.only is not None else limiter.which(None), 1)

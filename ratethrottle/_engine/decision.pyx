@@ -12,7 +12,7 @@ from ratethrottle._engine.definitions cimport CompiledRule
 from math import inf as _inf
 from math import nextafter
 
-from ratethrottle.errors import CostExceedsLimit, InvalidRequest
+from ratethrottle.errors import CostExceedsLimit, InvalidRequest, listed
 
 
 cdef extern from "Python.h":
@@ -234,6 +234,24 @@ cdef class Entry:
         """The decision that a storage took on this entry. `retry_us` −1 is never."""
         cdef Outcome out = Outcome(allowed, False, remaining, retry_us, reset_us)
         return decision_new(self.rule, self.key, self.cost, <Source>SOURCES.index(source), &out)
+
+
+cdef CompiledRule rule_named(dict rules, object name):
+    """The rule that a call means; None: the only one. Raises InvalidRequest."""
+    if name is None:
+        if len(rules) == 1:
+            return <CompiledRule>next(iter(rules.values()))
+        if not rules:
+            raise InvalidRequest("the limiter has no rule yet; add one with add_rule(...)")
+        raise InvalidRequest(f"the limiter has several rules; name one (rule=...): {listed(rules)}; "
+                             "in check_many write Request(key, rule)")
+    if not isinstance(name, str):
+        raise InvalidRequest(f"rule is a {type(name).__name__}; it is the name (str) of a rule")
+    found = rules.get(name)
+    if found is None:
+        # The message doesn't repeat the name: if the arguments were swapped, it is a key.
+        raise InvalidRequest(f"the limiter has no such rule; it has {listed(rules, name) or 'none yet'}")
+    return <CompiledRule>found
 
 
 cdef Entry entry_new(CompiledRule rule, object key, object cost, int64_t least):

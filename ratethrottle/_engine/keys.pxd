@@ -57,13 +57,13 @@ cdef class KeyTable:
     cdef int tidy(self, int64_t now_us) except -1
     cdef int rebuild(self, Shard* shard, int64_t now_us) except -1
     cdef void forked(self) noexcept
-    cdef void notice_fork(self) noexcept
     cdef void empty(self) noexcept
     cdef void free_emptied(self) noexcept
     cdef int intern_rule(self, CompiledRule rule) except -1
     cdef int64_t asked_us(self) except -1
     cdef void remove(self, Shard* shard, uint32_t index) noexcept
     cdef Cell* insert(self, Shard* shard, const Cell* cell, int64_t now_us) except NULL
+    cdef int decide_place(self, const Place* place, int64_t now_us, int64_t cost, Outcome* out) except -1
     cdef int decide_general(self, const Terms* terms, Shard* shard, uint32_t index, int64_t now_us, int64_t cost,
                             Outcome* out) except -1
     cdef int decide_new(self, const Terms* terms, Shard* shard, Hash128 hashed, int64_t now_us, int64_t cost,
@@ -86,16 +86,24 @@ cdef class KeyTable:
             self.intern_rule(rule)
         return rule.home_terms
 
-    cdef inline int locate(self, CompiledRule rule, bint joined, const char* data, Py_ssize_t length, Place* place) except -1:
-        """Hash a key, its UTF-8 or a tuple's joined form, and begin to fetch its shard."""
+    cdef inline void notice_fork(self) noexcept:
         if self.forks != forks:
             self.forked()
+
+    cdef inline int locate(self, CompiledRule rule, bint joined, const char* data, Py_ssize_t length, Place* place) except -1:
+        """Hash a key, its UTF-8 or a tuple's joined form, and begin to fetch its shard."""
+        self.notice_fork()
+        self.terms_of(rule)
+        self.hash_key(rule, joined, data, length, place)
+        return 0
+
+    cdef inline void hash_key(self, CompiledRule rule, bint joined, const char* data, Py_ssize_t length, Place* place) noexcept:
+        """Do so for a rule that is interned here, in a table that has noticed a fork."""
         # Read now: another table may intern the same rule before this one has decided.
-        place.terms = self.terms_of(rule)
+        place.terms = rule.home_terms
         place.hashed = siphash(rule.home_seed, self.secret[1] ^ joined, data, length)
         place.shard = &self.shards[<uint32_t>(((place.hashed.hi >> 32) * self.shard_count) >> 32)]
         RT_PREFETCH(place.shard)
-        return 0
 
     cdef inline int decide_located(self, const Place* place, int64_t now_us, int64_t cost, Outcome* out) except -1:
         """Decide on a located key, and consume if allowed. Runs no Python code."""
