@@ -23,7 +23,7 @@ import redis
 
 from ratethrottle.cli.processes import PROGRAM, NoRedis, server_program
 
-START_S = 10
+START_S = 30  # under valgrind it takes several
 SWITCH = re.compile(r"^\d+:X (\d+ \w+ \d{4} [\d:.]+) # \+switch-master \S+ \S+ \d+ \S+ (\d+)$", re.MULTILINE)
 
 
