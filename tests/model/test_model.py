@@ -35,6 +35,7 @@ MUTANTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", SOUND.values(), ids=SOUND)
 def test_every_state_keeps_the_promise_and_lets_everybody_in_again(config):
     result = search(config)
@@ -46,6 +47,7 @@ def test_a_store_that_lets_nothing_go_locks_everybody_out():
     assert search(Config(mutant="kept for ever", limit=1, faults=0)).broken == "somebody is locked out"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", MUTANTS, ids=lambda config: config.mutant)
 def test_a_protocol_without_one_of_its_parts_is_caught(config):
     result = search(config)

@@ -31,7 +31,7 @@ def demo(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
 def test_three_servers_admit_exactly_the_limit(own: bool, redis_server: RedisServer) -> None:
     executable("redis-server")
     given = [] if own else ["--redis-url", redis_server.url]
-    shown = demo("demo", "--limit", "90", "--seconds", "1", *given)
+    shown = demo("demo", "--limit", "90", "--seconds", "2", *given)
     assert shown.returncode == 0, shown.stderr
     assert not shown.stderr
     assert "Exactly 90 of 327 were admitted." in shown.stdout

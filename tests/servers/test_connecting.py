@@ -464,7 +464,7 @@ async def test_credentials_that_are_refused_are_asked_for_ever_more_seldom(
     protected: RedisServer, provider: type[Tokens]
 ) -> None:
     tokens = provider(0, "wr0ng")
-    storage = RedisStorage(redis.asyncio.Redis(port=protected.port, credential_provider=tokens))
+    storage = RedisStorage(redis.asyncio.Redis(port=protected.port, credential_provider=tokens), deadline=2)
     limiter = RateThrottleCore(storage, rules=[RULE])
     ends_s = time.monotonic() + 3.5
     while time.monotonic() < ends_s:

@@ -35,14 +35,14 @@ async def spend(limiter: RateThrottleCore, rounds: int = 7, key: str = "k", rule
 
 async def counted(url: str, rule: RateThrottleRule, key: str = "k") -> int:
     """What Redis says is used, rounded up."""
-    async with create_limiter("redis", redis_url=url, rules=[rule]) as limiter:
+    async with create_limiter("redis", redis_url=url, rules=[rule], deadline=5) as limiter:
         decision = await limiter.peek(key)
         return decision.limit - decision.remaining
 
 
 async def test_statistics_count_the_keys_that_hold_a_lease_now(redis_url: str) -> None:
     long, short = leasing(), leasing(name="short", lease_ttl=0.2)
-    limiter = create_limiter("redis", redis_url=redis_url, rules=[long, short])
+    limiter = create_limiter("redis", redis_url=redis_url, rules=[long, short], deadline=5)
     await spend(limiter)
     assert limiter.statistics().leases == 1  # which was renewed
     await spend(limiter, key="other")
@@ -65,7 +65,7 @@ async def test_statistics_count_the_keys_that_hold_a_lease_now(redis_url: str) -
 @pytest.mark.parametrize("strategy", STRATEGIES)
 async def test_closing_gives_back_what_is_left(redis_url: str, strategy: str) -> None:
     rule = leasing(strategy)
-    limiter = create_limiter("redis", redis_url=redis_url, rules=[rule])
+    limiter = create_limiter("redis", redis_url=redis_url, rules=[rule], deadline=5)
     admitted = await spend(limiter)
     await limiter.aclose()
     assert admitted - 2 <= await counted(redis_url, rule) <= admitted  # a bucket drains
@@ -73,7 +73,7 @@ async def test_closing_gives_back_what_is_left(redis_url: str, strategy: str) ->
 
 def test_the_end_of_a_loop_gives_back_what_nobody_closed(redis_url: str) -> None:
     rule = leasing()
-    limiter = create_limiter("redis", redis_url=redis_url, rules=[rule])
+    limiter = create_limiter("redis", redis_url=redis_url, rules=[rule], deadline=5)
     admitted = asyncio.run(spend(limiter))
     assert asyncio.run(counted(redis_url, rule)) == admitted
 
@@ -94,7 +94,7 @@ def test_the_end_of_a_loop_waits_for_no_redis_that_is_silent() -> None:
 
 async def test_closing_in_one_loop_gives_back_what_another_one_holds(redis_url: str) -> None:
     rule = leasing()
-    limiter = create_limiter("redis", redis_url=redis_url, rules=[rule])
+    limiter = create_limiter("redis", redis_url=redis_url, rules=[rule], deadline=5)
     held, closed = asyncio.Event(), asyncio.Event()
     here = asyncio.get_running_loop()
     admitted: list[int] = []
@@ -149,7 +149,7 @@ async def test_who_is_cancelled_while_closing_leaves_nothing_behind(redis_server
 @pytest.mark.parametrize("how", ["removed", "replaced", "replaced by one without leases"])
 async def test_a_rule_that_goes_gives_back_what_is_left_at_once(redis_url: str, how: str) -> None:
     rule = leasing()
-    async with create_limiter("redis", redis_url=redis_url, rules=[rule]) as limiter:
+    async with create_limiter("redis", redis_url=redis_url, rules=[rule], deadline=5) as limiter:
         admitted = await spend(limiter)
         if how == "removed":
             limiter.remove_rule("hot")
@@ -165,7 +165,7 @@ async def test_a_rule_that_goes_gives_back_what_is_left_at_once(redis_url: str, 
 async def test_a_bound_that_is_forgotten_for_want_of_room_does_not_take_its_lease_along(redis_url: str) -> None:
     rule = leasing(lease_ttl=0.5)
     flood = RateThrottleRule("flood", 10, 86_400, strategy="fixed_window")
-    async with create_limiter("redis", redis_url=redis_url, rules=[rule, flood], max_bounds=50) as limiter:
+    async with create_limiter("redis", redis_url=redis_url, rules=[rule, flood], max_bounds=50, deadline=5) as limiter:
         admitted = 0
         for i in range(20):
             admitted += sum([d.allowed for d in await asyncio.gather(*[limiter.check("k", "hot") for _ in range(20)])])
@@ -221,7 +221,7 @@ async def test_a_connection_that_is_heard_although_it_was_late_is_one_at_most_an
 async def test_a_lease_of_before_a_loss_is_not_given_back_after_it(redis_url: str, redis_client: redis.Redis) -> None:
     """It may be lost there: what goes back would be others' units."""
     rule = leasing()
-    async with create_limiter("redis", redis_url=redis_url, rules=[rule]) as limiter:
+    async with create_limiter("redis", redis_url=redis_url, rules=[rule], deadline=5) as limiter:
         admitted = await spend(limiter)
         used = LIMIT - (await limiter.peek("k")).remaining
         assert used > admitted

@@ -213,6 +213,7 @@ class Fleet:
         return pipeline.execute()
 
 
+@pytest.mark.slow
 async def test_in_a_large_fleet_a_beat_is_a_bit() -> None:
     """Counted by the commands that Redis runs: most beats are no script any more, and yet all is heard of in time."""
     with RedisServer() as server, server.client() as client:

@@ -304,6 +304,7 @@ def decided(node: RedisServer) -> int:
         return int(client.info("commandstats").get("cmdstat_evalsha", {}).get("calls", 0))
 
 
+@pytest.mark.slow
 async def test_a_killed_master_is_left_and_its_heir_answers_within_a_second(stormy: SentinelTopology) -> None:
     async with traffic(stormy) as checking:
         killed_s = time.monotonic()
@@ -313,6 +314,7 @@ async def test_a_killed_master_is_left_and_its_heir_answers_within_a_second(stor
         assert checking.gap_s(switched_s) < 1
 
 
+@pytest.mark.slow
 async def test_a_frozen_master_is_left_for_good(stormy: SentinelTopology) -> None:
     async with traffic(stormy) as checking:
         frozen_s = time.monotonic()
@@ -328,6 +330,7 @@ async def test_a_frozen_master_is_left_for_good(stormy: SentinelTopology) -> Non
         assert decided(stormy.master) > 0
 
 
+@pytest.mark.slow
 async def test_after_a_planned_failover_the_old_master_is_left_while_it_still_answers(stormy: SentinelTopology) -> None:
     async with traffic(stormy) as checking:
         for _ in range(2):
