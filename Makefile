@@ -32,7 +32,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test demo check ci docs servers servers-short matrix floor bench instructions instructions-record agree agree-short model faults faults-short soak trace sanitize debug format wheel clean redis valgrind iptables FORCE
+.PHONY: help test demo check ci docs servers servers-short matrix floor bench instructions instructions-record agree agree-short model model-short faults faults-short soak trace sanitize debug format wheel clean redis valgrind iptables FORCE
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,7 +55,7 @@ check: $(BUILT) $(PEERS) ## Everything static: format, lint, types, stubs, spell
 	$(BIN)/codespell
 	$(BIN)/validate-pyproject pyproject.toml
 
-ci: check docs test servers-short agree-short faults-short instructions ## check, docs, test, short runs of servers, agreement and faults, the instruction counts: what .ci/run calls
+ci: check docs test servers-short agree-short model-short faults-short instructions ## check, docs, test, short runs of servers, agreement, model and faults, the instruction counts: what .ci/run calls
 
 docs: $(BUILT) $(DOCS) ## The site in build/docs; a warning or a link that leads nowhere is an error
 	@# -E: a page that is taken from a former build has no warnings.
@@ -85,6 +85,9 @@ agree-short: $(BUILT) redis
 
 model: $(BUILT) ## Every state of the models of bound, outage and repair that the suite has no time for (MODEL_ARGS="--processes 3")
 	$(PY) -m tests.model $(MODEL_ARGS)
+
+model-short: $(BUILT)
+	$(PY) -m tests.model --short
 
 bench: $(BUILT) $(PEERS) $(STRANGER) redis ## Benchmarks, beside the peers in one run (BENCH_ARGS="--quick redis")
 	$(PY) -m benchmarks $(BENCH_ARGS)

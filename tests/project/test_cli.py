@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from ratethrottle.cli import main
 from ratethrottle.cli.processes import NoRedis, Server, server_program
 from ratethrottle.cli.screen import picture, summary
 from tests.kit.servers import RedisServer, eventually, executable
@@ -51,7 +52,8 @@ def test_it_leaves_a_given_redis_as_it_was(redis_server: RedisServer) -> None:
     with redis_server.client() as client:
         client.set("theirs", "1")
         for _ in range(2):  # a second run doesn't meet the counts of the first
-            assert demo("demo", "--limit", "20", "--seconds", "0.5", "--redis-url", redis_server.url).returncode == 0
+            arguments = ("--servers", "1", "--limit", "20", "--seconds", "0.5", "--redis-url", redis_server.url)
+            assert demo("demo", *arguments).returncode == 0
         assert client.keys() == [b"theirs"]
 
 
@@ -120,19 +122,26 @@ def test_a_given_redis_that_does_not_serve_us_is_an_error_and_no_traceback(
     assert "secret" not in shown.stderr + shown.stdout
 
 
-def test_help_helps_and_bad_numbers_are_refused() -> None:
-    assert "demo" in demo("--help").stdout
-    assert "--redis-url" in demo("demo", "--help").stdout
+def test_help_helps_and_bad_numbers_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """In this process, but for one."""
+
+    def said(status: int, *arguments: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main([*arguments])
+        assert ended.value.code == status
+        shown = capsys.readouterr()
+        return shown.err if status else shown.out
+
     assert "ratethrottle" in demo("--version").stdout
+    assert "demo" in said(0, "--help")
+    assert "--redis-url" in said(0, "demo", "--help")
     for arguments, words in (
         (("--servers", "0"), "from 1 to 16"),
         (("--limit", "0"), "from 1 to 100,000"),
         (("--seconds", "nan"), "from 0.5 to 30"),
         (("--seconds", "5", "--window", "9"), "half of --window"),
     ):
-        shown = demo("demo", *arguments)
-        assert shown.returncode == 2
-        assert words in shown.stderr
+        assert words in said(2, "demo", *arguments)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import pytest
 from ratethrottle import Decision, RateThrottleCore, RateThrottleRule, RedisStorage, create_limiter
 from ratethrottle.errors import StorageError, StorageRefused, StorageUnavailable
 from ratethrottle.events import Event
+from ratethrottle.storage.redis import attempts
 from ratethrottle.storage.redis.attempts import EVERY_S, JITTER_S
 from tests.kit.recovery import served, until
 from tests.kit.relay import Relay
@@ -29,6 +30,13 @@ RULE = RateThrottleRule("r", LIMIT, 60)
 
 def limiter_of(url: str, rule: RateThrottleRule = RULE, **options: Any) -> RateThrottleCore:
     return create_limiter("redis", redis_url=url, rules=[rule], **options)
+
+
+@pytest.fixture
+def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that aren't about when it is tried to connect: five times as often."""
+    monkeypatch.setattr(attempts, "EVERY_S", attempts.EVERY_S / 5)
+    monkeypatch.setattr(attempts, "JITTER_S", attempts.JITTER_S / 5)
 
 
 def admitted(decisions: list[Decision]) -> int:
@@ -104,6 +112,7 @@ async def test_a_share_begins_with_what_is_known_to_be_used() -> None:
             assert admitted([await limiter.check("user") for _ in range(30)]) == LIMIT - 30
 
 
+@pytest.mark.usefixtures("brisk")
 @pytest.mark.parametrize("strategy", STRATEGIES)
 async def test_what_redis_said_after_one_outage_counts_in_the_next(strategy: str) -> None:
     """Checks that are in flight when the next outage begins are decided by what is known then, not by the former outage's account."""
@@ -447,6 +456,7 @@ async def away(limiter: RateThrottleCore) -> bool:
     return (await limiter.check("somebody else")).source == "outage"
 
 
+@pytest.mark.usefixtures("brisk")
 @pytest.mark.parametrize("limit", [10, 1000])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 async def test_a_reset_ends_what_an_outage_has_used(strategy: str, limit: int) -> None:
@@ -469,6 +479,7 @@ async def test_a_reset_ends_what_an_outage_has_used(strategy: str, limit: int) -
             assert (decision.allowed, decision.source) == (True, "outage")
 
 
+@pytest.mark.usefixtures("brisk")
 @pytest.mark.parametrize("limit", [10, 1000])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 async def test_what_was_admitted_before_somebody_elses_reset_is_not_charged_after_it(
@@ -529,6 +540,7 @@ async def test_under_allow_all_is_allowed_however_many_keys_there_are_and_whatev
             assert statistics.owed <= statistics.bounds <= 50
 
 
+@pytest.mark.usefixtures("brisk")
 async def test_what_an_outage_admits_is_let_go_when_it_counts_no_more() -> None:
     rule = RateThrottleRule("r", 10, 0.5)
     with RedisServer() as server:
@@ -548,9 +560,10 @@ async def test_what_an_outage_admits_is_let_go_when_it_counts_no_more() -> None:
             await until(small, 10)
 
 
+@pytest.mark.usefixtures("brisk")
 async def test_what_was_admitted_alone_is_charged_once(redis_server: RedisServer) -> None:
     """The reply to the charge is lost, so it is sent again."""
-    async with Relay(redis_server.socket) as relay, limiter_of(relay.url, expected_processes=1, deadline=1) as limiter:
+    async with Relay(redis_server.socket) as relay, limiter_of(relay.url, expected_processes=1, deadline=0.5) as limiter:
         await limiter.check("user")
         relay.tamper = lambda reply: b""  # runs, but is never heard of
         assert (await limiter.check("user")).source == "outage"
@@ -572,12 +585,13 @@ async def test_what_was_admitted_alone_is_charged_once(redis_server: RedisServer
         assert (await limiter.peek("user")).remaining == LIMIT - 3
 
 
+@pytest.mark.usefixtures("brisk")
 @pytest.mark.parametrize("answer", [b"-OOM x\r\n", b"-READONLY x\r\n", b"-NOSCRIPT x\r\n"])
 async def test_what_was_admitted_alone_is_charged_when_redis_refuses_it_at_first(
     redis_server: RedisServer, answer: bytes
 ) -> None:
     """A charge that was refused is still owed, and Redis is asked again once it has taken it."""
-    async with Relay(redis_server.socket) as relay, limiter_of(relay.url, expected_processes=1, deadline=1) as limiter:
+    async with Relay(redis_server.socket) as relay, limiter_of(relay.url, expected_processes=1, deadline=0.5) as limiter:
         await limiter.check("user")
         relay.tamper = lambda reply: b""
         assert (await limiter.check("user")).source == "outage"
@@ -598,8 +612,9 @@ async def test_what_was_admitted_alone_is_charged_when_redis_refuses_it_at_first
         assert limiter.statistics().owed == 0
 
 
+@pytest.mark.usefixtures("brisk")
 async def test_a_charge_that_no_script_of_ours_takes_keeps_nobody_away(redis_server: RedisServer) -> None:
-    async with Relay(redis_server.socket) as relay, limiter_of(relay.url, expected_processes=1, deadline=1) as limiter:
+    async with Relay(redis_server.socket) as relay, limiter_of(relay.url, expected_processes=1, deadline=0.5) as limiter:
         told: list[Event] = []
         limiter.on_event(told.append)
         await limiter.check("user")
@@ -658,6 +673,7 @@ async def test_a_refusal_is_raised_under_each_policy_until_it_is_mended(spoiled:
             assert [event.kind for event in told] == ["refused"]
 
 
+@pytest.mark.usefixtures("brisk")
 @pytest.mark.parametrize("key", ["user", ("user", 7)])
 async def test_what_was_charged_is_known_from_then_on(key: str | tuple[str | int, ...]) -> None:
     """Nobody has asked about the key since, and Redis loses its data again."""
