@@ -31,12 +31,6 @@ def pytest_xdist_auto_num_workers() -> int:
     return 2 * (os.cpu_count() or 1)
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """What asks for the shared server is marked as what starts one of its own: `-m redis`, or `-k redis`, has them all."""
-    if "shared_redis_server" in getattr(item, "fixturenames", ()):
-        item.add_marker("redis")
-
-
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave out what differs in nothing that its test is about; and begin with the slow ones, so that none of them ends last."""
