@@ -8,6 +8,7 @@ PYTHONS ?= 3.11 3.12 3.13
 AGREE_STEPS ?= 1000000
 MODEL_ARGS ?=
 FAULTS_ARGS ?=
+FUZZ_ARGS ?=
 SOAK_MINUTES ?= 10
 SOAK_ARGS ?=
 
@@ -32,7 +33,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test demo check ci docs servers servers-short matrix floor bench instructions instructions-record agree agree-short model model-short faults faults-short soak trace sanitize debug format wheel clean redis valgrind iptables FORCE
+.PHONY: help test demo check ci docs servers servers-short matrix floor bench instructions instructions-record agree agree-short model model-short faults faults-short soak trace sanitize fuzz debug format wheel clean redis valgrind iptables FORCE
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -112,6 +113,9 @@ debug: $(TOOLS) redis ## The suite on a build with invariants and strict warning
 
 sanitize: $(TOOLS) redis ## The suite under the address and undefined behaviour sanitizers
 	tools/mode sanitize $(abspath $(PY)) -m pytest $(PYTEST_ARGS)
+
+fuzz: $(TOOLS) ## Random and spoilt bytes as replies, under the sanitizers (FUZZ_ARGS="--seconds 300")
+	tools/mode sanitize $(abspath $(PY)) -m tests.fuzz $(FUZZ_ARGS)
 
 trace: $(TOOLS) redis ## Coverage, that of the .pyx included
 	tools/mode trace $(abspath $(PY)) -m coverage run -m pytest $(PYTEST_ARGS) -n 0

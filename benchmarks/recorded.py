@@ -9,11 +9,13 @@ import asyncio
 from typing import Any
 
 from ratethrottle import RateThrottleRule
-from ratethrottle._calls import Calls, Gathering
 from ratethrottle._core import Limiter
 from ratethrottle._engine.keys import KeyTable
-from ratethrottle._layout import Layout
 from ratethrottle.errors import StorageError, StorageUnavailable
+from ratethrottle.storage._shared.batch import Batch
+from ratethrottle.storage._shared.keynames import KeyNames
+from ratethrottle.storage._shared.repair import Repair
+from ratethrottle.storage._shared.shared import SharedStorage
 from ratethrottle.storage.redis.scripts import script
 from ratethrottle.storage.redis.wire import written
 
@@ -22,16 +24,18 @@ EPOCH_US = NOW_US - 3_600_000_000
 SCRIPTS = {name: (script(name).sha(False), script(name).body(False)) for name in ("beat", "decide", "repair", "reset")}
 
 
-class Line(Gathering):
+class Connection:
     """A connection that answers each request when the loop comes to it."""
 
     def __init__(self, storage: RecordedStorage, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(storage, loop, 1_000_000)
+        self.batch = Batch(storage.context, self, loop, 1_000_000)
         self.replies = loop
         self.answer: list[int] = []  # to each check of a call
 
-    def _connect(self) -> None:
-        self.replies.call_soon(self._opened, self._write, SCRIPTS, RUN.encode())
+    def connect(self) -> None:
+        """Connect as soon as the loop comes to it."""
+        self.batch.connecting()
+        self.replies.call_soon(self.batch.connected, self._write, SCRIPTS, RUN.encode())
 
     def _write(self, data: bytes) -> None:
         # EVALSHA, sha, the number of keys, keys; request, mode, epoch, how many rules, runs and leases.
@@ -46,38 +50,44 @@ class Line(Gathering):
             reply += (keys - 1) * [*self.answer, *leases]
         else:
             reply += [EPOCH_US, 0, 0, 1, 0, 0, 0, 0, 0, 10_000_000]
-        self.replies.call_soon(self._received, written(reply))
+        self.replies.call_soon(self.batch.received, written(reply))
 
-    def _unsent(self) -> StorageError:
+    def unsent(self) -> StorageError:
+        """Never called."""
         return StorageUnavailable("it is always there")
 
-    def _refused(self, call: Any, text: bytes) -> None:
+    def refused(self, call: Any, text: bytes) -> None:
+        """Never called."""
         raise AssertionError(call, text)
 
-    def _broken(self, what: str) -> None:
+    def broken(self, what: str) -> None:
+        """Never called."""
         raise AssertionError(what)
 
-    def _late(self) -> None:
+    def late(self) -> None:
+        """Never called."""
         raise AssertionError("the clock stands still")
 
-    def _retry_us(self) -> int:
+    def retry_us(self) -> int:
+        """Never called."""
         raise AssertionError("it is always there")
 
-    def _answered(self) -> None:
-        pass
+    def answered(self) -> None:
+        """Take no note of it."""
 
 
-class RecordedStorage(Calls):
+class RecordedStorage(SharedStorage):
     """A storage of one connection to it."""
 
     def __init__(self) -> None:
         table = KeyTable(100_000, bounds=True, clock_us=lambda: NOW_US)
-        super().__init__(Layout(b"ratethrottle", 64), table, 10_000_000, 10_000_000)
+        names = KeyNames(b"ratethrottle", 64)
+        super().__init__(names, Repair(table, names), 10_000_000, 10_000_000)
         self.table = None
-        self.line = Line(self, asyncio.get_running_loop())
+        self.connection = Connection(self, asyncio.get_running_loop())
 
-    def _gatherings_here(self) -> tuple[Line, ...]:
-        return (self.line,)
+    def _batches_here(self) -> tuple[Batch, ...]:
+        return (self.connection.batch,)
 
 
 def recorded_limiter(rule: RateThrottleRule, *, granted: bool) -> Limiter:
@@ -85,7 +95,7 @@ def recorded_limiter(rule: RateThrottleRule, *, granted: bool) -> Limiter:
     storage = RecordedStorage()
     compiled = rule.compiled
     level = compiled.unit_ticks if granted else compiled.capacity * compiled.unit_ticks
-    storage.line.answer = [int(granted), level]
+    storage.connection.answer = [int(granted), level]
     limiter = Limiter(storage)
     limiter._install(compiled)
     return limiter

@@ -23,7 +23,7 @@ project = ABOUT["name"]
 author = ABOUT["authors"][0]["name"]
 version = release = ABOUT["version"]
 
-extensions = ["myst_parser", "sphinx.ext.autodoc"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinxcontrib.mermaid"]
 html_theme = "furo"
 html_title = project
 html_copy_source = False
@@ -31,6 +31,7 @@ html_show_sphinx = False
 html_show_copyright = False
 
 myst_heading_anchors = 3
+myst_fence_as_directive = ["mermaid"]  # as GitHub writes them
 # The docstrings write code in single backticks.
 default_role = "code"
 autodoc_member_order = "bysource"

@@ -13,7 +13,7 @@ cdef enum Stage:
     COMPLETE                                 # the decision is here, or an error instead, or it was handed over
     NEW                                      # nobody has awaited it yet
     MADE                                     # by the library for itself: nobody will
-    WAITING                                  # in the queue of a gathering
+    WAITING                                  # in the queue of a batch
     PARKED                                   # until another check has asked the same
     SENT
 
@@ -46,9 +46,9 @@ cdef class PendingDecision:
     cdef int64_t units
     cdef Hash128 hashed
     cdef int64_t deadline_us
-    cdef uint64_t turn                       # its number among those that entered its gathering
+    cdef uint64_t turn                       # its number among those that entered its queue
     cdef bint stale                          # a bound that should be asked again denied it
-    cdef object place                        # the gathering that it waits in
+    cdef object place                        # the Waiting that it is queued in
     cdef Waiter waiter                       # what its task waits on
     cdef Group group                         # or the group that waits on it
     cdef object error
@@ -80,7 +80,7 @@ cdef class Group:
 
 
 cdef class Backend:
-    """What asks a store that is shared: the base of `ratethrottle._calls.Calls`."""
+    """What asks a store that is shared: the base of `SharedStorage`."""
 
     cdef readonly KeyTable bounds
     cdef int64_t ttl_us                      # a bound denies for this long before it is asked again

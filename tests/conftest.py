@@ -14,7 +14,7 @@ import redis
 import uvloop
 from hypothesis import HealthCheck, settings
 
-from ratethrottle._repair import Knowledge
+from ratethrottle.storage._shared.repair import Repair
 from ratethrottle.storage.redis import storage
 from ratethrottle.storage.redis.sharing import SHARING
 from tests.kit.servers import RedisServer
@@ -83,7 +83,7 @@ def apart(monkeypatch: pytest.MonkeyPatch) -> None:
 class Apart:
     """Shares nothing."""
 
-    def find(self, _what: object, user: object, make: Callable[[], Knowledge]) -> Knowledge:
+    def find(self, _what: object, user: object, make: Callable[[], Repair]) -> Repair:
         made = make()
         made.users.add(user)
         return made

@@ -44,6 +44,7 @@ cdef class CompiledRule:
     cdef uint64_t home_seed
     cdef uint64_t* counts                    # of the tally of the limiter that it is installed in
     cdef Tally tally
+    cdef bytes packed                        # as calls to a shared store name it; None until one does
 
     cdef tuple shape(self)
     cdef tuple facts(self)

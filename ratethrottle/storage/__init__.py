@@ -76,7 +76,7 @@ class Storage(Protocol):
         """Count what there is to count, without I/O."""
 
     async def decide(self, entries: Sequence[Entry]) -> list[Decision]:
-        """Decide in order, in one gathering."""
+        """Decide in order, as one batch."""
 
     async def peek(self, entry: Entry) -> Decision:
         """Decide without consuming."""

@@ -7,8 +7,8 @@ than 50 ms of that are a problem of their own. Both figures are kept.
 **Over** is counted by brackets (tests/kit/intervals.py): only what is certainly too much, whatever the true instants. What Redis granted
 must keep the promise by itself, over all intervals, those that span the fault included: what is admitted while Redis is away is
 charged on return, and what an empty Redis forgot is asserted before it is asked. What `m` of `N` processes admitted by themselves
-must keep m/N of it. Together that is the promise · (1 + m/N) of DESIGN, and it is stricter than their sum. And what was admitted
-by policy must keep the promise together with what Redis granted after all processes had come back: that it was charged.
+must keep m/N of it. Together that is the promise · (1 + m/N) of docs/guarantees.md, and it is stricter than their sum. And what was
+admitted by policy must keep the promise together with what Redis granted after all processes had come back: that it was charged.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def excess_of_long(rule: RateThrottleRule, admissions: Iterable[Bracketed], shar
 
 
 def over(rules: Sequence[RateThrottleRule], calls: Iterable[Call], cut: Fraction, *, local: bool) -> float:
-    """The most by which any key went over what DESIGN allows, where `cut` of the processes were cut off."""
+    """The most by which any key went over what docs/guarantees.md allows, where `cut` of the processes were cut off."""
     granted: defaultdict[tuple[int, int, bool], list[Bracketed]] = defaultdict(list)
     calls = list(calls)
     for call in calls:

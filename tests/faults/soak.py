@@ -81,7 +81,7 @@ class Soak:
         self.fleet.add(victim.work.url)
 
     def worker_stopped(self) -> None:
-        """For less than `learn`: longer, and what it knows may come too late, as DESIGN says."""
+        """For less than `learn`: longer, and what it knows may come too late, as docs/guarantees.md says."""
         self.fleet.stop(self.rng.choice(self.fleet.living), self.rng.uniform(0.01, 0.15))
 
     @property

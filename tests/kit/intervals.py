@@ -8,7 +8,7 @@ that length. Counting brackets that only touch the interval could accuse a limit
 can only miss an excess, by at most what passes in one call's time. The caller's clock and the server's differ by an offset,
 which no length depends on, and in speed, which STRETCH allows for.
 
-The promises are those of DESIGN: no tolerance for slots, which hold a unit longer, never shorter.
+The promises are those of docs/guarantees.md: no tolerance for slots, which hold a unit longer, never shorter.
 """
 
 from __future__ import annotations

@@ -19,13 +19,15 @@ from typing import Any
 
 import redis
 
-from ratethrottle._calls import Calls, Gathering
 from ratethrottle._core import Limiter, PendingDecision
 from ratethrottle._engine.decision import Decision
 from ratethrottle._engine.definitions import CompiledRule
 from ratethrottle._engine.keys import KeyTable
-from ratethrottle._layout import Layout
 from ratethrottle.errors import StorageError, StorageUnavailable
+from ratethrottle.storage._shared.batch import Batch
+from ratethrottle.storage._shared.keynames import KeyNames
+from ratethrottle.storage._shared.repair import Repair
+from ratethrottle.storage._shared.shared import SharedStorage
 from ratethrottle.storage.redis.wire import written
 from tests.kit.clocked import RUN
 from tests.kit.store import SCRIPTS, START_US, Item, Request, Store
@@ -34,7 +36,7 @@ prefixes = itertools.count()
 
 
 class FakeLoop:
-    """As much of an event loop as a gathering uses. It runs when it is told to."""
+    """As much of an event loop as a batch uses. It runs when it is told to."""
 
     def __init__(self, clock_us: Callable[[], int]) -> None:
         self.clock_us = clock_us
@@ -141,11 +143,12 @@ class Check:
         self.pending.close()
 
 
-class Connection(Gathering):
-    """A gathering with nothing but queues behind it."""
+class Connection:
+    """A transport of a batch with nothing but queues behind it."""
 
     def __init__(self, process: Process, loop: FakeLoop) -> None:
-        super().__init__(process, loop, 1_000_000)  # type: ignore[arg-type]  # as much of a loop as it uses
+        self.batch = Batch(process.context, self, loop, 1_000_000)  # type: ignore[arg-type]  # as much of a loop as it uses
+        self.loop = loop
         self.process = process
         self.wanted = False
         self.unserved: deque[Request] = deque()
@@ -156,34 +159,35 @@ class Connection(Gathering):
         self.connect_at_us = 0  # for tests that say when
         self.mute = False  # what it would tell the store of what it knows is taken for told
 
-    def _connect(self) -> None:
+    def connect(self) -> None:
+        self.batch.connecting()
         self.wanted = True
 
-    def _unsent(self) -> StorageError:
+    def unsent(self) -> StorageError:
         return StorageUnavailable("not sent")
 
-    def _refused(self, call: Any, text: bytes) -> None:
-        if call is None:
-            return
-        assert text.startswith(b"NOSCRIPT"), text
+    def refused(self, call: Any, text: bytes) -> None:
+        raise AssertionError(call, text)
+
+    def take_back(self) -> None:
+        """What the store refused for want of the script waits again."""
         for request in [request for request in self.unsettled if request.refused][:1]:
             self.unsettled.remove(request)
             for item in request.items:
                 for check in item.members:
                     check.item = None
-        self._send_again(call)
 
-    def _broken(self, what: str) -> None:
+    def broken(self, what: str) -> None:
         raise AssertionError(what)
 
-    def _late(self) -> None:
+    def late(self) -> None:
         self.lose()
-        self._go_away(StorageUnavailable("late"))
+        self.batch.begin_outage(StorageUnavailable("late"))
 
-    def _retry_us(self) -> int:
+    def retry_us(self) -> int:
         return 500_000
 
-    def _answered(self) -> None:
+    def answered(self) -> None:
         pass
 
     def _write(self, data: bytes) -> None:
@@ -192,13 +196,15 @@ class Connection(Gathering):
         if request.mode in {"beat", "repair"}:
             return
         self.requests.append(request)
-        if not request.loads:
+        if request.loads:
+            self.take_back()
+        else:
             self.unsettled.append(request)
             self.process.world.sent(self.process, request)
 
     def open(self) -> None:
         self.wanted = False
-        self._opened(self._write, SCRIPTS, self.process.world.run.encode())
+        self.batch.connected(self._write, SCRIPTS, self.process.world.run.encode())
 
     def lose(self) -> None:
         """The connection breaks. What was sent may still be run."""
@@ -206,8 +212,9 @@ class Connection(Gathering):
         self.unserved.clear()
         self.unsettled.clear()
         self.unread = b""
-        if self._open:
-            self._shut(StorageUnavailable("lost"))
+        self.wanted = False
+        if self.batch.open:
+            self.batch.lost(StorageUnavailable("lost"))
 
     def serve(self) -> None:
         """The server runs the next call."""
@@ -223,10 +230,10 @@ class Connection(Gathering):
         data, self.unread = self.unread[:size], self.unread[len(self.unread[:size]) :]
         if data:
             with running(self.process.loop):
-                self._received(data)
+                self.batch.received(data)
 
 
-class Process(Calls):
+class Process(SharedStorage):
     """A process: a storage, a loop and a limiter, with a clock that runs at `rate` millionths of the world's."""
 
     table = None
@@ -245,9 +252,10 @@ class Process(Calls):
     ) -> None:
         self.world, self.rate, self.offset_us = world, rate, offset_us
         table = KeyTable(max_bounds, bounds=True, clock_us=self.now_us)
-        super().__init__(world.layout, table, deadline_us, ttl_us, expected=expected, deny_overload=deny_overload)
+        repair = Repair(table, world.names)
+        super().__init__(world.names, repair, deadline_us, ttl_us, expected=expected, deny_overload=deny_overload)
         self.loop = FakeLoop(self.now_us)
-        self.line = Connection(self, self.loop)
+        self.connection = Connection(self, self.loop)
         self.limiter = Limiter(self)
         self.checks: list[Check] = []
         self.queues: defaultdict[bytes, list[Check]] = defaultdict(list)  # by key, in the order in which they entered
@@ -257,13 +265,13 @@ class Process(Calls):
     def now_us(self) -> int:
         return self.offset_us + self.world.t_us * self.rate // 1_000_000
 
-    def _gatherings_here(self) -> tuple[Connection, ...]:
-        return (self.line,)
+    def _batches_here(self) -> tuple[Batch, ...]:
+        return (self.connection.batch,)
 
     def state_key(self, key: str, rule: CompiledRule) -> bytes:
         if self.limiter._rules.get(rule.name) != rule:
             self.limiter._install(rule)
-        return self.layout.state_key(self.limiter._entry(key, rule.name, 1))
+        return self.names.state_key(self.limiter._entry(key, rule.name, 1))
 
     def check(self, key: str, rule: CompiledRule, cost: int = 1) -> Check:
         """Begin a check. One that needs no answer is over when this returns."""
@@ -302,18 +310,18 @@ class Process(Calls):
         """Let the loop run, and everything that it sends be answered at once."""
         self.turn()
         self.connect()
-        while self.line.unserved or self.line.unread:
-            self.line.serve()
-            self.line.deliver()
+        while self.connection.unserved or self.connection.unread:
+            self.connection.serve()
+            self.connection.deliver()
         self.poll()
 
     def connect(self) -> None:
         """A connection is made, if one is wanted, and the first beat answered."""
-        if self.line.wanted and not self.line._open:
+        if self.connection.wanted and not self.connection.batch.open:
             with running(self.loop):
-                self.line.open()
-            self.line.serve()
-            self.line.deliver()
+                self.connection.open()
+            self.connection.serve()
+            self.connection.deliver()
 
     def poll(self) -> None:
         """Let those go on whose wait is over."""
@@ -337,7 +345,7 @@ class World:
         self.run = RUN  # of the server
         self.step_us = 0  # by which the server's clock has been set
         prefix = b"w%d" % next(prefixes)
-        self.layout = Layout(prefix, 4)
+        self.names = KeyNames(prefix, 4)
         self.store = Store(client, prefix, oracle=oracle)
         self.processes: list[Process] = []
         self.adrift: list[Request] = []
@@ -349,7 +357,7 @@ class World:
         self.store.lose(kept)
         self.run = self.run[::-1]
         for process in self.processes:
-            process.line.lose()
+            process.connection.lose()
 
     def server_us(self) -> int:
         return START_US + self.t_us + self.step_us
@@ -363,20 +371,20 @@ class World:
 
     def disturb(self, process: Process, rng: random.Random) -> None:
         """Something happens between a process and the store: bytes move or are lost, a check is given up, scripts are forgotten."""
-        line = process.line
+        connection = process.connection
         match rng.choices(range(6), (12, 12, 12, 6, 1, 1))[0]:
             case 0:
                 process.turn()
                 process.connect()
             case 1:
-                line.serve()
+                connection.serve()
             case 2:
-                line.deliver(rng.choice((None, None, rng.randint(1, 60))))
+                connection.deliver(rng.choice((None, None, rng.randint(1, 60))))
             case 3:
                 if waiting := [check for queue in process.queues.values() for check in queue]:
                     rng.choice(waiting).cancel(at_once=rng.random() < 0.5)
             case 4:
-                line.lose()
+                connection.lose()
             case 5:
                 self.store.forgot_scripts = True
         if self.adrift and rng.random() < 0.5:
@@ -387,7 +395,9 @@ class World:
         for _ in range(rounds):
             for process in self.processes:
                 process.round_trip()
-            if not any(process.loop.ready or process.line.unserved or process.line.wanted for process in self.processes):
+            if not any(
+                process.loop.ready or process.connection.unserved or process.connection.wanted for process in self.processes
+            ):
                 return
 
     def end(self) -> None:
@@ -396,7 +406,7 @@ class World:
             self.settle()
             self.t_us += 150_000
         for process in self.processes:
-            assert process.line._waiting_count == process.line._in_flight_count == 0
+            assert process.connection.batch.callers == process.connection.batch.calls_in_flight == 0
             for check in process.checks:
                 assert check.over, "a check never came to its end"
                 if check.entered:

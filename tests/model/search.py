@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -100,25 +100,20 @@ def swapped(unit: Unit, bits: dict[int, int], owners: dict[int, int]) -> Unit:
     return unit._replace(known=known, telling=telling, owner=owner)
 
 
-def search(config: Config, *, begin: Sequence[str] = (), progress: Progress | None = None) -> Result:
-    """Visit every state; stop at the first that breaks an invariant, or from which somebody is never granted anything again.
-
-    begin: steps to take first, in the words of a trace.
-    """
+def search(config: Config, *, progress: Progress | None = None) -> Result:
+    """Visit every state; stop at the first that breaks an invariant, or from which somebody is never granted anything again."""
     # Nothing here is cyclic, and to look for that among millions of tuples takes most of the time.
     gc.disable()
     try:
-        return visit(config, begin, progress)
+        return visit(config, progress)
     finally:
         gc.enable()
 
 
-def visit(config: Config, begin: Sequence[str], progress: Progress | None) -> Result:
+def visit(config: Config, progress: Progress | None) -> Result:
     """Search, layer by layer."""
-    began, first = time.process_time(), initial(config)
-    for step in begin:
-        first = dict(steps(config, first))[step]
-    start, _ = canonical(config, first)
+    began = time.process_time()
+    start, _ = canonical(config, initial(config))
     came: dict[State, State | None] = {start: None}
     layer, depth, recovering = [start], 0, set[State]()
     while layer:

@@ -86,7 +86,7 @@ def test_a_sliding_window_is_exact_up_to_the_same_limit() -> None:
 
 def test_a_call_holds_as_many_entries_as_the_scripts_take() -> None:
     core = compiled()
-    assert script("decide").limits["entries"] == script("decide").limits["keys"] == value(core, "ENTRIES_MAX")
+    assert script("decide").limits["entries"] == script("decide").limits["keys"] == value(core, "CALL_ITEMS_MAX")
     assert script("repair").limits["entries"] == script("repair").limits["keys"] == value(core, "ROWS_MAX")
 
 

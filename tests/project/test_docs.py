@@ -24,7 +24,8 @@ PAGES = [README, *DOCS]
 FOR_CONTRIBUTORS = [ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "tests/README.md"]
 # Markdown that links to the pages above, and to the files of the repository.
 LINKING = [*PAGES, *FOR_CONTRIBUTORS, ROOT / "ARCHITECTURE.md", ROOT / "CHANGELOG.md"]
-WRITTEN = [*PAGES, *FOR_CONTRIBUTORS]
+ARCHITECTURE = ROOT / "ARCHITECTURE.md"
+WRITTEN = [*PAGES, *FOR_CONTRIBUTORS, ARCHITECTURE]
 
 WORDS_MAX = 30
 # An example may say why it isn't run, and what it prints.
@@ -138,6 +139,16 @@ def test_the_readme_is_short() -> None:
     lines = README.read_text().splitlines()
     assert len(lines) <= 110
     assert not [line for line in lines if len(line) > 100]
+
+
+def test_the_architecture_is_short_and_names_each_room() -> None:
+    text = ARCHITECTURE.read_text()
+    assert len(text.splitlines()) <= 120
+    named = set(re.findall(r"[\w.]+", " ".join(re.findall(r"`[^`]+`", text))))
+    package = ROOT / "ratethrottle"
+    files = [path for part in ("_engine", "storage/_shared", "storage/redis") for path in (package / part).glob("*.p*")]
+    rooms = {path.stem for path in files if path.suffix in {".py", ".pyx", ".pxd"} and not path.stem.startswith("__")}
+    assert not sorted(room for room in rooms if not named & {room, f"{room}.pyx", f"{room}.pxd", f"{room}.py"})
 
 
 def rows(page: Path) -> list[list[str]]:

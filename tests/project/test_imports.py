@@ -19,7 +19,12 @@ CYTHON_IMPORT = re.compile(r"^\s*(?:from\s+(\S+)\s+c?import\s|c?import\s+(\S+))"
 COMPILED = (
     *(f"_engine.{part}" for part in ("pieces", "window", "arithmetic", "table", "bound", "definitions", "decision", "keys")),
     *("_coroutine", "_core"),
-    *("_resp", "_layout", "_outage", "_repair", "_calls"),
+    *(
+        f"storage._shared.{part}"
+        for part in ("resp", "queue", "waiting", "keynames", "parts", "outage", "fleet", "request", "reply")
+    ),
+    *(f"storage._shared.{part}" for part in ("call", "repair", "context", "known", "link", "heartbeat", "exchange", "late")),
+    *(f"storage._shared.{part}" for part in ("fallback", "settle", "session", "batch", "shared")),
 )
 # A layer may import itself and what stands above it in this list. The engine raises the errors, and an error carries a decision: those
 # are one layer. The package's own __init__ only gathers the public names.
@@ -27,7 +32,7 @@ LAYERS = [
     ["ratethrottle.errors", "ratethrottle._engine"],
     ["ratethrottle._coroutine", "ratethrottle._core", "ratethrottle._interpreter"],
     ["ratethrottle.rule", "ratethrottle.events"],
-    [f"ratethrottle.{part}" for part in ("_resp", "_layout", "_outage", "_repair", "_calls")],
+    ["ratethrottle.storage._shared"],
     ["ratethrottle.storage"],
     ["ratethrottle.limiter"],
     ["ratethrottle.integrations", "ratethrottle.cli"],
@@ -122,7 +127,7 @@ def test_compiled_modules_import_only_from_those_before_them() -> None:
         ("ratethrottle.rule", "from ratethrottle import limiter"),
         ("ratethrottle.rule", "from . import limiter"),
         ("ratethrottle.storage.memory", "from ..limiter import RateThrottleCore"),
-        ("ratethrottle.storage.redis.line", "from ...cli import main"),
+        ("ratethrottle.storage.redis.connection", "from ...cli import main"),
         ("ratethrottle.limiter", "def lazily():\n    import redis.asyncio"),
         ("ratethrottle.limiter", "from redis import Redis"),
         ("ratethrottle.limiter", "from ratethrottle import Decision"),

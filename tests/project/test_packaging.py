@@ -65,7 +65,7 @@ def test_the_wheel_check_finds_what_is_missing_and_what_is_too_much(tmp_path: Pa
     assert run.returncode == 1
     assert "a source: ratethrottle/_core.pyx" in run.stdout
     assert "missing: the compiled ratethrottle/_core" in run.stdout
-    assert "missing: the compiled ratethrottle/_calls" in run.stdout
+    assert "missing: the compiled ratethrottle/storage/_shared/batch" in run.stdout
     assert "missing: ratethrottle/py.typed" in run.stdout
 
 

@@ -11,9 +11,9 @@ import pytest
 
 from ratethrottle import Decision, RateThrottleCore, RateThrottleRule, create_limiter
 from ratethrottle._engine.keys import KeyTable
-from ratethrottle._layout import Layout
-from ratethrottle._outage import Shares
-from ratethrottle._repair import Knowledge
+from ratethrottle.storage._shared.keynames import KeyNames
+from ratethrottle.storage._shared.outage import Shares
+from ratethrottle.storage._shared.repair import Repair
 from tests.kit.strategies import START_US, STRATEGIES
 
 pytestmark = pytest.mark.redis
@@ -53,7 +53,7 @@ async def test_what_redis_said_outlives_any_number_of_definitions(redis_url: str
     """A lease and checks that are on their way outlive them too."""
     rule = RateThrottleRule("rule", 10, HOUR_S, strategy=strategy)
     hot = RateThrottleRule("hot", 100_000, HOUR_S, strategy=strategy, lease=True, lease_ttl=1.0)
-    async with create_limiter("redis", redis_url=redis_url, rules=[rule, hot], prefilter_ttl=60, deadline=10) as limiter:
+    async with create_limiter("redis", redis_url=redis_url, rules=[rule, hot], prefilter_ttl=60) as limiter:
         assert await limiter.check("key", "rule", cost=10)
         assert not await limiter.check("key", "rule")
         for _ in range(7):
@@ -75,7 +75,7 @@ async def test_what_redis_said_outlives_any_number_of_definitions(redis_url: str
 
 def shares_of(max_keys: int) -> tuple[KeyTable, Shares]:
     table = KeyTable(max_keys, clock_us=lambda: START_US, bounds=True)
-    shares = Shares(table, Layout(b"p", 64))
+    shares = Shares(table, KeyNames(b"p", 64))
     shares.set_share(1, 0)
     return table, shares
 
@@ -123,7 +123,7 @@ def test_terms_of_keys_that_go_are_let_go(max_keys: int) -> None:
 def test_terms_are_kept_for_keys_that_are_still_to_be_freed() -> None:
     """A clear() leaves keys behind, which are freed a shard at a time, each as its definition asks for."""
     table = KeyTable(1_000, clock_us=lambda: START_US, bounds=True)
-    knowledge = Knowledge(table, Layout(b"p", 64), 1)
+    knowledge = Repair(table, KeyNames(b"p", 64), 1)
     for limit in range(1_000):
         rule = RateThrottleRule("rule", 10 + limit, HOUR_S, strategy=STRATEGIES[limit % len(STRATEGIES)]).compiled
         knowledge.shares._decide(rule, f"key {limit}", "=", START_US, 1)
@@ -137,7 +137,7 @@ def test_terms_are_kept_for_keys_that_are_still_to_be_freed() -> None:
 
 def test_a_clear_of_nothing_keeps_no_terms() -> None:
     table = KeyTable(1_000, clock_us=lambda: START_US, bounds=True)
-    knowledge = Knowledge(table, Layout(b"p", 64), 1)
+    knowledge = Repair(table, KeyNames(b"p", 64), 1)
     knowledge.forget_all()
     for limit in range(5_000):
         knowledge.shares._decide(changing(10**6 + limit).compiled, "nobody", "=", START_US, 1, consume=False)

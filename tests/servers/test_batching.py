@@ -16,7 +16,7 @@ import uvloop
 
 from ratethrottle import Decision, RateThrottleCore, RateThrottleRule, RedisStorage, Request
 from ratethrottle.errors import StorageError, StorageProtocolError, StorageUnavailable
-from ratethrottle.storage.redis import line
+from ratethrottle.storage.redis import connection
 from ratethrottle.storage.redis.wire import take_over
 from tests.kit.relay import Relay
 from tests.kit.servers import RedisServer
@@ -103,7 +103,7 @@ def test_when_all_replies_come_at_once_half_of_the_tasks_are_enough_to_send_agai
             server.resume()
             await asyncio.gather(*tasks)
 
-    monkeypatch.setattr(line, "take_over", heard)
+    monkeypatch.setattr(connection, "take_over", heard)
     with RedisServer() as server:
         run(crowd(server))
     assert order == "ww" + 32 * "t" + "w" + 32 * "t" + "w"
@@ -247,16 +247,16 @@ def test_a_hot_key_costs_one_call_in_a_ttl(run: Run, redis_server: RedisServer) 
 
     async def hammer() -> tuple[int, Counter[str]]:
         async with limiter_of(redis_server.url, rule, prefilter_ttl=0.1) as limiter:
-            [line] = limiter._storage._gatherings_here()
+            [line] = limiter._storage._connections_here()
             await asyncio.gather(*(limiter.check("user") for _ in range(6)))
-            before, ends = line.sent_entries, time.perf_counter() + 0.35
+            before, ends = line.batch.sent_entries, time.perf_counter() + 0.35
             sources: Counter[str] = Counter()
             while time.perf_counter() < ends:
                 decisions = await asyncio.gather(*(limiter.check("user") for _ in range(50)))
                 sources += Counter(decision.source for decision in decisions)
                 assert not any(decision.allowed for decision in decisions)
                 await asyncio.sleep(0)
-            return line.sent_entries - before, sources
+            return line.batch.sent_entries - before, sources
 
     asked, sources = run(hammer())
     assert 2 <= asked <= 4

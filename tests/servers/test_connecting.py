@@ -23,7 +23,7 @@ from ratethrottle.errors import ConfigurationError, StorageRefused, StorageUnava
 from ratethrottle.events import Event
 from ratethrottle.storage.redis import aside, names, settings
 from ratethrottle.storage.redis.aside import THREADS_MAX, Shared
-from ratethrottle.storage.redis.attempts import EVERY_MOST_S, EVERY_S, JITTER_S, Attempts
+from ratethrottle.storage.redis.backoff import EVERY_MOST_S, EVERY_S, JITTER_S, Backoff
 from ratethrottle.storage.redis.names import dial, literal
 from ratethrottle.storage.redis.race import Pace, Progress, Race
 from tests.kit.certificates import make_certificates
@@ -706,7 +706,7 @@ def test_attempts_get_rarer_and_fall_together(monkeypatch: pytest.MonkeyPatch) -
     now_s = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now_s)
     monkeypatch.setattr(time, "time", lambda: 1_700_000_000.2 + now_s)
-    two = Attempts(8), Attempts(8)
+    two = Backoff(8), Backoff(8)
     turns: list[list[float]] = [[], []]
     for each, at in zip(two, turns, strict=True):
         now_s = 1000.0
@@ -728,7 +728,7 @@ def test_attempts_get_rarer_and_fall_together(monkeypatch: pytest.MonkeyPatch) -
 def test_attempts_that_cost_a_token_get_rarer_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now_s)
-    each = Attempts(8)
+    each = Backoff(8)
     waits = []
     for _ in range(10):
         each.failed(costly=True)

@@ -26,8 +26,8 @@ import redis.sentinel
 from ratethrottle import Decision, LimiterClosed, RateThrottleCore, RateThrottleRule, RedisStorage, create_limiter
 from ratethrottle.errors import StorageProtocolError, StorageRefused, StorageTimeout, StorageUnavailable
 from ratethrottle.events import Event
-from ratethrottle.storage.redis.attempts import EVERY_S, JITTER_S, Attempts
-from ratethrottle.storage.redis.line import Line
+from ratethrottle.storage.redis.backoff import EVERY_S, JITTER_S, Backoff
+from ratethrottle.storage.redis.connection import Connection
 from ratethrottle.storage.redis.scripts import script
 from tests.kit.certificates import make_certificates
 from tests.kit.recovery import healed, until
@@ -47,9 +47,9 @@ async def admits_exactly_five(storage: RedisStorage) -> None:
     assert [decision.source for decision in decisions] == ["redis"] * 5 + ["prefilter"] * 2
 
 
-def line_of(limiter: RateThrottleCore) -> Line:
+def line_of(limiter: RateThrottleCore) -> Connection:
     """The one line of the running loop."""
-    [line] = limiter._storage._gatherings_here()
+    [line] = limiter._storage._connections_here()
     return line
 
 
@@ -300,7 +300,7 @@ async def test_a_reply_to_another_request_kills_the_connection_and_fails_its_cal
     relay: Relay, relayed: RateThrottleCore
 ) -> None:
     await relayed.check("user")
-    session = line_of(relayed)._session
+    session = line_of(relayed).batch.session_id
     relay.tamper = lambda reply: reply.replace(session, session[::-1])
     results = await asyncio.gather(*(relayed.check("user") for _ in range(3)), return_exceptions=True)
     assert all(isinstance(result, StorageProtocolError) for result in results)
@@ -361,11 +361,11 @@ async def test_a_check_cancelled_before_it_was_sent_costs_nothing(redis_server: 
     limiter = create_limiter("redis", redis_url=redis_server.url, rules=[MANY], deadline=5)
     task = asyncio.ensure_future(limiter.check("user"))
     await asyncio.sleep(0)
-    assert not line_of(limiter)._open
-    assert line_of(limiter)._waiting_count == 1
+    assert not line_of(limiter).batch.open
+    assert line_of(limiter).batch.callers == 1
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    assert line_of(limiter)._waiting_count == 0
+    assert line_of(limiter).batch.callers == 0
     assert (await limiter.peek("user")).remaining == 1_000_000
     await limiter.aclose()
 
@@ -727,7 +727,7 @@ def test_no_timer_or_task_is_left(redis_url: str) -> None:
 
 
 def test_a_turn_that_was_given_back_is_taken_once_and_not_after_a_success() -> None:
-    attempts = Attempts(1)
+    attempts = Backoff(1)
     attempts.failed()
     turn_s = time.monotonic() + attempts.wait_s()
     attempts.give_back(turn_s)

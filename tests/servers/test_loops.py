@@ -16,7 +16,7 @@ import pytest
 
 from ratethrottle import RateThrottleCore, RateThrottleRule, RedisStorage, create_limiter
 from ratethrottle.events import Event
-from ratethrottle.storage.redis.attempts import EVERY_S, Attempts
+from ratethrottle.storage.redis.backoff import EVERY_S, Backoff
 from tests.kit.servers import RedisServer, free_port
 
 RULE = RateThrottleRule("r", 1_000_000, 60)
@@ -123,13 +123,13 @@ def test_a_forked_child_has_all_connections_to_itself(redis_server: RedisServer,
     url = redis_server.url
     limiter = create_limiter("redis", redis_url=url, rules=[RULE], on_outage="raise", connections=2, max_connections=2)
     loops[0].run_until_complete(asyncio.wait_for(limiter.check_many(["a", "b", "c", "d"]), 5))
-    name = limiter._storage.knowledge.process_id
+    name = limiter._storage.repair.process_id
     child = os.fork()
     if not child:
         code = 1
         try:
             asyncio.run(limiter._storage.open())
-            code = 2 if limiter._storage.knowledge.process_id == name else 3
+            code = 2 if limiter._storage.repair.process_id == name else 3
             if code == 3 and asyncio.run(limiter.check_many(["a", "b", "c", "d"])):
                 code = 0
         finally:
@@ -142,7 +142,7 @@ def test_a_clock_that_is_set_back_delays_no_attempt(monkeypatch: pytest.MonkeyPa
     set_back_s = 0.0
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() - set_back_s)
-    turns = Attempts(8)
+    turns = Backoff(8)
     turns.failed()
     first_s = turns.wait_s()
     set_back_s = 300
@@ -186,4 +186,4 @@ async def test_a_task_factory_isnt_asked_for_the_librarys_own_tasks(redis_server
     asyncio.get_running_loop().set_task_factory(counting)
     async with create_limiter("redis", redis_url=redis_server.url, rules=[RULE], deadline=5) as limiter:
         await asyncio.get_running_loop().create_task(limiter.check("user"))
-    assert [name for name in asked if name.startswith(("Line", "PendingDecision"))] == ["PendingDecision"]
+    assert [name for name in asked if name.startswith(("Connection", "PendingDecision"))] == ["PendingDecision"]

@@ -22,14 +22,14 @@ LEFT = f"""
 import os, sys
 from ratethrottle import RateThrottleRule
 from ratethrottle._engine.keys import KeyTable
-from ratethrottle._layout import Layout
-from ratethrottle._outage import Shares
+from ratethrottle.storage._shared.keynames import KeyNames
+from ratethrottle.storage._shared.outage import Shares
 
 def resident_bytes():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 before, now_us = resident_bytes(), 10**15
-shares = Shares(KeyTable({KEYS}, clock_us=lambda: now_us, bounds=True), Layout(b"p", 64))
+shares = Shares(KeyTable({KEYS}, clock_us=lambda: now_us, bounds=True), KeyNames(b"p", 64))
 shares.set_share(1, 0)
 rule = RateThrottleRule("rule", 10, 60, strategy=sys.argv[1]).compiled
 for i in range({KEYS}):
@@ -67,7 +67,7 @@ async def test_a_clear_of_many_keys_does_not_hold_up_the_loop(redis_url: str) ->
     storage = RedisStorage.from_url(redis_url, max_bounds=3 * KEYS)
     async with RateThrottleCore(storage, rules=[rule]) as limiter:
         assert await limiter.check("key", cost=10)
-        shares, bounds = storage.knowledge.shares, storage.bounds
+        shares, bounds = storage.repair.shares, storage.bounds
         shares.set_share(1, 0)
         for i in range(2 * KEYS):
             shares._decide(rule.compiled, f"user:{i}", "=", bounds.clock_us(), 1)

@@ -14,8 +14,8 @@ import pytest
 from ratethrottle import Decision, RateThrottleCore, RateThrottleRule, RedisStorage, create_limiter
 from ratethrottle.errors import StorageError, StorageRefused, StorageUnavailable
 from ratethrottle.events import Event
-from ratethrottle.storage.redis import attempts
-from ratethrottle.storage.redis.attempts import EVERY_S, JITTER_S
+from ratethrottle.storage.redis import backoff
+from ratethrottle.storage.redis.backoff import EVERY_S, JITTER_S
 from tests.kit.recovery import served, until
 from tests.kit.relay import Relay
 from tests.kit.servers import RedisServer, free_port
@@ -35,8 +35,8 @@ def limiter_of(url: str, rule: RateThrottleRule = RULE, **options: Any) -> RateT
 @pytest.fixture
 def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that aren't about when it is tried to connect: five times as often."""
-    monkeypatch.setattr(attempts, "EVERY_S", attempts.EVERY_S / 5)
-    monkeypatch.setattr(attempts, "JITTER_S", attempts.JITTER_S / 5)
+    monkeypatch.setattr(backoff, "EVERY_S", backoff.EVERY_S / 5)
+    monkeypatch.setattr(backoff, "JITTER_S", backoff.JITTER_S / 5)
 
 
 def admitted(decisions: list[Decision]) -> int:

@@ -38,7 +38,7 @@ def shares(limiter: RateThrottleCore) -> int:
     """Of how many processes this one takes itself for one."""
     storage = limiter._storage
     assert isinstance(storage, RedisStorage)
-    return storage.knowledge.shares.n
+    return storage.repair.shares.n
 
 
 # Limiters of one process
@@ -115,15 +115,15 @@ async def test_other_keys_are_another_account(redis_url: str, options: dict[str,
 
 async def test_only_what_is_known_to_be_the_same_server_is_shared() -> None:
     def knowledge(client: Any) -> Any:
-        return RedisStorage(client).knowledge
+        return RedisStorage(client).repair
 
     one, other = fakeredis.FakeServer(), fakeredis.FakeServer()
     kept = [RedisStorage(fakeredis.FakeAsyncRedis(server=one)), RedisStorage(redis.Redis(host="LOCALHOST", db=1))]
-    assert knowledge(fakeredis.FakeRedis(server=one)) is kept[0].knowledge
-    assert knowledge(fakeredis.FakeRedis(server=other)) is not kept[0].knowledge
-    assert knowledge(redis.asyncio.Redis(host="localhost", port=6379, db=1, username="u", password="p")) is kept[1].knowledge
+    assert knowledge(fakeredis.FakeRedis(server=one)) is kept[0].repair
+    assert knowledge(fakeredis.FakeRedis(server=other)) is not kept[0].repair
+    assert knowledge(redis.asyncio.Redis(host="localhost", port=6379, db=1, username="u", password="p")) is kept[1].repair
     for elsewhere in ({"db": 2}, {"db": 1, "port": 6380}, {"db": 1, "host": "h"}, {"db": 1, "unix_socket_path": "/tmp/redis"}):
-        assert knowledge(redis.Redis(**elsewhere)) is not kept[1].knowledge
+        assert knowledge(redis.Redis(**elsewhere)) is not kept[1].repair
 
     class Tunnel(redis.asyncio.Connection):
         pass
@@ -133,12 +133,12 @@ async def test_only_what_is_known_to_be_the_same_server_is_shared() -> None:
 
     pools = [redis.asyncio.ConnectionPool(connection_class=kind, db=1) for kind in (Tunnel, Another)]
     through = [RedisStorage(redis.asyncio.Redis(connection_pool=pool)) for pool in pools]
-    assert len({id(storage.knowledge) for storage in (kept[1], *through)}) == 3
-    assert knowledge(redis.asyncio.Redis(connection_pool=pools[0])) is through[0].knowledge
+    assert len({id(storage.repair) for storage in (kept[1], *through)}) == 3
+    assert knowledge(redis.asyncio.Redis(connection_pool=pools[0])) is through[0].repair
     sentinel = redis.asyncio.Sentinel([("a", 1), ("b", 2)])
     kept.append(RedisStorage(sentinel.master_for("m")))
-    assert knowledge(redis.asyncio.Sentinel([("b", 2), ("a", 1)]).master_for("m")) is kept[2].knowledge
-    assert knowledge(sentinel.master_for("n")) is not kept[2].knowledge
+    assert knowledge(redis.asyncio.Sentinel([("b", 2), ("a", 1)]).master_for("m")) is kept[2].repair
+    assert knowledge(sentinel.master_for("n")) is not kept[2].repair
 
 
 # When a count is believed
@@ -150,34 +150,34 @@ def test_a_count_is_not_believed_before_it_is_settled(redis_client: redis.Redis)
     fleet = [Process(world, expected=4) for _ in range(4)]
     for life in range(8):
         for process in fleet:
-            process.line.connect_at_us = world.t_us + 100_000 * (
+            process.connection.connect_at_us = world.t_us + 100_000 * (
                 (process is not fleet[0]) * (1 + fleet.index(process) * life % 3)
             )
         for _ in range(8):
             turn(world, fleet)
-            assert [process.knowledge.shares.n for process in fleet] == [4] * 4
+            assert [process.repair.shares.n for process in fleet] == [4] * 4
         world.fail_over({})
         world.t_us += 600_000
-        assert [process.knowledge.shares.n for process in fleet] == [4] * 4
+        assert [process.repair.shares.n for process in fleet] == [4] * 4
     # One that lives is believed, when it says as many as before, and when it says fewer.
     for process in fleet:
-        process.line.connect_at_us = 0
+        process.connection.connect_at_us = 0
     for _ in range(60):
         turn(world, fleet)
-    assert [process.knowledge.processes for process in fleet] == [process.knowledge.shares.n for process in fleet] == [4] * 4
+    assert [process.repair.fleet.processes for process in fleet] == [process.repair.shares.n for process in fleet] == [4] * 4
     left = fleet[1:3]
     for process in (fleet[0], fleet[3]):
-        process.line.lose()
+        process.connection.lose()
     for _ in range(90):
         turn(world, left)
-    assert [process.knowledge.shares.n for process in left] == [2, 2]
+    assert [process.repair.shares.n for process in left] == [2, 2]
 
 
 def turn(world: World, fleet: list[Process]) -> None:
     """50 ms, in which each of them looks whether it is time to connect, and says what there is to say."""
     for process in fleet:
-        if not process.line._open and world.t_us >= process.line.connect_at_us:
-            process.line._connect()
+        if not process.connection.batch.open and world.t_us >= process.connection.connect_at_us:
+            process.connection.connect()
         process.round_trip()
     world.t_us += 50_000
 
@@ -186,10 +186,10 @@ def test_nobody_who_was_told_nothing_takes_himself_for_alone_at_once(redis_clien
     world = World(redis_client)
     process = Process(world)
     turn(world, [process])
-    assert (process.knowledge.processes, process.knowledge.shares.n) == (1, 0)
+    assert (process.repair.fleet.processes, process.repair.shares.n) == (1, 0)
     for _ in range(15):
         turn(world, [process])
-    assert process.knowledge.shares.n == 1
+    assert process.repair.shares.n == 1
 
 
 # A large fleet
@@ -323,14 +323,14 @@ def test_a_number_that_no_server_can_say_is_not_taken_up(redis_client: redis.Red
             reply[1 + place] = lies.pop()
         return reply
 
-    process.line.tamper = tamper
-    process.line._broken = lambda what: (broken.append(what), process.line.lose())  # type: ignore[method-assign]  # the test hears of it
+    process.connection.tamper = tamper
+    process.connection.broken = lambda what: (broken.append(what), process.connection.lose())  # type: ignore[method-assign]  # the test hears of it
     for _ in range(20):
         turn(world, [process])
     assert broken
-    assert process.line.ready
-    assert process.knowledge.epoch <= world.server_us()
-    assert process.knowledge.processes == 1
+    assert process.connection.batch.serving
+    assert process.repair.epoch <= world.server_us()
+    assert process.repair.fleet.processes == 1
 
 
 @pytest.mark.parametrize(("mode", "place"), [("check", 1), ("reset", 1), ("reset", 2), ("check", -1)])
@@ -351,8 +351,8 @@ def test_a_time_that_no_clock_says_is_not_taken_up(redis_client: redis.Redis, mo
             reply[place] = lies.pop()
         return reply
 
-    process.line.tamper = tamper
-    process.line._broken = lambda what: (broken.append(what), process.line.lose())  # type: ignore[method-assign]  # the test hears of it
+    process.connection.tamper = tamper
+    process.connection.broken = lambda what: (broken.append(what), process.connection.lose())  # type: ignore[method-assign]  # the test hears of it
     process.ask([("k", rule, 1)], mode)
     turn(world, [process])
     assert len(broken) == (place != 1 or number > LATEST_US)
@@ -360,8 +360,8 @@ def test_a_time_that_no_clock_says_is_not_taken_up(redis_client: redis.Redis, mo
         turn(world, [process])
     process.ask([("k", rule, 1)], mode)
     turn(world, [process])
-    assert process.line.ready
-    assert process.line._in_flight_count == process.line._waiting_count == 0
+    assert process.connection.batch.serving
+    assert process.connection.batch.calls_in_flight == process.connection.batch.callers == 0
 
 
 async def test_a_process_that_met_a_corrupt_epoch_goes_on(redis_url: str, redis_client: redis.Redis) -> None:

@@ -102,13 +102,13 @@ class Busy:
             case 3:
                 process.turn()
                 process.connect()
-                process.line.serve()
+                process.connection.serve()
             case 4:
-                process.line.deliver(rng.choice((None, 30)))
+                process.connection.deliver(rng.choice((None, 30)))
             case 5:
                 world.t_us += rng.randrange(2 * self.rule.lease_us)  # a stall of all: whoever goes on has missed its timers
             case 6:
-                process.line.lose()
+                process.connection.lose()
             case 7:
                 if len(self.alive) > 2:
                     i = self.alive.index(process)
@@ -146,7 +146,7 @@ def keep_the_promise(busy: Busy, steps: int = 400) -> int:
         busy.step()
     for process in busy.world.processes:
         if process not in busy.alive:
-            process.line._end(RuntimeError("killed"))
+            process.connection.batch.end(RuntimeError("killed"))
             process.checks.clear()
             process.loop.timers.clear()
     busy.world.processes[:] = busy.alive
@@ -174,7 +174,7 @@ def test_a_lease_of_units_that_nobody_counted_is_caught(redis_client: redis.Redi
         for seed in range(100):
             busy = Busy(redis_client, seed, strategy)
             for process in busy.world.processes:
-                process.line.tamper = generous
+                process.connection.tamper = generous
             keep_the_promise(busy)
 
     with pytest.raises(intervals.PromiseBrokenError):
@@ -248,7 +248,7 @@ def test_units_that_were_not_spent_come_back(world: World, strategy: str, spend:
         assert process.check("k", what.rule).decision.source == "lease"
     world.t_us += what.rule.lease_us
     world.settle()
-    back = process.line.requests[-1].items
+    back = process.connection.requests[-1].items
     assert [(item.count, item.ahead, item.back) for item in back] == [(0, 0, 10 - spend)]
     # A bucket's come back less what drained meanwhile, rounded down: a tenth of a unit here.
     lost = strategy.endswith("bucket") and spend < 10
@@ -270,7 +270,7 @@ def test_who_waited_while_a_lease_came_spends_from_it(world: World, strategy: st
     process.turn()
     third = [process.check("k", what.rule) for _ in range(late)]
     process.turn()
-    assert [[(item.count, item.ahead) for item in request.items] for request in process.line.requests[1:]] == [
+    assert [[(item.count, item.ahead) for item in request.items] for request in process.connection.requests[1:]] == [
         [(10, 10)],
         [(1, 0)],
     ]
@@ -279,7 +279,7 @@ def test_who_waited_while_a_lease_came_spends_from_it(world: World, strategy: st
     assert [check.decision.source for check in third] == ["lease"] * min(late, 10) + ["redis"] * (late - 10)
     assert all(check.decision.allowed for check in (*first, second, *third))
     # What was spent whole within its time may be twice as large.
-    assert [item.ahead for request in process.line.requests[3:] for item in request.items] == [20] * (late - 10)
+    assert [item.ahead for request in process.connection.requests[3:] for item in request.items] == [20] * (late - 10)
     comes_back(world, what, strategy, 12 + late)
 
 
@@ -291,7 +291,7 @@ def hold_the_rest(world: World, what: Leased, units: int) -> Process:
     for _ in range(units):
         process.check("k", what.rule)
     process.turn()
-    process.line.serve()
+    process.connection.serve()
     rest = process.check("k", what.rule, left(world, what))
     world.settle()
     assert rest.decision.allowed
@@ -306,7 +306,7 @@ def test_nobody_is_denied_what_is_on_its_way_back(world: World, strategy: str) -
     world.t_us += what.rule.lease_us
     process.turn()
     process.turn()
-    assert [item.back for item in process.line.requests[-1].items] == [10]
+    assert [item.back for item in process.connection.requests[-1].items] == [10]
     check = process.check("k", what.rule)
     world.settle()
     assert check.decision.allowed
@@ -323,7 +323,7 @@ def test_nobody_is_denied_what_the_call_before_gives_back(world: World, strategy
     keys = ["k", *(f"other{number}" for number in range(40)), "k"]
     checks = [process.check(key, what.rule) for key in keys]
     process.turn()
-    assert [sum(item.back for item in request.items) for request in process.line.requests[-2:]] == [10, 0]
+    assert [sum(item.back for item in request.items) for request in process.connection.requests[-2:]] == [10, 0]
     world.settle()
     assert all(check.decision.allowed for check in checks)
     world.end()
@@ -353,11 +353,11 @@ def late_reply(process: Process, what: Leased, keys: str) -> Callable[..., Any]:
         if count == 1:
             process.world.settle()
     process.turn()
-    assert [item.ahead for item in process.line.requests[-1].items] == [10] * len(keys)
-    late = process.line._late_replies()
-    process.line.lose()
-    process.line.wanted = True
-    request = process.line.requests[-1].id
+    assert [item.ahead for item in process.connection.requests[-1].items] == [10] * len(keys)
+    late = process.connection.batch.late_replies()
+    process.connection.lose()
+    process.connection.wanted = True
+    request = process.connection.requests[-1].id
 
     def received(*numbers: int) -> None:
         with running(process.loop):
@@ -367,7 +367,7 @@ def late_reply(process: Process, what: Leased, keys: str) -> Callable[..., Any]:
 
 
 def backs(process: Process, since: int) -> list[tuple[bytes, int]]:
-    return [(item.key, item.back) for request in process.line.requests[since:] for item in request.items if item.back]
+    return [(item.key, item.back) for request in process.connection.requests[since:] for item in request.items if item.back]
 
 
 @pytest.mark.parametrize("undecided", [-2, -3, -4])
@@ -376,7 +376,7 @@ def test_a_late_reply_that_leaves_keys_undecided_gives_back_what_it_took_and_no_
     process = world.processes[0]
     late = late_reply(process, what, "abc")
     world.settle()
-    since = len(process.line.requests)
+    since = len(process.connection.requests)
     late(undecided, 10, 20, 5, 4, undecided)
     world.settle()
     assert backs(process, since) == [(process.state_key("b", what.rule), 4)]
@@ -392,12 +392,12 @@ def test_a_lease_that_ends_while_units_of_a_late_reply_go_back_is_given_back_too
         for _ in range(count):
             process.check("k", what.rule)
         world.settle()
-    held = process.line.requests[-1].items[0].ahead
+    held = process.connection.requests[-1].items[0].ahead
     assert held > 0
     for key in ("busy", "busier"):  # as many calls as may be in flight
         process.check(key, what.rule)
         process.turn()
-    since = len(process.line.requests)
+    since = len(process.connection.requests)
     late(10, 20, 5, 4)
     world.t_us += what.rule.lease_us
     process.turn()
@@ -407,8 +407,8 @@ def test_a_lease_that_ends_while_units_of_a_late_reply_go_back_is_given_back_too
 
 def clear(world: World, client: redis.Redis) -> None:
     """Begin an epoch as `RedisStorage.clear` does."""
-    words = (RUN, world.processes[0].knowledge.epoch, "clearing", "clear", 0, 0, 0, world.server_us())
-    client.evalsha(world.store.shas["beat"], 2, world.layout.epoch_key, world.layout.processes_key, "id", *words)
+    words = (RUN, world.processes[0].repair.epoch, "clearing", "clear", 0, 0, 0, world.server_us())
+    client.evalsha(world.store.shas["beat"], 2, world.names.epoch_key, world.names.processes_key, "id", *words)
 
 
 @pytest.mark.parametrize("how", ["at once", "at its end"])
@@ -424,15 +424,15 @@ def test_what_was_leased_before_a_clear_is_not_given_back_after_it(world: World,
     assert all(check.decision is not None and check.decision.allowed for check in checks)
     if how == "at once":
         with running(process.loop):
-            process.line._return_leases()
+            process.connection.batch.return_leases()
     else:
         world.t_us += 2 * what.rule.lease_us
         process.turn()
         process.turn()
-    assert [item.back for item in process.line.requests[-1].items] == [60]
-    while process.line.unserved:
-        process.line.serve()
-    process.line.deliver()
+    assert [item.back for item in process.connection.requests[-1].items] == [60]
+    while process.connection.unserved:
+        process.connection.serve()
+    process.connection.deliver()
     world.settle()
     check = other.check("k", what.rule)
     world.settle()
@@ -480,7 +480,7 @@ def test_leases_of_two_calls_in_flight_lose_no_units(world: World, strategy: str
             process.check("k", what.rule)
         process.turn()
         used += cost
-    assert len(process.line.unserved) == 2
+    assert len(process.connection.unserved) == 2
     comes_back(world, what, strategy, used)
 
 
@@ -675,7 +675,7 @@ def test_units_go_back_to_where_they_came_from_although_their_rule_has_another_l
     world.t_us += 1
     process.check("k", new.rule, 6)
     world.settle()
-    (item,) = process.line.requests[-1].items
+    (item,) = process.connection.requests[-1].items
     assert (item.count, item.back) == (1, 5)
     now = entries()
     used = sum(was.values()) - 5 + 6
@@ -694,7 +694,7 @@ def test_units_taken_under_another_definition_do_not_go_back_to_what_it_has_coun
     process = grant(world, old, 10)
     process.check("k", new.rule)
     world.settle()
-    assert process.line.requests[-1].items[0].back == 0
+    assert process.connection.requests[-1].items[0].back == 0
     world.end()
 
 
@@ -707,7 +707,7 @@ def test_units_of_before_a_reset_are_not_given_back_after_it(world: World, strat
         world.store.consume(process.state_key("k", what.rule), what.rule, 1, world.server_us())
     world.t_us += what.rule.lease_us
     world.settle()
-    assert [item.back for item in process.line.requests[-1].items] == [10]
+    assert [item.back for item in process.connection.requests[-1].items] == [10]
     assert left(world, what) <= what.rule.capacity - 20
     world.end()
 

@@ -191,7 +191,7 @@ def caught(client: redis.Redis, strategy: str, tamper: Tamper | None = None, **o
         doubted = Doubted(client, seed, strategies=(strategy,), **options)
         if tamper is not None:
             for process in doubted.world.processes:
-                process.line.tamper = tamper
+                process.connection.tamper = tamper
         try:
             run(doubted)
         except UnsoundError:

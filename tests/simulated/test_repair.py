@@ -61,7 +61,7 @@ class Losing:
             self.turn(ask=True)
             if self.rng.random() < 0.2:
                 kept = self.world.store.keep()
-        while any(process.knowledge.epoch == 0 for process in self.world.processes):  # it has asked for nothing yet
+        while any(process.repair.epoch == 0 for process in self.world.processes):  # it has asked for nothing yet
             self.turn(ask=True)
         if self.rng.random() < 0.5:
             self.world.store.lose({})
@@ -79,8 +79,8 @@ class Losing:
         for _ in range(60):
             self.turn(ask=True)
         for process in self.world.processes:
-            assert process.knowledge.epochs == 1
-            assert process.line.ready
+            assert process.repair.epochs == 1
+            assert process.connection.batch.serving
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -102,7 +102,7 @@ def served_after_us(client: redis.Redis, seed: int, *, stopped: bool = False, se
     world = losing.world
     while len(world.processes) < 3:
         Process(world)
-    while any(process.knowledge.processes != 3 for process in world.processes):
+    while any(process.repair.fleet.processes != 3 for process in world.processes):
         losing.turn(ask=True)
     begun_us = world.t_us
     while settled and world.t_us < begun_us + 1_200_000:  # until they have been counted twice
@@ -113,7 +113,7 @@ def served_after_us(client: redis.Redis, seed: int, *, stopped: bool = False, se
         world.processes.pop()
     while True:
         losing.turn(ask=True)
-        if all(process.knowledge.epochs == 1 and process.line.ready for process in world.processes):
+        if all(process.repair.epochs == 1 and process.connection.batch.serving for process in world.processes):
             return world.t_us - lost_at_us
 
 
@@ -147,7 +147,7 @@ def test_without_telling_it_the_promise_is_broken(
 
     def mute(world: World) -> None:
         for process in world.processes:
-            process.line.mute = True
+            process.connection.mute = True
 
     broken = 0
     for seed in range(12):
@@ -172,24 +172,24 @@ def test_what_was_admitted_before_a_clear_is_charged_by_nobody(redis_client: red
         for process in (near, far):
             process.round_trip()
         world.t_us += 20_000
-    far.line.lose()
+    far.connection.lose()
     with running(far.loop):
-        far.line._go_away(StorageUnavailable("cut off"))
+        far.connection.batch.begin_outage(StorageUnavailable("cut off"))
     alone = far.check("k", rule).decision
     assert alone is not None
     assert alone.allowed
-    assert far.knowledge.owed == 1
-    words = (RUN, near.knowledge.epoch, "clearing", "clear", 0, 0, 0, world.server_us())
-    keys = (world.layout.epoch_key, world.layout.processes_key)
+    assert far.repair.owed == 1
+    words = (RUN, near.repair.epoch, "clearing", "clear", 0, 0, 0, world.server_us())
+    keys = (world.names.epoch_key, world.names.processes_key)
     redis_client.evalsha(world.store.shas["beat"], 2, *keys, "id", *words)
     # It isn't counted any more, nor is anybody waited for.
     check = near.check("k", rule)
     near.round_trip()
     assert check.decision is not None
     assert (check.decision.source, check.decision.remaining) == ("redis", 9)
-    far.line.wanted = True
+    far.connection.wanted = True
     far.round_trip()
-    assert far.knowledge.owed == len(far.bounds) == 0
+    assert far.repair.owed == len(far.bounds) == 0
     check = far.check("k", rule)
     far.round_trip()
     assert check.decision is not None
@@ -204,14 +204,14 @@ def test_what_a_broken_line_had_to_charge_comes_before_the_checks_of_another_lin
     for _ in range(60):
         process.round_trip()
         world.t_us += 20_000
-    first, second = process.line, Connection(process, process.loop)
-    process.line = second
+    first, second = process.connection, Connection(process, process.loop)
+    process.connection = second
     second.wanted = True
     process.round_trip()
     first.lose()
     with running(process.loop):
-        first._go_away(StorageUnavailable("cut off"))
-    process.line = first
+        first.batch.begin_outage(StorageUnavailable("cut off"))
+    process.connection = first
     process._forget_here()
     alone = process.check("k", rule).decision
     assert alone is not None
@@ -220,8 +220,8 @@ def test_what_a_broken_line_had_to_charge_comes_before_the_checks_of_another_lin
     process.connect()
     assert [request.mode for request in first.unserved] == ["repair"]
     first.lose()
-    assert process.knowledge.owed == 1
-    process.line = second
+    assert process.repair.owed == 1
+    process.connection = second
     process._forget_here()
     check = process.check("k", rule)
     world.settle()
@@ -237,9 +237,9 @@ def test_what_would_hold_the_store_for_too_long_is_told_in_several_calls(redis_c
     for key in keys:
         process.check(key, rule, 30)
     world.settle()
-    process.line.lose()
+    process.connection.lose()
     with running(process.loop):
-        process.line._go_away(StorageUnavailable("cut off"))
+        process.connection.batch.begin_outage(StorageUnavailable("cut off"))
     alone = []
     for _ in range(24):
         world.t_us += 300
@@ -253,8 +253,8 @@ def test_what_would_hold_the_store_for_too_long_is_told_in_several_calls(redis_c
             told.append(int(request.words[-1]))
         return reply
 
-    process.line.tamper = note
-    process.line.wanted = True
+    process.connection.tamper = note
+    process.connection.wanted = True
     process.connect()
     for _ in range(60):
         process.round_trip()

@@ -51,7 +51,7 @@ def test_equal_checks_next_to_each_other_are_one_entry_and_the_others_keep_their
     checks = [process.check("k", RULE, cost) for cost in (1, 1, 2, 1, 1, 1)]
     process.check("other", RULE, 2)
     world.end()
-    [request] = process.line.requests
+    [request] = process.connection.requests
     assert counts(request) == [(1, 2), (2, 1), (1, 3), (2, 1)]
     assert allowed(checks) == [True, True, True, True, False, False]
     assert [check.decision.remaining for check in checks] == [4, 3, 1, 0, 0, 0]
@@ -60,7 +60,7 @@ def test_equal_checks_next_to_each_other_are_one_entry_and_the_others_keep_their
 def test_checks_of_one_key_stay_in_order_among_those_of_others(world: World, process: Process) -> None:
     checks = [process.check(key, RULE, cost) for cost in (2, 1, 4) for key in ("a", "b")]
     world.end()
-    assert counts(process.line.requests[0]) == [(2, 1), (2, 1), (1, 1), (1, 1), (4, 1), (4, 1)]
+    assert counts(process.connection.requests[0]) == [(2, 1), (2, 1), (1, 1), (1, 1), (4, 1), (4, 1)]
     assert allowed(checks) == [True] * 4 + [False] * 2
 
 
@@ -71,10 +71,10 @@ def test_a_lone_check_leaves_in_the_same_turn_and_two_calls_are_in_flight_at_mos
     for expected in (1, 2, 2):
         process.check("k", RULE)
         process.turn()
-        assert len(process.line.unserved) == expected + (expected == 1)
-    process.line.serve()
-    process.line.deliver()
-    assert [counts(request) for request in process.line.requests] == [[(1, 1)], [(1, 1)], [(1, 2)]]
+        assert len(process.connection.unserved) == expected + (expected == 1)
+    process.connection.serve()
+    process.connection.deliver()
+    assert [counts(request) for request in process.connection.requests] == [[(1, 1)], [(1, 1)], [(1, 2)]]
     world.end()
 
 
@@ -89,24 +89,24 @@ def test_what_waits_is_halved_unless_as_many_are_about_to_ask_again(world: World
     process.connect()
     world.settle()
     ask(range(40))
-    assert [len(request.items) for request in process.line.requests[1:]] == [20, 20]
+    assert [len(request.items) for request in process.connection.requests[1:]] == [20, 20]
     ask(range(40, 80))
-    process.line.serve()
-    process.line.serve()
+    process.connection.serve()
+    process.connection.serve()
     # Both replies come at once: 40 are woken, and until they have asked again Redis has nothing to do but this.
-    process.line.deliver()
-    assert [len(request.items) for request in process.line.requests[3:]] == [40]
+    process.connection.deliver()
+    assert [len(request.items) for request in process.connection.requests[3:]] == [40]
     ask(range(80, 120))
     world.settle()
-    assert [len(request.items) for request in process.line.requests[3:]] == [40, 40]
+    assert [len(request.items) for request in process.connection.requests[3:]] == [40, 40]
     # But few are.
     ask(range(5))
     ask(range(5, 10))
     ask(range(10, 60))
-    process.line.serve()
-    process.line.serve()
-    process.line.deliver()
-    assert [len(request.items) for request in process.line.requests[5:]] == [5, 5, 25, 25]
+    process.connection.serve()
+    process.connection.serve()
+    process.connection.deliver()
+    assert [len(request.items) for request in process.connection.requests[5:]] == [5, 5, 25, 25]
     world.end()
 
 
@@ -118,8 +118,8 @@ def test_three_hundred_checks_at_once_are_decided_in_order_over_three_calls(worl
     decisions = group.decisions()
     assert [decision.key for decision in decisions] == keys
     assert [decision.remaining for decision in decisions] == [4 - i % 5 for i in range(300)]
-    assert [len(request.items) for request in process.line.requests] == [128, 128, 44]
-    told = [item.key for request in process.line.requests for item in request.items]
+    assert [len(request.items) for request in process.connection.requests] == [128, 128, 44]
+    told = [item.key for request in process.connection.requests for item in request.items]
     assert [key.rsplit(b"=", 1)[1].decode() for key in told] == keys
     world.end()
 
@@ -127,7 +127,7 @@ def test_three_hundred_checks_at_once_are_decided_in_order_over_three_calls(worl
 def test_equal_checks_of_many_keys_in_a_row_are_one_run_each_key_once(world: World, process: Process) -> None:
     checks = [process.check(f"k{i % 40}", RULE) for i in range(120)]
     world.end()
-    [request] = process.line.requests
+    [request] = process.connection.requests
     assert request.words[7 + len(request.keys) : 10 + len(request.keys)] == [b"1", b"1", b"0"]  # rules, runs, leases
     assert len(request.keys) == 40
     assert all(allowed(checks))
@@ -142,7 +142,7 @@ def test_a_check_that_was_not_sent_is_not_sent_any_more(world: World, process: P
     for i in (0, 3):
         checks[i].cancel(at_once=at_once)
     world.end()
-    assert counts(process.line.requests[0]) == [(1, 5)]
+    assert counts(process.connection.requests[0]) == [(1, 5)]
     assert allowed(checks) == [False, True, True, False, True, True, True]
 
 
@@ -151,7 +151,7 @@ def test_a_check_that_was_sent_is_counted_and_changes_nobody_else(world: World, 
     process.turn()
     process.connect()
     checks[1].cancel()
-    process.line.serve()
+    process.connection.serve()
     checks[2].cancel(at_once=False)
     world.end()
     assert allowed(checks) == [True, False, False, True, True, False, False]
@@ -164,7 +164,7 @@ def test_all_of_a_call_cancelled_leaves_nothing(world: World, process: Process) 
         check.cancel()
     process.turn()
     process.connect()
-    assert not process.line.requests
+    assert not process.connection.requests
     world.end()
 
 
@@ -179,7 +179,7 @@ def test_many_checks_at_once_can_be_given_up_together(world: World, process: Pro
     group.future.cancel()
     group.leave()
     world.end()
-    assert [counts(request) for request in process.line.requests] == (
+    assert [counts(request) for request in process.connection.requests] == (
         [[(1, 2), (2, 1), (1, 1), (5, 1)]] if sent else [[(1, 1), (4, 1)]]
     )
     assert allowed([before, after]) == [True, not sent]
@@ -207,7 +207,7 @@ def fly(process: Process) -> None:
 def test_a_hot_key_is_asked_once_in_a_ttl_while_the_others_wait_for_the_answer(world: World, process: Process, rule: Any) -> None:
     hot(world, process, rule)
     for _ in range(3):
-        before = process.line.sent_entries
+        before = process.connection.batch.sent_entries
         asker = process.check("k", rule)
         fly(process)
         parked = [process.check("k", rule, cost) for cost in (1, 5, 2, 1)]
@@ -215,11 +215,11 @@ def test_a_hot_key_is_asked_once_in_a_ttl_while_the_others_wait_for_the_answer(w
         assert asker.entered
         assert sources(parked) == {"none"}
         world.settle()
-        assert process.line.sent_entries == before + 1
+        assert process.connection.batch.sent_entries == before + 1
         assert sources([asker]) == {"redis"}
         assert sources(parked) == {"prefilter"}
         assert sources([process.check("k", rule) for _ in range(100)]) == {"prefilter"}
-        assert process.line.sent_entries == before + 1
+        assert process.connection.batch.sent_entries == before + 1
         world.t_us += TTL_US + 1
     world.end()
 
@@ -232,7 +232,7 @@ def test_those_who_waited_for_an_answer_that_says_yes_are_asked_about_together(w
     world.store.reset([asker.state_key], world.server_us())
     world.settle()
     assert allowed([asker, *parked]) == [True] * 5 + [False] * 2
-    assert counts(process.line.requests[-1]) == [(1, 6)]
+    assert counts(process.connection.requests[-1]) == [(1, 6)]
     world.end()
 
 
@@ -257,9 +257,9 @@ def test_an_asker_without_an_answer_leaves_nobody_stuck(world: World, process: P
     process.work(DEADLINE_US // 2)
     parked = [process.check("k", RULE) for _ in range(3)]
     if lost == "connection":
-        process.line.lose()
+        process.connection.lose()
     else:
-        process.line.unserved.clear()
+        process.connection.unserved.clear()
         process.work(DEADLINE_US // 2 + 2_000)
     process.poll()
     assert isinstance(asker.error, StorageUnavailable if lost == "connection" else StorageTimeout)
@@ -288,8 +288,8 @@ def test_a_parked_check_ends_within_its_own_deadline_although_younger_ones_wait(
     younger = [process.check(f"waits {i}", RULE) for i in range(3)]
     # The answer says yes, so that the parked one has to be asked about itself; and nothing else is answered any more.
     world.store.reset([asker.state_key], world.server_us())
-    process.line.serve()
-    process.line.deliver()
+    process.connection.serve()
+    process.connection.deliver()
     process.poll()
     assert asker.over
     while not parked.over:
@@ -308,11 +308,11 @@ class TwoLoops(Process):
 
     def __init__(self, world: World, **options: Any) -> None:
         super().__init__(world, **options)
-        self.lines = [self.line, Connection(self, FakeLoop(self.now_us))]
+        self.lines = [self.connection, Connection(self, FakeLoop(self.now_us))]
 
     def use(self, number: int) -> None:
-        self.line = self.lines[number]
-        self.loop = self.line.loop
+        self.connection = self.lines[number]
+        self.loop = self.connection.loop
         self._forget_here()
 
 
@@ -345,10 +345,10 @@ def test_each_check_ends_within_its_own_deadline_whatever_holds_it_up(world: Wor
         process.connect()
         process.poll()
         if i % 11 == 5:
-            process.line.lose()
+            process.connection.lose()
         if i % 5 == 0:
-            process.line.serve()
-            process.line.deliver()
+            process.connection.serve()
+            process.connection.deliver()
     while not all(check.over for check in checks):
         world.t_us += 1_000
         process.turn()
@@ -368,8 +368,8 @@ def test_a_crowd_that_takes_longer_than_its_deadline_to_enter_is_decided_by_redi
     process.turn()
     for _ in range(4):  # calls of 128
         world.t_us += DEADLINE_US // 5
-        process.line.serve()
-        process.line.deliver()
+        process.connection.serve()
+        process.connection.deliver()
         process.turn()
         process.poll()
     assert {check.decision.source if check.decision else "" for check in checks} == {"redis"}
@@ -385,12 +385,12 @@ def test_two_calls_that_were_not_run_for_want_of_the_script_are_sent_again_in_or
     fly(process)
     third = process.check("k", RULE, 1)
     world.store.forgot_scripts = True
-    process.line.serve()
-    process.line.serve()
-    process.line.deliver()
+    process.connection.serve()
+    process.connection.serve()
+    process.connection.deliver()
     world.settle()
     assert allowed([first, second, third]) == [True, True, False]
-    assert [counts(request) for request in process.line.requests if not request.loads][-1] == [(2, 1), (3, 1), (1, 1)]
+    assert [counts(request) for request in process.connection.requests if not request.loads][-1] == [(2, 1), (3, 1), (1, 1)]
     world.end()
 
 
@@ -402,8 +402,8 @@ LATE_US = 2_000  # a timer of the loop, and one more look
 
 def answer(process: Process) -> None:
     """Redis answers the next call."""
-    process.line.serve()
-    process.line.deliver()
+    process.connection.serve()
+    process.connection.deliver()
     process.poll()
 
 
@@ -427,8 +427,8 @@ def test_what_waits_too_long_for_a_line_that_is_answered_is_overload_and_no_outa
     denied = [check for check in checks if check.decision.source == "overload"]
     assert not any(check.decision for check in denied)
     assert all(check.ended_us - check.began_us <= DEADLINE_US + 60_000 for check in denied)
-    assert process.tally.overloads == len(denied)
-    assert not process.line.away
+    assert process.context.overloads == len(denied)
+    assert not process.connection.batch.away
     world.end()
 
 
@@ -443,7 +443,7 @@ def test_overload_can_be_an_error_that_says_whether_the_check_was_counted(world:
     assert all("this process's load" in error and "raise `connections`" in error for error in errors)
     assert {"may have been counted" in error for error in errors} == {True, False}
     assert all(("nor counted" in error) != ("may have been counted" in error) for error in errors)
-    assert not process.line.away
+    assert not process.connection.batch.away
     world.end()
 
 
@@ -451,7 +451,7 @@ def test_a_store_that_stops_answering_in_the_midst_of_a_crowd_is_an_outage(world
     checks = crowd(world, process)
     answer(process)
     began_us = process.now_us()
-    while not process.line.away:
+    while not process.connection.batch.away:
         process.work(1_000)
     process.poll()
     assert process.now_us() - began_us <= DEADLINE_US + LATE_US
@@ -466,12 +466,12 @@ def test_an_answer_that_takes_longer_than_the_deadline_is_an_outage_though_other
     process.check("warm", BIG)
     world.settle()
     for i in range(27):
-        assert not process.line.away
+        assert not process.connection.batch.away
         process.check(f"k{i}", BIG)
         process.work(10_000)
         if i == 24:
             answer(process)
-    assert process.line.away
+    assert process.connection.batch.away
 
 
 def test_hardly_anybody_is_counted_for_nothing_however_long_the_queue(world: World) -> None:
@@ -484,8 +484,8 @@ def test_hardly_anybody_is_counted_for_nothing_however_long_the_queue(world: Wor
         checks += [process.check(f"k{i}:{j}", BIG) for j in range(128)]
         process.work(1_000)
         if i % 2:
-            process.line.serve()
-            process.line.deliver()
+            process.connection.serve()
+            process.connection.deliver()
     world.settle()
     errors = [str(check.error) for check in checks if check.error is not None]
     granted = sum(check.decision is not None for check in checks)
@@ -508,12 +508,12 @@ def test_nor_where_redis_is_far(world: World, process: Process) -> None:
         if i % 10 == 0:
             checks += [process.check(f"k{i}:{j}", BIG) for j in range(128)]
         process.work(1_000)
-        sent_us += [world.t_us] * (len(process.line.unserved) - len(sent_us))
+        sent_us += [world.t_us] * (len(process.connection.unserved) - len(sent_us))
         while sent_us and world.t_us - sent_us[0] >= 80_000:
             sent_us.pop(0)
-            process.line.serve()
-            process.line.deliver()
-    assert not process.line.away
+            process.connection.serve()
+            process.connection.deliver()
+    assert not process.connection.batch.away
     process.poll()
     errors = [str(check.error) for check in checks if check.error is not None]
     granted = sum(check.decision is not None for check in checks)
@@ -547,14 +547,14 @@ def test_a_loop_that_was_blocked_is_no_outage(world: World, process: Process, bl
     if when != "entered":
         process.turn()
     if when == "answered":
-        process.line.serve()
+        process.connection.serve()
     world.t_us += block_us
     process.turn()  # timers come before what has arrived, as they do on some loops
     process.work(1_000)
     process.turn()
     answer(process)
     assert sources([check]) == {"redis"}
-    assert not process.line.away
+    assert not process.connection.batch.away
     world.end()
 
 
@@ -602,10 +602,10 @@ def test_no_check_outlives_its_end(redis_client: redis.Redis) -> None:
         if i % 7 == 0:
             fly(process)
         if i % 31 == 0:
-            process.line.lose()
+            process.connection.lose()
         if i % 5 == 0:
-            process.line.serve()
-            process.line.deliver(i)
+            process.connection.serve()
+            process.connection.deliver(i)
     world.end()
     holders = {sys.getrefcount(check.pending) - 2 for check in process.checks if check.entered}
     assert holders == {0}
@@ -620,8 +620,8 @@ def test_a_gathering_that_is_dropped_with_checks_inside_lets_them_go(redis_clien
     sent = [process.check("k", RULE)]
     fly(process)
     kept = [*sent, process.check("k", RULE), process.check("another", RULE)]  # sent, parked, waiting
-    line = process.line
-    line._end(StorageUnavailable("closed"))
+    line = process.connection
+    line.batch.end(StorageUnavailable("closed"))
     process.poll()
     assert all(isinstance(check.error, StorageUnavailable) for check in kept)
-    assert line._waiting_count == line._in_flight_count == 0
+    assert line.batch.callers == line.batch.calls_in_flight == 0

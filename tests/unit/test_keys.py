@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ratethrottle import InMemoryStorage, RateThrottleCore, RateThrottleRule
-from ratethrottle._layout import Layout
+from ratethrottle.storage._shared.keynames import KeyNames
 
 LIMITER = RateThrottleCore(InMemoryStorage(), rules=[RateThrottleRule("a", 5, 60), RateThrottleRule("b.c-d_E", 5, 60)])
-LAYOUT = Layout(b"ratethrottle", 64)
+LAYOUT = KeyNames(b"ratethrottle", 64)
 # One in the middle half of each 64th of a cluster's slots, for ever: states are found by them.
 TAGS = (
     b"mm 6q 9i e8 29 21 7 ax 0j kv dn df f n w xw 8g d6 lc 02 g3 4c 6 4r 99 91 1d m5 g o v iu "
@@ -29,7 +29,7 @@ text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20
 keys = text | st.lists(text | st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=4).map(tuple)
 
 
-def state_key(key: object, rule: str = "a", layout: Layout = LAYOUT) -> bytes:
+def state_key(key: object, rule: str = "a", layout: KeyNames = LAYOUT) -> bytes:
     return layout.state_key(LIMITER._entry(key, rule))
 
 
@@ -78,7 +78,7 @@ def test_no_two_keys_collide(one: object, another: object, rule: str, other_rule
 @given(keys)
 def test_the_prefix_and_one_tag_come_first(key: object) -> None:
     for tags in (1, 64, 16_384):
-        assert re.match(rb"p:x:\{[0-9a-z]{1,4}\}:a:[=(#]", state_key(key, layout=Layout(b"p:x", tags)))
+        assert re.match(rb"p:x:\{[0-9a-z]{1,4}\}:a:[=(#]", state_key(key, layout=KeyNames(b"p:x", tags)))
 
 
 def slot(tag: bytes) -> int:
@@ -86,7 +86,7 @@ def slot(tag: bytes) -> int:
     return binascii.crc_hqx(tag, 0) % SLOTS
 
 
-def tags_of(layout: Layout, tags: int) -> set[bytes]:
+def tags_of(layout: KeyNames, tags: int) -> set[bytes]:
     """All tags that keys of a layout have."""
     found: set[bytes] = set()
     for number in itertools.count():
@@ -98,7 +98,7 @@ def tags_of(layout: Layout, tags: int) -> set[bytes]:
 
 @pytest.mark.parametrize("tags", [1, 2, 3, 64, 100, 256, 1_000])
 def test_each_part_of_a_clusters_slots_has_a_tag_of_its_own(tags: int) -> None:
-    slots = sorted(map(slot, tags_of(Layout(b"p", tags), tags)))
+    slots = sorted(map(slot, tags_of(KeyNames(b"p", tags), tags)))
     assert [at * tags // SLOTS for at in slots] == list(range(tags))
     # In the middle half of its part, so that it doesn't matter much where the parts of the nodes end.
     assert all(0.25 <= at * tags / SLOTS % 1 <= 0.75 for at in slots)
@@ -113,7 +113,7 @@ def test_the_nodes_of_a_cluster_have_about_as_many_tags_each(nodes: int, most: f
 
 @given(st.lists(text | st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=5).map(tuple), st.integers(1, 6), keys)
 def test_keys_that_begin_alike_share_a_tag(key: tuple[str | int, ...], parts: int, other: object) -> None:
-    layout = Layout(b"p", 16_384, parts)
+    layout = KeyNames(b"p", 16_384, parts)
 
     def tag(of: object) -> bytes:
         return TAG.search(state_key(of, layout=layout))[1]  # type: ignore[index]  # no match fails the test
@@ -124,4 +124,4 @@ def test_keys_that_begin_alike_share_a_tag(key: tuple[str | int, ...], parts: in
     assert tag((*key[:parts], "x")) == tag((*key[:parts], 7, "y")) or len(key) < parts
     if isinstance(other, str):
         # A key that is no tuple has no parts.
-        assert tag(other) == TAG.search(state_key(other, layout=Layout(b"p", 16_384)))[1]  # type: ignore[index]  # no match fails the test
+        assert tag(other) == TAG.search(state_key(other, layout=KeyNames(b"p", 16_384)))[1]  # type: ignore[index]  # no match fails the test

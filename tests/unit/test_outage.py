@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from ratethrottle import ConfigurationError, RateThrottleRule
 from ratethrottle._engine.definitions import CompiledRule
 from ratethrottle._engine.keys import KeyTable
-from ratethrottle._layout import Layout
-from ratethrottle._outage import Shares
+from ratethrottle.storage._shared.keynames import KeyNames
+from ratethrottle.storage._shared.outage import Shares
 from tests.kit import intervals
 from tests.kit.oracle import Account, Answer, Oracle, window_start
 from tests.kit.shares import shares_of
@@ -497,7 +497,7 @@ def test_a_window_known_by_a_clock_that_is_a_little_off_is_the_nearest_one(into_
 
 def table_of(max_keys: int, n: int = 1) -> tuple[Shares, KeyTable]:
     bounds = KeyTable(max_keys, bounds=True)
-    shares = Shares(bounds, Layout(b"p", 64))
+    shares = Shares(bounds, KeyNames(b"p", 64))
     shares.set_share(n, 0)
     return shares, bounds
 

@@ -11,8 +11,8 @@ from typing import Any, Final
 import redis
 from redis.asyncio.connection import AbstractConnection
 
-from ratethrottle._layout import Layout
 from ratethrottle.errors import StorageUnavailable
+from ratethrottle.storage._shared.keynames import KeyNames
 from ratethrottle.storage.redis.greeting import RUN_ID
 from ratethrottle.storage.redis.scripts import script
 
@@ -24,11 +24,11 @@ ROUNDS: Final = 3
 class Clearing:
     """One `clear()` on a connection of its own."""
 
-    def __init__(self, connection: AbstractConnection, layout: Layout, deadline_s: float) -> None:
+    def __init__(self, connection: AbstractConnection, names: KeyNames, deadline_s: float) -> None:
         self._connection = connection
-        self._layout = layout
+        self._names = names
         self._deadline_s = deadline_s
-        prefix = layout.epoch_key.removesuffix(b":epoch")
+        prefix = names.epoch_key.removesuffix(b":epoch")
         self._all = re.sub(rb"([*?\[\]\\^-])", rb"\\\1", prefix) + b":*"
         self._pattern = self._all.removesuffix(b"*") + b"{*"
         self._ours = re.compile(re.escape(prefix) + rb":\{[0-9a-z]{1,5}\}:[^:]+:[=(#].*\Z", re.DOTALL)
@@ -57,14 +57,14 @@ class Clearing:
         """Begin an epoch without a past; returns what its key holds. From now on nothing of before it counts."""
         run = await self._run_id()
         words = (b"clear", run, known_epoch, b"clear", b"clear", 0, 0, 0)
-        keys = (self._layout.epoch_key, self._layout.processes_key)
+        keys = (self._names.epoch_key, self._names.processes_key)
         reply = await self._ask(b"EVAL", script("beat").body(shebang=False), len(keys), *keys, *words)
         return b"%b%016d%016d" % (run, reply[2], reply[3])
 
     async def _delete(self, epoch: bytes, keys: list[bytes]) -> bool:
         """Delete what isn't of this epoch; False if there is another one by now."""
         text = script("clear").body(shebang=False)
-        reply = await self._ask(b"EVAL", text, 1 + len(keys), self._layout.epoch_key, *keys, b"clear", epoch)
+        reply = await self._ask(b"EVAL", text, 1 + len(keys), self._names.epoch_key, *keys, b"clear", epoch)
         return int(reply[1]) >= 0
 
     async def wipe(self) -> None:
@@ -80,7 +80,7 @@ class Clearing:
     async def run(self, known_epoch: int, begun: Callable[[], object]) -> None:
         """Clear. begun: called once nothing of before counts any more, before it is deleted."""
         # Whoever lives and has a layout says so again in the epoch that begins.
-        await self._ask(b"DEL", self._layout.layout_key)
+        await self._ask(b"DEL", self._names.layout_key)
         for _ in range(ROUNDS):
             epoch, since_s = await self._begin(known_epoch), time.monotonic()
             begun()

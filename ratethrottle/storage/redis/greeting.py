@@ -1,4 +1,4 @@
-"""What is said on a new connection: who we are, and what a line has to know, all in one write.
+"""What is said on a new connection: who we are, and what a connection has to know, all in one write.
 
 Each round trip counts where Redis is far. Beside TCP's own and those of TLS there is one, and a second one where the server doesn't
 have our scripts yet: they are 96 kB, and Redis takes no argument of more than 16 kB from a client that it doesn't know yet.

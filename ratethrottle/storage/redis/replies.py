@@ -188,17 +188,17 @@ def _permit(shown: str) -> str:
 class Repeated:
     """Tells a refusal by its coming back: the same words, `SAME_MAX` times, without another outcome in between.
 
-    The lines of a storage share it.
+    The connections of a storage share it.
     """
 
     def __init__(self) -> None:
         self._step = ""  # what was answered: "connecting", or the name of a script
         self._words = ""
         self._count = 0
-        self._line = 0
+        self._connection = 0
         self._at_s = 0.0
 
-    def judge(self, step: str, line: object, found: StorageError, guess: Meaning | None) -> StorageError:
+    def judge(self, step: str, connection: object, found: StorageError, guess: Meaning | None) -> StorageError:
         """Give back what was found, or the refusal that it has become. guess: what the reply means, if that was guessed."""
         if guess is None:
             self._count = 0
@@ -206,10 +206,10 @@ class Repeated:
         now_s = time.monotonic()
         if not self._count or (step, guess.words) != (self._step, self._words):
             self._count, self._step, self._words = 0, step, guess.words
-        elif id(line) != self._line and now_s - self._at_s < SAME_MOMENT_S:
+        elif id(connection) != self._connection and now_s - self._at_s < SAME_MOMENT_S:
             return self._judged(found)
         self._count += 1
-        self._line, self._at_s = id(line), now_s
+        self._connection, self._at_s = id(connection), now_s
         return self._judged(found)
 
     def _judged(self, found: StorageError) -> StorageError:

@@ -11,10 +11,11 @@ from importlib.resources import files
 from ratethrottle.errors import ConfigurationError
 
 HEADER = re.compile(r"^--- (\w+): (.*)$", re.MULTILINE)
+INCLUDED = re.compile(r"^ *-- include (\w+)\.lua$", re.MULTILINE)
 CALLED = re.compile(rb"""\bp?call\(\s*(?:call,\s*)?['"](\w+)""")
 SHEBANG = b"#!lua\n"
 NAMES = ("beat", "decide", "repair", "reset")
-PARTS = ("state", "telling")  # that stand in front of scripts: of these in front of others than those that only read states
+PARTS = ("state", "telling", "simple")  # of scripts: the last is included where it says so, the others stand in front
 SHARED = {"beat": ("telling",), "clear": (), "repair": ("state", "telling")}
 
 
@@ -58,7 +59,7 @@ def _text(name: str) -> str:
         raise ConfigurationError(_missing(name)) from error
     if name not in PARTS and not HEADER.search(text):
         raise ConfigurationError(_missing(name))
-    return text
+    return INCLUDED.sub(lambda found: _text(found[1]), text)
 
 
 def _missing(name: str) -> str:

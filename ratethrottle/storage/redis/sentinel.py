@@ -16,7 +16,7 @@ from typing import Any
 from redis.asyncio.connection import AbstractConnection
 
 from ratethrottle.errors import StorageProtocolError
-from ratethrottle.storage.redis.attempts import EVERY_MOST_S, EVERY_S, every_s
+from ratethrottle.storage.redis.backoff import EVERY_MOST_S, EVERY_S, every_s
 from ratethrottle.storage.redis.greeting import Command
 from ratethrottle.storage.redis.race import SILENT_S, Pace
 from ratethrottle.storage.redis.settings import Address, Ask, Settings, close

@@ -11,14 +11,14 @@ import weakref
 from collections.abc import Callable, Hashable
 from typing import Final
 
-from ratethrottle._repair import Knowledge
+from ratethrottle.storage._shared.repair import Repair
 
 
 class Sharing:
-    """The knowledge of this process, by what it is of, for as long as a storage has it. For all threads."""
+    """The repairs of this process, by the keys that they are of, for as long as a storage has them. For all threads."""
 
     def __init__(self) -> None:
-        self._known: weakref.WeakValueDictionary[Hashable, Knowledge] = weakref.WeakValueDictionary()
+        self._known: weakref.WeakValueDictionary[Hashable, Repair] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
         # Another thread may hold it while this one forks.
         os.register_at_fork(after_in_child=self._renew)
@@ -26,7 +26,7 @@ class Sharing:
     def _renew(self) -> None:
         self._lock = threading.Lock()
 
-    def find(self, what: Hashable, user: object, make: Callable[[], Knowledge]) -> Knowledge:
+    def find(self, what: Hashable, user: object, make: Callable[[], Repair]) -> Repair:
         """Return what an open storage of this process knows of the very same keys, or else something new, as one more user of it."""
         with self._lock:
             found = self._known.get(what)

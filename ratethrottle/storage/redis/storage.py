@@ -14,23 +14,25 @@ from typing import Any, Literal, Self, get_args
 
 import redis
 
-from ratethrottle._calls import REPAIRING, Calls
 from ratethrottle._core import Limiter
 from ratethrottle._engine.decision import Decision, Entry
 from ratethrottle._engine.definitions import CompiledRule
 from ratethrottle._engine.keys import KeyTable
-from ratethrottle._layout import Layout
-from ratethrottle._repair import Knowledge
 from ratethrottle.errors import ConfigurationError, StorageError, StorageUnavailable, shown
 from ratethrottle.events import Events
 from ratethrottle.rule import RateThrottleRule
 from ratethrottle.storage import Statistics
+from ratethrottle.storage._shared.batch import Batch
+from ratethrottle.storage._shared.fallback import REPAIRING
+from ratethrottle.storage._shared.keynames import KeyNames
+from ratethrottle.storage._shared.repair import Repair
+from ratethrottle.storage._shared.shared import SharedStorage
 from ratethrottle.storage.redis import topology
-from ratethrottle.storage.redis.attempts import Attempts
+from ratethrottle.storage.redis.backoff import Backoff
 from ratethrottle.storage.redis.clearing import Clearing
+from ratethrottle.storage.redis.connection import Connection
 from ratethrottle.storage.redis.failures import failure
-from ratethrottle.storage.redis.line import Line
-from ratethrottle.storage.redis.notices import Notices
+from ratethrottle.storage.redis.notices import EventSource
 from ratethrottle.storage.redis.scripts import check_installed
 from ratethrottle.storage.redis.settings import Settings, close
 from ratethrottle.storage.redis.sharing import SHARING
@@ -46,20 +48,22 @@ CLOSED = "the storage is closed; make a new one"
 LEARNS_S = 1.0  # at most, with a beat before and after
 ANSWERS_MAX = 128  # without a wait, one after the other; then the loop gets a turn
 PREFIX = re.compile(r"[^{}\s\ud800-\udfff]{1,64}\Z")
-# What a forked child holds of its parent's lines, kept for ever: to collect a transport is to close it, and that takes the
+# What a forked child holds of its parent's connections, kept for ever: to collect a transport is to close it, and that takes the
 # descriptor out of the selector, which the two processes share, so that the parent would never hear from Redis again.
-_INHERITED: list[Line] = []
+_INHERITED: list[Connection] = []
 
 
-def breaker_of(lines: Iterable[Line]) -> Literal["closed", "open", "half_open"]:
-    """Say how the circuit breaker of these lines stands: it is closed where each of them asks Redis."""
-    apart = [line for line in lines if not line.closed and (line.away or line.refused)]
+def breaker_of(connections: Iterable[Connection]) -> Literal["closed", "open", "half_open"]:
+    """Say how the circuit breaker of these connections stands: it is closed where each of them asks Redis."""
+    apart = [
+        connection for connection in connections if not connection.closed and (connection.batch.away or connection.batch.refused)
+    ]
     if not apart:
         return "closed"
-    return "half_open" if any(line.probing for line in apart) else "open"
+    return "half_open" if any(connection.probing for connection in apart) else "open"
 
 
-class RedisStorage(Calls):
+class RedisStorage(SharedStorage):
     """Keep the state in Redis (≥ 7, or Valkey ≥ 7.2), decided there by script calls in the server's own time.
 
     client: a redis-py client, asyncio or synchronous, or a Sentinel's `master_for`. Only its settings are used: the storage
@@ -129,32 +133,31 @@ class RedisStorage(Calls):
         one_of("on_overload", on_overload, get_args(OnOverload))
         self._settings = Settings(client, deadline, connect_timeout)
         check_installed()
-        layout = Layout(prefix.encode(), tags, tag_parts or 0)
+        names = KeyNames(prefix.encode(), tags, tag_parts or 0)
         shared = SHARING.find(
-            (self._settings.where, prefix, layout.layout), self, lambda: Knowledge(KeyTable(max_bounds, bounds=True), layout)
+            (self._settings.where, prefix, names.layout), self, lambda: Repair(KeyTable(max_bounds, bounds=True), names)
         )
         super().__init__(
-            layout,
-            shared.bounds,
+            names,
+            shared,
             round(deadline * 1_000_000),
             round(prefilter_ttl * 1_000_000),
             on_outage,
             expected_processes or 0,
             deny_overload=on_overload == "deny",
-            knowledge=shared,
         )
-        self._attempts = Attempts(max_connections)
+        self._backoff = Backoff(max_connections)
         self._deadline_s = deadline
         self._connections = connections
         self._max_waiting = max_waiting
         self.events = Events()
-        self.tally.noticed = self._notices = Notices(self.events, on_outage)
-        self._sent_before = (0, 0)  # script calls and entries, by lines that are gone
+        self.context.noticed = self._notices = EventSource(self.events, on_outage)
+        self._sent_before = (0, 0)  # script calls and entries, by connections that are gone
         self._without_wait = 0
-        self._lines: dict[asyncio.AbstractEventLoop, tuple[Line, ...]] = {}
+        self._open: dict[asyncio.AbstractEventLoop, tuple[Connection, ...]] = {}
         self._closed = False
-        # Also what keeps a line's task alive as long as the storage: a loop holds its tasks weakly.
-        weakref.finalize(self, abandon, self._lines).atexit = False
+        # Also what keeps a connection's task alive as long as the storage: a loop holds its tasks weakly.
+        weakref.finalize(self, abandon, self._open).atexit = False
 
     @classmethod
     def from_url(
@@ -177,25 +180,25 @@ class RedisStorage(Calls):
 
     def statistics(self) -> Statistics:
         """Count what there is to count in this process, in all of its loops."""
-        lines = [line for lines in list(self._lines.values()) for line in lines if line.process == os.getpid()]
+        connections = [each for known in list(self._open.values()) for each in known if each.process == os.getpid()]
         calls, entries = self._sent_before
         return Statistics(
             bounds=len(self.bounds),
-            leases=sum(line._lease_count for line in lines),
-            connections=sum(line._open for line in lines),
-            waiting=sum(line._waiting_count for line in lines),
-            in_flight=sum(line._in_flight_count for line in lines),
-            breaker=breaker_of(lines),
-            processes=self.knowledge.processes,
-            owed=self.knowledge.owed,
-            calls=calls + sum(line.sent_calls for line in lines),
-            entries=entries + sum(line.sent_entries for line in lines),
-            reconnections=self._attempts.reconnections,
-            attempts=self._attempts.count,
+            leases=sum(connection.batch.lease_count for connection in connections),
+            connections=sum(connection.batch.open for connection in connections),
+            waiting=sum(connection.batch.callers for connection in connections),
+            in_flight=sum(connection.batch.calls_in_flight for connection in connections),
+            breaker=breaker_of(connections),
+            processes=self.repair.fleet.processes,
+            owed=self.repair.owed,
+            calls=calls + sum(connection.batch.sent_calls for connection in connections),
+            entries=entries + sum(connection.batch.sent_entries for connection in connections),
+            reconnections=self._backoff.reconnections,
+            attempts=self._backoff.count,
             desyncs=self._notices.desyncs,
             evictions=self.bounds.evictions,
-            epoch_changes=self.knowledge.epochs,
-            overloads=self.tally.overloads,
+            epoch_changes=self.repair.epochs,
+            overloads=self.context.overloads,
         )
 
     async def decide(self, entries: Sequence[Entry]) -> list[Decision]:
@@ -217,7 +220,7 @@ class RedisStorage(Calls):
                 await self._together([entry], "reset")
             except StorageUnavailable:
                 # By policies nothing can be reset; done twice it comes to the same.
-                if self._closed or not self.knowledge.learning or time.monotonic() >= give_up_s:
+                if self._closed or not self.repair.learning or time.monotonic() >= give_up_s:
                     raise
                 await asyncio.sleep(ASK_AGAIN_S)
             else:
@@ -263,15 +266,14 @@ class RedisStorage(Calls):
         await self._clear(whole=True)
 
     async def _clear(self, *, whole: bool) -> None:
-        found = topology.master(self._settings, self._notices.moved)  # not that of the lines, which may be of another loop
+        found = topology.master(self._settings, self._notices.moved)  # not that of the connections, which may be of another loop
         connect_s = self._settings.connect_timeout_s
         try:
             async with asyncio.timeout(connect_s):
                 connection = await found.connect()
             try:
-                knowledge = self.knowledge
-                clearing = Clearing(connection, self.layout, self._deadline_s)
-                await (clearing.wipe() if whole else clearing.run(knowledge.epoch, knowledge.forget_all))
+                clearing = Clearing(connection, self.names, self._deadline_s)
+                await (clearing.wipe() if whole else clearing.run(self.repair.epoch, self.repair.forget_all))
             finally:
                 await close(connection)
         except (redis.RedisError, OSError) as error:
@@ -284,13 +286,14 @@ class RedisStorage(Calls):
 
         It takes `connect_timeout` at most.
         """
-        lines = self._gatherings_here()
+        connections = self._connections_here()
         give_up_s = time.monotonic() + self._settings.connect_timeout_s
-        before = [line.failures for line in lines]
-        for line in lines:
-            line.connect()
-        while time.monotonic() < give_up_s and not all(  # noqa: ASYNC110  # an answer on each of several lines
-            line.ready or line.closed or line.failures > failures for line, failures in zip(lines, before, strict=True)
+        before = [connection.failures for connection in connections]
+        for connection in connections:
+            connection.connect()
+        while time.monotonic() < give_up_s and not all(  # noqa: ASYNC110  # an answer on each of several connections
+            connection.batch.serving or connection.closed or connection.failures > failures
+            for connection, failures in zip(connections, before, strict=True)
         ):
             await asyncio.sleep(ASK_AGAIN_S)
         if required:
@@ -303,10 +306,10 @@ class RedisStorage(Calls):
                 except StorageError as error:
                     repairing = str(error) == REPAIRING
                     # Redis answers. Only of single keys, such as the probe's, somebody may still tell it more.
-                    if repairing and all(line.ready for line in lines):
+                    if repairing and all(connection.batch.serving for connection in connections):
                         return
                     # One that has just lost something decides again within a second.
-                    if not (repairing or self.knowledge.learning) or time.monotonic() >= give_up_s + LEARNS_S:
+                    if not (repairing or self.repair.learning) or time.monotonic() >= give_up_s + LEARNS_S:
                         raise
                     await asyncio.sleep(ASK_AGAIN_S)
                 else:
@@ -315,69 +318,72 @@ class RedisStorage(Calls):
     async def aclose(self) -> None:
         """Close our connections for good, those of other loops too. The client that was passed in stays as it is."""
         self._closed = True
-        self.knowledge.users.discard(self)
+        self.repair.users.discard(self)
         self._forget_here()
-        for known in list(self._lines.values()):
+        for known in list(self._open.values()):
             self._remember_sent(known)
-        lines = self._lines.pop(asyncio.get_running_loop(), ())
-        abandon(self._lines)
-        if lines and lines[0].process == os.getpid():
+        connections = self._open.pop(asyncio.get_running_loop(), ())
+        abandon(self._open)
+        if connections and connections[0].process == os.getpid():
             # All of it before the first await: who is cancelled here leaves nothing that runs on.
-            ends = [*[line.end() for line in lines], *lines[0].master.end()]
+            ends = [*[connection.end() for connection in connections], *connections[0].master.end()]
             try:
                 await asyncio.wait(ends)
             except asyncio.CancelledError:
-                for line in lines:
-                    line.end_now()
+                for connection in connections:
+                    connection.end_now()
                 raise
 
     def _return_leases(self, rule: CompiledRule) -> None:
-        """Have every line give back what is left of leases under a rule that isn't asked about any more. From any thread."""
+        """Have every connection give back what is left of leases under a rule that isn't asked about any more. From any thread."""
         if rule.lease_units:
-            for loop, lines in list(self._lines.items()):
-                for line in lines:
-                    if line.process == os.getpid():
+            for loop, connections in list(self._open.items()):
+                for connection in connections:
+                    if connection.process == os.getpid():
                         with contextlib.suppress(RuntimeError):  # the loop is closed
-                            loop.call_soon_threadsafe(line._return_leases, rule)
+                            loop.call_soon_threadsafe(connection.batch.return_leases, rule)
 
-    def _gatherings_here(self) -> tuple[Line, ...]:
-        """Find or make the lines of this process and this loop."""
+    def _connections_here(self) -> tuple[Connection, ...]:
+        """Find or make the connections of this process and this loop."""
         if self._closed:
             raise StorageUnavailable(CLOSED)
         if self._forked():
-            self._attempts = Attempts(self._attempts.most)  # the other one's connections aren't this one's, nor its turns
+            self._backoff = Backoff(self._backoff.most)  # the other one's connections aren't this one's, nor its turns
             self._notices.forget()
         loop = asyncio.get_running_loop()
-        lines = self._lines.get(loop)
-        if lines is None or any(line.closed for line in lines) or lines[0].process != os.getpid():
-            # Loops that are gone left their lines behind: this is where they are swept.
-            for known, old in list(self._lines.items()):
+        connections = self._open.get(loop)
+        if connections is None or any(connection.closed for connection in connections) or connections[0].process != os.getpid():
+            # Loops that are gone left their connections behind: this is where they are swept.
+            for known, old in list(self._open.items()):
                 if old[0].process != os.getpid():
                     _INHERITED.extend(old)
                 elif known is loop:  # what is left of them
                     abandon({known: old})
                 if known is loop or known.is_closed() or old[0].process != os.getpid():
                     self._remember_sent(old)
-                    self._lines.pop(known, None)
+                    self._open.pop(known, None)
             found = topology.master(self._settings, self._notices.moved)
-            lines = self._lines[loop] = tuple(
-                Line(
-                    self,
+            connections = self._open[loop] = tuple(
+                Connection(
+                    self.context,
                     found,
-                    self._attempts,
-                    deadline_s=self._deadline_s,
+                    self._backoff,
                     connect_timeout_s=self._settings.connect_timeout_s,
                     max_waiting=self._max_waiting,
                 )
                 for _ in range(self._connections)
             )
-        return lines
+        return connections
 
-    def _remember_sent(self, lines: tuple[Line, ...]) -> None:
-        """Keep the counts of lines that are about to go: a count that falls looks like a restart to who watches it."""
-        ours = [line for line in lines if line.process == os.getpid()]
+    def _batches_here(self) -> tuple[Batch, ...]:
+        return tuple(connection.batch for connection in self._connections_here())
+
+    def _remember_sent(self, connections: tuple[Connection, ...]) -> None:
+        """Keep the counts of connections that are about to go: a count that falls looks like a restart to who watches it."""
+        ours = [connection for connection in connections if connection.process == os.getpid()]
         calls, entries = self._sent_before
-        self._sent_before = (calls + sum(line.sent_calls for line in ours), entries + sum(line.sent_entries for line in ours))
+        calls += sum(connection.batch.sent_calls for connection in ours)
+        self._sent_before = (calls, entries + sum(connection.batch.sent_entries for connection in ours))
 
 
 def seconds(name: str, value: object, least: float, most: float) -> None:
@@ -398,12 +404,12 @@ def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ConfigurationError(f"{name} is {shown(value)}; it is {', '.join(map(json.dumps, choices))}")
 
 
-def abandon(lines: dict[asyncio.AbstractEventLoop, tuple[Line, ...]]) -> None:
-    """Let go of every line: its own loop closes it, unless it belongs to the process that forked this one."""
-    while lines:
-        for line in lines.popitem()[1]:
-            if line.process == os.getpid():
-                line.abandon()
-                line.master.abandon()
+def abandon(connections: dict[asyncio.AbstractEventLoop, tuple[Connection, ...]]) -> None:
+    """Let go of every connection: its own loop closes it, unless it belongs to the process that forked this one."""
+    while connections:
+        for connection in connections.popitem()[1]:
+            if connection.process == os.getpid():
+                connection.abandon()
+                connection.master.abandon()
             else:
-                _INHERITED.append(line)
+                _INHERITED.append(connection)

@@ -13,7 +13,7 @@ from ratethrottle.storage.redis.tasks import own_task
 
 
 class Wire(Protocol):
-    """What a line writes to: an asyncio transport, or what stands in for one."""
+    """What a connection writes to: an asyncio transport, or what stands in for one."""
 
     def write(self, data: bytes) -> None:
         """Send bytes, without waiting."""
@@ -27,7 +27,7 @@ class Receiver(asyncio.Protocol):
         self._lost = lost
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Tell the line, unless it was the line that let go."""
+        """Tell the connection, unless it was the one that let go."""
         self._lost(exc)
 
     def let_go(self) -> None:
@@ -77,7 +77,7 @@ class FakeWire:
                 except redis.ResponseError as error:
                     reply = error
                 self._receiver.data_received(written(reply))
-        except (redis.ConnectionError, AttributeError) as error:  # the fake server was told to be away, or the line let go
+        except (redis.ConnectionError, AttributeError) as error:  # the fake server was told to be away, or the connection let go
             self._receiver.connection_lost(redis.ConnectionError(str(error)))
 
 

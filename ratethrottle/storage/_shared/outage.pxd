@@ -1,4 +1,4 @@
-"""What one process admits on its own while the store is away: see `_outage.pyx`."""
+"""What one process admits on its own while the store is away: see `outage.pyx`."""
 
 from libc.stdint cimport int64_t, uint32_t
 
@@ -8,7 +8,7 @@ from ratethrottle._engine.bound cimport Bound
 from ratethrottle._engine.definitions cimport CompiledRule
 from ratethrottle._engine.keys cimport KeyTable
 from ratethrottle._engine.table cimport Account, Shard
-from ratethrottle._layout cimport Layout
+from ratethrottle.storage._shared.keynames cimport KeyNames
 
 
 cdef class Share:                            # of one definition of a rule; the views of accounts point into it
@@ -20,7 +20,7 @@ cdef class Share:                            # of one definition of a rule; the 
 
 cdef class Shares:
     cdef KeyTable bounds
-    cdef Layout layout
+    cdef KeyNames names
     cdef readonly int64_t n                  # of how many processes this is the share of one; 0: nobody knows
     cdef int64_t rank
     cdef int64_t outage
@@ -32,6 +32,7 @@ cdef class Shares:
 
     cdef int decide(self, PendingDecision pending, int64_t table_us, int64_t now_us, int64_t retry_us, bint everything,
                     Outcome* out) except -1
+    cdef Share bring(self, Account* account, Share share, const Bound* bound, bint lasting, int64_t table_us, int64_t now_us)
     cdef Account* keep(self, const Account* fresh, PendingDecision pending, int64_t table_us, Bound** bound,
                        Shard** shard) except NULL
     cdef Bound* add_bound(self, PendingDecision pending, int64_t now_us, Shard* shard) except NULL

@@ -35,7 +35,7 @@ def every_s(lasts_s: float) -> float:
 
 
 class Connected(Protocol):
-    """A line, as far as it is counted."""
+    """A connection, as far as it is counted."""
 
     process: int
 
@@ -44,8 +44,8 @@ class Connected(Protocol):
         """The loop that it is of."""
 
 
-class Attempts:
-    """Paces and counts the connections of a storage, of which there are `most` at once. The lines of all its loops share it."""
+class Backoff:
+    """Paces and counts the connections of a storage, of which there are `most` at once. The connections of all its loops share it."""
 
     def __init__(self, most: int) -> None:
         self.count = 0  # how many connections were tried
@@ -74,7 +74,7 @@ class Attempts:
         given_back_s, self._given_back_s = self._given_back_s, None
         if given_back_s is not None and given_back_s > now_s - EVERY_S / 4:
             return max(0.0, given_back_s - now_s)
-        last_s = max(now_s, self._next_s)  # another line's turn, if that is still to come
+        last_s = max(now_s, self._next_s)  # another connection's turn, if that is still to come
         self._every_s = every_s(now_s - self._failing_since_s)
         # By the wall clock, which processes share; but what is kept isn't, or a clock that is set back would make us wait as long.
         phase_s = time.time() - now_s - self._jitter_s
@@ -102,16 +102,16 @@ class Attempts:
     @property
     def full(self) -> bool:
         """Whether there are as many connections as there may be: those of a forked parent and of loops that are gone don't count."""
-        return sum(line.process == os.getpid() and not line.loop.is_closed() for line in list(self._open)) >= self.most
+        return sum(each.process == os.getpid() and not each.loop.is_closed() for each in list(self._open)) >= self.most
 
-    def opened(self, line: Connected, again: bool) -> None:
-        """There is a connection of the line's; `again` in the place of one that it had before."""
-        self._open.add(line)
+    def opened(self, connection: Connected, again: bool) -> None:
+        """Take note that it is connected; `again` if it was before."""
+        self._open.add(connection)
         self.reconnections += again
 
-    def closed(self, line: Connected) -> None:
+    def closed(self, connection: Connected) -> None:
         """Take note that it has none any more."""
-        self._open.discard(line)
+        self._open.discard(connection)
 
     def failed(self, *, costly: bool = False) -> None:
         """There is no connection, or Redis doesn't serve us on it. costly: credentials were asked for."""
@@ -133,8 +133,8 @@ class Attempts:
             self._failing_since_s = None
             self._next_s = 0.0
             self._given_back_s = None
-            for hurry in list(self._waiting):
-                hurry()
+            for retry_now in list(self._waiting):
+                retry_now()
 
     @contextmanager
     def waiting(self, hurry: Callable[[], None]) -> Iterator[None]:

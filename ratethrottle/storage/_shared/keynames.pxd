@@ -1,18 +1,18 @@
-"""What keys are called in Redis: see `_layout.pyx`."""
+"""What keys are called in Redis: see `keynames.pyx`."""
 
 from libc.stdint cimport uint32_t
 
 from ratethrottle._core cimport Mode, PendingDecision
 from ratethrottle._engine.decision cimport Entry
 from ratethrottle._engine.definitions cimport CompiledRule
-from ratethrottle._resp cimport Buffer
+from ratethrottle.storage._shared.resp cimport Buffer
 
 
-cdef class Layout:
+cdef class KeyNames:
     cdef bytes opening                       # of every key, up to its tag
     cdef uint32_t tags
     cdef int tag_parts                       # of a tuple, that decide its tag; 0: all
-    cdef bytes names                         # of the tags
+    cdef bytes tag_names                       # of the tags
     cdef readonly bytes epoch_key
     cdef readonly bytes processes_key
     cdef readonly bytes charged_key          # and what was charged

@@ -1,4 +1,4 @@
-"""A line to Redis: one connection, and the task that owns it. What travels on it is gathered by the compiled `Gathering`.
+"""A connection to Redis, and the task that owns it. What travels on it is the affair of its compiled `Batch`.
 
 A caller waits on a waiter of its own; its cancellation or deadline never touches the wire.
 """
@@ -14,10 +14,11 @@ import time
 
 from redis.asyncio.connection import AbstractConnection
 
-from ratethrottle._calls import Call, Calls, Gathering
-from ratethrottle._repair import Errand
 from ratethrottle.errors import StorageError, StorageProtocolError, StorageRefused, StorageUnavailable
-from ratethrottle.storage.redis.attempts import EVERY_S, Attempts
+from ratethrottle.storage._shared.batch import Batch
+from ratethrottle.storage._shared.call import Call, CheckCall, ControlCall
+from ratethrottle.storage._shared.context import StorageContext
+from ratethrottle.storage.redis.backoff import EVERY_S, Backoff
 from ratethrottle.storage.redis.failures import failure, guess_of, lost_again, no_connection, refusal
 from ratethrottle.storage.redis.race import Pace
 from ratethrottle.storage.redis.settings import abort, close
@@ -41,31 +42,34 @@ def closed() -> StorageUnavailable:
     return StorageUnavailable("the storage was closed")
 
 
-class Line(Gathering):
-    """Carries the calls of one event loop. Not for other loops or processes."""
+class Connection:
+    """Carries the calls of one event loop. Not for other loops or processes.
+
+    The public methods from `connect` to `late` at the end are what its batch asks for.
+    """
 
     def __init__(
-        self, calls: Calls, master: Master, attempts: Attempts, *, deadline_s: float, connect_timeout_s: float, max_waiting: int
+        self, context: StorageContext, master: Master, backoff: Backoff, *, connect_timeout_s: float, max_waiting: int
     ) -> None:
-        super().__init__(calls, asyncio.get_running_loop(), max_waiting)
+        self.loop = asyncio.get_running_loop()
+        self.batch = Batch(context, self, self.loop, max_waiting)
         self.process = os.getpid()
-        self.master = master  # shared by the lines of this loop
+        self.master = master  # shared by the connections of this loop
         master.watch(self._moved)
         self._stale = False  # the master has moved while this was connecting to it
         self._connected = False  # ever
-        self._attempts = attempts
-        self._deadline_s = deadline_s
+        self._backoff = backoff
+        self._deadline_s = context.deadline_us / 1e6
         self._connect_timeout_s = connect_timeout_s
         self._woken = asyncio.Event()  # wakes the owner
         self._hurry = asyncio.Event()  # it needn't wait for its turn to connect: there is another master, or Redis answers
-        self._wanted = False  # a connection, by somebody
         self.failures = 0  # attempts to connect that came to nothing
         self._tried_s = -math.inf  # when the newest try was begun, by the loop's clock
         self._begun_s = 0.0  # when the attempt was begun that the try belongs to
         self._patience: asyncio.Timeout | None = None  # of the attempt that is under way
         self._impatience: asyncio.TimerHandle | None = None  # of checks, with that attempt
         self._resigning = False
-        self._connection: AbstractConnection | None = None
+        self._connected_to: AbstractConnection | None = None
         self._receiver: Receiver | None = None
         self._dropped: list[AbstractConnection] = []  # not heard any more, and to be closed by the owner
         # One that was late, is heard for what its leases took, and decides nothing any more; and what ends that.
@@ -74,7 +78,7 @@ class Line(Gathering):
         self._closing = False  # by somebody who closes the storage, or has let go of it; not by the end of the loop
         self._sent_before_error = 0  # calls, when Redis last answered one with an error
         self._context = contextvars.Context()  # of what is called later: it belongs to no request
-        self._owner = own_task(self.loop, self._own(), "ratethrottle line")
+        self._owner = own_task(self.loop, self._run(), "ratethrottle connection")
 
     @property
     def closed(self) -> bool:
@@ -87,11 +91,11 @@ class Line(Gathering):
 
         An attempt that hasn't heard anything in a deadline's time goes on, but nobody expects much of it.
         """
-        return self._open or (self._patience is not None and self.loop.time() - self._tried_s < self._deadline_s)
+        return self.batch.open or (self._patience is not None and self.loop.time() - self._tried_s < self._deadline_s)
 
     def connect(self) -> None:
-        """Have the owner connect, before a check needs it."""
-        self._wanted = True
+        """Have the owner connect, if there is no connection."""
+        self.batch.connecting()
         self._woken.set()
 
     def end(self) -> asyncio.Task[None]:
@@ -99,9 +103,9 @@ class Line(Gathering):
 
         Where leases have to be given back first, it takes up to the deadline, unless `end_now` is called.
         """
-        if not (self.ready and self._has_leases):
-            self._leave()
-            self._end(closed())  # a task that is cancelled before it began wouldn't
+        if not (self.batch.serving and self.batch.has_leases):
+            self.batch.leave()
+            self.batch.end(closed())  # a task that is cancelled before it began wouldn't
         self._closing = True
         self._owner.cancel()
         return self._owner
@@ -112,7 +116,7 @@ class Line(Gathering):
             self._returning.cancel()
 
     def abandon(self) -> None:
-        """Have the line closed by its own loop. From any thread, and from a destructor."""
+        """Have it closed by its own loop. From any thread, and from a destructor."""
         self._closing = True
         try:
             self.loop.call_soon_threadsafe(self._owner.cancel)
@@ -122,17 +126,17 @@ class Line(Gathering):
     def _moved(self) -> None:
         """Leave a server that is not the master any more, even while it answers: what it counts is lost."""
         self._stale = True
-        self._attempts.succeeded()  # how the old one did says nothing of the new one
+        self._backoff.succeeded()  # how the old one did says nothing of the new one
         self._hurry.set()
         if self._patience is not None and not self._patience.expired():
             self._patience.reschedule(self.loop.time())  # the attempt to reach the old one ends here
         self._forget_late()
-        if self._open:
+        if self.batch.open:
             self._drop(StorageUnavailable("Redis is no master any more; the check may have been counted"))
             self.connect()
 
-    def _hurry_up(self) -> None:
-        """Connect before it is this line's turn: Redis answers. From any thread."""
+    def _retry_now(self) -> None:
+        """Connect before it is this connection's turn: Redis answers. From any thread."""
         if self.process == os.getpid():
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 self.loop.call_soon_threadsafe(self._hurry.set)
@@ -141,31 +145,31 @@ class Line(Gathering):
         """Take note that the connection is gone."""
         self._drop(failure(error or ConnectionResetError(), self._deadline_s, sent=True))
 
-    async def _own(self) -> None:
+    async def _run(self) -> None:
         try:
             while True:
                 await self._woken.wait()
                 self._woken.clear()
                 await self._tidy()
-                while self._wanted and not self._open:
-                    self._wanted = False
+                while self.batch.state == "connecting":
                     await self._open_connection()
         finally:
             try:
                 await self._give_all_back()
             finally:
-                self._end(closed())
+                self.batch.end(closed())
                 if not self.loop.is_closed():  # by somebody who leaves tasks behind: nothing can be closed any more
-                    self._let_go()
+                    self._detach()
                     self._forget_late()
                     await self._tidy()
 
     async def _give_all_back(self) -> None:
         """Give back what is left of leases, as far as the store answers in time: nobody will spend it any more."""
-        if self.ended or not self.ready or not self._has_leases or self.loop.is_closed() or self.process != os.getpid():
+        batch = self.batch
+        if not (batch.serving and batch.has_leases) or self.loop.is_closed() or self.process != os.getpid():
             return
-        self._returning = self._return_leases()
-        self._leave()
+        self._returning = batch.return_leases()
+        batch.leave()
         if self._returning is not None:
             # `asyncio.run` cancels every task, and then waits for each of them.
             patience_s = self._deadline_s if self._closing else min(self._deadline_s, ENDS_S)
@@ -173,16 +177,16 @@ class Line(Gathering):
             self._returning.cancel()
 
     async def _open_connection(self) -> None:
-        wait_s = self._attempts.wait_s()
+        wait_s = self._backoff.wait_s()
         if wait_s:
             # Where the deadline leaves it the time, a check waits rather than being decided without Redis. A refusal stays one.
-            if not self.away and not isinstance(self.reason, StorageRefused) and wait_s > self._deadline_s / 2:
-                self._go_away(lost_again(wait_s))
+            if not self.batch.away and not isinstance(self.batch.reason, StorageRefused) and wait_s > self._deadline_s / 2:
+                self.batch.begin_outage(lost_again(wait_s))
             await self._wait(wait_s)
         self._hurry.clear()
-        if self._attempts.full:
+        if self._backoff.full:
             self.failures += 1
-            self._go_away(self._no_room())  # that is no failure of Redis, and doesn't slow the others down
+            self.batch.not_connected(self._no_room())  # that is no failure of Redis, and doesn't slow the others down
             await asyncio.sleep(EVERY_S)
             return
         self._stale = False
@@ -195,32 +199,30 @@ class Line(Gathering):
             async with asyncio.timeout(self._connect_timeout_s) as self._patience:
                 reached = await self.master.reach(Pace(self._turn, self._began))
         except Exception as error:  # noqa: BLE001  # whatever redis-py or a credential provider raises, the callers get ours
-            if self._stale:
-                self.connect()  # to the new one
+            if self._stale:  # then to the new one
                 return
-            self._attempts.failed(costly=self.master.credentials_asked > asked)
+            self._backoff.failed(costly=self.master.credentials_asked > asked)
             self.failures += 1
             found = failure(error, self._connect_timeout_s, sent=False)
-            self._go_away(self._attempts.repeated.judge("connecting", self, found, guess_of(error)))
+            self.batch.not_connected(self._backoff.repeated.judge("connecting", self, found, guess_of(error)))
             return
         finally:
             self._patience = None
             self._allow(None)
         if self._stale:
             await close(reached.connection)
-            self.connect()
             return
-        self._attempts.opened(self, again=self._connected)
-        self._attempts.repeated.went("connecting")
+        self._backoff.opened(self, again=self._connected)
+        self._backoff.repeated.went("connecting")
         self._connected = True
-        self._connection = reached.connection
-        self._receiver = Receiver(self._received, self._lost)
+        self._connected_to = reached.connection
+        self._receiver = Receiver(self.batch.received, self._lost)
         wire = take_over(reached.connection, self._receiver)
-        self._opened(wire.write, reached.scripts, reached.run)
+        self.batch.connected(wire.write, reached.scripts, reached.run)
 
     def _began(self) -> None:
         """Count a try to connect."""
-        self._attempts.began()
+        self._backoff.began()
         self._tried_s = self.loop.time()
 
     async def _turn(self) -> None:
@@ -228,8 +230,8 @@ class Line(Gathering):
         if not self._connected:
             # A server that has never been heard yet may just be far away. One that has been may be back at any moment.
             await asyncio.sleep(FAR_S)
-        self._attempts.failed()
-        wait_s = self._attempts.wait_s()
+        self._backoff.failed()
+        wait_s = self._backoff.wait_s()
         turn_s = time.monotonic() + wait_s
         if not self._hurry.is_set():
             try:
@@ -249,11 +251,11 @@ class Line(Gathering):
     def _give_back(self, turn_s: float) -> None:
         """Leave a turn to the next attempt, if this one has taken too long to use it."""
         if self._patience is not None and self._patience.expired() and not self._stale:
-            self._attempts.give_back(turn_s)
+            self._backoff.give_back(turn_s)
 
     async def _wait(self, wait_s: float) -> None:
         """Wait for a turn, or until there is another master or Redis answers somebody else."""
-        with self._attempts.waiting(self._hurry_up), contextlib.suppress(TimeoutError):  # then it is this line's turn
+        with self._backoff.waiting(self._retry_now), contextlib.suppress(TimeoutError):  # then it is this connection's turn
             async with asyncio.timeout(wait_s):
                 await self._hurry.wait()
 
@@ -272,27 +274,26 @@ class Line(Gathering):
         if late_s > STOOD_STILL_S:
             # The loop stood still: what came meanwhile hasn't been looked at yet.
             self._allow(min(late_s, self._deadline_s))
-        elif self._connected or self._waiting_count:
+        elif self._connected or self.batch.callers:
             self._resign()
 
     def _resign(self) -> None:
         self._resigning = False
         # A refusal stays one: whoever is far away is slow to say it again.
-        if not self._open and not self.away and not self.refused and not self.ended:
-            self._go_away(no_connection(self._deadline_s))
+        batch = self.batch
+        if not batch.open and not batch.away and not batch.refused and not batch.ended:
+            batch.begin_outage(no_connection(self._deadline_s))
 
     def _no_room(self) -> StorageUnavailable:
         return StorageUnavailable(
-            f"this process has its max_connections ({self._attempts.most}) to Redis already, for its other event loops"
+            f"this process has its max_connections ({self._backoff.most}) to Redis already, for its other event loops"
         )
 
-    # What the gathering asks for:
+    # What the batch asks for, besides `connect`:
 
-    def _connect(self) -> None:
-        self.connect()
-
-    def _unsent(self) -> StorageError:
-        if not self._open:
+    def unsent(self) -> StorageError:
+        """Make the error of a check that ran out of time before it could be sent."""
+        if not self.batch.open:
             # A check that comes later needn't wait as long to hear the same.
             if not self._resigning:
                 self._resigning = True
@@ -300,60 +301,59 @@ class Line(Gathering):
             return no_connection(self._deadline_s)
         return StorageUnavailable(f"Redis is slow: the check was not sent within {self._deadline_s} s, nor counted")
 
-    def _retry_us(self) -> int:
-        return round(self._attempts.until_next_s() * 1_000_000)
+    def retry_us(self) -> int:
+        """Return how long until Redis is asked again, in µs."""
+        return round(self._backoff.until_next_s() * 1_000_000)
 
-    def _answered(self) -> None:
-        self._attempts.succeeded()
-        self._attempts.repeated.went("beat")
+    def answered(self) -> None:
+        """Take note that Redis has answered a beat."""
+        self._backoff.succeeded()
+        self._backoff.repeated.went("beat")
 
-    def _refused(self, call: Call | Errand | None, text: bytes) -> None:
-        if call is None:  # SCRIPT LOAD: the next call brings its script along anyway
-            return
-        if text.startswith(b"NOSCRIPT"):
-            # The server has lost its scripts (SCRIPT FLUSH, restart, failover), and proves that the call wasn't run.
-            self._send_again(call)
-            return
+    def refused(self, call: Call, text: bytes) -> None:
+        """Give an error to a call that the server has answered with one; where it can't serve us, drop the connection."""
         reply = refusal(text.decode("utf-8", "replace"))
         error = failure(reply, self._deadline_s, sent=True)
-        beat = isinstance(call, Errand) and call.script == "beat"
+        beat = isinstance(call, ControlCall) and call.script == "beat"
         # What the script itself refuses is no outage.
         ours = isinstance(error, StorageProtocolError)
         if not ours or beat:
-            if isinstance(call, Call) and self.sent_calls - self._sent_before_error > IN_FLIGHT_MAX:
-                self._attempts.repeated.went("decide")  # another one between them was answered
-            self._sent_before_error = self.sent_calls
-            step = call.script if isinstance(call, Errand) else "decide"
-            error = self._attempts.repeated.judge(step, self, error, guess_of(reply))
-        if isinstance(call, Errand) and not beat and ours:
+            if isinstance(call, CheckCall) and self.batch.sent_calls - self._sent_before_error > IN_FLIGHT_MAX:
+                self._backoff.repeated.went("decide")  # another one between them was answered
+            self._sent_before_error = self.batch.sent_calls
+            step = call.script if isinstance(call, ControlCall) else "decide"
+            error = self._backoff.repeated.judge(step, self, error, guess_of(reply))
+        if isinstance(call, ControlCall) and not beat and ours:
             # A key of somebody else's must not keep us away for ever.
-            self._notice("repair_refused", error)
-            self._give_up(call)
+            self.batch.notice("repair_refused", error)
+            self.batch.give_up(call)
         else:
-            self._fail(call, error, whatever=ours)
+            self.batch.fail(call, error, whatever=ours)
         if not ours or beat:
             # It can't serve us now (it is loading, busy, full, or no master any more): it is asked again as if it were away.
-            self._attempts.failed()
+            self._backoff.failed()
             self._drop(error)
             if text.startswith((b"READONLY", b"NOREPLICAS", b"MASTERDOWN")):
                 self.master.suspect()
-            self._go_away(error)
+            self.batch.begin_outage(error)
 
-    def _broken(self, what: str) -> None:
-        self._notice("desync", what)
+    def broken(self, what: str) -> None:
+        """Drop the connection, on which `what` came instead of a reply."""
+        self.batch.notice("desync", what)
         self._drop(StorageProtocolError(f"Redis sent {what}; the connection was dropped"))
 
-    def _late(self) -> None:
+    def late(self) -> None:
+        """Drop the connection, on which nothing came in time."""
         words = f"Redis didn't answer within {self._deadline_s} s, and the connection was dropped"
-        self._attempts.failed()
+        self._backoff.failed()
         self._hear_late()
         self._drop(StorageUnavailable(f"{words}; the check may have been counted"))
-        self._go_away(StorageUnavailable(words))
+        self.batch.begin_outage(StorageUnavailable(words))
 
     def _hear_late(self) -> None:
         """Go on hearing a connection that is about to be dropped, if replies may come on it to what asked for leases."""
-        late = self._late_replies()
-        if late is None or self._receiver is None or self._connection is None:
+        late = self.batch.late_replies()
+        if late is None or self._receiver is None or self._connected_to is None:
             return
         self._forget_late()
 
@@ -363,9 +363,9 @@ class Line(Gathering):
 
         self._receiver.let_go()
         receiver, self._receiver = Receiver(received, lambda _: self._forget_late()), None
-        connection, self._connection = self._connection, None
+        connection, self._connected_to = self._connected_to, None
         take_over(connection, receiver)  # a new one, as uvloop calls what it was given at first
-        self._attempts.closed(self)
+        self._backoff.closed(self)
         self._late_one = connection, receiver, self.loop.call_later(LATE_S, self._forget_late, context=self._context)
 
     def _forget_late(self) -> None:
@@ -380,18 +380,18 @@ class Line(Gathering):
             self._woken.set()
 
     def _drop(self, error: StorageError) -> None:
-        self.failures += not self.ready
-        self._attempts.lost()
-        self._let_go()
-        self._shut(error)
+        self.failures += not self.batch.serving
+        self._backoff.lost()
+        self._detach()
+        self.batch.lost(error)
 
-    def _let_go(self) -> None:
+    def _detach(self) -> None:
         receiver, self._receiver = self._receiver, None
-        connection, self._connection = self._connection, None
+        connection, self._connected_to = self._connected_to, None
         if receiver is not None:
             receiver.let_go()
         if connection is not None:
-            self._attempts.closed(self)
+            self._backoff.closed(self)
             abort(connection)
             self._dropped.append(connection)
             self._woken.set()

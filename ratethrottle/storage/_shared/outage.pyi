@@ -3,7 +3,7 @@ from typing import TypeAlias, final
 
 from ratethrottle._engine.definitions import CompiledRule
 from ratethrottle._engine.keys import KeyTable
-from ratethrottle._layout import Layout
+from ratethrottle.storage._shared.keynames import KeyNames
 
 _Owed: TypeAlias = tuple[CompiledRule, bytes, tuple[int, int], int, list[tuple[int, int]]]
 
@@ -12,7 +12,7 @@ class Share: ...
 
 @final
 class Shares:
-    def __new__(cls, bounds: KeyTable, layout: Layout) -> Shares: ...
+    def __new__(cls, bounds: KeyTable, names: KeyNames) -> Shares: ...
     @property
     def n(self) -> int: ...
     @property

@@ -11,7 +11,7 @@ from ratethrottle._core cimport CHECK, MADE, Mode, PendingDecision, WHOLE
 from ratethrottle._engine.decision cimport Entry
 from ratethrottle._engine.definitions cimport CompiledRule
 from ratethrottle._engine.pieces cimport piece_new
-from ratethrottle._resp cimport Buffer, buffer_room, put, put_bulk, put_head
+from ratethrottle.storage._shared.resp cimport Buffer, buffer_room, put, put_bulk, put_head
 
 from hashlib import blake2b
 
@@ -121,7 +121,7 @@ cdef Py_ssize_t parts_end(const char* data, Py_ssize_t size, int parts) noexcept
 
 
 @cython.final
-cdef class Layout:
+cdef class KeyNames:
     """What keys are called in Redis: `prefix:{tag}:rule:=key`.
 
     The tag is of the key alone, so that all rules of a key share a slot of a cluster; with `tag_parts`, of so many first parts of a
@@ -133,7 +133,7 @@ cdef class Layout:
         self.opening = prefix + b":{"
         self.tags = tags
         self.tag_parts = tag_parts
-        self.names = NAMES.get(tags) or NAMES.setdefault(tags, chosen_tags(tags))
+        self.tag_names = NAMES.get(tags) or NAMES.setdefault(tags, chosen_tags(tags))
         self.epoch_key = prefix + b":epoch"
         self.processes_key = prefix + b":processes"
         self.charged_key = prefix + b":charged:"
@@ -157,7 +157,7 @@ cdef class Layout:
     cdef int put_key(self, Buffer* buffer, PendingDecision pending) except -1:
         cdef Py_ssize_t name_size
         cdef const char* name = PyUnicode_AsUTF8AndSize(pending.rule.name, &name_size)
-        cdef const char* tag = PyBytes_AS_STRING(self.names) + TAG_BYTES * pending.tag
+        cdef const char* tag = PyBytes_AS_STRING(self.tag_names) + TAG_BYTES * pending.tag
         cdef int tag_size = tag[0]
         cdef size_t size = PyBytes_GET_SIZE(self.opening) + tag_size + 2 + name_size + 2 + pending.size
         if pending.mark == WHOLE:

@@ -5,7 +5,7 @@ from ratethrottle._engine.decision import Entry
 __pyx_capi__: dict[str, object]
 
 @final
-class Layout:
+class KeyNames:
     def __init__(self, prefix: bytes, tags: int, tag_parts: int = 0) -> None: ...
     @property
     def epoch_key(self) -> bytes: ...

@@ -1,5 +1,5 @@
 # cython: auto_pickle=False, autotestdict=False
-"""What one process admits on its own while the store is away, and what it owes the store afterwards (DESIGN: outage policy).
+"""What one process admits on its own while the store is away, and what it owes the store afterwards (docs/arithmetic.md, "Shares").
 
 No I/O and no clock: times are passed in, in the server's time as far as it is known. Each of N processes runs a rule with
 capacity and rate divided by N, from what was known of the key divided by N, of a bucket from the room in it. All rounding is
@@ -13,18 +13,17 @@ from libc.string cimport memset
 
 from ratethrottle._core cimport CHECK, PEEK, PendingDecision
 from ratethrottle._engine.arithmetic cimport (
-    ceil_div, Counts, LEVEL_MAX, Outcome, report, RT_OVERFLOWS, same_definition, settle, Terms, View, view_ahead, view_audit,
-    view_charge_other, view_derive, view_free, view_look, view_rebase, view_roll, window_start,
+    LEVEL_MAX, Outcome, report, RT_OVERFLOWS, same_definition, settle, Terms, View, view_ahead, view_audit, view_charge_other,
+    view_derive, view_free, view_look, view_rebase,
 )
 from ratethrottle._engine.bound cimport aged_late, Bound, bound_learn
 from ratethrottle._engine.definitions cimport CompiledRule
 from ratethrottle._engine.keys cimport KeyTable
 from ratethrottle._engine.pieces cimport piece_free, piece_new
 from ratethrottle._engine.table cimport Account, cell_at, fingerprints_of, Place, Shard
-from ratethrottle._engine.window cimport (
-    KEEP, NO_MEMORY, Units, UNITS_MAX, Window, window_clone, window_drop, window_live, window_new, window_push,
-)
-from ratethrottle._layout cimport Layout, pending_for
+from ratethrottle._engine.window cimport KEEP, NO_MEMORY, UNITS_MAX, Window, window_clone
+from ratethrottle.storage._shared.keynames cimport KeyNames, pending_for
+from ratethrottle.storage._shared.parts cimport read_as, roll, scaled_up, view_join, view_part
 
 from ratethrottle._engine.terms import drain_rate, steps
 
@@ -34,153 +33,9 @@ cdef extern from "Python.h":
     void Py_DECREF(PyObject*)
 
 
-cdef extern from *:
-    """
-    /* ceil(level * to / from), at most `most`: a level in ticks of one size, in ticks of another. The factors fill 53, 52 and 52 bits. */
-    static int64_t rt_scaled_up(int64_t level, int64_t to, int64_t from, int64_t most) {
-        unsigned __int128 scaled = ((unsigned __int128)level * to + from - 1) / from;
-        return scaled > (unsigned __int128)most ? most : (int64_t)scaled;
-    }
-
-    /* The level that leaves of a part's capacity an nth of the room in a whole bucket, rounded down; 0 to `most`. In ticks of which a
-       unit has `to`, the whole one's level in such of which it has `from`. */
-    static int64_t rt_level_of_part(int64_t level, int64_t to, int64_t from, int64_t whole, int64_t part, int64_t n, int64_t most) {
-        __int128 room = (__int128)whole * to - ((__int128)level * to + from - 1) / from, left;
-        room = room >= 0 ? room / n : -((-room + n - 1) / n);
-        left = (__int128)part * to - room;
-        return left < 0 ? 0 : left > most ? most : (int64_t)left;
-    }
-    """
-    int64_t scaled_up "rt_scaled_up"(int64_t level, int64_t to, int64_t ticks, int64_t most) noexcept nogil
-    int64_t level_of_part "rt_level_of_part"(int64_t level, int64_t to, int64_t ticks, int64_t whole, int64_t part, int64_t n,
-                                             int64_t most) noexcept nogil
-
-
 cdef enum:
     SHARES_MAX = 1024
     SHARDS_TAKEN = 16                        # looked through for what is owed: a millisecond at most
-
-
-# -------------------------------------------------------------------------------------------------------------- views
-
-cdef void roll(View* view, int64_t now_us) noexcept nogil:
-    """Bring any view to now, for good."""
-    cdef uint32_t expired
-    cdef int64_t total
-    if view_ahead(view, now_us):
-        view_rebase(view, now_us)
-    if view.terms.kind == c"s":
-        window_live(view.amount.window, now_us - view.terms.window_us, &expired, &total)
-        window_drop(view.amount.window, expired, total)
-    else:
-        view_roll(view, now_us)
-
-
-cdef int read_as(const View* view, View* read, const Terms* terms, int64_t now_us) noexcept nogil:
-    """The view, or a new one if `terms` are of another definition: as a rule that has changed reads it."""
-    if not same_definition(view.terms, terms):
-        return view_derive(read, terms, view, now_us)
-    read[0] = view[0]
-    read.terms = terms
-    return KEEP
-
-
-cdef Window* window_part(const View* known, int64_t known_now_us, int64_t ahead_us, int64_t n) noexcept nogil:
-    """An nth of its units, each with what leaves after it rounded up: n parts never hold less than the whole, at no time."""
-    cdef const Window* whole = known.amount.window
-    cdef Window* part = window_new(whole.count + 1)
-    cdef const Units* entry
-    cdef uint32_t i, expired
-    cdef int64_t left, units
-    if part == NULL:
-        return NULL
-    window_live(whole, known_now_us - known.terms.window_us, &expired, &left)
-    for i in range(whole.first + expired, whole.first + whole.count):
-        entry = &whole.entries[i]
-        units = ceil_div(left, n) - ceil_div(left - entry.units, n)
-        left -= entry.units
-        if units:
-            part.entries[part.count] = Units(entry.at_us + ahead_us, units)
-            part.count += 1
-            part.total += units
-    return part
-
-
-cdef int view_part(View* part, const Terms* terms, const View* known, int64_t known_now_us, int64_t now_us,
-                   int64_t n, const Terms* whole) noexcept nogil:
-    """An nth of what is known, rounded up, as `terms` read it now; of a bucket, of the room that it leaves in the rule's, `whole`.
-    `known` is kept in another clock, in which it is now `known_now_us`."""
-    cdef View source = known[0]
-    cdef int64_t ahead_us = now_us - known_now_us, window_us = known.terms.window_us
-    cdef int status
-    if known.terms.kind == c"s":
-        source.amount.window = window_part(known, known_now_us, ahead_us, n)
-        if source.amount.window == NULL:
-            return NO_MEMORY
-    elif known.terms.kind == c"b":
-        source.at_us = min(known.at_us, known_now_us)
-        if not same_definition(known.terms, whole):
-            view_roll(&source, known_now_us)     # as the store would: by the rate that it was kept by
-        if terms.kind == c"b":
-            # All parts together have the room of the whole, and gain it by no more than its rate: each by its own, from then on.
-            part.terms = terms
-            part.at_us = source.at_us + ahead_us
-            part.amount.level_ticks = level_of_part(source.amount.level_ticks, terms.unit_ticks, known.terms.unit_ticks,
-                                                    whole.capacity, terms.capacity, n, LEVEL_MAX)
-            view_roll(part, now_us)
-            return KEEP
-        source.at_us = now_us
-        source.amount.level_ticks = ceil_div(source.amount.level_ticks, n)
-    else:
-        # The clocks agree but roughly: it is the window whose beginning is nearest, also if that comes only now.
-        source.at_us = max(<int64_t>0, known.at_us + ahead_us + window_us // 2)
-        source.at_us = min(source.at_us, now_us + window_us)
-        source.at_us = window_start(known.terms, source.at_us)
-        source.amount.counts = Counts(<uint32_t>ceil_div(known.amount.counts.cur, n), <uint32_t>ceil_div(known.amount.counts.prev, n))
-        view_roll(&source, now_us)
-        if same_definition(known.terms, terms):
-            part[0] = source
-            part.terms = terms
-            return KEEP
-    status = view_derive(part, terms, &source, now_us)
-    view_free(&source)
-    return status
-
-
-cdef int window_join(Window** own, const Window* other, bint exact) noexcept nogil:
-    """At every instant as much as the one that holds more then."""
-    cdef Window* joined = window_new(own[0].count + other.count + 1)
-    cdef int64_t a_left = own[0].total, b_left = other.total, before, at_us
-    cdef const Units* a = &own[0].entries[own[0].first]
-    cdef const Units* b = &other.entries[other.first]
-    if joined == NULL:
-        return NO_MEMORY
-    while a_left or b_left:
-        before = max(a_left, b_left)
-        at_us = a.at_us if a_left and (b_left == 0 or a.at_us <= b.at_us) else b.at_us
-        if a_left and a.at_us == at_us:
-            a_left -= a.units
-            a += 1
-        if b_left and b.at_us == at_us:
-            b_left -= b.units
-            b += 1
-        if max(a_left, b_left) < before:
-            window_push(&joined, exact, at_us, before - max(a_left, b_left))  # it has room
-    piece_free(own[0])
-    own[0] = joined
-    return KEEP
-
-
-cdef int view_join(View* own, const View* other) noexcept nogil:
-    """Charge a view up to another one of its definition, both rolled to the same instant."""
-    if own.terms.kind == c"s":
-        return window_join(&own.amount.window, other.amount.window, own.terms.slot_us == 1)
-    if own.terms.kind == c"b":
-        own.amount.level_ticks = max(own.amount.level_ticks, other.amount.level_ticks)
-    else:
-        own.amount.counts.cur = max(own.amount.counts.cur, other.amount.counts.cur)
-        own.amount.counts.prev = max(own.amount.counts.prev, other.amount.counts.prev)
-    return KEEP
 
 
 # ----------------------------------------------------------------------------------------------------------- accounts
@@ -400,9 +255,9 @@ cdef class Shares:
     Used under the GIL, from any thread.
     """
 
-    def __cinit__(self, KeyTable bounds not None, Layout layout not None):
+    def __cinit__(self, KeyTable bounds not None, KeyNames names not None):
         self.bounds = bounds
-        self.layout = layout
+        self.names = names
         self.made = {}
         self.outage = 1                      # an account that has met nothing yet has 0
 
@@ -444,7 +299,7 @@ cdef class Shares:
         comes to.
         """
         cdef CompiledRule rule = pending.rule
-        cdef Share share = self.share_of(rule, everything), before = None
+        cdef Share share = self.share_of(rule, everything)
         cdef Account* account
         cdef Account fresh
         cdef Bound* bound
@@ -468,20 +323,7 @@ cdef class Shares:
                 raise MemoryError
             account = &fresh
         try:
-            if lasting:
-                before = <Share>account.share  # kept until the views point into another one
-            if account_bring(account, share, now_us) == NO_MEMORY:
-                raise MemoryError
-            if lasting and before is not share:
-                Py_INCREF(<PyObject*>share)
-                Py_DECREF(<PyObject*>before)
-            # Or the store has answered since: a check may be decided here before anybody says that the next outage has begun.
-            if account.outage != self.outage or (bound != NULL and bound.heard and bound.received_us > account.met_us):
-                if bound != NULL and bound.heard:
-                    account.met_us = bound.received_us
-                    if account_meet(account, share, &bound.cell.view, aged_late(bound, table_us), now_us) == NO_MEMORY:
-                        raise MemoryError
-                account.outage = self.outage
+            _before = self.bring(account, share, bound, lasting, table_us, now_us)
             # A denial leaves the account as it was, for a clock that steps back.
             held = account.held
             view_look(&held, &share.terms, now_us, units, &expired, &total, out)
@@ -509,6 +351,26 @@ cdef class Shares:
                 view_free(&fresh.held)
                 view_free(&fresh.owed)
 
+    cdef Share bring(self, Account* account, Share share, const Bound* bound, bint lasting, int64_t table_us, int64_t now_us):
+        """Bring an account to its share, and up to its part of what is known. lasting: it is the bound's own.
+
+        Returns the share that it had, which the caller keeps: no other code may run before the caller is done.
+        """
+        cdef Share before = <Share>account.share if lasting else None
+        if account_bring(account, share, now_us) == NO_MEMORY:
+            raise MemoryError
+        if lasting and before is not share:
+            Py_INCREF(<PyObject*>share)
+            Py_DECREF(<PyObject*>before)
+        # Or the store has answered since: a check may be decided here before anybody says that the next outage has begun.
+        if account.outage != self.outage or (bound != NULL and bound.heard and bound.received_us > account.met_us):
+            if bound != NULL and bound.heard:
+                account.met_us = bound.received_us
+                if account_meet(account, share, &bound.cell.view, aged_late(bound, table_us), now_us) == NO_MEMORY:
+                    raise MemoryError
+            account.outage = self.outage
+        return before
+
     cdef Account* keep(self, const Account* fresh, PendingDecision pending, int64_t table_us, Bound** bound,
                        Shard** shard) except NULL:
         """Have the key's bound, made where there is none, hold a new account."""
@@ -532,7 +394,7 @@ cdef class Shares:
         if view_derive(&bound.cell.view, self.bounds.terms_of(pending.rule), NULL, now_us) == NO_MEMORY:
             raise MemoryError
         try:
-            bound.name = self.layout.name_new(pending, &bound.name_size)
+            bound.name = self.names.name_new(pending, &bound.name_size)
             return <Bound*>self.bounds.insert(shard, &bound.cell, now_us)
         except BaseException:
             piece_free(bound.name)

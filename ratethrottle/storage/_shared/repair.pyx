@@ -1,8 +1,8 @@
 # cython: auto_pickle=False, autotestdict=False
-"""What a storage knows of its store, and what the store has to be told when it has lost something (DESIGN: repair).
+"""What a storage knows of its store, and what the store has to be told when it has lost something.
 
 An epoch is one run of one server over one data set. A process that finds itself in another one than before asserts what it knows,
-charges what it admitted meanwhile, and leaves the others time to do the same. docs/arithmetic.md («Repair») has what the store
+charges what it admitted meanwhile, and leaves the others time to do the same. docs/arithmetic.md ("Repair") has what the store
 makes of it. No I/O.
 """
 
@@ -13,14 +13,16 @@ from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memset
 
 from ratethrottle._core cimport PendingDecision
-from ratethrottle._engine.arithmetic cimport Terms, view_reach
+from ratethrottle._engine.arithmetic cimport Terms
 from ratethrottle._engine.bound cimport Bound, bound_assertion
 from ratethrottle._engine.definitions cimport CompiledRule
 from ratethrottle._engine.keys cimport KeyTable
 from ratethrottle._engine.table cimport cell_at, fingerprints_of, Hash128, Shard, shard_find
-from ratethrottle._layout cimport Layout
-from ratethrottle._outage cimport Shares
-from ratethrottle._resp cimport Buffer, buffer_room, digits, put_bulk, put_number
+from ratethrottle.storage._shared.call cimport ControlCall, lead_us, reset_reach
+from ratethrottle.storage._shared.fleet cimport Fleet
+from ratethrottle.storage._shared.keynames cimport KeyNames
+from ratethrottle.storage._shared.outage cimport Shares
+from ratethrottle.storage._shared.resp cimport Buffer, buffer_room, digits, put_bulk, put_number
 
 from collections import deque
 from os import urandom
@@ -28,18 +30,11 @@ from weakref import WeakSet
 
 
 cdef enum:
-    ROWS_MAX = 128                           # keys of an errand
+    ROWS_MAX = 128                           # keys of a call
     RULES_MAX = 32                           # and definitions that it asserts something of
-    FEWER_US = 1_000_000                     # for so long the store must have counted fewer
-    PERIOD_US = 900_000                      # for so long at least the store takes marks, before it counts them
-    SMALL_FLEET = 50                         # processes whose beats are all scripts
-    MARKS_MAX = 60                           # between two scripts
-    EACH_US = 100                            # between two beats, for each process there is
     SHARDS_MAX = 32                          # of bounds, looked through at once
     LOOKED_AT_MAX = 4096                     # bounds, of which most may have nothing to tell any more
-    ALIKE_US = 450_000                       # two beats of half a second agree
-    MANY = 1_000_000_000                     # processes: more than there ever are
-    STALLED_US = 250_000                     # after its deadline an errand is another line's to run, if its own is stalled
+    STALLED_US = 250_000                     # after its deadline a call is another connection's to run, if its own is stalled
 
 cdef int64_t UNKNOWN_TICKS = <int64_t>1 << 52  # so far below zero an asserted level says nothing
 
@@ -50,53 +45,9 @@ cdef tuple rule_words(const Terms* terms):
         terms.capacity, terms.window_us, terms.unit_ticks, terms.drain_ticks, terms.slot_us, terms.coarse_us, 0)])
 
 
-cdef int64_t reset_reach(const Terms* terms) noexcept:
-    """For how long what a key had used before a reset may matter to somebody: a bucket may owe twice its capacity."""
-    return 2 * view_reach(terms) if terms.kind == c"b" else view_reach(terms)
-
-
 cdef bint ages_on(CompiledRule rule, int64_t age_us) noexcept:
     """A bucket is told what is new, not since when: that stays, which is too strict by what has drained meanwhile."""
     return rule.terms.kind != c"b" or age_us > 0
-
-
-@cython.final
-cdef class Errand:
-    """A script call that isn't a check's: a beat, or what the store has to be told. `done` gets its reply's numbers, if they matter."""
-
-    def __init__(self, str script not None, list keys not None, list args not None, done=None):
-        self.script = script
-        self.key_list = keys
-        self.args = args
-        self.done = done
-        self.first = 1
-
-    @property
-    def keys(self):
-        """The keys that follow the epoch's."""
-        if self.packed_keys is None:
-            return self.key_list
-        return parted(self.packed_keys)
-
-    cdef Errand twin(self):
-        """Another one of the same, while the first is still in some line's hands."""
-        cdef Errand twin = Errand(self.script, self.key_list, self.args)
-        twin.packed_keys, twin.key_count = self.packed_keys, self.key_count
-        twin.packed_args, twin.arg_count, twin.telling, twin.first = self.packed_args, self.arg_count, self.telling, self.first
-        twin.owed, twin.owed_us, twin.marker = self.owed, self.owed_us, self.marker
-        return twin
-
-
-cdef list parted(bytes packed):
-    """The words of which these are the bulk strings."""
-    cdef list words = []
-    cdef Py_ssize_t at = 0, begin, size
-    while at < len(packed):
-        begin = packed.index(b"\r\n", at) + 2
-        size = int(packed[at + 1:begin - 2])
-        words.append(packed[begin:begin + size])
-        at = begin + size + 2
-    return words
 
 
 cdef int put_any(Buffer* buffer, int64_t number) except -1:
@@ -233,10 +184,10 @@ cdef class Telling:
         """Whether there is more to be told, and nothing that has to be heard before."""
         return not self.last and (self.at < self.count or not self.out)
 
-    cdef Errand next_errand(self, int rows_max, int64_t ahead_us, int64_t now_us):
+    cdef ControlCall next_call(self, int rows_max, int64_t ahead_us, int64_t now_us):
         """What is told next; None where that takes some more preparation, or where something has to be heard before."""
         cdef Buffer keys, args
-        cdef Errand errand
+        cdef ControlCall call
         if self.again:
             return self.again.popleft()
         if not self.prepared:
@@ -247,16 +198,16 @@ cdef class Telling:
         memset(&args, 0, sizeof(Buffer))
         self.bounds.definitions.held += 1              # it collects their addresses
         try:
-            errand = self.build(&keys, &args, rows_max, ahead_us, now_us)
+            call = self.build(&keys, &args, rows_max, ahead_us, now_us)
         finally:
             self.bounds.definitions.held -= 1
             free(keys.bytes)
             free(args.bytes)
-        if errand is not None:
-            errand.telling = self
-        return errand
+        if call is not None:
+            call.telling = self
+        return call
 
-    cdef Errand build(self, Buffer* keys, Buffer* args, int rows_max, int64_t ahead_us, int64_t now_us):
+    cdef ControlCall build(self, Buffer* keys, Buffer* args, int rows_max, int64_t ahead_us, int64_t now_us):
         cdef size_t start = self.at, last = min(self.at + LOOKED_AT_MAX, self.count)
         cdef list terms = []
         cdef Shard* shard
@@ -266,7 +217,7 @@ cdef class Telling:
         cdef int64_t found, generation
         cdef Hash128 hashed
         cdef int rows = 0
-        cdef Errand errand
+        cdef ControlCall call
         while rows < rows_max and len(terms) < RULES_MAX and self.at < last:
             hashed = Hash128(self.items[self.at].hash_lo, self.items[self.at].hash_hi)
             self.at += 1
@@ -296,13 +247,13 @@ cdef class Telling:
         if rows == 0 and (self.at < self.count or self.out):
             return None
         self.last = rows == 0
-        errand = Errand("repair", [], [
+        call = ControlCall("repair", [], [
             b"assert", b"%d" % max(1, len(terms)), b"%d" % rows,
             *(word for address in terms or [<size_t>&NONE] for word in rule_words(<Terms*><size_t>address))])
-        errand.packed_keys, errand.key_count = PyBytes_FromStringAndSize(keys.bytes, keys.used), rows
-        errand.packed_args, errand.arg_count = PyBytes_FromStringAndSize(args.bytes, args.used), 7 * rows
-        self.out[errand] = start
-        return errand
+        call.packed_keys, call.key_count = PyBytes_FromStringAndSize(keys.bytes, keys.used), rows
+        call.packed_args, call.arg_count = PyBytes_FromStringAndSize(args.bytes, args.used), 7 * rows
+        self.out[call] = start
+        return call
 
     cdef int put_row(self, Buffer* args, int row, int rule, int64_t generation, const int64_t* numbers, int64_t us) except -1:
         put_any(args, row)
@@ -314,9 +265,9 @@ cdef class Telling:
         put_any(args, us)
         return 0
 
-    cdef int heard(self, Errand errand) except -1:
-        self.out.pop(errand, None)
-        self.over = self.over or (errand.key_count == 0 and self.last)
+    cdef int heard(self, ControlCall call) except -1:
+        self.out.pop(call, None)
+        self.over = self.over or (call.key_count == 0 and self.last)
         return 0
 
 
@@ -327,7 +278,7 @@ NONE.window_us = 1_000_000
 
 
 cdef int place_of(list terms, const Terms* rule) except -1:
-    """The number of a rule among those of an errand, from 1."""
+    """The number of a rule among those of a call, from 1."""
     cdef int i
     for i in range(len(terms) - 1, -1, -1):
         if <size_t>terms[i] == <size_t>rule:
@@ -337,21 +288,21 @@ cdef int place_of(list terms, const Terms* rule) except -1:
 
 
 @cython.final
-cdef class Knowledge:
+cdef class Repair:
     """What the storages of one process share that keep their keys under one prefix on the same server: to it, they are one process."""
 
-    def __init__(self, KeyTable bounds not None, Layout layout not None, int64_t expected=0):
+    def __init__(self, KeyTable bounds not None, KeyNames names not None, int64_t expected=0):
         self.bounds = bounds
-        self.layout = layout
-        self.shares = Shares(bounds, layout)
-        self.expect(expected)
-        self.errands = deque()
+        self.names = names
+        self.shares = Shares(bounds, names)
+        self.fleet = Fleet(self.shares)
+        self.fleet.expect(expected)
+        self.calls = deque()
         self.charged = deque(maxlen=self.bounds.max_keys)
         self.out = set()
         self.process_id = urandom(8).hex().encode()
         self.forks = bounds.forks
         self.users = WeakSet()
-        self.slot = -1
 
     cdef bint forked(self) except -1:
         """In a process that was forked give up what belongs to the other: what it has to tell, and what it owes. True there, once."""
@@ -360,12 +311,8 @@ cdef class Knowledge:
             return False
         self.forks = self.bounds.forks
         self.process_id = urandom(8).hex().encode()
-        # As they were counted, this one wasn't among them.
-        self.processes = self.counted_us = 0
-        self.sure = False
-        self.doubt()
-        self.shares.set_share(self.expected, max(self.expected - 1, 0))
-        self.errands = deque()
+        self.fleet.forked()
+        self.calls = deque()
         self.out = set()
         self.telling = None
         self.charged = deque(maxlen=self.bounds.max_keys)
@@ -379,28 +326,19 @@ cdef class Knowledge:
     @property
     def owed(self):
         """For how many keys × rules something is left to charge, or being charged."""
-        cdef Errand errand
-        return self.bounds.owing + sum([len(errand.owed) for errand in (*self.errands, *self.out) if errand.owed is not None])
+        cdef ControlCall call
+        return self.bounds.owing + sum([len(call.owed) for call in (*self.calls, *self.out) if call.owed is not None])
 
     def forget_all(self):
         """Know nothing of any key, and owe nothing: everything was cleared."""
         self.bounds.empty()
-        self.errands = deque()
+        self.calls = deque()
         self.out = set()
         self.telling = None
         self.charged = deque(maxlen=self.bounds.max_keys)
         self.live_until_us = self.newest_us = self.told_us = 0
 
-    def expect(self, int64_t expected):
-        """Note how many processes share the limits by a storage's options: of several numbers the largest. 0: it doesn't say."""
-        if expected > self.expected:
-            self.expected = expected
-            # Of a rank that isn't known: no more than what each of them may have.
-            if self.processes < expected:
-                self.shares.set_share(expected, expected - 1)
-
-    cdef bint meet(self, int64_t epoch, int64_t learning_us, int64_t count, int64_t rank, int64_t whole_us, bint forgets, int64_t held_us,
-                   int64_t now_us) except -1:
+    cdef bint enter_epoch(self, int64_t epoch, int64_t learning_us, bint forgets, int64_t held_us, int64_t now_us) except -1:
         """Take up what a beat has told. True in another epoch: the store may have lost what is known here, and is told it.
 
         forgets: the store was cleared in that epoch, or since the one known here. held_us: it still has all that it was told before
@@ -418,75 +356,27 @@ cdef class Knowledge:
             self.newest_us = self.told_us = 0
             self.shares.begin()
         if self.epoch != epoch:
-            self.doubt()
-        # Of one epoch it only becomes shorter, when all have come: a reply may be older than another line's.
+            self.fleet.doubt()
+        # Of one epoch it only becomes shorter, when all have come: a reply may be older than another connection's.
         if self.epoch != epoch or self.learning_until_us <= now_us:
             self.learning_until_us = now_us + learning_us
         else:
             self.learning_until_us = min(self.learning_until_us, now_us + learning_us)
         self.epoch = epoch
-        if count:                            # else it was only looked at
-            self.take_count(count, rank, whole_us >= WHOLE_US, now_us)
         return another
 
-    cdef int take_count(self, int64_t count, int64_t rank, bint whole, int64_t now_us) except -1:
-        """Take up how many processes there are. `whole`: the store has counted for long enough to have heard of all of them."""
-        cdef int64_t n
-        cdef bint alike
-        if count != self.last_count:
-            self.last_count = count
-            self.alike_since_us = now_us
-        alike = now_us - self.alike_since_us >= ALIKE_US
-        if count >= self.processes:
-            self.sure = count == self.processes and alike
-            self.processes = count
-            self.fewer_since_us = 0
-        else:
-            self.sure = False
-            if self.fewer_since_us == 0:
-                # They may have been forgotten only, by a store that lost its data.
-                self.fewer_since_us = now_us
-            if whole and now_us - self.fewer_since_us >= FEWER_US:
-                self.processes = count
-                self.fewer_since_us = 0
-        # A share that is too large is granted by each of them: until the count is settled, the largest number that anything says.
-        n = self.processes if whole else max(self.processes, self.expected)
-        # Where nothing else has said how many there are, two beats must agree.
-        if whole or alike or self.expected or self.shares.n:
-            self.shares.set_share(n, rank if count == n and (alike or whole) and 0 <= rank < n else n - 1)
-        return 0
-
-    cdef int doubt(self) except -1:
-        """Who was counted must be counted anew: the store is another one, or wasn't reached for a while."""
-        self.last_count = self.fewer_since_us = 0
-        self.slot = -1
-        return 0
-
-    cdef int64_t period_us(self) noexcept:
-        return max(<int64_t>PERIOD_US, EACH_US * self.last_count)
-
-    cdef bint may_mark(self, int64_t now_us) noexcept:
-        """Whether its slot is known to be its own still, and marking it enough."""
-        return (self.slot >= 0 and self.last_count > SMALL_FLEET and self.marks < MARKS_MAX
-                and now_us - self.marked_us < self.period_us() + self.period_us() // 2)
-
-    cdef int64_t pace_us(self, int64_t least_us) noexcept:
-        """How long to wait between two beats: the store has about ten thousand a second at most, of all processes together."""
-        return max(least_us, EACH_US * max(self.processes, self.last_count))
-
-    cdef Errand beat(self, bytes purpose, bint asks, bint named, done):
+    cdef ControlCall beat(self, bytes purpose, bint asks, bint named, done):
         """Say that this process is there or leaves, or look which epoch this is, and what was evicted if it `asks`.
 
         named: say how keys are called, too.
         """
-        # Who isn't sure how many there are has everybody wait for as long as may be.
-        number = self.processes if self.sure or self.processes == 0 else MANY
-        cdef list keys = [self.layout.processes_key]
-        cdef list args = [self.process_id, purpose, b"1" if asks else b"0", b"%d" % number, b"%d" % self.knows_until()]
+        cdef list keys = [self.names.processes_key]
+        cdef list args = [b"%d" % self.epoch, self.process_id, purpose, b"1" if asks else b"0", b"%d" % self.fleet.told_count(),
+                          b"%d" % self.knows_until()]
         if named:
-            keys.append(self.layout.layout_key)
-            args.append(self.layout.layout)
-        return Errand("beat", keys, args, done)
+            keys.append(self.names.layout_key)
+            args.append(self.names.layout)
+        return ControlCall("beat", keys, args, done)
 
     cdef int64_t knows_until(self) noexcept:
         """The store's time, in the epoch that is known, when it was heard of last. 1 if only older ones are known of, 0 if nothing is."""
@@ -499,86 +389,88 @@ cdef class Knowledge:
         telling.held_older = 0 < self.told_us < held_us
         return telling
 
-    cdef Errand next_errand(self, int64_t now_us, int rows_max, bint tells):
+    cdef ControlCall next_call(self, int64_t now_us, int rows_max, bint tells):
         """What the store has to be told next, or None. Of what is known only if it `tells` that, of so many keys at once."""
-        cdef Errand errand = None
-        if self.errands:
-            errand = self.aged(self.errands.popleft(), now_us)
-        while errand is None and self.bounds.owing:
+        cdef ControlCall call = None
+        if self.calls:
+            call = self.aged(self.calls.popleft(), now_us)
+        while call is None and self.bounds.owing:
             owing = self.bounds.owing
             owed = self.shares.take_owed(ROWS_MAX, now_us + self.ahead_us, ROWS_MAX)
             if not owed and self.bounds.owing == owing:
                 break
             if owed:
-                errand = self.charge(owed, self.process_id + urandom(8).hex().encode(), now_us)
-        if errand is None and tells and self.telling is not None:
-            errand = self.telling.next_errand(rows_max, self.ahead_us, now_us)
-        if errand is not None:
-            errand.deadline_us = now_us
-            self.out.add(errand)
-        return errand
+                call = self.charge(owed, self.process_id + urandom(8).hex().encode(), now_us)
+        if call is None and tells and self.telling is not None:
+            call = self.telling.next_call(rows_max, self.ahead_us, now_us)
+        if call is not None:
+            if call.telling is not None:
+                call.last_args = [self.process_id, b"%d" % (<Telling>call.telling).level(), b"%d" % call.first]
+            call.deadline_us = now_us
+            self.out.add(call)
+        return call
 
     cdef bint idle(self) noexcept:
         """Whether there is nothing left to be charged, but for what is on its way."""
-        return not self.errands
+        return not self.calls
 
-    cdef int forget_errand(self, Errand errand) except -1:
+    cdef int lose(self, ControlCall call) except -1:
         """Its reply is lost: it is told again, if that does no harm."""
-        if errand in self.out:
-            self.out.discard(errand)
-            self.put_back(errand)
+        if call in self.out:
+            self.out.discard(call)
+            self.put_back(call)
         return 0
 
-    cdef int put_back(self, Errand errand) except -1:
-        if errand.telling is None:
-            self.errands.append(errand)
-        elif errand.telling is self.telling:  # another epoch is told anew
-            self.telling.again.append(errand)
+    cdef int put_back(self, ControlCall call) except -1:
+        if call.telling is None:
+            self.calls.append(call)
+        elif call.telling is self.telling:  # another epoch is told anew
+            self.telling.again.append(call)
         return 0
 
     cdef int take_over(self, int64_t now_us) except -1:
-        """Have errands run again whose line hasn't looked for an answer in time: its loop stands still, or isn't run any more."""
-        cdef Errand errand, twin
-        for errand in list(self.out):
-            if errand.deadline_us + STALLED_US <= now_us:
-                self.out.discard(errand)
-                # Another one, since the first is still in the line's hands.
-                twin = errand.twin()
-                if errand.telling is not None and errand in errand.telling.out:
-                    errand.telling.out[twin] = errand.telling.out.pop(errand)
+        """Have calls run again whose connection hasn't looked for an answer in time: its loop stands still, or isn't run any more."""
+        cdef ControlCall call, twin
+        for call in list(self.out):
+            if call.deadline_us + STALLED_US <= now_us:
+                self.out.discard(call)
+                # Another one, since the first is still in that connection's hands.
+                twin = call.twin()
+                if call.telling is not None and call in (<Telling>call.telling).out:
+                    (<Telling>call.telling).out[twin] = (<Telling>call.telling).out.pop(call)
                 self.put_back(twin)
         return 0
 
-    cdef int heard(self, Errand errand, int64_t server_us) except -1:
-        """The store has answered an errand."""
-        self.out.discard(errand)
-        if errand.telling is not None:
-            errand.telling.heard(errand)
-            if errand.telling is self.telling and self.telling.over:
+    cdef int heard(self, ControlCall call, int64_t server_us) except -1:
+        """The store has answered a call."""
+        self.out.discard(call)
+        if call.telling is not None:
+            (<Telling>call.telling).heard(call)
+            if call.telling is self.telling and self.telling.over:
                 self.told_us = server_us
                 self.telling = None
         return 0
 
-    cdef int deferred(self, Errand errand, int first) except -1:
-        """The store has taken in what an errand tells, but for what begins with that entry: it would have taken too long."""
-        self.out.discard(errand)
-        if errand in errand.telling.out:
-            errand.first = first
-            self.put_back(errand)
+    cdef int deferred(self, ControlCall call, int first) except -1:
+        """The store has taken in what a call tells, but for what begins with that entry: it would have taken too long."""
+        self.out.discard(call)
+        if call in (<Telling>call.telling).out:
+            call.first = first
+            self.put_back(call)
         return 0
 
-    cdef Errand aged(self, Errand errand, int64_t now_us):
+    cdef ControlCall aged(self, ControlCall call, int64_t now_us):
         """What is charged is as old as it is by now, however late it is told again."""
-        cdef int64_t past_us = now_us - errand.owed_us
-        if errand.owed is None or past_us <= 0:
-            return errand
+        cdef int64_t past_us = now_us - call.owed_us
+        if call.owed is None or past_us <= 0:
+            return call
         return self.charge([(rule, name, hashed, newest + past_us,
                              [(age + past_us if ages_on(rule, age) else age, units) for age, units in ages])
-                            for rule, name, hashed, newest, ages in errand.owed], errand.marker, now_us)
+                            for rule, name, hashed, newest, ages in call.owed], call.marker, now_us)
 
-    cdef Errand charge(self, list owed, bytes marker, int64_t now_us):
+    cdef ControlCall charge(self, list owed, bytes marker, int64_t now_us):
         """Charge what was admitted here while the store was away. The marker has it charged once, however often it is told."""
-        cdef Errand errand
+        cdef ControlCall call
         cdef list names = []
         cdef list words = [rule_words(&(<CompiledRule>item[0]).terms) for item in owed]
         cdef list rules = list(dict.fromkeys(words))
@@ -589,9 +481,9 @@ cdef class Knowledge:
             place += 1
             args += [b"%d" % number for number in (place, rules.index(words[place - 1]) + 1, newest, len(units))]
             args += [b"%d" % number for pair in units for number in pair]
-        errand = Errand("repair", names + [self.layout.charged_key + marker], args)
-        errand.owed, errand.owed_us, errand.marker = owed, now_us, marker
-        return errand
+        call = ControlCall("repair", names + [self.names.charged_key + marker], args)
+        call.owed, call.owed_us, call.marker = owed, now_us, marker
+        return call
 
     cdef int note_generation(self, PendingDecision sample, int64_t generation, int64_t server_us, int64_t now_us) except -1:
         """Remember that a key was reset, for as long as somebody may know what it had used before, and forget that here."""
@@ -609,6 +501,6 @@ cdef class Knowledge:
         bound.epoch = self.epoch
         if bound.account != NULL and bound.account.newest_us <= generation:
             self.bounds.drop_account(shard, bound)
-        if bound.lease_at_us - (sample.rule.lease_us if sample.rule.terms.kind == c"s" else 0) <= generation:
+        if bound.lease_at_us - lead_us(sample.rule) <= generation:
             bound.lease_units = 0            # nobody counts them any more
         return 0

@@ -1,0 +1,37 @@
+from collections.abc import Callable
+from typing import final
+
+from typing_extensions import disjoint_base
+
+@disjoint_base
+class Call: ...
+
+@final
+class CheckCall(Call): ...
+
+@final
+class ControlCall(Call):
+    def __init__(
+        self,
+        script: str,
+        keys: list[bytes],
+        args: list[bytes],
+        done: Callable[[list[int]], object] | None = None,
+    ) -> None: ...
+    @property
+    def script(self) -> str: ...
+    @property
+    def keys(self) -> list[bytes]: ...
+    @property
+    def args(self) -> list[bytes]: ...
+    @property
+    def done(self) -> Callable[[list[int]], object] | None: ...
+
+@final
+class MarkCall(Call): ...
+
+@final
+class LoadCall(Call): ...
+
+@final
+class CallIndex: ...

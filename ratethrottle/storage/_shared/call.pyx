@@ -1,0 +1,332 @@
+# cython: auto_pickle=False, autotestdict=False
+"""What is sent and has a reply of its own. A call is a value: it knows how it is written and read, but no loop, clock or table."""
+
+cimport cython
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from libc.stdint cimport int64_t, uint16_t
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memset
+
+from ratethrottle._core cimport GIVE_BACK, PEEK, PendingDecision, RESET
+from ratethrottle._engine.arithmetic cimport LEVEL_MAX, NEVER, Terms
+from ratethrottle._engine.definitions cimport CompiledRule
+from ratethrottle._engine.window cimport UNITS_MAX
+from ratethrottle.storage._shared.queue cimport drain
+from ratethrottle.storage._shared.reply cimport MARK_NUMBERS, possible_beat, read_loaded, read_mark, read_numbers, YEAR_US
+from ratethrottle.storage._shared.request cimport EPOCH_BYTES, Writer
+from ratethrottle.storage._shared.resp cimport BROKEN, put_bulk, put_head
+
+
+cdef class Call:
+    """A request, and how its reply is read."""
+
+    cdef int write(self, Writer writer) except -1:
+        """Write it, under an id of its own."""
+        raise NotImplementedError
+
+    cdef Py_ssize_t read(self, bytes data, Py_ssize_t at, int64_t* numbers, int* count) except -3:
+        """Read the reply from there; returns where the next one begins, INCOMPLETE or BROKEN. numbers: for REPLY_NUMBERS_MAX."""
+        raise NotImplementedError
+
+
+# ------------------------------------------------------------------------------------------------------------- checks
+
+@cython.final
+cdef class CheckCall(Call):
+    """Checks, peeks or resets of many keys, decided by one run of a script: in order, equal ones of a key as one item."""
+
+    def __cinit__(self):
+        self.items = <CallItem*>malloc(CALL_ITEMS_MAX * sizeof(CallItem))
+        if self.items == NULL:
+            raise MemoryError
+        self.rules = []
+
+    def __dealloc__(self):
+        cdef int i
+        for i in range(self.size):
+            drain(&self.items[i].waiters)
+        free(self.items)
+
+    cdef CallItem* add_item(self, PendingDecision pending, int key_index) except NULL:
+        """Add an item for what `pending` asks. There is room for it."""
+        cdef CallItem* item = &self.items[self.size]
+        cdef int i
+        memset(item, 0, sizeof(CallItem))
+        for i in range(len(self.rules) - 1, -1, -1):
+            if self.rules[i] is pending.rule:
+                item.rule_index = i + 1
+                break
+        else:
+            self.rules.append(pending.rule)
+            item.rule_index = <int>len(self.rules)
+        item.hashed = pending.hashed
+        item.rule = <PyObject*>pending.rule
+        item.key_index = key_index
+        item.cost = pending.units
+        item.returns = pending.mode == GIVE_BACK and pending.key is not None
+        self.keys = max(self.keys, key_index)
+        self.size += 1
+        return item
+
+    # How it is written:
+
+    cdef int write(self, Writer writer) except -1:
+        cdef int i, runs = 0, leases = 0
+        if self.mode == RESET:
+            return self.write_reset(writer)
+        for i in range(self.size):
+            if (<CompiledRule>self.items[i].rule).lease_units:
+                leases += 1
+            else:
+                runs += not self.continues(i)
+        writer.begin_decide(1 + self.keys + 1 + 6 + 8 * len(self.rules) + 5 * runs + 7 * leases)
+        self.write_keys(writer)
+        put_bulk(&writer.buffer, "peek" if self.mode == PEEK else "check", 4 if self.mode == PEEK else 5)
+        put_bulk(&writer.buffer, PyBytes_AS_STRING(writer.epoch_text), EPOCH_BYTES)
+        writer.put_int(len(self.rules))
+        writer.put_int(runs)
+        writer.put_int(leases)
+        self.write_rules(writer)
+        return self.write_items(writer)
+
+    cdef int write_keys(self, Writer writer) except -1:
+        cdef int i, known = 0
+        self.request = writer.next_id()
+        writer.put_int(self.keys + 1)
+        put_bulk(&writer.buffer, PyBytes_AS_STRING(writer.names.epoch_key), PyBytes_GET_SIZE(writer.names.epoch_key))
+        for i in range(self.size):
+            if self.items[i].key_index > known:
+                known = self.items[i].key_index
+                writer.names.put_key(&writer.buffer, <PendingDecision>self.items[i].waiters.first)
+        writer.room(1024)
+        put_bulk(&writer.buffer, PyBytes_AS_STRING(self.request), PyBytes_GET_SIZE(self.request))
+        return 0
+
+    cdef int write_reset(self, Writer writer) except -1:
+        cdef int i
+        writer.begin("reset", 1 + self.keys + 1 + 2 + self.keys)
+        self.write_keys(writer)
+        put_bulk(&writer.buffer, PyBytes_AS_STRING(writer.epoch_text), EPOCH_BYTES)
+        writer.room(32 * self.size)
+        for i in range(self.size):           # each of a key of its own
+            writer.put_int(reset_reach(&(<CompiledRule>self.items[i].rule).terms) // 1000 + 1)
+        return 0
+
+    cdef int write_rules(self, Writer writer) except -1:
+        cdef CompiledRule rule
+        for rule in self.rules:
+            if rule.packed is None:
+                rule.packed = packed_rule(rule)
+            writer.put_packed(rule.packed)
+        return 0
+
+    cdef int write_items(self, Writer writer) except -1:
+        """Items of rules without leases in runs of keys that follow each other, then the others one by one."""
+        cdef CallItem* item
+        cdef int i = 0, run
+        while i < self.size:
+            item = &self.items[i]
+            run = 1
+            if not (<CompiledRule>item.rule).lease_units:
+                while i + run < self.size and self.continues(i + run):
+                    run += 1
+                writer.room(256)
+                writer.put_int(item.key_index)
+                writer.put_int(run)
+                writer.put_int(item.rule_index)
+                writer.put_int(item.cost)
+                writer.put_int(self.count_of(item))
+            i += run
+        for i in range(self.size):
+            item = &self.items[i]
+            if (<CompiledRule>item.rule).lease_units:
+                writer.room(256)
+                writer.put_int(item.key_index)
+                writer.put_int(item.rule_index)
+                writer.put_int(item.cost)
+                writer.put_int(self.count_of(item))
+                writer.put_int(item.ahead)
+                writer.put_int(item.back)
+                writer.put_int(item.back_us)
+        return 0
+
+    # How its reply is read:
+
+    cdef Py_ssize_t read(self, bytes data, Py_ssize_t at, int64_t* numbers, int* count) except -3:
+        at = read_numbers(PyBytes_AS_STRING(data), at, PyBytes_GET_SIZE(data), self.request, numbers, count)
+        if at >= 0 and not was_moved(numbers, count[0]):
+            self.answers = self.fits(numbers, count[0])
+            if self.answers < 0:
+                return BROKEN
+        return at
+
+    cdef int fits(self, const int64_t* numbers, int count) noexcept:
+        """How many numbers the answers have; −1 if the script can't have given this reply: none of it is taken in, whoever wrote it."""
+        cdef Answers answers = answers_in(numbers, count)
+        cdef const int64_t* pair
+        cdef int i
+        # No clock is a year off. What a generation says is asserted, and would outlast the reply that made it up.
+        if count < 1 or not max(<int64_t>0, self.epoch - YEAR_US) <= numbers[0] <= LEVEL_MAX:
+            return -1
+        if self.mode == RESET:
+            for i in range(1, count):
+                if not 0 <= numbers[i] <= numbers[0] + YEAR_US:
+                    return -1
+            return self.size if count == 1 + self.size else -1
+        while self.next_answer(&answers):
+            if not possible_answer(&answers, self.count_of(answers.item)):
+                return -1
+        if answers.item != NULL or (answers.end - answers.numbers) % 2:
+            return -1
+        pair = answers.numbers               # pairs of an answer's number and a generation
+        while pair < answers.end:
+            if not (1 <= pair[0] <= self.size and 0 <= pair[1] <= numbers[0] + YEAR_US):
+                return -1
+            pair += 2
+        return <int>(answers.numbers - numbers - 1)
+
+
+cdef bytes packed_rule(CompiledRule rule):
+    """A rule as calls name it, in bytes: it is written in each of them."""
+    cdef list words = [chr(rule.terms.kind).encode()]
+    for number in (rule.terms.capacity, rule.terms.window_us, rule.terms.unit_ticks, rule.terms.drain_ticks, rule.terms.slot_us,
+                   rule.terms.coarse_us, lead_us(rule)):
+        words.append(b"%d" % number)
+    return b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in words])
+
+
+cdef bint possible_answer(const Answers* answers, int64_t count) noexcept:
+    """Whether the script may say this of so many checks."""
+    cdef const int64_t* numbers = answers.numbers
+    cdef const Terms* terms = &(<CompiledRule>answers.item.rule).terms
+    cdef bint counted = terms.kind == c"c" or terms.kind == c"f"
+    cdef int64_t least, most = max(<int64_t>UNITS_MAX, 3 * terms.window_us)
+    cdef int j, last = answers.length - 1
+    if numbers[0] < 0:
+        return numbers[0] in (UNREADABLE, UNSURE, DEFERRED)
+    # Ticks of a level, or units counted; of the rest, units counted and µs that end with two windows and an eighth.
+    if numbers[0] > count or not 0 <= numbers[1] <= (UNITS_MAX if counted else LEVEL_MAX):
+        return False
+    for j in range(2, answers.length):
+        least = 0
+        if terms.kind == c"s" and j == 4:
+            least = NEVER
+        elif counted and j == last:
+            least = -terms.window_us         # it begins only then, by a clock that has stepped back
+        if not least <= numbers[j] <= most:
+            return False
+    if terms.kind == c"c" and numbers[2] > UNITS_MAX or counted and numbers[last] >= terms.window_us:
+        return False
+    return not answers.leases or 0 <= answers.ahead <= answers.item.ahead
+
+
+@cython.final
+cdef class CallIndex:
+    """Finds the newest item of a key in the call that is being filled."""
+
+    def __cinit__(self):
+        self.places = <uint16_t*>calloc(PLACES, sizeof(uint16_t))
+        if self.places == NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        free(self.places)
+
+
+# ------------------------------------------------------------------------------------------------------ control calls
+
+@cython.final
+cdef class ControlCall(Call):
+    """A script call that decides nothing: a beat, or what the store has to be told."""
+
+    def __init__(self, str script not None, list keys not None, list args not None, done=None):
+        self.script = script
+        self.key_list = keys
+        self.args = args
+        self.done = done
+        self.first = 1
+
+    @property
+    def keys(self):
+        """The keys that follow the epoch's."""
+        if self.packed_keys is None:
+            return self.key_list
+        return unpacked(self.packed_keys)
+
+    cdef ControlCall twin(self):
+        """Another one of the same, while the first is still in some connection's hands."""
+        cdef ControlCall twin = ControlCall(self.script, self.key_list, self.args)
+        twin.packed_keys, twin.key_count = self.packed_keys, self.key_count
+        twin.packed_args, twin.arg_count, twin.telling, twin.first = self.packed_args, self.arg_count, self.telling, self.first
+        twin.owed, twin.owed_us, twin.marker = self.owed, self.owed_us, self.marker
+        return twin
+
+    cdef int write(self, Writer writer) except -1:
+        cdef list last = self.last_args if self.last_args is not None else []
+        cdef list args
+        self.request = writer.next_id()
+        if self.script == "beat":
+            args = [self.request, writer.run, *self.args]
+        else:
+            args = [self.request, self.args[0], writer.epoch_text, *self.args[1:]]
+        keys = len(self.key_list) + self.key_count + 1
+        writer.begin(self.script, 1 + keys + len(args) + self.arg_count + len(last))
+        writer.put_int(keys)
+        writer.put_word(writer.names.epoch_key)
+        writer.put_words(self.key_list)
+        writer.put_packed(self.packed_keys)
+        writer.put_words(args)
+        writer.put_packed(self.packed_args)
+        return writer.put_words(last)
+
+    cdef Py_ssize_t read(self, bytes data, Py_ssize_t at, int64_t* numbers, int* count) except -3:
+        at = read_numbers(PyBytes_AS_STRING(data), at, PyBytes_GET_SIZE(data), self.request, numbers, count)
+        if at >= 0 and self.script == "beat" and not was_moved(numbers, count[0]) and not possible_beat(numbers, count[0]):
+            return BROKEN
+        return at
+
+
+cdef list unpacked(bytes packed):
+    """The words of which these are the bulk strings."""
+    cdef list words = []
+    cdef Py_ssize_t at = 0, begin, size
+    while at < len(packed):
+        begin = packed.index(b"\r\n", at) + 2
+        size = int(packed[at + 1:begin - 2])
+        words.append(packed[begin:begin + size])
+        at = begin + size + 2
+    return words
+
+
+@cython.final
+cdef class MarkCall(Call):
+    """A beat of a large fleet: commands of the server itself, a tenth of what the script costs that does the same."""
+
+    cdef int write(self, Writer writer) except -1:
+        cdef list words
+        self.request = writer.epoch_text
+        writer.buffer.used = 0
+        for words in self.commands:
+            writer.room(32)
+            put_head(&writer.buffer, c"*", len(words))
+            writer.put_words(words)
+        return 0
+
+    cdef Py_ssize_t read(self, bytes data, Py_ssize_t at, int64_t* numbers, int* count) except -3:
+        count[0] = MARK_NUMBERS
+        return read_mark(PyBytes_AS_STRING(data), at, PyBytes_GET_SIZE(data), self.integers, self.request, numbers)
+
+
+@cython.final
+cdef class LoadCall(Call):
+    """Loads a script that was sent by value: what is only evaluated may be let go by the server."""
+
+    cdef int write(self, Writer writer) except -1:
+        writer.buffer.used = 0
+        writer.room(32)
+        put_head(&writer.buffer, c"*", 3)
+        return writer.put_words([b"SCRIPT", b"LOAD", self.text])
+
+    cdef Py_ssize_t read(self, bytes data, Py_ssize_t at, int64_t* numbers, int* count) except -3:
+        count[0] = 0
+        return read_loaded(PyBytes_AS_STRING(data), at, PyBytes_GET_SIZE(data))

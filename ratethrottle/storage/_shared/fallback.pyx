@@ -1,0 +1,106 @@
+# cython: auto_pickle=False, autotestdict=False
+"""What answers a check when the store doesn't: the outage policy, or that this process asks for too much."""
+
+cimport cython
+from libc.stdint cimport int64_t
+
+from ratethrottle._core cimport CHECK, GIVE_BACK, PEEK, PendingDecision, WAITING
+from ratethrottle._engine.arithmetic cimport Outcome
+from ratethrottle._engine.decision cimport decision_new, OUTAGE, OVERLOAD
+from ratethrottle._engine.definitions cimport ALLOW, DENY, Policy, RAISE
+from ratethrottle.storage._shared.context cimport StorageContext
+from ratethrottle.storage._shared.known cimport KnownKeys
+from ratethrottle.storage._shared.link cimport AWAY, ENDED, Link, REFUSED, SERVING
+from ratethrottle.storage._shared.repair cimport Repair
+from ratethrottle.storage._shared.waiting cimport complete, complete_with, twin_of, Waiting
+
+from ratethrottle.errors import StorageRefused, StorageUnavailable
+
+
+REPAIRING = "Redis has lost its data, or is another server now; it is being told what was used"
+
+
+cdef object repairing():
+    return StorageUnavailable(REPAIRING)
+
+
+@cython.final
+cdef class Fallback:
+    """Decides for one connection what its store has not."""
+
+    def __init__(self, StorageContext context not None, Link link not None, KnownKeys known not None, Waiting waiting not None):
+        self.context = context
+        self.link = link
+        self.known = known
+        self.waiting = waiting
+
+    cdef bint applies(self, int64_t now_us) noexcept:
+        """Whether checks are decided here at once, while the connection doesn't serve."""
+        return self.link.why or now_us < self.context.repair.learning_until_us
+
+    cdef int decide(self, PendingDecision pending, error, int64_t now_us) except -1:
+        """Decide by the outage policy; an error for what is no check, and if the policy is to raise."""
+        cdef Policy policy = self.context.policy_for(pending.rule)
+        cdef Repair repair = self.context.repair
+        cdef Outcome out
+        cdef int64_t retry_us
+        cdef bint ended = self.link.state == ENDED
+        if pending.mode == PEEK and pending.group is None:
+            return complete(pending, error)  # our own look at what was charged
+        if pending.mode == GIVE_BACK and pending.stage == WAITING and not ended:
+            self.known.return_later(pending, now_us)
+        if policy == RAISE or (pending.mode != CHECK and pending.mode != PEEK) or ended or isinstance(error, StorageRefused):
+            return complete(pending, twin_of(error))
+        retry_us = max(self.link.transport.retry_us(), repair.learning_until_us - now_us, 1)
+        if policy == DENY:
+            out = Outcome(False, False, 0, retry_us, retry_us)
+        else:
+            repair.shares.decide(pending, now_us, now_us + repair.ahead_us, retry_us, policy == ALLOW, &out)
+        self.context.by_policy += 1
+        return complete_with(pending, decision_new(pending.rule, pending.key, pending.units, OUTAGE, &out))
+
+    cdef int overload(self, PendingDecision pending, words) except -1:
+        """Decide what this process asks faster than it is answered: that is its own load, and no outage."""
+        cdef Outcome out
+        self.context.overloads += 1
+        if not self.context.deny_overload or (pending.mode != CHECK and pending.mode != PEEK):
+            return complete(pending, StorageUnavailable(
+                f"{words}; that is this process's load, not an outage: raise `connections`, use leases for busy keys, set a longer "
+                "`deadline`, or check fewer at once"
+            ))
+        out = Outcome(False, False, 0, self.context.deadline_us, self.context.deadline_us)
+        return complete_with(pending, decision_new(pending.rule, pending.key, pending.units, OVERLOAD, &out))
+
+    cdef int run_out(self, PendingDecision pending, int64_t now_us) except -1:
+        """Decide what wasn't sent in time: the connection was too busy, if there is one."""
+        if self.link.state == SERVING:
+            return self.overload(pending, f"the check was not sent within {self.context.deadline_us / 1e6} s, nor counted")
+        return self.decide(pending, self.link.transport.unsent(), now_us)
+
+    cdef int decide_waiting(self, error) except -1:
+        """Decide everything that hasn't been sent."""
+        cdef PendingDecision pending
+        cdef int64_t now_us = self.context.bounds.now_us()
+        self.waiting.scheduled = False
+        while (pending := self.waiting.take_any()) is not None:
+            self.decide(pending, error, now_us)
+        return 0
+
+    cdef int begin(self, error) except -1:
+        """The store doesn't answer, or not in time, or refuses us: from now on policies decide, until it serves."""
+        cdef Link link = self.link
+        changed = link.reason is None or str(link.reason) != str(error)
+        link.reason = error
+        if isinstance(error, StorageRefused):
+            link.why |= REFUSED
+            link.notice("refused", error)
+        else:
+            link.why &= ~REFUSED
+            if not link.why & AWAY:
+                link.why |= AWAY
+                self.context.bounds.away += 1
+                self.context.repair.shares.begin()
+                link.notice("outage", error)
+            elif changed:
+                link.notice("reason", error)
+        return self.decide_waiting(error)

@@ -1,0 +1,119 @@
+# cython: auto_pickle=False, autotestdict=False
+"""The compiled part of a storage that processes share: which connection's batch a check belongs to."""
+
+from libc.stdint cimport int64_t, uint64_t
+
+from ratethrottle._core cimport Backend, CHECK, Group, Mode, PARKED, PEEK, PendingDecision, RESET, WAITING
+from ratethrottle._engine.table cimport Hash128
+from ratethrottle.storage._shared.batch cimport Batch
+from ratethrottle.storage._shared.context cimport StorageContext
+from ratethrottle.storage._shared.keynames cimport KeyNames, pending_of
+from ratethrottle.storage._shared.repair cimport Repair
+from ratethrottle.storage._shared.waiting cimport Waiting
+
+from asyncio import _get_running_loop as running_loop
+
+from ratethrottle.errors import StorageUnavailable
+
+
+cdef object loop_here():
+    loop = running_loop()
+    if loop is None:
+        raise StorageUnavailable("Redis storage is for asyncio: it needs a running asyncio event loop")
+    return loop
+
+
+cdef class SharedStorage(Backend):
+    """Finds the batch of a check. One for all event loops of a process.
+
+    names: of the keys. repair: what is known of the store, which other storages of this process that have the same keys share.
+    deadline_us: how long a check may wait. ttl_us: how long a bound denies before it is asked again. on_outage: who decides while the
+    store is away, if a rule doesn't say. expected: how many processes share the limits (0: unknown) until the store has counted
+    them. deny_overload: what is too much for the queue is denied, instead of an error.
+    """
+
+    cdef readonly StorageContext context
+    cdef unsigned forks
+    cdef object here                         # the event loop that asked last, and its batches
+    cdef tuple here_batches
+    cdef unsigned here_forks
+
+    def __init__(self, KeyNames names not None, Repair repair not None, int64_t deadline_us, int64_t ttl_us,
+                 str on_outage not None="raise", int64_t expected=0, *, bint deny_overload=False):
+        self.context = StorageContext(names, repair, deadline_us, ttl_us, on_outage, deny_overload)
+        self.bounds = repair.bounds
+        self.ttl_us = ttl_us
+        self.on_outage = self.context.on_outage
+        repair.fleet.expect(expected)
+        self.forks = repair.bounds.forks
+
+    @property
+    def repair(self): return self.context.repair
+
+    @property
+    def names(self): return self.context.names
+
+    def _batches_here(self):
+        """The batches of the running loop and this process, as a tuple."""
+        raise NotImplementedError
+
+    cdef Batch batch_of(self, Hash128 hashed):
+        cdef tuple found = self.here_batches
+        cdef Batch picked
+        loop = loop_here()
+        # Every check looks its key up in the bounds first, and that notices a fork.
+        if loop is self.here and self.here_forks == self.bounds.forks:
+            picked = <Batch>found[<Py_ssize_t>(hashed.lo % <uint64_t>len(found))]
+            if not picked.has_ended():             # it ends with its loop's tasks, whoever cancelled them
+                return picked
+        # Kept in `found`: before this goes on, another thread may have put its own here.
+        found = self._batches_here()
+        self.here_batches = found
+        self.here = loop
+        self.here_forks = self.bounds.forks
+        return <Batch?>found[<Py_ssize_t>(hashed.lo % <uint64_t>len(found))]
+
+    def _forked(self):
+        """Whether this is the first call in a process that was forked; what belonged to the other one is given up then."""
+        self.context.repair.forked()         # once, for all storages that share it
+        if self.forks == self.bounds.forks:
+            return False
+        self.forks = self.bounds.forks
+        return True
+
+    def _forget_here(self):
+        """Ask for the batches anew."""
+        self.here = None
+        self.here_batches = ()
+
+    cdef int ask(self, PendingDecision pending) except -1:
+        self.batch_of(pending.hashed).enter(pending)
+        return 0
+
+    cdef int leave(self, PendingDecision pending) except -1:
+        if pending.stage == WAITING or pending.stage == PARKED:
+            (<Waiting>pending.place).drop(pending)
+        return 0
+
+    def _ask_together(self, entries, str mode not None):
+        """Enter checks (or peeks, or resets) one after the other; returns the Group whose future says that all are decided."""
+        cdef Group group = Group.__new__(Group)
+        cdef PendingDecision pending
+        cdef Mode kind = PEEK if mode == "peek" else RESET if mode == "reset" else CHECK
+        group.future = loop_here().create_future()
+        group.deadline_us = self.bounds.now_us() + self.context.deadline_us
+        group.members = [pending_of(entry, kind) for entry in entries]
+        group.left = len(group.members) + 1
+        try:
+            for pending, entry in zip(group.members, entries):
+                pending.backend = self
+                pending.group = group
+                pending.hashed = self.bounds.hash_entry(entry)
+                self.batch_of(pending.hashed).enter(pending)
+        except BaseException:
+            group.leave()
+            raise
+        group.left -= 1
+        if group.left == 0 and not group.future.done():
+            group.future.set_result(None)
+        return group
