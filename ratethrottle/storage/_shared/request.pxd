@@ -26,7 +26,7 @@ cdef class Writer:
     cdef int connect(self, dict scripts, bytes run) except -1
     cdef int begin(self, str script, Py_ssize_t words) except -1
     cdef int begin_decide(self, Py_ssize_t words) except -1
-    cdef int put_head(self, bytes name, bytes text, Py_ssize_t words) except -1
+    cdef int put_script(self, bytes name, bytes text, Py_ssize_t words) except -1
     cdef int put_word(self, bytes word) except -1
     cdef int put_words(self, list words) except -1
     cdef int put_packed(self, bytes packed) except -1

@@ -38,12 +38,12 @@ cdef class Writer:
     cdef int begin(self, str script, Py_ssize_t words) except -1:
         """Begin to call a script, with so many words after it."""
         name, text = self.scripts[script]
-        return self.put_head(name, text, words)
+        return self.put_script(name, text, words)
 
     cdef int begin_decide(self, Py_ssize_t words) except -1:
-        return self.put_head(self.decide_name, self.decide_text, words)
+        return self.put_script(self.decide_name, self.decide_text, words)
 
-    cdef int put_head(self, bytes name, bytes text, Py_ssize_t words) except -1:
+    cdef int put_script(self, bytes name, bytes text, Py_ssize_t words) except -1:
         """Call it by name, or once with its text if the server has lost it."""
         cdef bytes what = text if self.by_value else name
         self.buffer.used = 0
