@@ -13,8 +13,7 @@
         └── StorageProtocolError
             └── StateUnreadable
 
-Being denied is a value, not an error: only `.limit(...)` and `acquire` past its timeout raise `RateLimitExceeded`. No message holds
-a password or a key.
+Being denied is a value, not an error. `RateLimitExceeded` is for programs that want an exception. No message holds a password or a key.
 """
 
 from __future__ import annotations

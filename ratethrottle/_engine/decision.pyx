@@ -76,7 +76,7 @@ cdef class Decision:
 
     @property
     def source(self):
-        """Who decided: "memory", "redis", "prefilter", "lease", "outage" or "overload"."""
+        """What decided: "memory", "redis", "prefilter", "lease", "outage" or "overload"."""
         return SOURCES[self.source_index]
 
     @property

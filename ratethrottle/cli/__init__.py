@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\nStopped.", file=sys.stderr)
         return 143
     except BrokenPipeError:
-        # Whoever read has gone. The interpreter writes out what is left when it ends, so that goes nowhere instead.
+        # The reader has gone. The interpreter writes out what is left when it ends, so that goes nowhere instead.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 

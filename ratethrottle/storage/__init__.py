@@ -70,7 +70,7 @@ class Storage(Protocol):
 
     @property
     def events(self) -> Events:
-        """Who is told of what happens to the storage."""
+        """The callbacks that are told of what happens to the storage."""
 
     def statistics(self) -> Statistics:
         """Count what there is to count, without I/O."""

@@ -4,7 +4,7 @@ One key under an exact sliding window, cost 1, and time in ticks. A state is a t
 state; `steps` lists all that can come next, faults included. What is abstracted:
 
 - A tick is the reach of a deadline: a reply comes within its tick, whatever overtakes it, unless the fault `delay` holds it
-  until a later one. Who is connected and knows something beats in each tick, so an undisturbed process has come within `learn`;
+  until a later one. A process that is connected and knows something beats in each tick, so an undisturbed process has come within `learn`;
   when all who knew have come, learning ends with the tick. What it knows it may assert whenever it comes to that: there are other
   keys, and of how far it has come with them the store is told as little as may be (`is_complete`). A request
   and its run by the server are one step: nothing of one key overtakes on its line, and what a call says depends on replies to
@@ -414,7 +414,7 @@ def hear(config: Config, state: State, p: int, proc: Proc, reply: Reply) -> Stat
         return put(state, p, proc)
     if reply.kind == "an epoch":
         another = proc.epoch > 0 and reply.epoch != proc.epoch
-        # Who is waited for says that it is through, even if nothing of what it knew counts any more.
+        # A process that is waited for says that it is through, even if nothing of what it knew counts any more.
         knows = another and (tells(config, proc, reply.kept) or bool(state.master.untold >> p & 1))
         proc = proc._replace(
             epoch=reply.epoch, marked=reply.marked, learn=reply.learn, age=min(2, proc.age + another),
@@ -598,7 +598,7 @@ def tick(config: Config, state: State, faults: int) -> State:
     if not old:
         units = [u._replace(held=u.held & ~OLD) for u in units]
     replica = aged(state.replica) if state.replica else None
-    # Who doesn't come back is waited for no longer than it is counted.
+    # A process that doesn't come back is waited for no longer than it is counted.
     gone = sum(1 << p for p, q in enumerate(procs) if q.conn == AWAY)
     master = aged(state.master._replace(untold=state.master.untold & ~gone))
     if config.mutant == "kept for ever":
@@ -648,7 +648,7 @@ def excuse(state: State) -> State:
     over = store.epoch and store.own_run and (not store.learn if store.marked else not store.repair)
     if not over:
         return state
-    # Who has joined can tell, however late.
+    # A process that has joined can tell, however late.
     joined = sum(
         1 << p for p, q in enumerate(state.procs) if q.conn == MASTER and q.stage >= LEARN and not is_elsewhere(q, store)
     )

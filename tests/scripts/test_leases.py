@@ -273,7 +273,7 @@ def test_a_count_gets_back_within_its_window(redis_client: redis.Redis, strategy
 
 @pytest.mark.parametrize("lease", [True, False])
 def test_entries_up_to_an_eighth_of_the_window_ahead_are_legal_whoever_reads_them(redis_client: redis.Redis, lease: bool) -> None:
-    """Whoever took them ahead, with whatever lead, may still spend them."""
+    """The process that took them ahead, with whatever lead, may still spend them."""
     clocked, compiled = ClockedScript(redis_client), leased("sliding_window", 10, 60)
     reader = RateThrottleRule("r", 10, 60, lease=lease).compiled
     clocked.lease(NOW_US, Lease(compiled, "k", count=1, ahead=1))

@@ -551,7 +551,7 @@ def test_once_as_many_have_come_as_were_known_nobody_else_is_waited_for(redis_cl
     # Nor does it count who doesn't know how many there were, as one that was forked, or who leaves.
     assert beat(NOW_US + 6, known, process="a", purpose=purpose, processes=0)[1:] == [began_us, OTHERS_US + LEARN_US - 6, 0, 0]
     assert beat(NOW_US + 7, known, process="a", purpose="leave", processes=3)[1:] == [began_us, OTHERS_US + LEARN_US - 7, 0, 0]
-    # Who says too few of them, having been away or having begun just now, ends nothing early.
+    # A process that says too few, as it was away or has begun just now, ends nothing early.
     assert beat(NOW_US + 8, known, process="a", purpose=purpose, processes=2)[1:] == [began_us, OTHERS_US + LEARN_US - 8, 2, 1]
     # The third.
     assert beat(NOW_US + 9, known, process="c", purpose=purpose, processes=1)[1:] == [NOW_US + 9, LEARN_US, 3, 2]
@@ -591,7 +591,7 @@ def test_processes_lapse_leave_and_have_a_rank(redis_client: redis.Redis) -> Non
     assert beat(NOW_US + 20, 0, process="a", purpose="leave")[3:] == [0, 0]
     assert beat(NOW_US + 21, 0, process="b")[3:] == [2, 1]
     assert beat(NOW_US + 22, 0, process="d")[3:] == [3, 1], "it has the place that was left"
-    # A period is over at the first beat 0.9 s after it began. Who hasn't come in two whole ones isn't counted.
+    # A period is over at the first beat 0.9 s after it began. A process that hasn't come in two whole ones isn't counted.
     heard = [beat(NOW_US + 22 + i * 500_000, 0, process="d")[3:] for i in range(1, 7)]
     assert heard == [[3, 1]] * 5 + [[1, 0]]
     assert beat(NOW_US + 3_100_000, 0, process="b")[3:] == [2, 1], "b is back, in its own place"
@@ -687,7 +687,7 @@ def test_what_was_cleared_counts_no_more_before_it_is_deleted(redis_client: redi
     assert redis_client.eval(text, *mine, before) == [b"id", -1]
     assert redis_client.eval(text, *mine, server.epoch) == [b"id", 2]
     assert redis_client.exists("k", "l", "m") == 1
-    # Who comes from before has to forget; who doesn't, has not; and nobody learns from anybody.
+    # A process that comes from before has to forget. Others needn't, and nobody learns from anybody.
     for known, forgets in ((NOW_US, 1), (0, 0), (epoch, 0), (NOW_US - 5, 1)):
         reply = server.run("beat", ["processes"], now_us + 2, RUN, known, f"p{known}", "count", 0, 1, 0)
         assert reply[1:4] == [epoch, 0, 0]
@@ -741,7 +741,7 @@ def test_a_key_is_decided_once_nobody_can_know_anything_newer_of_it(redis_client
     gate.tells(NOW_US + 7, "b", t + 60)
     assert gate.asks(NOW_US + 8) == 1
     assert gate.asks(NOW_US + 9) == 0, "nine and one are ten"
-    # Who comes late may know it of later, if it has heard anything later.
+    # A process that comes late may know it of later, if it has heard anything later.
     gate.comes(NOW_US + 10, "c", t + 59)
     assert gate.asks(NOW_US + 11) == 0
     gate.comes(NOW_US + 12, "d", t + 65)

@@ -185,7 +185,7 @@ def test_cancelled_checks_change_nobody_else(run: Run, redis_server: RedisServer
     results = run(crowd())
     for key in {key for key, _ in results}:
         told = [decision for other, decision in results if other == key and decision is not None]
-        # Whoever is left hears of ever less, as in a queue; no place is given twice.
+        # Those that are left hear of ever less, as in a queue; no place is given twice.
         left = [decision.remaining for decision in told if decision.allowed]
         assert left == sorted(set(left), reverse=True)
         assert len(left) <= LIMIT

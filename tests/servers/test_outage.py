@@ -710,7 +710,7 @@ async def test_what_was_cleared_comes_back_by_nobody() -> None:
                 await theirs.check("user", "leased")
             for key in ("app:session:1", "app:{1}:somebody", "app:{X}:r:=k", "app:charged:x"):
                 client.set(key, "somebody else's")
-            # Who lives and has a layout writes it again.
+            # Every process that lives writes its layout again.
             others = set(client.keys()) - set(client.keys("app:{*}:*:=*")) - {b"app:layout"}
             await storages[0].clear()
             assert others <= set(client.keys())

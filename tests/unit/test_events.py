@@ -1,4 +1,4 @@
-"""Who is told of what, how often, and that nobody is hurt by it."""
+"""Which callbacks are told of what, how often, and that nobody is hurt by it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 # cython: auto_pickle=False, autotestdict=False
 """How a connection stands, and why policies decide meanwhile: two facts that everything else asks for.
 
-CLOSED → CONNECTING → BEATING → LEARNING or TELLING → SERVING; from each of them to CLOSED, when the connection is lost, and ENDED.
-A SERVING connection that meets another epoch goes back to BEATING.
+CLOSED → CONNECTING → BEATING → LEARNING or TELLING → SERVING. A lost connection is CLOSED, and everything may be ENDED.
+An open connection that meets another epoch is BEATING again. One that serves is LEARNING or TELLING again if something has to be told.
 """
 
 cimport cython

@@ -79,7 +79,7 @@ class Clearing:
 
     async def run(self, known_epoch: int, begun: Callable[[], object]) -> None:
         """Clear. begun: called once nothing of before counts any more, before it is deleted."""
-        # Whoever lives and has a layout says so again in the epoch that begins.
+        # Every process that lives writes its layout again in the epoch that begins.
         await self._ask(b"DEL", self._names.layout_key)
         for _ in range(ROUNDS):
             epoch, since_s = await self._begin(known_epoch), time.monotonic()

@@ -78,7 +78,7 @@ class Sentinel:
                 self._heard()
             retry_s = random.uniform(*RETRY_S) * self._every_s() / EVERY_S  # noqa: S311  # it guards nothing
             await asyncio.sleep(min(retry_s, EVERY_MOST_S))
-            # Whoever it has let down before isn't made to wait for it again.
+            # A caller that it has let down before doesn't wait for it again.
             self.error, self.waiting_since_s = None, -math.inf
 
     def _every_s(self) -> float:

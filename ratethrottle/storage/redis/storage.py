@@ -75,7 +75,7 @@ class RedisStorage(SharedStorage):
     a prefix have the same tags and tag_parts. connections: on which decisions travel, for each event loop, 1 to 8; a key always
     takes the same one.
     max_waiting: checks that may wait for each of them, 1 to 1,000,000. prefilter_ttl: for how many seconds a denial may be
-    repeated without asking Redis again, 0 to 60: so much later is it felt elsewhere that a key was reset. max_bounds: keys of
+    repeated without asking Redis again, 0 to 60; another process's `reset` takes effect here within that time. max_bounds: keys of
     which this process remembers what Redis said last, 1 to 10^8. max_connections: for decisions in all event loops of this
     process together, `connections` to 64; sentinels are asked on connections beside them.
 
@@ -241,7 +241,7 @@ class RedisStorage(SharedStorage):
         return group.decisions()
 
     async def _let_others_run(self, answers: int) -> None:
-        """Who goes on asking, and is answered without a wait, must not keep the loop from reaching Redis."""
+        """A task that goes on asking, and is answered without a wait, must not keep the loop from reaching Redis."""
         self._without_wait += answers
         if self._without_wait >= ANSWERS_MAX:
             self._without_wait = 0

@@ -264,7 +264,7 @@ class FollowedMaster(Master):
             await close(self._dropped.pop())
 
     async def _find_together(self) -> Address:
-        """Wait for the search that is on, or a new one. Who is cancelled here leaves it to the others."""
+        """Wait for the search that is on, or a new one. A caller that is cancelled leaves it to the others."""
         finding = self._finding
         if finding is None or finding.done():
             finding = self._finding = self._task(self._find(), "ratethrottle search for the master")

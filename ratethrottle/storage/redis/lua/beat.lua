@@ -6,20 +6,20 @@
 -- always greater than those before it) and M (16 digits: by when all have come who have to tell what they knew of before, by this
 -- server's clock; 0 while nobody is known to know of anything). docs/arithmetic.md specifies it under "Repair". While
 -- states are repaired, there may be 17 digits more, of which calls needn't know: 1 if what isn't of this epoch was cleared, and W, which
--- telling.lua describes. `<epoch_key>:cleared` holds E of the last clear: who comes from an earlier epoch has to forget (1) what it knows.
--- `<epoch_key>:written` holds E, and until when, by this server's clock, all that it was told is in the data that this stands in. Who comes
--- with heard_us, the server's time when it heard of that epoch last (0: never), needn't tell what is older than held_us (0: all).
+-- telling.lua describes. `<epoch_key>:cleared` holds E of the last clear: a process from an earlier epoch has to forget (1) what it knows.
+-- `<epoch_key>:written` holds E, and until when, by this server's clock, all that it was told is in the data that this stands in. A process
+-- that comes with heard_us, the server's time when it heard of that epoch last (0: never), needn't tell what is older than held_us (0: all).
 -- purpose: `count` (the process), `leave`, `look`, if it was counted only just, or `clear`, to begin an epoch without a past.
--- known_processes: how many shared the limits in the epoch that it knows, 0 if it wasn't one of them, 10^9 if that isn't sure. Who isn't
--- counted hears 0 for the number of processes and its rank, and -1 for its slot.
+-- known_processes: how many shared the limits in the epoch that it knows, 0 if it wasn't one of them, 10^9 if that isn't sure. A
+-- process that isn't counted hears 0 for the number of processes and its rank, and -1 for its slot.
 -- Each process has a slot: a bit in four maps. processes_key is a sorted set of process ids by slot, and the other keys begin with its
--- name: `:marks` (who has come in this period), `:last` and `:before` (in the two before it), `:alive` (who is counted: in any of them),
+-- name: `:marks` (it has come in this period), `:last` and `:before` (in the two before it), `:alive` (it is counted: in any of them),
 -- and `:count`, five numbers: when this period began, how many are counted, when that set has changed last (16, 8 and 16 digits), while
 -- some are waited for how many are (10 digits), and since when processes have been counted without a gap (16 digits), of which whole_us
 -- tells the time that has passed: while that is short, processes that live may not be counted yet.
 -- docs/arithmetic.md has it under "Counting".
--- heard_us may be left out, and so may layout_key and layout. The first that comes with it has it written down, and who comes with another one is refused: such
--- processes would call one key by two names.
+-- heard_us may be left out, and so may layout_key and layout. The first process with a layout has it written down. One with another
+-- layout is refused: the two would call one key by two names.
 local LEARN_US, REPAIR_US, PERIOD_US, OTHERS_US, YEAR_US = 250000, 10000000, 900000, 500000, 31622400000000
 local EACH_US, WRITTEN_US = 100, 50000
 local max, min, floor, match, format = math.max, math.min, math.floor, string.match, string.format
@@ -32,17 +32,17 @@ if not (#KEYS == 2 and (#ARGV == 7 or #ARGV == 8) or #KEYS == 3 and #ARGV == 9) 
   return refuse('RATETHROTTLE the number of keys or arguments is wrong')
 end
 if #run ~= 40 or match(run, '%W') then return refuse('RATETHROTTLE a run is 40 letters and digits') end
-if not (known and known >= 0 and known <= 9999999999999999 and known % 1 == 0) then return refuse('RATETHROTTLE the epoch is none') end
+if not (known and known >= 0 and known <= 9999999999999999 and known % 1 == 0) then return refuse('RATETHROTTLE the epoch is malformed') end
 if process == '' then return refuse('RATETHROTTLE no process id') end
 if purpose ~= 'count' and purpose ~= 'look' and purpose ~= 'leave' and purpose ~= 'clear' then
   return refuse('RATETHROTTLE a process is counted, looks, leaves or clears')
 end
-if not (processes and processes >= 0 and processes % 1 == 0) then return refuse('RATETHROTTLE the number of processes is none') end
+if not (processes and processes >= 0 and processes % 1 == 0) then return refuse('RATETHROTTLE the number of processes is malformed') end
 
-if KEYS[3] and not match(ARGV[9], '^tags=%d+,parts=%d+$') then return refuse('RATETHROTTLE the layout is none') end
+if KEYS[3] and not match(ARGV[9], '^tags=%d+,parts=%d+$') then return refuse('RATETHROTTLE the layout is malformed') end
 local heard_us = tonumber(ARGV[8] or 0)
 if not (heard_us and heard_us >= 0 and heard_us <= 9007199254740991 and heard_us % 1 == 0) then
-  return refuse('RATETHROTTLE the time is none')
+  return refuse('RATETHROTTLE the time is malformed')
 end
 
 local place = KEYS[2]
@@ -92,7 +92,7 @@ if learns or purpose == 'clear' then
   if learns and written and sub(written, 1, 16) == named then call('HSET', heard, '=held', written) end
 end
 if learns then
-  -- Who found nobody a moment ago comes at its next turn. Until then only those are counted that have something to tell.
+  -- A process that found no other one a moment ago comes at its next turn. Until then only those are counted that have something to tell.
   began = now + OTHERS_US
 end
 
@@ -142,7 +142,7 @@ local function count()
     end
   elseif own or comes or not waits then
     if not own then
-      -- The first that nobody has who is counted. Who had it is counted no more, and takes another one when it comes again.
+      -- The first slot that no counted process has. The process that had it isn't counted any more, and takes another one when it comes again.
       own = call('BITPOS', alive, 0)
       call('ZREMRANGEBYSCORE', place, own, own)
       call('ZADD', place, own, process)
@@ -221,7 +221,7 @@ if value ~= stood then call('SET', KEYS[1], value) end
 
 -- Unless the clock was set back by more than that.
 local learning = began > 0 and began <= now + OTHERS_US and max(0, began + LEARN_US - now) or 0
--- Who runs Redis with eviction loses what was used, without a word from Redis. To ask costs several times as much as all the rest, so
+-- A Redis that evicts keys forgets what was used, without a word. To ask costs several times as much as all the rest, so
 -- it is only done now and then. fakeredis has no INFO.
 local evicted = -1
 if ARGV[6] == '1' then

@@ -7,7 +7,7 @@
 local sub, call, KEYS, ARGV, refuse = string.sub, redis.call, KEYS, ARGV, redis.error_reply
 local request, expected, count = ARGV[1], ARGV[2], 0
 if not request or request == '' then return refuse('RATETHROTTLE no request id') end
-if #ARGV ~= 2 or #expected ~= 72 then return refuse('RATETHROTTLE the epoch is none') end
+if #ARGV ~= 2 or #expected ~= 72 then return refuse('RATETHROTTLE the epoch is malformed') end
 if not (#KEYS >= 2 and #KEYS <= 501) then return refuse('RATETHROTTLE the count of keys is from 1 to 500') end
 local states = call('MGET', unpack(KEYS))
 if not states[1] or sub(states[1], 1, 72) ~= expected then return {request, -1} end

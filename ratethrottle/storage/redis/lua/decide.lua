@@ -270,7 +270,7 @@ if not rules then return refuse(wrong) end
 
 local entered = enter(states, ARGV[3])
 if entered == nil then return {request, -1} end
-if not entered then return refuse('RATETHROTTLE the epoch is none') end
+if not entered then return refuse('RATETHROTTLE the epoch is malformed') end
 local ends, resets, numbers, places = {nil}, {nil}, nil, nil
 numbers, places = {unpack(ends, 1, key_count + 1)}, {unpack(ends, 1, key_count + 1)}
 local fine, reply, partly = pcall(decide, states, ends, resets, numbers, places, others, rules, mode == 'check', repair_us > 0, untold_us, now, request,

@@ -326,7 +326,7 @@ if #ARGV ~= at then return refuse('RATETHROTTLE the number of arguments is wrong
 views()
 local entered = enter(states, ARGV[3])
 if entered == nil then return {request, -1} end
-if not entered then return refuse('RATETHROTTLE the epoch is none') end
+if not entered then return refuse('RATETHROTTLE the epoch is malformed') end
 local marker = charges and KEYS[key_count + 2]
 if charges and states[key_count + 2] or not charges and repair_us == 0 then return {request, now, 0} end
 
@@ -335,7 +335,7 @@ if charges and states[key_count + 2] or not charges and repair_us == 0 then retu
 local function taken_in(entry)
   local rule, state = entry.rule, states[entry.key] or '1;'
   if not charges and entry.told > 0 and entry.generation == 0 then
-    -- Who heard of it later has told all that is told here, and more.
+    -- A process that heard of it later has told all of this, and more.
     local name, told, after = match(state, '^1e([0-9]+),[0-9]+,[0-9]+,([0-9]+)[^;]*;()')
     if name == epoch and told + 0 > entry.told and sub(state, after, after + #rule.name - 1) == rule.name then return false end
   end

@@ -19,7 +19,7 @@ end
 local reply = {request, now}
 local entered = enter(states, ARGV[2])
 if entered == nil then return {request, -1} end
-if not entered then return refuse('RATETHROTTLE the epoch is none') end
+if not entered then return refuse('RATETHROTTLE the epoch is malformed') end
 views()
 
 for k = 2, key_count + 1 do

@@ -494,7 +494,7 @@ local function views()
 end
 
 -- What the keys hold, by place in KEYS: text, false if nothing, and '' if it is no text: MGET takes that for absent, and nobody can read it.
--- Who calls with more keys than there may be is refused before this is used.
+-- A call with more keys than there may be is refused before this is used.
 local states, absent, absent_count = #KEYS > 0 and #KEYS <= 130 and call('MGET', unpack(KEYS)) or {}, nil, 0
 for k = 2, #states do
   if not states[k] then

@@ -1,4 +1,4 @@
--- Who still has something to tell of before the epoch, for the scripts that hear of it: the loader puts it in front of them.
+-- Which processes still have something to tell of before the epoch, for the scripts that hear of it: the loader puts it in front of them.
 -- `<epoch_key>:telling` is the sorted set of these processes by level: all that each of them knows of that server time (of the epoch
 -- before, us) and later was told. `<epoch_key>:heard` has when each of them was heard of last (us), and, by names that no process has,
 -- what else is known of them: `=known`, the epoch that the first of them knew; `=mixed`, whether others knew another one; and `=held`,
@@ -16,7 +16,7 @@ local function untold(epoch_key, now)
       -- Times of two servers say nothing of each other.
       return redis.call('HGET', heard, '=mixed') and UNTOLD or tonumber(top[2])
     end
-    -- Who has ended, or stands still, is waited for no longer than it is counted.
+    -- A process that has ended, or stands still, is waited for no longer than it is counted.
     redis.call('ZREM', telling, top[1])
   end
   return UNTOLD
