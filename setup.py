@@ -9,6 +9,7 @@ from pathlib import Path
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
+CORES = os.cpu_count() or 1
 SOURCES = sorted(Path("ratethrottle").rglob("*.pyx"))
 
 STRICT = ["-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-Wno-missing-field-initializers"]
@@ -56,5 +57,5 @@ setup(
         force=True,
     ),
     # What was built in another mode looks up to date by its time stamp.
-    options={"build_ext": {"force": True}},
+    options={"build_ext": {"force": True, "parallel": CORES}},
 )

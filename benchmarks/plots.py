@@ -33,7 +33,6 @@ STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "font.size": 10,
     "legend.frameon": False,
-    "svg.hashsalt": "benchmarks",  # the same figures give the same file
 }
 
 
@@ -158,10 +157,9 @@ def draw(results: Figures, directory: Path) -> Iterator[Path]:
             paint(results, axes)
             axes.set_title((paint.__doc__ or "").strip().rstrip("."), loc="left", fontsize=11)
             figure.supxlabel(note, fontsize=7, color="#616161", x=0.01, ha="left")
-            for kind in ("png", "svg"):
-                path = directory / f"{name}.{kind}"
-                figure.savefig(path, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-                yield path
+            path = directory / f"{name}.png"
+            figure.savefig(path, dpi=150)
+            yield path
             plt.close(figure)
 
 
