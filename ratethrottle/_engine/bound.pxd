@@ -35,7 +35,7 @@ cdef struct Bound:                         # a cell of a table of bounds; begins
     int64_t server_us                      # the server's time in that reply
     int64_t epoch                          # and the epoch that it was of
     int64_t asked_us                       # when a check left to ask again; 0 once it was answered
-    void* asked_by                         # the gathering that it left from, the only one that takes the answer
+    void* asked_by                         # the connection that it left from, the only one that takes the answer
     int64_t lease_units                    # left to spend
     int64_t lease_until_us                 # before this, in this process's time
     int64_t lease_at_us                    # the server's time of the grant; of a sliding window, from when it counts the units

@@ -45,7 +45,7 @@ cdef class KeyTable:
     cdef uint32_t tidy_hand                  # the shard that is tidied next
     cdef Shard* emptied                      # those that are still to be freed, and how many
     cdef readonly size_t emptied_count
-    cdef int away                            # gatherings whose store is away
+    cdef int away                            # connections whose store is away
     cdef Orphan* orphans                     # a ring of ORPHANS_MAX
     cdef int64_t orphan_count                # how many there ever were
 

@@ -212,8 +212,8 @@ class Connection:
         self.unserved.clear()
         self.unsettled.clear()
         self.unread = b""
-        self.wanted = False
         if self.batch.open:
+            self.wanted = False  # unless it asks again
             self.batch.lost(StorageUnavailable("lost"))
 
     def serve(self) -> None:
@@ -407,6 +407,7 @@ class World:
             self.t_us += 150_000
         for process in self.processes:
             assert process.connection.batch.callers == process.connection.batch.calls_in_flight == 0
+            assert (process.connection.batch.state == "connecting") == process.connection.wanted
             for check in process.checks:
                 assert check.over, "a check never came to its end"
                 if check.entered:

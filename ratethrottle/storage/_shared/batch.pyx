@@ -133,7 +133,10 @@ cdef class Batch:
         self.begin_outage(error)
 
     def begin_outage(self, error):
-        """The store doesn't answer, or not in time, or refuses us: from now on policies decide, until it serves."""
+        """The store doesn't answer, or not in time, or refuses us: from now on policies decide, until it serves.
+
+        A connection that serves is lost before. What is learned of the store then comes with its next beat.
+        """
         self.fallback.begin(error)
         self.context.bounds.tidy(self.context.bounds.now_us())
         self.connect_if_closed()
@@ -399,7 +402,7 @@ cdef class Batch:
         """Take what came: settle the calls whose replies are whole, send what has gathered meanwhile, and wake who waited."""
         cdef bint whole = False
         cdef Waiting waiting = self.waiting
-        if not self.link.is_open():               # to a call that was given up at the end, on a connection that is closed in a moment
+        if not self.link.is_open():  # to a call that was given up at the end, on a connection that is closed in a moment
             return
         waiting.resumes_itself = True
         try:
@@ -434,7 +437,7 @@ cdef class Batch:
             if after == BROKEN:
                 self.link.transport.broken("something else than was asked for")
                 return 0
-            if not self.link.is_open():           # dropped because of what was read
+            if not self.link.is_open():  # dropped because of what was read
                 return 0
             at = after
         if PyBytes_GET_SIZE(data) - at > REPLY_BYTES_MAX:

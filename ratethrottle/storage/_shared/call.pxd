@@ -53,7 +53,7 @@ cdef struct Answers:                         # where a reading of a call's answe
 cdef class Call:
     cdef bytes request                       # its id
     cdef int64_t sent_us
-    cdef int64_t deadline_us                 # of the one that waits longest for it; NEVER_US once nobody does
+    cdef int64_t deadline_us                 # of the reply; of checks, when the one that waits longest gives up, or NEVER_US
 
     cdef int write(self, Writer writer) except -1
     cdef Py_ssize_t read(self, bytes data, Py_ssize_t at, int64_t* numbers, int* count) except -3

@@ -41,10 +41,7 @@ cdef class Exchange:
     cdef int send(self, Call call) except -1:
         """Send a call. Its reply is waited for from then on."""
         cdef int64_t now_us
-        if isinstance(call, CheckCall):      # it was filled just now
-            self.sent_calls += 1
-            self.sent_entries += (<CheckCall>call).size
-        else:
+        if not isinstance(call, CheckCall):  # else it was filled just now
             now_us = self.context.bounds.now_us()
             call.sent_us = now_us
             call.deadline_us = now_us + self.context.deadline_us
@@ -53,6 +50,9 @@ cdef class Exchange:
         # First: a call that could not be written must not stand in the way of the next one's reply.
         self.write(self.writer.written())
         self.in_flight.append(call)
+        if isinstance(call, CheckCall):
+            self.sent_calls += 1
+            self.sent_entries += (<CheckCall>call).size
         return 0
 
     cdef int64_t first_deadline_us(self) except -1:

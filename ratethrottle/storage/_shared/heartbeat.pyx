@@ -40,7 +40,9 @@ cdef class Heartbeat:
         self.fleet.doubt()
 
     cdef Call next_call(self, int64_t now_us, bint whole, bint serving, done):
-        """What is to be sent; None while a beat is on its way. whole: the script. done: is given the numbers of its reply."""
+        """What is to be sent; None while a beat is on its way. whole: the script. serving: checks are sent, so that
+        a mark is enough. done: is given the numbers of its reply.
+        """
         cdef bint counts, asks, named
         if self.beating:
             return None

@@ -23,7 +23,6 @@ cdef struct Untold:                          # a bound that the store has to be 
 
 cdef class Telling:
     cdef KeyTable bounds
-    cdef bytes process_id
     cdef int64_t epoch                       # which is told, of those before it
     cdef int64_t before                      # the one that was known until then
     cdef int64_t newest_us                   # and the store's time when it was heard of last

@@ -384,7 +384,7 @@ cdef class Repair:
 
     cdef Telling tell_all(self, int64_t epoch, int64_t held_us):
         cdef Telling telling = Telling.__new__(Telling)
-        telling.bounds, telling.process_id = self.bounds, self.process_id
+        telling.bounds = self.bounds
         telling.epoch, telling.before, telling.newest_us, telling.held_us = epoch, self.epoch, self.knows_until(), held_us
         telling.held_older = 0 < self.told_us < held_us
         return telling

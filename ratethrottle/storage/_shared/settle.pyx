@@ -17,7 +17,7 @@ from ratethrottle.storage._shared.context cimport StorageContext
 from ratethrottle.storage._shared.fallback cimport Fallback, repairing
 from ratethrottle.storage._shared.known cimport KnownKeys
 from ratethrottle.storage._shared.link cimport AWAY, Link
-from ratethrottle.storage._shared.queue cimport push, Queue, take, take_over
+from ratethrottle.storage._shared.queue cimport merge, push, Queue, take, take_over
 from ratethrottle.storage._shared.repair cimport Repair
 from ratethrottle.storage._shared.waiting cimport complete, complete_with, is_gone, NEVER_US, twin_of, Waiting
 
@@ -110,7 +110,7 @@ cdef class Settlement:
     cdef int unpark(self) except -1:
         """What waited for another check's answer: most of it is answered by that."""
         cdef Waiting waiting = self.waiting
-        cdef Queue parked = waiting.parked, freed, none
+        cdef Queue parked = waiting.parked, freed
         cdef PendingDecision pending
         cdef int64_t now_us
         cdef bint asked = False
@@ -119,7 +119,6 @@ cdef class Settlement:
         now_us = self.context.bounds.now_us()
         memset(&waiting.parked, 0, sizeof(Queue))
         memset(&freed, 0, sizeof(Queue))
-        memset(&none, 0, sizeof(Queue))
         while parked.first != NULL:
             pending = <PendingDecision>parked.first
             take(&parked, pending)
@@ -128,7 +127,8 @@ cdef class Settlement:
             elif not self.known.decide(pending, now_us, self.link.why & AWAY, &asked):
                 pending.stage = PARKED if asked else WAITING
                 push(&waiting.parked if asked else &freed, pending)
-        return waiting.put_again(&freed, &none)
+        merge(&freed, &waiting.asking)
+        return 0
 
     cdef int fail(self, Call sent, error, bint whatever=False) except -1:
         """Give everybody in a call what the outage policy says, or an error, `whatever` that is. A control call is sent again later."""
@@ -180,7 +180,7 @@ cdef class Settlement:
         return self.known.take_back(item, sample, call.epoch)
 
     cdef int expire(self, CheckCall call, int64_t now_us, int64_t heard_us, bint late) except -1:
-        """Answer those who have waited too long. heard_us: when anything was answered last. late: the reply is, by this process's count."""
+        """Answer those who have waited too long. heard_us: when anything was answered last. late: this or an earlier reply has been waited for longer than the deadline."""
         cdef int i
         cdef PyObject* waiter
         cdef PendingDecision pending

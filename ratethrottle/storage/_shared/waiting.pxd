@@ -3,7 +3,7 @@
 from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint64_t
 
-from ratethrottle._core cimport CHECK, COMPLETE, Group, PARKED, PendingDecision, SENT, Waiter
+from ratethrottle._core cimport CHECK, COMPLETE, Group, PendingDecision, Waiter
 from ratethrottle._engine.decision cimport count_decision, Decision
 from ratethrottle.storage._shared.queue cimport Py_INCREF, Queue
 

@@ -45,11 +45,11 @@ def closed() -> StorageUnavailable:
 class Connection:
     """Carries the calls of one event loop. Not for other loops or processes.
 
-    The public methods from `connect` to `late` at the end are what its batch asks for.
+    Its batch calls `connect`, and the methods from `unsent` on.
     """
 
     def __init__(
-        self, context: StorageContext, master: Master, backoff: Backoff, *, connect_timeout_s: float, max_waiting: int
+        self, context: StorageContext, master: Master, backoff: Backoff, *, deadline_s: float, connect_timeout_s: float, max_waiting: int
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.batch = Batch(context, self, self.loop, max_waiting)
@@ -59,7 +59,7 @@ class Connection:
         self._stale = False  # the master has moved while this was connecting to it
         self._connected = False  # ever
         self._backoff = backoff
-        self._deadline_s = context.deadline_us / 1e6
+        self._deadline_s = deadline_s
         self._connect_timeout_s = connect_timeout_s
         self._woken = asyncio.Event()  # wakes the owner
         self._hurry = asyncio.Event()  # it needn't wait for its turn to connect: there is another master, or Redis answers

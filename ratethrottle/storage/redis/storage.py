@@ -368,6 +368,7 @@ class RedisStorage(SharedStorage):
                     self.context,
                     found,
                     self._backoff,
+                    deadline_s=self._deadline_s,
                     connect_timeout_s=self._settings.connect_timeout_s,
                     max_waiting=self._max_waiting,
                 )
