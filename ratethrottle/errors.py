@@ -136,7 +136,7 @@ class StorageUnavailable(StorageError, ConnectionError):
 
 
 class StorageRefused(StorageUnavailable):
-    """Redis refuses us, or we its certificate: password, permission, TLS or a wrong setting, which time won't mend.
+    """Redis refuses us, or we its certificate: password, permission, TLS or a wrong setting. Waiting doesn't help.
 
     Raised under every outage policy, since none of them is meant for it.
     """

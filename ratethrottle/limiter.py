@@ -131,9 +131,9 @@ class RateThrottleCore(Limiter):
     async def check(self, key: Key, rule: str | None = None, *, cost: int = 1) -> Decision:
         """Decide whether `key` may use `cost` units under `rule` now, and consume them if so. Await the result.
 
-        Never waits for capacity: a denial is a `Decision` that is false. In memory, and where a lease or what Redis said last is
-        enough, it is decided, and consumed, by the call; by Redis once it is awaited: cancelled before it was sent it consumes
-        nothing, after that it may have.
+        It never waits for capacity: a denial is a `Decision` that is false. In memory the call itself decides and consumes, as it
+        does by a lease or by what Redis said last. Redis decides once the check is awaited. A check that is cancelled before it
+        was sent consumes nothing; after that it may have consumed.
 
         On Redis it is decided within the storage's `deadline`; a crowd of checks that start together shares one. What a process asks
         faster than it is answered is overload: `max_waiting` checks wait already, or Redis answers others but not this one in time.

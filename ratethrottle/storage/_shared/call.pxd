@@ -5,7 +5,7 @@ from libc.stdint cimport int64_t, uint16_t
 from libc.string cimport memset
 
 from ratethrottle._core cimport CHECK, GIVE_BACK, Mode, PendingDecision, RESET
-from ratethrottle._engine.arithmetic cimport answer_length, Terms, view_reach
+from ratethrottle._engine.arithmetic cimport answer_length, BUCKET, SLIDING, Terms, view_reach
 from ratethrottle._engine.definitions cimport CompiledRule
 from ratethrottle._engine.table cimport Hash128
 from ratethrottle.storage._shared.queue cimport Queue
@@ -175,12 +175,15 @@ cdef class CallIndex:
 
 cdef inline int64_t reset_reach(const Terms* terms) noexcept:
     """For how long what a key had used before a reset may matter to somebody: a bucket may owe twice its capacity."""
-    return 2 * view_reach(terms) if terms.kind == c"b" else view_reach(terms)
+    return 2 * view_reach(terms) if terms.kind == BUCKET else view_reach(terms)
 
 
 cdef inline int64_t lead_us(CompiledRule rule) noexcept:
     """How far ahead of now units of a sliding window are counted from that are taken in advance."""
-    return rule.lease_us if rule.terms.kind == c"s" else 0
+    return rule.lease_us if rule.terms.kind == SLIDING else 0
+
+
+cdef tuple rule_words(const Terms* terms, int64_t lead_us)
 
 
 cdef inline bint was_moved(const int64_t* numbers, int count) noexcept:

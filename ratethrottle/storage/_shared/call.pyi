@@ -3,6 +3,8 @@ from typing import final
 
 from typing_extensions import disjoint_base
 
+__pyx_capi__: dict[str, object]
+
 @disjoint_base
 class Call: ...
 

@@ -8,7 +8,7 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 
 from ratethrottle._core cimport GIVE_BACK, PEEK, PendingDecision, RESET
-from ratethrottle._engine.arithmetic cimport LEVEL_MAX, NEVER, Terms
+from ratethrottle._engine.arithmetic cimport COUNTER, FIXED, LEVEL_MAX, NEVER, SLIDING, Terms
 from ratethrottle._engine.definitions cimport CompiledRule
 from ratethrottle._engine.window cimport UNITS_MAX
 from ratethrottle.storage._shared.queue cimport drain
@@ -186,20 +186,22 @@ cdef class CheckCall(Call):
         return <int>(answers.numbers - numbers - 1)
 
 
+cdef tuple rule_words(const Terms* terms, int64_t lead_us):
+    """A rule as scripts take it."""
+    return (chr(terms.kind).encode(), *[b"%d" % number for number in (
+        terms.capacity, terms.window_us, terms.unit_ticks, terms.drain_ticks, terms.slot_us, terms.coarse_us, lead_us)])
+
+
 cdef bytes packed_rule(CompiledRule rule):
-    """A rule as calls name it, in bytes: it is written in each of them."""
-    cdef list words = [chr(rule.terms.kind).encode()]
-    for number in (rule.terms.capacity, rule.terms.window_us, rule.terms.unit_ticks, rule.terms.drain_ticks, rule.terms.slot_us,
-                   rule.terms.coarse_us, lead_us(rule)):
-        words.append(b"%d" % number)
-    return b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in words])
+    """The same, in the bytes that each call with the rule has."""
+    return b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in rule_words(&rule.terms, lead_us(rule))])
 
 
 cdef bint possible_answer(const Answers* answers, int64_t count) noexcept:
     """Whether the script may say this of so many checks."""
     cdef const int64_t* numbers = answers.numbers
     cdef const Terms* terms = &(<CompiledRule>answers.item.rule).terms
-    cdef bint counted = terms.kind == c"c" or terms.kind == c"f"
+    cdef bint counted = terms.kind == COUNTER or terms.kind == FIXED
     cdef int64_t least, most = max(<int64_t>UNITS_MAX, 3 * terms.window_us)
     cdef int j, last = answers.length - 1
     if numbers[0] < 0:
@@ -209,13 +211,13 @@ cdef bint possible_answer(const Answers* answers, int64_t count) noexcept:
         return False
     for j in range(2, answers.length):
         least = 0
-        if terms.kind == c"s" and j == 4:
+        if terms.kind == SLIDING and j == 4:
             least = NEVER
         elif counted and j == last:
             least = -terms.window_us         # it begins only then, by a clock that has stepped back
         if not least <= numbers[j] <= most:
             return False
-    if terms.kind == c"c" and numbers[2] > UNITS_MAX or counted and numbers[last] >= terms.window_us:
+    if terms.kind == COUNTER and numbers[2] > UNITS_MAX or counted and numbers[last] >= terms.window_us:
         return False
     return not answers.leases or 0 <= answers.ahead <= answers.item.ahead
 

@@ -9,7 +9,7 @@ from libc.stdint cimport int64_t, uint32_t
 from libc.string cimport memset
 
 from ratethrottle._core cimport CHECK, GIVE_BACK, Group, PendingDecision
-from ratethrottle._engine.arithmetic cimport Outcome, same_definition, Terms, view_free, view_fresh_at
+from ratethrottle._engine.arithmetic cimport COUNTER, FIXED, Outcome, same_definition, Terms, view_free, view_fresh_at
 from ratethrottle._engine.bound cimport Bound, bound_fresh_at, bound_learn, bound_verdict, DENIED, DRIFT_SHARE, LEASED, OPEN
 from ratethrottle._engine.decision cimport decision_new, LEASE, PREFILTER
 from ratethrottle._engine.definitions cimport ALLOW, CompiledRule
@@ -203,8 +203,8 @@ cdef class KnownKeys:
                         const Answers* answers, int64_t server_us) except -1:
         """The store has granted units in advance."""
         cdef int64_t for_us = rule.lease_us
-        if rule.terms.kind == c"f" or rule.terms.kind == c"c":  # it ends with the window
-            for_us = min(for_us, rule.terms.window_us - answers.numbers[2 if rule.terms.kind == c"f" else 3])
+        if rule.terms.kind == FIXED or rule.terms.kind == COUNTER:  # it ends with the window
+            for_us = min(for_us, rule.terms.window_us - answers.numbers[2 if rule.terms.kind == FIXED else 3])
         self.bounds.orphan(bound)            # of another bound that this one has replaced meanwhile
         bound.lease_units = bound.lease_size = answers.ahead
         # From before the request was sent, and a 64th and the rounding of two clocks less: the store's may be the faster one.

@@ -13,8 +13,8 @@ from libc.string cimport memset
 
 from ratethrottle._core cimport CHECK, PEEK, PendingDecision
 from ratethrottle._engine.arithmetic cimport (
-    LEVEL_MAX, Outcome, report, RT_OVERFLOWS, same_definition, settle, Terms, View, view_ahead, view_audit, view_charge_other,
-    view_derive, view_free, view_look, view_rebase,
+    BUCKET, COUNTER, FIXED, LEVEL_MAX, Outcome, report, RT_OVERFLOWS, same_definition, settle, SLIDING, Terms, View,
+    view_ahead, view_audit, view_charge_other, view_derive, view_free, view_look, view_rebase,
 )
 from ratethrottle._engine.bound cimport aged_late, Bound, bound_learn
 from ratethrottle._engine.definitions cimport CompiledRule
@@ -68,12 +68,12 @@ cdef Share share_new(CompiledRule rule, int64_t n, int64_t rank):
         return share
     share.owed = rule.terms
     unit_ticks, drain_ticks = 0, 0
-    if rule.terms.kind == c"b":
+    if rule.terms.kind == BUCKET:
         unit_ticks, drain_ticks = ticks(limit, rule.terms.window_us, capacity)
         # It drains by the share's rate, in ticks of which the whole rule's capacity holds no more than fit.
         share.owed.unit_ticks, share.owed.drain_ticks = ticks(limit, rule.terms.window_us, rule.terms.capacity)
-    elif rule.terms.kind == c"f":
-        share.owed.kind = c"c"               # whose views know the window before, too
+    elif rule.terms.kind == FIXED:
+        share.owed.kind = COUNTER               # whose views know the window before, too
     smaller = CompiledRule(rule.name, rule.strategy, rule.kind, limit, capacity, rule.terms.window_us, unit_ticks, drain_ticks,
                            *steps(rule.kind, limit, rule.terms.window_us))
     share.terms = smaller.terms
@@ -87,8 +87,8 @@ cdef Share share_of_everything(CompiledRule rule):
     share.rule = rule
     share.terms = share.owed = rule.terms
     share.owed.drain_ticks = 0
-    if rule.terms.kind == c"f":
-        share.owed.kind = c"c"
+    if rule.terms.kind == FIXED:
+        share.owed.kind = COUNTER
     return share
 
 
@@ -96,7 +96,7 @@ cdef int account_twin(Account* twin, const Account* account) noexcept:
     """One that can be rolled and charged without changing this one. Its share is borrowed. Returns NO_MEMORY or KEEP."""
     twin[0] = account[0]
     twin.owes = False
-    if twin.held.terms.kind == c"s":
+    if twin.held.terms.kind == SLIDING:
         twin.held.amount.window = window_clone(account.held.amount.window)
         if twin.held.amount.window == NULL:
             return NO_MEMORY
@@ -143,7 +143,7 @@ cdef int account_change(Account* account, Share share, int64_t now_us) noexcept:
     # The store drains what was charged by the whole rule's rate at most.
     units = still_charged(account, &(<Share>account.share).rule.terms, now_us) // max(<int64_t>1, account.owed.terms.unit_ticks)
     account.taken_ticks = 0
-    if owed.terms.kind == c"b" and owed.terms.drain_ticks:
+    if owed.terms.kind == BUCKET and owed.terms.drain_ticks:
         account.taken_ticks = min(units, owed.amount.level_ticks // owed.terms.unit_ticks) * owed.terms.unit_ticks
     account.taken_us = now_us
     account.held = held
@@ -157,16 +157,16 @@ cdef int64_t drained(int64_t ticks, int64_t drain_ticks, int64_t past_us) noexce
     return 0 if RT_OVERFLOWS(past_us, drain_ticks, &gone_ticks) else max(<int64_t>0, ticks - gone_ticks)
 
 
-cdef int64_t still_charged(const Account* account, const Terms* rule, int64_t now_us) noexcept nogil:
+cdef int64_t still_charged(const Account* account, const Terms* whole, int64_t now_us) noexcept nogil:
     """How much of what was taken the store still holds at least: it drains by the rule's whole rate."""
     cdef const Terms* owed = account.owed.terms
     cdef int64_t past_us = max(<int64_t>0, now_us - account.taken_us), gone_ticks
-    if account.taken_ticks == 0 or RT_OVERFLOWS(past_us, rule.drain_ticks, &gone_ticks):
+    if account.taken_ticks == 0 or RT_OVERFLOWS(past_us, whole.drain_ticks, &gone_ticks):
         return 0
-    return max(<int64_t>0, account.taken_ticks - scaled_up(gone_ticks, owed.unit_ticks, rule.unit_ticks, LEVEL_MAX))
+    return max(<int64_t>0, account.taken_ticks - scaled_up(gone_ticks, owed.unit_ticks, whole.unit_ticks, LEVEL_MAX))
 
 
-cdef int account_meet(Account* account, Share share, const View* known, int64_t known_now_us, int64_t now_us) noexcept:
+cdef int account_charge_known(Account* account, Share share, const View* known, int64_t known_now_us, int64_t now_us) noexcept:
     """Charge it up to its part of what is known."""
     cdef View part
     cdef int status
@@ -193,7 +193,7 @@ cdef int account_charge(Account* account, int64_t now_us, int64_t cost) noexcept
 
 cdef Py_ssize_t work_of(tuple item) except -1:
     """How long the store takes to charge this, as a multiple of one of which only a number changes: about 8 µs."""
-    return 12 + len(<list>item[4]) // 4 if (<CompiledRule>item[0]).terms.kind == c"s" else 1
+    return 12 + len(<list>item[4]) // 4 if (<CompiledRule>item[0]).terms.kind == SLIDING else 1
 
 
 cdef int owed_ages(list ages, const View* owed, CompiledRule rule, int64_t now_us) except -1:
@@ -202,7 +202,7 @@ cdef int owed_ages(list ages, const View* owed, CompiledRule rule, int64_t now_u
     cdef const Window* window
     cdef int64_t half_us = terms.window_us // 2, beyond, left_out
     cdef uint32_t i
-    if terms.kind == c"s":
+    if terms.kind == SLIDING:
         window = owed.amount.window
         # The newest: the oldest leave first, and no limit depends on more.
         beyond = max(<int64_t>0, window.total - UNITS_MAX)
@@ -214,7 +214,7 @@ cdef int owed_ages(list ages, const View* owed, CompiledRule rule, int64_t now_u
             # From the last instant of a slot they count from its end, as they did here.
             age_us = now_us - window.entries[i].at_us + (terms.slot_us > 1)
             ages.append((max(0, age_us), window.entries[i].units - left_out))
-    elif terms.kind == c"c":
+    elif terms.kind == COUNTER:
         # From the middle of a window, which is in the same one by a clock that is a little off.
         if owed.amount.counts.prev:
             ages.append((max(0, now_us - owed.at_us + terms.window_us - half_us), owed.amount.counts.prev))
@@ -339,7 +339,7 @@ cdef class Shares:
                     lasting = True
                 self.bounds.note_owes(shard, bound, True)
                 held = account.held
-                total = held.amount.window.total if held.terms.kind == c"s" else 0
+                total = held.amount.window.total if held.terms.kind == SLIDING else 0
             report(&share.terms, &held, now_us, total, out)
             if out.in_ticks:
                 settle(&share.terms, out)
@@ -366,7 +366,7 @@ cdef class Shares:
         if account.outage != self.outage or (bound != NULL and bound.heard and bound.received_us > account.met_us):
             if bound != NULL and bound.heard:
                 account.met_us = bound.received_us
-                if account_meet(account, share, &bound.cell.view, aged_late(bound, table_us), now_us) == NO_MEMORY:
+                if account_charge_known(account, share, &bound.cell.view, aged_late(bound, table_us), now_us) == NO_MEMORY:
                     raise MemoryError
             account.outage = self.outage
         return before
@@ -461,7 +461,7 @@ cdef class Shares:
         account.taken_us = min(account.taken_us, now_us)  # the clock has stepped back, and what was taken drains from now, as it does
         roll(&account.owed, now_us)
         owed = account.owed
-        if owed.terms.kind == c"b":
+        if owed.terms.kind == BUCKET:
             # It goes on with all that it has: what is admitted next must not drain while this drains from the store.
             self.bounds.note_owes(shard, bound, False)
             before = account[0]

@@ -6,8 +6,8 @@ All rounding is against the caller: N processes that begin from the same knowled
 from libc.stdint cimport int64_t, uint32_t
 
 from ratethrottle._engine.arithmetic cimport (
-    ceil_div, Counts, LEVEL_MAX, same_definition, Terms, View, view_ahead, view_derive, view_free, view_rebase, view_roll,
-    window_start,
+    BUCKET, ceil_div, Counts, LEVEL_MAX, same_definition, SLIDING, Terms, View, view_ahead, view_derive, view_free,
+    view_rebase, view_roll, window_start,
 )
 from ratethrottle._engine.pieces cimport piece_free
 from ratethrottle._engine.window cimport KEEP, NO_MEMORY, Units, Window, window_drop, window_live, window_new, window_push
@@ -41,7 +41,7 @@ cdef inline void roll(View* view, int64_t now_us) noexcept nogil:
     cdef int64_t total
     if view_ahead(view, now_us):
         view_rebase(view, now_us)
-    if view.terms.kind == c"s":
+    if view.terms.kind == SLIDING:
         window_live(view.amount.window, now_us - view.terms.window_us, &expired, &total)
         window_drop(view.amount.window, expired, total)
     else:
@@ -85,15 +85,15 @@ cdef inline int view_part(View* part, const Terms* terms, const View* known, int
     cdef View source = known[0]
     cdef int64_t ahead_us = now_us - known_now_us, window_us = known.terms.window_us
     cdef int status
-    if known.terms.kind == c"s":
+    if known.terms.kind == SLIDING:
         source.amount.window = window_part(known, known_now_us, ahead_us, n)
         if source.amount.window == NULL:
             return NO_MEMORY
-    elif known.terms.kind == c"b":
+    elif known.terms.kind == BUCKET:
         source.at_us = min(known.at_us, known_now_us)
         if not same_definition(known.terms, whole):
             view_roll(&source, known_now_us)     # as the store would: by the rate that it was kept by
-        if terms.kind == c"b":
+        if terms.kind == BUCKET:
             # All parts together have the room of the whole, and gain it by no more than its rate: each by its own, from then on.
             part.terms = terms
             part.at_us = source.at_us + ahead_us
@@ -145,9 +145,9 @@ cdef inline int window_join(Window** own, const Window* other, bint exact) noexc
 
 cdef inline int view_join(View* own, const View* other) noexcept nogil:
     """Charge a view up to another one of its definition, both rolled to the same instant."""
-    if own.terms.kind == c"s":
+    if own.terms.kind == SLIDING:
         return window_join(&own.amount.window, other.amount.window, own.terms.slot_us == 1)
-    if own.terms.kind == c"b":
+    if own.terms.kind == BUCKET:
         own.amount.level_ticks = max(own.amount.level_ticks, other.amount.level_ticks)
     else:
         own.amount.counts.cur = max(own.amount.counts.cur, other.amount.counts.cur)

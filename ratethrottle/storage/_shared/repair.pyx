@@ -13,12 +13,12 @@ from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memset
 
 from ratethrottle._core cimport PendingDecision
-from ratethrottle._engine.arithmetic cimport Terms
+from ratethrottle._engine.arithmetic cimport BUCKET, FIXED, SLIDING, Terms
 from ratethrottle._engine.bound cimport Bound, bound_assertion
 from ratethrottle._engine.definitions cimport CompiledRule
 from ratethrottle._engine.keys cimport KeyTable
 from ratethrottle._engine.table cimport cell_at, fingerprints_of, Hash128, Shard, shard_find
-from ratethrottle.storage._shared.call cimport ControlCall, lead_us, reset_reach
+from ratethrottle.storage._shared.call cimport ControlCall, lead_us, reset_reach, rule_words
 from ratethrottle.storage._shared.fleet cimport Fleet
 from ratethrottle.storage._shared.keynames cimport KeyNames
 from ratethrottle.storage._shared.outage cimport Shares
@@ -39,15 +39,9 @@ cdef enum:
 cdef int64_t UNKNOWN_TICKS = <int64_t>1 << 52  # so far below zero an asserted level says nothing
 
 
-cdef tuple rule_words(const Terms* terms):
-    """A rule as scripts take it, but for its leases."""
-    return (chr(terms.kind).encode(), *[b"%d" % number for number in (
-        terms.capacity, terms.window_us, terms.unit_ticks, terms.drain_ticks, terms.slot_us, terms.coarse_us, 0)])
-
-
 cdef bint ages_on(CompiledRule rule, int64_t age_us) noexcept:
     """A bucket is told what is new, not since when: that stays, which is too strict by what has drained meanwhile."""
-    return rule.terms.kind != c"b" or age_us > 0
+    return rule.terms.kind != BUCKET or age_us > 0
 
 
 cdef int put_any(Buffer* buffer, int64_t number) except -1:
@@ -209,16 +203,16 @@ cdef class Telling:
 
     cdef ControlCall build(self, Buffer* keys, Buffer* args, int rows_max, int64_t ahead_us, int64_t now_us):
         cdef size_t start = self.at, last = min(self.at + LOOKED_AT_MAX, self.count)
-        cdef list terms = []
+        cdef list met = []
         cdef Shard* shard
         cdef Bound* bound
-        cdef const Terms* rule
+        cdef const Terms* terms
         cdef int64_t[3] numbers
         cdef int64_t found, generation
         cdef Hash128 hashed
         cdef int rows = 0
         cdef ControlCall call
-        while rows < rows_max and len(terms) < RULES_MAX and self.at < last:
+        while rows < rows_max and len(met) < RULES_MAX and self.at < last:
             hashed = Hash128(self.items[self.at].hash_lo, self.items[self.at].hash_hi)
             self.at += 1
             shard = &self.bounds.shards[<uint32_t>(((hashed.hi >> 32) * self.bounds.shard_count) >> 32)]
@@ -228,28 +222,28 @@ cdef class Telling:
             bound = <Bound*>cell_at(shard, <uint32_t>found)
             if bound.name == NULL or bound.epoch == self.epoch:
                 continue
-            rule = bound.cell.view.terms
+            terms = bound.cell.view.terms
             generation = bound.generation_us
-            if now_us + ahead_us - generation >= reset_reach(rule):
+            if now_us + ahead_us - generation >= reset_reach(terms):
                 generation = 0
             if not bound_assertion(bound, now_us, numbers):
                 if generation == 0:
                     continue
                 # That a key was reset has to be told even if nothing else is known of it.
-                numbers[0] = -UNKNOWN_TICKS if rule.kind == c"b" else 0
-                numbers[1] = 1 if rule.kind == c"s" else 0
+                numbers[0] = -UNKNOWN_TICKS if terms.kind == BUCKET else 0
+                numbers[1] = 1 if terms.kind == SLIDING else 0
                 numbers[2] = 0
             rows += 1
             if not buffer_room(keys, bound.name_size + 32):
                 raise MemoryError
             put_bulk(keys, bound.name, bound.name_size)
-            self.put_row(args, rows, place_of(terms, rule), generation, numbers, told_at(bound, self.before))
+            self.put_row(args, rows, place_of(met, terms), generation, numbers, told_at(bound, self.before))
         if rows == 0 and (self.at < self.count or self.out):
             return None
         self.last = rows == 0
         call = ControlCall("repair", [], [
-            b"assert", b"%d" % max(1, len(terms)), b"%d" % rows,
-            *(word for address in terms or [<size_t>&NONE] for word in rule_words(<Terms*><size_t>address))])
+            b"assert", b"%d" % max(1, len(met)), b"%d" % rows,
+            *(word for address in met or [<size_t>&NONE] for word in rule_words(<Terms*><size_t>address, 0))])
         call.packed_keys, call.key_count = PyBytes_FromStringAndSize(keys.bytes, keys.used), rows
         call.packed_args, call.arg_count = PyBytes_FromStringAndSize(args.bytes, args.used), 7 * rows
         self.out[call] = start
@@ -272,19 +266,19 @@ cdef class Telling:
 
 
 cdef Terms NONE                              # of a rule that stands where there is none
-NONE.kind = c"f"
+NONE.kind = FIXED
 NONE.capacity = 1
 NONE.window_us = 1_000_000
 
 
-cdef int place_of(list terms, const Terms* rule) except -1:
+cdef int place_of(list met, const Terms* terms) except -1:
     """The number of a rule among those of a call, from 1."""
     cdef int i
-    for i in range(len(terms) - 1, -1, -1):
-        if <size_t>terms[i] == <size_t>rule:
+    for i in range(len(met) - 1, -1, -1):
+        if <size_t>met[i] == <size_t>terms:
             return i + 1
-    terms.append(<size_t>rule)
-    return len(terms)
+    met.append(<size_t>terms)
+    return len(met)
 
 
 @cython.final
@@ -472,7 +466,7 @@ cdef class Repair:
         """Charge what was admitted here while the store was away. The marker has it charged once, however often it is told."""
         cdef ControlCall call
         cdef list names = []
-        cdef list words = [rule_words(&(<CompiledRule>item[0]).terms) for item in owed]
+        cdef list words = [rule_words(&(<CompiledRule>item[0]).terms, 0) for item in owed]
         cdef list rules = list(dict.fromkeys(words))
         cdef list args = [b"charge", b"%d" % len(rules), b"%d" % len(owed), *[word for rule in rules for word in rule]]
         cdef int place = 0
