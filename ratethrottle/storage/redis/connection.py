@@ -49,7 +49,14 @@ class Connection:
     """
 
     def __init__(
-        self, context: StorageContext, master: Master, backoff: Backoff, *, deadline_s: float, connect_timeout_s: float, max_waiting: int
+        self,
+        context: StorageContext,
+        master: Master,
+        backoff: Backoff,
+        *,
+        deadline_s: float,
+        connect_timeout_s: float,
+        max_waiting: int,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.batch = Batch(context, self, self.loop, max_waiting)

@@ -241,7 +241,7 @@ class RedisStorage(SharedStorage):
         return group.decisions()
 
     async def _let_others_run(self, answers: int) -> None:
-        """A task that goes on asking, and is answered without a wait, must not keep the loop from reaching Redis."""
+        """Keep a task that goes on asking, and is answered without a wait, from keeping the loop from Redis."""
         self._without_wait += answers
         if self._without_wait >= ANSWERS_MAX:
             self._without_wait = 0
