@@ -268,7 +268,7 @@ class Events:
             self._left_out[kind] = self._left_out.get(kind, 0) + 1
             return
         self._told_s[kind] = now_s
-        self._tell(replace(event, suppressed=self._left_out.pop(kind, 0)))
+        self._announce(replace(event, suppressed=self._left_out.pop(kind, 0)))
 
     def goes_on(self, reason: str) -> None:
         """Log another reason of the outage that is going on: the first may have been only that nothing came in time. Never raises.
@@ -293,7 +293,7 @@ class Events:
         """Know of no outage: in a process that was forked it is for this one's own storage to find out."""
         self._outage, self._outage_told = None, False
 
-    def _tell(self, event: Event) -> None:
+    def _announce(self, event: Event) -> None:
         _log(event.level, str(event))
         for callback in tuple(self._subscribers.values()):
             try:

@@ -137,10 +137,10 @@ class Backoff:
                 retry_now()
 
     @contextmanager
-    def waiting(self, hurry: Callable[[], None]) -> Iterator[None]:
-        """Have `hurry` called if Redis answers somebody else meanwhile, from any thread."""
-        self._waiting.add(hurry)
+    def waiting(self, retry_now: Callable[[], None]) -> Iterator[None]:
+        """Have `retry_now` called if Redis answers somebody else meanwhile, from any thread."""
+        self._waiting.add(retry_now)
         try:
             yield
         finally:
-            self._waiting.discard(hurry)
+            self._waiting.discard(retry_now)

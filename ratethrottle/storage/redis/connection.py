@@ -69,7 +69,9 @@ class Connection:
         self._deadline_s = deadline_s
         self._connect_timeout_s = connect_timeout_s
         self._woken = asyncio.Event()  # wakes the owner
-        self._hurry = asyncio.Event()  # it needn't wait for its turn to connect: there is another master, or Redis answers
+        self._retry_at_once = (
+            asyncio.Event()
+        )  # it needn't wait for its turn to connect: there is another master, or Redis answers
         self.failures = 0  # attempts to connect that came to nothing
         self._tried_s = -math.inf  # when the newest try was begun, by the loop's clock
         self._begun_s = 0.0  # when the attempt was begun that the try belongs to
@@ -134,7 +136,7 @@ class Connection:
         """Leave a server that is not the master any more, even while it answers: what it counts is lost."""
         self._stale = True
         self._backoff.succeeded()  # how the old one did says nothing of the new one
-        self._hurry.set()
+        self._retry_at_once.set()
         if self._patience is not None and not self._patience.expired():
             self._patience.reschedule(self.loop.time())  # the attempt to reach the old one ends here
         self._forget_late()
@@ -146,7 +148,7 @@ class Connection:
         """Connect before it is this connection's turn: Redis answers. From any thread."""
         if self.process == os.getpid():
             with contextlib.suppress(RuntimeError):  # the loop is closed
-                self.loop.call_soon_threadsafe(self._hurry.set)
+                self.loop.call_soon_threadsafe(self._retry_at_once.set)
 
     def _lost(self, error: Exception | None) -> None:
         """Take note that the connection is gone."""
@@ -190,7 +192,7 @@ class Connection:
             if not self.batch.away and not isinstance(self.batch.reason, StorageRefused) and wait_s > self._deadline_s / 2:
                 self.batch.begin_outage(lost_again(wait_s))
             await self._wait(wait_s)
-        self._hurry.clear()
+        self._retry_at_once.clear()
         if self._backoff.full:
             self.failures += 1
             self.batch.not_connected(self._no_room())  # that is no failure of Redis, and doesn't slow the others down
@@ -240,7 +242,7 @@ class Connection:
         self._backoff.failed()
         wait_s = self._backoff.wait_s()
         turn_s = time.monotonic() + wait_s
-        if not self._hurry.is_set():
+        if not self._retry_at_once.is_set():
             try:
                 await self._wait(wait_s)
             except asyncio.CancelledError:
@@ -248,7 +250,7 @@ class Connection:
                 raise
         if self._patience is None or self._stale:
             return
-        self._hurry.clear()
+        self._retry_at_once.clear()
         self._give_back(turn_s)
         if not self._patience.expired():
             # A try that begins as the whole attempt ends has some time all the same: Redis may be back just now.
@@ -264,7 +266,7 @@ class Connection:
         """Wait for a turn, or until there is another master or Redis answers somebody else."""
         with self._backoff.waiting(self._retry_now), contextlib.suppress(TimeoutError):  # then it is this connection's turn
             async with asyncio.timeout(wait_s):
-                await self._hurry.wait()
+                await self._retry_at_once.wait()
 
     def _allow(self, for_s: float | None) -> None:
         """Give the attempt so long until checks go on without it; None to take that back."""

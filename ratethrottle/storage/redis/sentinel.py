@@ -51,7 +51,7 @@ class Sentinel:
         self._asked = asyncio.Event()
         self._away_since_s: float | None = None
         self.ask()
-        self.task = own_task(self._loop, self._own(), "ratethrottle sentinel")
+        self.task = own_task(self._loop, self._run(), "ratethrottle sentinel")
 
     def ask(self) -> None:
         """Have it asked now, and once more if a question is on its way; not if it is away and was tried just now."""
@@ -67,7 +67,7 @@ class Sentinel:
         """Whether it has left a question open for so long."""
         return self.waiting_since_s is not None and self._loop.time() - self.waiting_since_s >= for_s
 
-    async def _own(self) -> None:
+    async def _run(self) -> None:
         while True:
             try:
                 await self._converse()

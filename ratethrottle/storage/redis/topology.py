@@ -137,7 +137,7 @@ class FollowedMaster(Master):
         if self._trusted and self._loop.time() - self._verified_at_s >= TRUST_S:
             self._distrust(self._current)
             self._ask()
-            self._loop.call_soon(self._tell)  # not from within the reply that led here
+            self._loop.call_soon(self._announce)  # not from within the reply that led here
 
     def abandon(self) -> None:
         """Have its own loop close it. From any thread, and from a destructor."""
@@ -199,9 +199,9 @@ class FollowedMaster(Master):
         self._spare_ends = self._loop.call_later(SPARE_S, self._drop_spare)
         if before not in (None, address):
             self._followed(f"{before[0]}:{before[1]}", f"{address[0]}:{address[1]}")
-            self._tell()
+            self._announce()
 
-    def _tell(self) -> None:
+    def _announce(self) -> None:
         for moved in self._watchers:
             moved()
 
