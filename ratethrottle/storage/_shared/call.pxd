@@ -68,6 +68,7 @@ cdef class CheckCall(Call):
     cdef int64_t epoch                       # that it is sent in
     cdef int answers                         # how many numbers the answers have in the reply that was read
 
+    cdef int rule_index(self, CompiledRule rule) except -1
     cdef CallItem* add_item(self, PendingDecision pending, int key_index) except NULL
     cdef int fits(self, const int64_t* numbers, int count) noexcept
     cdef int write_keys(self, Writer writer) except -1

@@ -3,6 +3,7 @@
 
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint16_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
@@ -47,18 +48,22 @@ cdef class CheckCall(Call):
             drain(&self.items[i].waiters)
         free(self.items)
 
+    cdef int rule_index(self, CompiledRule rule) except -1:
+        """The number of a rule in the call, from 1. Most items have the rule of the one before."""
+        cdef int i
+        if self.size and self.items[self.size - 1].rule == <PyObject*>rule:
+            return self.items[self.size - 1].rule_index
+        for i in range(len(self.rules) - 1, -1, -1):
+            if self.rules[i] is rule:
+                return i + 1
+        self.rules.append(rule)
+        return <int>len(self.rules)
+
     cdef CallItem* add_item(self, PendingDecision pending, int key_index) except NULL:
         """Add an item for what `pending` asks. There is room for it."""
         cdef CallItem* item = &self.items[self.size]
-        cdef int i
         memset(item, 0, sizeof(CallItem))
-        for i in range(len(self.rules) - 1, -1, -1):
-            if self.rules[i] is pending.rule:
-                item.rule_index = i + 1
-                break
-        else:
-            self.rules.append(pending.rule)
-            item.rule_index = <int>len(self.rules)
+        item.rule_index = self.rule_index(pending.rule)
         item.hashed = pending.hashed
         item.rule = <PyObject*>pending.rule
         item.key_index = key_index
