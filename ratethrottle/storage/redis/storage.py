@@ -201,6 +201,11 @@ class RedisStorage(SharedStorage):
             overloads=self.context.overloads,
         )
 
+    @property
+    def knowledge(self) -> Repair:
+        """What this process knows of Redis, and what it owes. Shared with the process's other storages of the same keys."""
+        return self.repair
+
     async def decide(self, entries: Sequence[Entry]) -> list[Decision]:
         """Decide in order, all within one deadline. When one of several calls fails, what the others granted stays granted."""
         return await self._together(entries, "check")
