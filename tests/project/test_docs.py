@@ -25,7 +25,7 @@ FOR_CONTRIBUTORS = [ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "test
 # Markdown that links to the pages above, and to the files of the repository.
 LINKING = [*PAGES, *FOR_CONTRIBUTORS, ROOT / "ARCHITECTURE.md", ROOT / "CHANGELOG.md"]
 ARCHITECTURE = ROOT / "ARCHITECTURE.md"
-WRITTEN = [*PAGES, *FOR_CONTRIBUTORS, ARCHITECTURE]
+WRITTEN = [*PAGES, *FOR_CONTRIBUTORS, ARCHITECTURE, ROOT / "CHANGELOG.md"]
 
 WORDS_MAX = 30
 # An example may say why it isn't run, and what it prints.
