@@ -49,6 +49,15 @@ def test_tests_that_a_page_names_are_there(page: Path) -> None:
     assert not [name for name in named if not (ROOT / name).exists()]
 
 
+@pytest.mark.parametrize("page", [ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_files_and_folders_that_a_page_names_are_there(page: Path) -> None:
+    """A path may begin in the repository, in the package, or in one of its rooms."""
+    named = set(re.findall(r"`((?:[\w-]+/)+[\w.-]*|[\w-]+\.(?:pyx?|pxd|lua|md))`", page.read_text()))
+    rooms = [ROOT, *(ROOT / "ratethrottle" / room for room in ("", "_engine", "storage/redis", "storage/redis/lua"))]
+    assert len(named) >= 10
+    assert not [name for name in named if not any((room / name).exists() for room in rooms)]
+
+
 def test_rows_of_the_fault_board_that_the_guarantees_name_are_there() -> None:
     load()
     rows = set(board.rows())
