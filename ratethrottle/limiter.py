@@ -18,6 +18,7 @@ from ratethrottle._core import Limiter, compiled_check
 from ratethrottle._engine.decision import Decision, Entry
 from ratethrottle.errors import ConfigurationError, InvalidRequest, LimiterClosed, few, listed, more, shown
 from ratethrottle.events import Callback
+from ratethrottle.options import OPTIONS
 from ratethrottle.rule import RateThrottleRule
 from ratethrottle.storage import Outcomes, Statistics, Storage
 from ratethrottle.storage.memory import InMemoryStorage
@@ -25,28 +26,6 @@ from ratethrottle.storage.redis import RedisStorage
 
 Key = str | tuple[str | int, ...]
 
-# name -> (storage, default, unit, range): the one table of options; `create_limiter` prints it in its errors and its help.
-OPTIONS: Final[Mapping[str, tuple[str, str, str, str]]] = MappingProxyType(
-    {
-        "max_keys": ("memory", "1,000,000", "keys", "1 to 10^9"),
-        "on_full": ("memory", '"evict"', "", '"evict" or "deny"'),
-        "prefix": ("redis", '"ratethrottle"', "", "1 to 64 characters without spaces and braces"),
-        "deadline": ("redis", "0.25", "seconds", "0.005 to 60"),
-        "connect_timeout": ("redis", "None", "seconds", "0.005 to 60; None: 5, or the client's socket_connect_timeout if longer"),
-        "tags": ("redis", "64", "hash tags", "1 to 16,384"),
-        "tag_parts": ("redis", "None", "parts of a tuple key that decide its tag", "1 to 64, or None"),
-        "connections": ("redis", "1", "connections", "1 to 8"),
-        "max_waiting": ("redis", "100,000", "checks", "1 to 1,000,000"),
-        "prefilter_ttl": ("redis", "1.0", "seconds", "0 to 60"),
-        "max_bounds": ("redis", "100,000", "keys", "1 to 10^8"),
-        "max_connections": ("redis", "8", "connections", "1 to 64"),
-        "on_outage": ("redis", '"local"', "", '"local", "allow", "deny" or "raise"'),
-        "expected_processes": ("redis", "None", "processes", "1 to 100,000, or None"),
-        "on_overload": ("redis", '"deny"', "", '"deny" or "raise"'),
-        "sentinels": ("redis", "None", "addresses", '1 to 32 of (host, port) or "host:port"'),
-        "master_name": ("redis", "None", "", "what the sentinels call the master; with sentinels only"),
-    }
-)
 STORAGES: Final = ("memory", "redis")
 
 

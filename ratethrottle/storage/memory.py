@@ -9,11 +9,10 @@ from anyio.lowlevel import checkpoint
 
 from ratethrottle._engine.decision import Decision, Entry
 from ratethrottle._engine.keys import KeyTable
-from ratethrottle.errors import ConfigurationError, shown
 from ratethrottle.events import Events
+from ratethrottle.options import check_options
 from ratethrottle.storage import Statistics
 
-MAX_KEYS = 1_000_000_000
 YIELD_EVERY = 128
 
 
@@ -34,10 +33,7 @@ class InMemoryStorage:
         on_full: Literal["evict", "deny"] = "evict",
         clock_us: Callable[[], int] | None = None,
     ) -> None:
-        if isinstance(max_keys, bool) or not isinstance(max_keys, int) or not 1 <= max_keys <= MAX_KEYS:
-            raise ConfigurationError(f"max_keys is {shown(max_keys)}; it is a whole number from 1 to {MAX_KEYS:,}")
-        if on_full not in ("evict", "deny"):
-            raise ConfigurationError(f'on_full is {shown(on_full)}; it is "evict" or "deny"')
+        check_options("memory", {"max_keys": max_keys, "on_full": on_full})
         self._since_turn = 0
         self.events = Events()
         self.table = KeyTable(max_keys, on_full == "evict", clock_us)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ratethrottle.limiter import OPTIONS
+from ratethrottle.options import OPTIONS
 from ratethrottle.rule import STRATEGIES
 from tests.kit.servers import RedisServer
 

@@ -134,10 +134,10 @@ def test_what_ends_a_connection_in_use_is_no_refusal() -> None:
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
-        ("on_outage", "open", 'on_outage is \'open\'; it is "local", "allow", "deny", "raise"'),
+        ("on_outage", "open", 'on_outage is \'open\'; it is "local", "allow", "deny" or "raise"'),
         ("on_outage", None, "on_outage is None"),
         ("on_outage", ["local"], "on_outage is "),
-        ("on_overload", "local", 'on_overload is \'local\'; it is "deny", "raise"'),
+        ("on_overload", "local", 'on_overload is \'local\'; it is "deny" or "raise"'),
         ("expected_processes", 0, "whole number from 1 to 100,000"),
         ("expected_processes", 100_001, "whole number from 1 to 100,000"),
         ("expected_processes", True, "whole number from 1 to 100,000"),

@@ -28,7 +28,7 @@ from ratethrottle import (
     events,
 )
 from ratethrottle.events import Event, Events, OutageBegan, OutageEnded
-from ratethrottle.limiter import OPTIONS
+from ratethrottle.options import OPTIONS
 
 OPERATIONS = Path(__file__).parents[2] / "docs/operations.md"
 ONE_OF_EACH = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import pickle
+import re
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from enum import StrEnum
@@ -32,7 +33,7 @@ from ratethrottle import (
     StorageError,
     create_limiter,
 )
-from ratethrottle.limiter import OPTIONS
+from ratethrottle.options import OPTIONS, TABLE
 
 RULE = RateThrottleRule("api", 3, 60)
 KINDS = ("sliding_window", "token_bucket", "leaky_bucket", "sliding_counter", "fixed_window")
@@ -406,6 +407,15 @@ def test_the_defaults_of_the_table_of_options_are_those_of_the_storages() -> Non
     taken = {name for storage in storages.values() for name in inspect.signature(storage).parameters}
     taken |= set(inspect.signature(RedisStorage.from_url).parameters) - {"url", "options"}
     assert taken - set(OPTIONS) == {"client", "clock_us"}  # an argument of its own, and a clock for tests
+
+
+def test_docstrings_give_the_ranges_of_the_table() -> None:
+    docs = {"redis": RedisStorage.__doc__ or "", "memory": InMemoryStorage.__doc__ or ""}
+    numbers = {name: option for name, option in TABLE.items() if option.most}
+    assert len(numbers) >= 10
+    for name, option in numbers.items():
+        most = re.findall(r"to ([\d.,^]*\d)", option.range)[0]
+        assert re.search(rf"\b{name}: [^:]*? to {re.escape(most)}(?!\d)", docs[option.storage]), name
 
 
 async def test_nothing_that_is_shown_shows_a_key() -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import re
 import time
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 import redis
 
@@ -18,8 +17,9 @@ from ratethrottle._core import Limiter
 from ratethrottle._engine.decision import Decision, Entry
 from ratethrottle._engine.definitions import CompiledRule
 from ratethrottle._engine.keys import KeyTable
-from ratethrottle.errors import ConfigurationError, StorageError, StorageUnavailable, shown
+from ratethrottle.errors import ConfigurationError, StorageError, StorageUnavailable
 from ratethrottle.events import Events
+from ratethrottle.options import check_options
 from ratethrottle.rule import RateThrottleRule
 from ratethrottle.storage import Statistics
 from ratethrottle.storage._shared.batch import Batch
@@ -41,8 +41,6 @@ from ratethrottle.storage.redis.urls import client_of
 OnOutage = Literal["local", "allow", "deny", "raise"]
 OnOverload = Literal["deny", "raise"]
 
-TAGS_MAX = 16_384  # the slots of a cluster
-TAG_PARTS_MAX = 64
 ASK_AGAIN_S = 0.01
 CLOSED = "the storage is closed; make a new one"
 LEARNS_S = 1.0  # at most, with a beat before and after
@@ -112,25 +110,12 @@ class RedisStorage(SharedStorage):
         expected_processes: int | None = None,
         on_overload: OnOverload = "deny",
     ) -> None:
+        given = dict(locals())
         if not isinstance(prefix, str) or not PREFIX.match(prefix):
             raise ConfigurationError(f"prefix is {prefix!r}; it is 1 to 64 characters without spaces and braces")
-        seconds("deadline", deadline, 0.005, 60)
-        if connect_timeout is not None:
-            seconds("connect_timeout", connect_timeout, 0.005, 60)
-        seconds("prefilter_ttl", prefilter_ttl, 0, 60)
-        whole("tags", tags, TAGS_MAX)
-        if tag_parts is not None:
-            whole("tag_parts", tag_parts, TAG_PARTS_MAX)
-        whole("connections", connections, 8)
-        whole("max_waiting", max_waiting, 1_000_000)
-        whole("max_bounds", max_bounds, 100_000_000)
-        whole("max_connections", max_connections, 64)
+        check_options("redis", given)
         if max_connections < connections:
             raise ConfigurationError(f"max_connections is {max_connections}; it is at least connections, which is {connections}")
-        if expected_processes is not None:
-            whole("expected_processes", expected_processes, 100_000)
-        one_of("on_outage", on_outage, get_args(OnOutage))
-        one_of("on_overload", on_overload, get_args(OnOverload))
         self._settings = Settings(client, deadline, connect_timeout)
         check_installed()
         names = KeyNames(prefix.encode(), tags, tag_parts or 0)
@@ -390,24 +375,6 @@ class RedisStorage(SharedStorage):
         calls, entries = self._sent_before
         calls += sum(connection.batch.sent_calls for connection in ours)
         self._sent_before = (calls, entries + sum(connection.batch.sent_entries for connection in ours))
-
-
-def seconds(name: str, value: object, least: float, most: float) -> None:
-    """Check an option. Raises ConfigurationError."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
-        raise ConfigurationError(f"{name} is {value!r}; it is seconds, from {least} to {most}")
-
-
-def whole(name: str, value: object, most: int) -> None:
-    """Check an option. Raises ConfigurationError."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise ConfigurationError(f"{name} is {value!r}; it is a whole number from 1 to {most:,}")
-
-
-def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Check an option. Raises ConfigurationError."""
-    if value not in choices:
-        raise ConfigurationError(f"{name} is {shown(value)}; it is {', '.join(map(json.dumps, choices))}")
 
 
 def abandon(connections: dict[asyncio.AbstractEventLoop, tuple[Connection, ...]]) -> None:
