@@ -20,6 +20,7 @@ from ratethrottle.storage._shared.call import Call, CheckCall, ControlCall
 from ratethrottle.storage._shared.context import StorageContext
 from ratethrottle.storage.redis.backoff import EVERY_S, Backoff
 from ratethrottle.storage.redis.failures import failure, guess_of, lost_again, no_connection, refusal
+from ratethrottle.storage.redis.overdue import Overdue
 from ratethrottle.storage.redis.race import Pace
 from ratethrottle.storage.redis.settings import abort, close
 from ratethrottle.storage.redis.tasks import own_task
@@ -29,8 +30,6 @@ from ratethrottle.storage.redis.wire import Receiver, take_over
 IN_FLIGHT_MAX = 2
 # How much longer than usual a server may be silent that this process has never heard.
 FAR_S = 0.8
-# How long a connection that was late is heard for what its leases took.
-LATE_S = 10.0
 # And at the end of a loop, which nobody wants to wait for.
 ENDS_S = 0.15
 # A timer that fires so late was kept from it by its loop.
@@ -81,12 +80,11 @@ class Connection:
         self._connected_to: AbstractConnection | None = None
         self._receiver: Receiver | None = None
         self._dropped: list[AbstractConnection] = []  # not heard any more, and to be closed by the owner
-        # One that was late, is heard for what its leases took, and decides nothing any more; and what ends that.
-        self._late_one: tuple[AbstractConnection, Receiver, asyncio.TimerHandle] | None = None
         self._returning: asyncio.Future[None] | None = None  # leases, at the end
         self._closing = False  # by somebody who closes the storage, or has let go of it; not by the end of the loop
         self._sent_before_error = 0  # calls, when Redis last answered one with an error
         self._context = contextvars.Context()  # of what is called later: it belongs to no request
+        self._overdue = Overdue(self._context, self._discard)
         self._owner = own_task(self.loop, self._run(), "ratethrottle connection")
 
     @property
@@ -139,7 +137,7 @@ class Connection:
         self._retry_at_once.set()
         if self._patience is not None and not self._patience.expired():
             self._patience.reschedule(self.loop.time())  # the attempt to reach the old one ends here
-        self._forget_late()
+        self._overdue.forget()
         if self.batch.open:
             self._drop(StorageUnavailable("Redis is no master any more; the check may have been counted"))
             self.connect()
@@ -169,7 +167,7 @@ class Connection:
                 self.batch.end(closed())
                 if not self.loop.is_closed():  # by somebody who leaves tasks behind: nothing can be closed any more
                     self._detach()
-                    self._forget_late()
+                    self._overdue.forget()
                     await self._tidy()
 
     async def _give_all_back(self) -> None:
@@ -364,29 +362,16 @@ class Connection:
         late = self.batch.late_replies()
         if late is None or self._receiver is None or self._connected_to is None:
             return
-        self._forget_late()
-
-        def received(data: bytes) -> None:
-            if not late.received(data):
-                self._forget_late()
-
         self._receiver.let_go()
-        receiver, self._receiver = Receiver(received, lambda _: self._forget_late()), None
+        self._receiver = None
         connection, self._connected_to = self._connected_to, None
-        take_over(connection, receiver)  # a new one, as uvloop calls what it was given at first
         self._backoff.closed(self)
-        self._late_one = connection, receiver, self.loop.call_later(LATE_S, self._forget_late, context=self._context)
+        self._overdue.hear(connection, late)
 
-    def _forget_late(self) -> None:
-        """Have the connection that was late closed: there is nothing more to hear on it, or it has taken too long."""
-        if self._late_one is not None:
-            connection, receiver, timer = self._late_one
-            self._late_one = None
-            timer.cancel()
-            receiver.let_go()
-            abort(connection)
-            self._dropped.append(connection)
-            self._woken.set()
+    def _discard(self, connection: AbstractConnection) -> None:
+        """Have the owner close it."""
+        self._dropped.append(connection)
+        self._woken.set()
 
     def _drop(self, error: StorageError) -> None:
         self.failures += not self.batch.serving
@@ -402,8 +387,7 @@ class Connection:
         if connection is not None:
             self._backoff.closed(self)
             abort(connection)
-            self._dropped.append(connection)
-            self._woken.set()
+            self._discard(connection)
 
     async def _tidy(self) -> None:
         while self._dropped:
