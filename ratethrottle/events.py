@@ -1,4 +1,4 @@
-"""What happened to the storage: the events, and who is told of them.
+"""What happened to the storage: the events, and where they go.
 
 Each goes to the logger "ratethrottle" and to the callbacks of `limiter.on_event`. No event holds a password or a key.
 """
@@ -30,8 +30,8 @@ class Event(ABC):
 
     kind: ClassVar[str]
     level: ClassVar[int] = logging.WARNING
-    every_s: ClassVar[float] = 1.0  # at most one of the kind is told in so many seconds
-    news_max: ClassVar[int] = 0  # of another message than those before, so many more in that time, at once
+    every_s: ClassVar[float] = 1.0  # at most one of the kind goes out in so many seconds
+    news_max: ClassVar[int] = 0  # and so many more of them, if their messages are new
 
     at: float = field(default_factory=time.time, kw_only=True)
     suppressed: int = field(default=0, kw_only=True)
@@ -112,7 +112,7 @@ class StateLost(Event):
 
 @dataclass(frozen=True, slots=True)
 class RepairRefused(Event):
-    """Redis didn't take what this process knew or admitted: of some keys that is forgotten. reason: the error, in our words."""
+    """Redis refused some of what this process knew or admitted, so that it is forgotten. reason: the error, in our words."""
 
     kind: ClassVar[str] = "repair_refused"
     reason: str
@@ -143,7 +143,7 @@ class UnreadableState(Event):
 
 @dataclass(frozen=True, slots=True)
 class Desync(Event):
-    """A reply didn't belong to its request; the connection was dropped, and its checks went by policy. what: what came."""
+    """A reply didn't belong to its request. The connection was dropped, and its checks went by policy. what: what came."""
 
     kind: ClassVar[str] = "desync"
     what: str
@@ -190,7 +190,7 @@ class Evicted(Event):
 
 @dataclass(frozen=True, slots=True)
 class Refused(Event):
-    """Redis refuses us: no policy applies, checks raise `StorageRefused`. reason: the error, in our words."""
+    """Redis refuses this process. No policy applies, and checks raise `StorageRefused`. reason: the error, in our words."""
 
     kind: ClassVar[str] = "refused"
     level: ClassVar[int] = logging.ERROR
@@ -224,10 +224,10 @@ class Events:
         self._outage_told = False
 
     def subscribe(self, callback: Callback) -> Callable[[], None]:
-        """Call `callback` with each event that is told, after the logger; returns what ends that.
+        """Call `callback` with each event, after the logger. Returns a function that ends this.
 
-        It is called in the thread of the event loop that noticed, and must be quick: nothing else runs there meanwhile. What it
-        raises is logged. Raises ConfigurationError if it is no callable, or asynchronous.
+        It is called in the thread of the event loop that noticed the event. It must be quick, as that loop waits for it. What it
+        raises is logged. Raises ConfigurationError if it isn't callable, or is asynchronous.
         """
         if not callable(callback):
             raise ConfigurationError(f"on_event takes a function of one event, not a {type(callback).__name__}")
@@ -244,10 +244,10 @@ class Events:
         return remove
 
     def emit(self, event: Event) -> None:
-        """Tell of an event, or count it for the next of its kind. Never raises.
+        """Send an event out, or count it for the next one of its kind. Never raises.
 
-        Of one outage OutageBegan may be emitted again and again, as attempts fail: it is told once, later if it was left out at
-        first, so that no outage stays silent for long. OutageEnded is told exactly if its OutageBegan was.
+        OutageBegan may be emitted at each attempt that fails. It goes out once for each outage; if it was left out at first, it
+        goes out later, so that no outage stays silent for long. OutageEnded goes out exactly if its OutageBegan did.
         """
         kind, now_s = event.kind, self._clock_s()
         due = (
@@ -271,16 +271,16 @@ class Events:
         self._announce(replace(event, suppressed=self._left_out.pop(kind, 0)))
 
     def goes_on(self, reason: str) -> None:
-        """Log another reason of the outage that is going on: the first may have been only that nothing came in time. Never raises.
+        """Log another reason of the outage that is going on, as the first one may say little. Never raises.
 
-        Of the same reason once in a minute, and of at most eleven.
+        The same reason is logged once in a minute, and at most eleven reasons are.
         """
         text = f"the outage goes on: {reason}"
         if self._outage_told and reason not in str(self._outage) and self._is_news(text, 60.0, 10, self._clock_s()):
             _log(logging.WARNING, text)
 
     def _is_news(self, text: str, every_s: float, others: int, now_s: float) -> bool:
-        """Whether nobody was told just this in so many seconds, nor too many other things."""
+        """Whether this text hasn't gone out in so many seconds, nor too many others."""
         told = self._news_s
         for old in [old for old, told_s in list(told.items()) if now_s - told_s >= every_s]:
             told.pop(old, None)
@@ -290,7 +290,7 @@ class Events:
         return True
 
     def forget(self) -> None:
-        """Know of no outage: in a process that was forked it is for this one's own storage to find out."""
+        """Know of no outage: the storage of a forked process finds out for itself."""
         self._outage, self._outage_told = None, False
 
     def _announce(self, event: Event) -> None:

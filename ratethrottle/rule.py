@@ -61,18 +61,21 @@ RATE_FORM: Final = (
 class RateThrottleRule:
     """Allow `limit` units in each `window`, counted by `strategy`.
 
-    name: letters, digits and `_.-`, at most 128; one limiter has one rule of a name, and it is part of the keys in Redis.
+    name: at most 128 letters, digits and `_.-`. A limiter has one rule of a name, and the name is part of the keys in Redis.
     limit: units, 1 to 10^9, or 0, which denies everything. window: seconds (int, float) or a timedelta, 1 ms to 366 days, a whole
     number of µs. strategy: "sliding_window" (never more than `limit` in any interval), "token_bucket", "leaky_bucket",
     "sliding_counter" or "fixed_window". burst: capacity of a bucket in units, 1 to 10^9 (default: `limit`).
-    A fixed window, or that of a counter, begins at multiples of its length since 1970-01-01 00:00 UTC, a day at midnight UTC; one
-    of whole weeks begins on a Monday, 00:00 UTC.
-    lease: let a busy process take units ahead in Redis and spend them without asking: True, or the most units at once.
-    lease_ttl: for how many seconds at most, 0.005 to 1; a quarter of the window (an eighth of a sliding one), or of the time
-    that a burst takes to come back, if that is less. Units not spent by then go back. A bucket with leases grants `burst` less
-    what drains in that time, so that it keeps its promise.
+
+    A fixed window, or that of a counter, begins at a multiple of its length since 1970-01-01 00:00 UTC. A day begins at midnight
+    UTC, and a window of whole weeks on a Monday.
+
+    lease: lets a busy process take units in advance from Redis, and spend them without asking. True, or the most units at once.
+    lease_ttl: how many seconds a lease lasts, 0.005 to 1. It is never longer than a quarter of the window (of a sliding one, an
+    eighth), or of the time in which a burst comes back. Units not spent by then go back. A bucket with leases grants less than
+    `burst`, by what drains in that time, so that it keeps its promise.
+
     on_outage: what answers while the storage can't: "local" (this process admits its share of the rule), "allow", "deny" or
-    "raise"; None: as the storage is told to.
+    "raise". None: what the storage's `on_outage` says.
 
     Raises ConfigurationError, which says what would be accepted.
     """

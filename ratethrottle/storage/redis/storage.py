@@ -64,24 +64,26 @@ def breaker_of(connections: Iterable[Connection]) -> Literal["closed", "open", "
 class RedisStorage(SharedStorage):
     """Keep the state in Redis (≥ 7, or Valkey ≥ 7.2), decided there by script calls in the server's own time.
 
-    client: a redis-py client, asyncio or synchronous, or a Sentinel's `master_for`. Only its settings are used: the storage
-    makes connections of its own, and leaves the client alone. prefix: begins every key, without braces.
-    deadline: seconds until a check has its answer or a StorageError, 0.005 to 60. connect_timeout: seconds that an attempt to
-    connect may take, 0.005 to 60; it goes on while checks are decided by the policy. None is 5, or the client's
-    socket_connect_timeout if that is longer. tags: hash tags over which keys spread, 1 to 16,384. tag_parts: how many of the first
-    parts of a tuple key decide its tag, 1 to 64, so that keys which begin alike stand together; None: all of them. All processes of
-    a prefix have the same tags and tag_parts. connections: on which decisions travel, for each event loop, 1 to 8; a key always
-    takes the same one.
-    max_waiting: checks that may wait for each of them, 1 to 1,000,000. prefilter_ttl: for how many seconds a denial may be
-    repeated without asking Redis again, 0 to 60; another process's `reset` takes effect here within that time. max_bounds: keys of
-    which this process remembers what Redis said last, 1 to 10^8. max_connections: for decisions in all event loops of this
-    process together, `connections` to 64; sentinels are asked on connections beside them.
+    client: a redis-py client, asyncio or synchronous, or a Sentinel's `master_for`. Only its settings are used. The storage makes
+    connections of its own, and leaves the client alone.
+    prefix: begins every key; it has no braces. tags: hash tags over which keys spread, 1 to 16,384. tag_parts: how many of the
+    first parts of a tuple key decide its tag, 1 to 64, so that keys that begin alike stand together. None: all of them. All
+    processes of a prefix must have the same tags and tag_parts.
 
-    on_outage: what a check is when Redis doesn't answer within the deadline: "local" is decided here, by this process's share of
-    the limit; "allow" is allowed, "deny" denied, and "raise" raises the StorageError. expected_processes: how many share the
-    limits, 1 to 100,000, at least for as long as heartbeats haven't settled it; with None, "local" denies until two agree.
-    on_overload: what a check is when `max_waiting` wait already, or when it can't be answered in time since so many others wait:
-    "deny" is denied, "raise" raises StorageUnavailable.
+    deadline: seconds until a check has its answer or a StorageError, 0.005 to 60. connect_timeout: seconds that an attempt to
+    connect may take, 0.005 to 60. Checks are decided by the policy meanwhile. None is 5, or the client's socket_connect_timeout if
+    that is longer.
+    connections: to Redis, for each event loop, 1 to 8. A key always takes the same one. max_connections: of all event loops of
+    this process together, `connections` to 64. Sentinels are asked on connections beside them.
+    max_waiting: checks that may wait for each connection, 1 to 1,000,000.
+    prefilter_ttl: for how many seconds a denial may be repeated without asking Redis, 0 to 60. Another process's `reset` takes
+    effect here within that time. max_bounds: keys of which this process remembers what Redis said last, 1 to 10^8.
+
+    on_outage: what decides a check that Redis doesn't answer within the deadline: "local" (this process's share of the limit),
+    "allow", "deny", or "raise", which raises the StorageError. expected_processes: how many share the limits, 1 to 100,000, until
+    heartbeats have settled it. With None, "local" denies until two heartbeats agree.
+    on_overload: what a check is if `max_waiting` wait already, or if so many wait that it can't be answered in time: "deny" denies
+    it, "raise" raises StorageUnavailable.
 
     Storages of one process with the same server, database, prefix, tags and tag_parts share what is known, and count as one process. The
     `max_bounds` of the first one counts; those of the others are ignored.
