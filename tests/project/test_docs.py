@@ -36,6 +36,7 @@ EXAMPLE = re.compile(
 FENCED = re.compile(r"^( *)(```+|~~~+).*?^\1\2\n", re.MULTILINE | re.DOTALL)
 # What a busy machine takes longer for than the default deadline isn't what an example shows.
 PATIENCE = "import ratethrottle; ratethrottle.RedisStorage.__init__.__kwdefaults__['deadline'] = 10.0\n"
+WHO = re.compile(r"(?:^|[.;:] |# |-- |\"{3}|\()Who(?:ever)? [a-z](?!.*\?)")
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -126,12 +127,24 @@ def test_no_sentence_begins_with_who(page: Path) -> None:
     assert not riddles(page.read_text())
 
 
+def test_no_comment_or_docstring_has_a_sentence_that_begins_with_who() -> None:
+    found = []
+    for folder in ("ratethrottle", "tests", "benchmarks", "examples", "tools"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in {".py", ".pyx", ".pxd", ".pyi", ".lua"} and path != Path(__file__):
+                lines = path.read_text().splitlines()
+                found += [f"{path.name}:{at}: {line.strip()}" for at, line in enumerate(lines, 1) if WHO.search(line)]
+    assert not found
+
+
 def test_long_sentences_and_riddles_are_found() -> None:
     thirty = " ".join(["word"] * 30)
     assert not too_long(f"# A heading\n\n{thirty}.\n\n- {thirty}. {thirty[5:].title()}: `code of more words`.\n")
     assert len(too_long(f"{thirty} word.\n\n- {thirty}; word.\n")) == 2
     assert not too_long(f"```python\n{thirty} {thirty}\n```\n\n| {thirty} {thirty} |\n")
     assert len(riddles("It is so. Who comes late\nwaits.\n\n| Who waits |\n")) == 2
+    assert WHO.search("x = 1  # It is so. Who comes late waits.")
+    assert not WHO.search("# Who waits, and for how long?")
     assert not riddles("A process that comes late waits. Nobody knows who waits. Who waits?\n")
 
 

@@ -1,4 +1,4 @@
-"""Who waits for what: one check asks again for all, a cancelled one changes nobody else, and each ends within its deadline."""
+"""Which check waits for what: one check asks again for all, a cancelled one changes nobody else, and each ends within its deadline."""
 
 from __future__ import annotations
 
