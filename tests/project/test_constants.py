@@ -90,6 +90,15 @@ def test_a_call_holds_as_many_entries_as_the_scripts_take() -> None:
     assert script("repair").limits["entries"] == script("repair").limits["keys"] == value(core, "ROWS_MAX")
 
 
+def test_the_keys_of_an_epoch_and_of_a_count_have_the_sizes_that_are_read() -> None:
+    core, texts = compiled(), [path.read_text() for path in LUA.glob("*.lua")]
+    sizes = {int(size) for text in texts for size in re.findall(r"#(?:value|expected) [~=]= (\d+)", text)}
+    assert sizes == {value(core, "EPOCH_BYTES"), value(core, "EPOCH_BYTES") + 17}  # the longer one while states are repaired
+    [count] = re.findall(r"#text == (\d+)", (LUA / "beat.lua").read_text())
+    [printed] = re.findall(r"call\('SET', head, format\('((?:%0\d+\.0f)+)'", (LUA / "beat.lua").read_text())
+    assert value(core, "COUNT_DIGITS") == int(count) == sum(map(int, re.findall(r"%0(\d+)", printed)))
+
+
 def test_what_stands_instead_of_an_answer_is_what_the_header_says() -> None:
     core, header = compiled(), script("decide").header
     assert {name: int(header[name][0]) for name in ("unreadable", "unsure", "deferred")} == {
@@ -104,6 +113,16 @@ def test_what_stands_instead_of_an_answer_is_what_the_header_says() -> None:
 def test_the_letters_of_strategies_are_those_of_the_scripts() -> None:
     if not (source := PACKAGE / "_engine" / "arithmetic.pxd").exists():
         pytest.skip("testing an installed wheel, which holds no .pxd")
-    letters = set(re.findall(r"RT_[A-Z]+ = '(\w)'", source.read_text()))
-    assert letters == {"b", "s", "c", "f"}
-    assert {name.removeprefix("answer_") for name in script("decide").header if name.startswith("answer_")} == letters
+    letters = dict(re.findall(r"RT_([A-Z]+) = '(\w)'", source.read_text()))
+    assert letters == {"BUCKET": "b", "SLIDING": "s", "COUNTER": "c", "FIXED": "f"}
+    assert {name.removeprefix("answer_") for name in script("decide").header if name.startswith("answer_")} == set(
+        letters.values()
+    )
+    kinds = {strategy: rule.RateThrottleRule("r", 1, 1, strategy=strategy).compiled.kind for strategy in rule.STRATEGIES}
+    assert kinds == {
+        "sliding_window": "s",
+        "token_bucket": "b",
+        "leaky_bucket": "b",
+        "sliding_counter": "c",
+        "fixed_window": "f",
+    }
