@@ -7,8 +7,8 @@ state; `steps` lists all that can come next, faults included. What is abstracted
   until a later one. A process that is connected and knows something beats in each tick, so an undisturbed process has come within `learn`;
   when all who knew have come, learning ends with the tick. What it knows it may assert whenever it comes to that: there are other
   keys, and of how far it has come with them the store is told as little as may be (`is_complete`). A request
-  and its run by the server are one step: nothing of one key overtakes on its line, and what a call says depends on replies to
-  the same process alone. With two lines, a reply of the decisions' line may come while the other one has found a new epoch.
+  and its run by the server are one step: nothing of one key overtakes on its connection, and what a call says depends on replies to
+  the same process alone. With two connections, a reply on that of the decisions may come while the other one has found a new epoch.
 - Failover: at `fork` the replica stops to follow (any prefix may survive), `failover` makes it the master, with another run.
   The old master goes on for those who are still connected to it. A restart is a fork and a failover.
 - Denials by pre-filter and circuit breaker consume nothing, so they are no steps. N and ranks are known and right.
@@ -137,7 +137,7 @@ class Proc(NamedTuple):
     lease: int
     lease_left: int
     reply: Reply | None
-    side: Reply | None  # one of the line that it had before it moved
+    side: Reply | None  # one of the connection that it had before it moved
 
 
 class Unit(NamedTuple):
@@ -180,7 +180,7 @@ def initial(config: Config) -> State:
 
 def steps(config: Config, state: State) -> Iterator[Step]:
     """Yield all that can happen next, each in words."""
-    # Nothing that others do changes what a reply says, and on one line nothing overtakes it: it is heard, or hit, at once.
+    # Nothing that others do changes what a reply says, and on one connection nothing overtakes it: it is heard, or hit, at once.
     everybody = list(enumerate(state.procs))
     hearing = [(p, q) for p, q in everybody if q.reply and not q.reply.held and config.lines == 1]
     late = 0
@@ -245,7 +245,7 @@ def joining_steps(config: Config, state: State, p: int, proc: Proc) -> Iterator[
     """Yield what it does to be answered by the store again."""
     reply = proc.reply
     if proc.side:
-        yield "hears from the line it has left", hear_aside(config, state, p, proc)
+        yield "hears from the connection it has left", hear_aside(config, state, p, proc)
     if reply:
         yield f"hears: {reply.kind}", hear(config, state, p, proc, reply)
         if reply.held:

@@ -749,7 +749,7 @@ def test_a_key_is_decided_once_nobody_can_know_anything_newer_of_it(redis_client
     gate.comes(NOW_US + 14, "d", t + 65)
     gate.tells(NOW_US + 15, "d", 0)
     assert gate.asks(NOW_US + 16) == 0
-    # A beat of another line of the same process comes after it.
+    # A beat of another connection of the same process comes after it.
     gate.comes(NOW_US + 17, "d", t + 65)
     assert gate.asks(NOW_US + 18) == 0
     for process in "abc":

@@ -247,16 +247,16 @@ def test_a_hot_key_costs_one_call_in_a_ttl(run: Run, redis_server: RedisServer) 
 
     async def hammer() -> tuple[int, Counter[str]]:
         async with limiter_of(redis_server.url, rule, prefilter_ttl=0.1) as limiter:
-            [line] = limiter._storage._connections_here()
+            [mine] = limiter._storage._connections_here()
             await asyncio.gather(*(limiter.check("user") for _ in range(6)))
-            before, ends = line.batch.sent_entries, time.perf_counter() + 0.35
+            before, ends = mine.batch.sent_entries, time.perf_counter() + 0.35
             sources: Counter[str] = Counter()
             while time.perf_counter() < ends:
                 decisions = await asyncio.gather(*(limiter.check("user") for _ in range(50)))
                 sources += Counter(decision.source for decision in decisions)
                 assert not any(decision.allowed for decision in decisions)
                 await asyncio.sleep(0)
-            return line.batch.sent_entries - before, sources
+            return mine.batch.sent_entries - before, sources
 
     asked, sources = run(hammer())
     assert 2 <= asked <= 4

@@ -47,10 +47,10 @@ async def admits_exactly_five(storage: RedisStorage) -> None:
     assert [decision.source for decision in decisions] == ["redis"] * 5 + ["prefilter"] * 2
 
 
-def line_of(limiter: RateThrottleCore) -> Connection:
-    """The one line of the running loop."""
-    [line] = limiter._storage._connections_here()
-    return line
+def connection_of(limiter: RateThrottleCore) -> Connection:
+    """The one connection of the running loop."""
+    [connection] = limiter._storage._connections_here()
+    return connection
 
 
 @pytest.fixture
@@ -300,7 +300,7 @@ async def test_a_reply_to_another_request_kills_the_connection_and_fails_its_cal
     relay: Relay, relayed: RateThrottleCore
 ) -> None:
     await relayed.check("user")
-    session = line_of(relayed).batch.session_id
+    session = connection_of(relayed).batch.session_id
     relay.tamper = lambda reply: reply.replace(session, session[::-1])
     results = await asyncio.gather(*(relayed.check("user") for _ in range(3)), return_exceptions=True)
     assert all(isinstance(result, StorageProtocolError) for result in results)
@@ -361,11 +361,11 @@ async def test_a_check_cancelled_before_it_was_sent_costs_nothing(redis_server: 
     limiter = create_limiter("redis", redis_url=redis_server.url, rules=[MANY], deadline=5)
     task = asyncio.ensure_future(limiter.check("user"))
     await asyncio.sleep(0)
-    assert not line_of(limiter).batch.open
-    assert line_of(limiter).batch.callers == 1
+    assert not connection_of(limiter).batch.open
+    assert connection_of(limiter).batch.callers == 1
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    assert line_of(limiter).batch.callers == 0
+    assert connection_of(limiter).batch.callers == 0
     assert (await limiter.peek("user")).remaining == 1_000_000
     await limiter.aclose()
 
@@ -717,7 +717,7 @@ def test_no_timer_or_task_is_left(redis_url: str) -> None:
         await asyncio.sleep(0)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        assert len(asyncio.all_tasks()) == 2  # this one and the line's
+        assert len(asyncio.all_tasks()) == 2  # this one and the connection's
         assert timers() == 1  # for all checks together
         await limiter.aclose()
         assert timers() == 0

@@ -408,7 +408,7 @@ def answer(process: Process) -> None:
 
 
 def crowd(world: World, process: Process, count: int = 1_000) -> list[Check]:
-    """More than is answered in time, on a line that is in use: two calls of it are on their way."""
+    """More than is answered in time, on a connection that is in use: two calls of it are on their way."""
     process.check("warm", BIG)
     world.settle()
     checks = [process.check(f"k{i}", BIG) for i in range(count)]
@@ -613,15 +613,15 @@ def test_no_check_outlives_its_end(redis_client: redis.Redis) -> None:
     assert live() == before
 
 
-def test_a_gathering_that_is_dropped_with_checks_inside_lets_them_go(redis_client: redis.Redis) -> None:
+def test_a_batch_that_is_dropped_with_checks_inside_lets_them_go(redis_client: redis.Redis) -> None:
     world = World(redis_client)
     process = Process(world, deadline_us=DEADLINE_US)
     hot(world, process)
     sent = [process.check("k", RULE)]
     fly(process)
     kept = [*sent, process.check("k", RULE), process.check("another", RULE)]  # sent, parked, waiting
-    line = process.connection
-    line.batch.end(StorageUnavailable("closed"))
+    connection = process.connection
+    connection.batch.end(StorageUnavailable("closed"))
     process.poll()
     assert all(isinstance(check.error, StorageUnavailable) for check in kept)
-    assert line.batch.callers == line.batch.calls_in_flight == 0
+    assert connection.batch.callers == connection.batch.calls_in_flight == 0

@@ -188,7 +188,7 @@ local function hear()
   if known > 0 and known < epoch then
     local held = call('HGET', heard, '=held')
     if held and sub(held, 1, 16) + 0 == known then held_us = sub(held, 17) + 0 end
-    -- Another line of its may have come first.
+    -- Another connection of its may have come first.
     if in_time and heard_us > 0 and purpose ~= 'leave' and call('HSETNX', heard, process, format('%.0f', now)) == 1 then
       local first = call('HGET', heard, '=known')
       if not first then
