@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType, TracebackType
@@ -16,6 +15,7 @@ from anyio.lowlevel import checkpoint
 
 from ratethrottle._core import Limiter, compiled_check
 from ratethrottle._engine.decision import Decision, Entry
+from ratethrottle._patching import Patchable
 from ratethrottle.errors import ConfigurationError, InvalidRequest, LimiterClosed, few, listed, more, shown
 from ratethrottle.events import Callback
 from ratethrottle.options import OPTIONS
@@ -38,7 +38,7 @@ class Request:
     cost: int = 1
 
 
-class RateThrottleCore(Limiter):
+class RateThrottleCore(Patchable, Limiter):
     """Decides who may do what now. Keeps its state in `storage` (default: `InMemoryStorage`).
 
     Use it from any number of tasks. `async with` is optional: it connects, waits for that up to `connect_timeout`, and closes the
@@ -51,7 +51,7 @@ class RateThrottleCore(Limiter):
     Raises ConfigurationError.
     """
 
-    # Without an instance dict the interpreter finds `check` without looking there first; see `__setattr__`.
+    # Without an instance dict the interpreter finds `check` without looking there first; see `Patchable`.
     __slots__ = ("__weakref__", "_by_name", "_require_storage")
 
     def __init__(
@@ -194,30 +194,6 @@ class RateThrottleCore(Limiter):
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self.aclose()
 
-    def __setattr__(self, name: str, value: object) -> None:
-        """Let a test replace a method of this limiter, as `unittest.mock.patch.object` does.
-
-        There is no instance dict to put it in: the limiter gets a class of its own, which is dropped with the last of them.
-        """
-        patched = isinstance(self, _Patched)
-        method = not name.startswith("__") and callable(inspect.getattr_static(type(self), name, None))
-        if not method or (hasattr(self, "__dict__") and not patched):
-            super().__setattr__(name, value)
-            return
-        if not patched:
-            own = type(type(self).__name__, (_Patched, type(self)), {"__slots__": (), "__module__": type(self).__module__})
-            super().__setattr__("__class__", own)
-        setattr(type(self), name, _Replaced(value))
-
-    def __delattr__(self, name: str) -> None:
-        """Take a replaced method away again."""
-        if not isinstance(self, _Patched) or name not in self.__dict__:
-            super().__delattr__(name)
-            return
-        delattr(type(self), name)
-        if not self.__dict__:
-            super().__setattr__("__class__", type(self).__mro__[2])
-
     def __repr__(self) -> str:
         rules = f"rules={few(self._by_name)}{more(self._by_name)}"
         return f"<RateThrottleCore {type(self._storage).__name__} {rules}{' closed' if self._closed else ''}>"
@@ -226,29 +202,6 @@ class RateThrottleCore(Limiter):
         if isinstance(request, Request):
             return self._entry(request.key, request.rule, request.cost)
         return self._entry(request)
-
-
-class _Replaced:
-    """What stands in a limiter's own class in the place of a method: found as it is, not bound."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __get__(self, instance: object, owner: type | None = None) -> Any:
-        return self.value
-
-    def __call__(self, *args: Any, **options: Any) -> Any:  # as a method can be: see `__setattr__`
-        return self.value(*args, **options)
-
-
-class _Patched:
-    """The class of a limiter of which a method was replaced."""
-
-    __slots__ = ()
-
-    @property
-    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]  # what is set on this limiter alone, to whoever restores it
-        return {name: found.value for name, found in vars(type(self)).items() if isinstance(found, _Replaced)}
 
 
 def create_limiter(

@@ -31,7 +31,7 @@ COMPILED = (
 LAYERS = [
     ["ratethrottle.errors", "ratethrottle._engine"],
     ["ratethrottle._coroutine", "ratethrottle._core", "ratethrottle._interpreter"],
-    ["ratethrottle.rule", "ratethrottle.events", "ratethrottle.options"],
+    ["ratethrottle.rule", "ratethrottle.events", "ratethrottle.options", "ratethrottle._patching"],
     ["ratethrottle.storage._shared"],
     ["ratethrottle.storage"],
     ["ratethrottle.limiter"],
