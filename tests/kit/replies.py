@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+from typing import Literal, TypeAlias
 
 from ratethrottle.storage._shared.reply import parse
+
+Kind: TypeAlias = Literal["script", "load", "mark"]
 
 REQUEST = b"0123456789ab-1"
 EPOCH = b"0123456789" * 4 + b"%016d%016d" % (1_800_000_000_000_000, 0)
@@ -24,7 +27,7 @@ def mark_reply(integers: list[int], epoch: bytes = EPOCH, count: bytes = COUNT) 
     return head + b"*2\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(epoch), epoch, len(count), count)
 
 
-def some_reply(rng: random.Random) -> tuple[str, bytes, bytes, int]:
+def some_reply(rng: random.Random) -> tuple[Kind, bytes, bytes, int]:
     """What is asked for, a whole reply to it, the request and how many integers it begins with."""
     match rng.randrange(3):
         case 0:
@@ -45,15 +48,15 @@ def spoilt(data: bytes, rng: random.Random) -> bytes:
     return data
 
 
-def check_reading(data: bytes, kind: str, request: bytes, integers: int) -> None:
+def check_reading(data: bytes, kind: Kind, request: bytes, integers: int) -> None:
     """Assert what holds of any bytes: what is read doesn't depend on what follows, and a part of it is never taken for the whole."""
-    found = parse(kind, data, request, integers)  # type: ignore[arg-type]  # one of three words
+    found = parse(kind, data, request, integers)
     if isinstance(found, str):
         if found == "incomplete":
             assert len(data) <= 70_000
         return
     numbers, size = found
     assert 0 < size <= len(data)
-    assert parse(kind, data[:size] + b"*9\r\n", request, integers) == (numbers, size)  # type: ignore[arg-type]
+    assert parse(kind, data[:size] + b"*9\r\n", request, integers) == (numbers, size)
     for cut in {0, 1, size // 2, size - 1}:
-        assert parse(kind, data[:cut], request, integers) == "incomplete", (kind, data[:cut])  # type: ignore[arg-type]
+        assert parse(kind, data[:cut], request, integers) == "incomplete", (kind, data[:cut])

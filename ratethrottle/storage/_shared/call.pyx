@@ -9,7 +9,7 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 
 from ratethrottle._core cimport GIVE_BACK, PEEK, PendingDecision, RESET
-from ratethrottle._engine.arithmetic cimport COUNTER, FIXED, LEVEL_MAX, NEVER, SLIDING, Terms
+from ratethrottle._engine.arithmetic cimport BUCKET, COUNTER, LEVEL_MAX, NEVER, SLIDING, Terms
 from ratethrottle._engine.definitions cimport CompiledRule
 from ratethrottle._engine.window cimport UNITS_MAX
 from ratethrottle.storage._shared.queue cimport drain
@@ -48,7 +48,7 @@ cdef class CheckCall(Call):
             drain(&self.items[i].waiters)
         free(self.items)
 
-    cdef int rule_index(self, CompiledRule rule) except -1:
+    cdef inline int rule_index(self, CompiledRule rule) except -1:
         """The number of a rule in the call, from 1. Most items have the rule of the one before."""
         cdef int i
         if self.size and self.items[self.size - 1].rule == <PyObject*>rule:
@@ -206,25 +206,31 @@ cdef bint possible_answer(const Answers* answers, int64_t count) noexcept:
     """Whether the script may say this of so many checks."""
     cdef const int64_t* numbers = answers.numbers
     cdef const Terms* terms = &(<CompiledRule>answers.item.rule).terms
-    cdef bint counted = terms.kind == COUNTER or terms.kind == FIXED
-    cdef int64_t least, most = max(<int64_t>UNITS_MAX, 3 * terms.window_us)
-    cdef int j, last = answers.length - 1
     if numbers[0] < 0:
         return numbers[0] in (UNREADABLE, UNSURE, DEFERRED)
-    # Ticks of a level, or units counted; of the rest, units counted and µs that end with two windows and an eighth.
-    if numbers[0] > count or not 0 <= numbers[1] <= (UNITS_MAX if counted else LEVEL_MAX):
+    if numbers[0] > count or numbers[1] < 0 or answers.leases and not 0 <= answers.ahead <= answers.item.ahead:
         return False
-    for j in range(2, answers.length):
+    if terms.kind == BUCKET:
+        return numbers[1] <= LEVEL_MAX       # ticks of a level
+    return possible_window(terms, numbers, answers.length)
+
+
+cdef bint possible_window(const Terms* terms, const int64_t* numbers, int length) noexcept:
+    """Whether the script may say this of a rule that has windows: units counted, and µs that end with two windows and an eighth."""
+    cdef bint counted = terms.kind != SLIDING
+    cdef int64_t least, most = max(<int64_t>UNITS_MAX, 3 * terms.window_us)
+    cdef int j, last = length - 1
+    if numbers[1] > (UNITS_MAX if counted else LEVEL_MAX):
+        return False
+    for j in range(2, length):
         least = 0
-        if terms.kind == SLIDING and j == 4:
+        if not counted and j == 4:
             least = NEVER
         elif counted and j == last:
             least = -terms.window_us         # it begins only then, by a clock that has stepped back
         if not least <= numbers[j] <= most:
             return False
-    if terms.kind == COUNTER and numbers[2] > UNITS_MAX or counted and numbers[last] >= terms.window_us:
-        return False
-    return not answers.leases or 0 <= answers.ahead <= answers.item.ahead
+    return not (terms.kind == COUNTER and numbers[2] > UNITS_MAX or counted and numbers[last] >= terms.window_us)
 
 
 @cython.final

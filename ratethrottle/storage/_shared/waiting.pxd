@@ -3,9 +3,9 @@
 from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint64_t
 
-from ratethrottle._core cimport CHECK, COMPLETE, Group, PendingDecision, Waiter
+from ratethrottle._core cimport CHECK, COMPLETE, Group, PARKED, PendingDecision, Waiter, WAITING
 from ratethrottle._engine.decision cimport count_decision, Decision
-from ratethrottle.storage._shared.queue cimport Py_INCREF, Queue
+from ratethrottle.storage._shared.queue cimport push, Py_INCREF, Queue
 
 
 cdef extern from "<stdint.h>":
@@ -39,7 +39,6 @@ cdef class Waiting:
     cdef uint64_t turn_from                  # the first that entered in it
     cdef int64_t turn_deadline_us            # and its deadline
 
-    cdef int enter(self, PendingDecision pending, int64_t now_us, bint parks) except -1
     cdef int enter_own(self, PendingDecision pending) except -1
     cdef int drop(self, PendingDecision pending) except -1
     cdef PendingDecision take_any(self)
@@ -61,6 +60,23 @@ cdef class Waiting:
         if len(self.woken) == 1 and not self.resumes_itself:
             self.call_soon(self.resume, context=self.context)
         return 0
+
+    cdef inline int enter(self, PendingDecision pending, int64_t now_us, bint parks) except -1:
+        """Queue a caller's check; parked, if another one is asking just that."""
+        cdef Waiter waiter
+        # All of a group within one deadline, however long it takes to enter them.
+        pending.deadline_us = now_us + self.deadline_us if pending.group is None else pending.group.deadline_us
+        pending.turn = self.turns
+        self.turns += 1
+        if pending.group is None:
+            waiter = Waiter.__new__(Waiter)
+            waiter.pending = pending
+            waiter.loop = self.loop
+            waiter.blocking = True
+            pending.waiter = waiter
+        pending.stage = PARKED if parks else WAITING
+        push(&self.parked if parks else &self.asking, pending)
+        return self.arm_timer(now_us, self.tick_us(now_us))
 
     cdef inline int arm_timer(self, int64_t now_us, int64_t at_us) except -1:
         """Have the timer fire by then at the latest."""

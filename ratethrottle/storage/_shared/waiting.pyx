@@ -8,7 +8,7 @@ cimport cython
 from cpython.object cimport PyObject
 from libc.stdint cimport int64_t
 
-from ratethrottle._core cimport COMPLETE, PARKED, PendingDecision, Waiter, WAITING
+from ratethrottle._core cimport COMPLETE, PARKED, PendingDecision, WAITING
 from ratethrottle.storage._shared.queue cimport drain, merge, push, Queue, take
 
 from contextvars import Context
@@ -54,23 +54,6 @@ cdef class Waiting:
     def callers(self):
         """How many callers' checks are queued."""
         return self.asking.count + self.parked.count
-
-    cdef int enter(self, PendingDecision pending, int64_t now_us, bint parks) except -1:
-        """Queue a caller's check; parked, if another one is asking just that."""
-        cdef Waiter waiter
-        # All of a group within one deadline, however long it takes to enter them.
-        pending.deadline_us = now_us + self.deadline_us if pending.group is None else pending.group.deadline_us
-        pending.turn = self.turns
-        self.turns += 1
-        if pending.group is None:
-            waiter = Waiter.__new__(Waiter)
-            waiter.pending = pending
-            waiter.loop = self.loop
-            waiter.blocking = True
-            pending.waiter = waiter
-        pending.stage = PARKED if parks else WAITING
-        push(&self.parked if parks else &self.asking, pending)
-        return self.arm_timer(now_us, self.tick_us(now_us))
 
     cdef int enter_own(self, PendingDecision pending) except -1:
         """Queue what nobody waits for."""
