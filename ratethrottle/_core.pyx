@@ -15,10 +15,11 @@ from ratethrottle._coroutine cimport (
     PyUnicode_CheckExact, rt_drop_stop_value, rt_free_pending, rt_raise_set, rt_set_method, rt_set_slots,
     rt_set_stop, rt_utf8, rt_warn_unawaited,
 )
-from ratethrottle._engine.arithmetic cimport NEVER, Outcome
+from ratethrottle._engine.arithmetic cimport Outcome
 from ratethrottle._engine.bound cimport Bound, bound_verdict, DENIED, LEASED, OPEN, STALE
 from ratethrottle._engine.decision cimport (
-    count_decision, Decision, decisions_counted, Entry, entry_new, LEASE, MEMORY, PREFILTER, rule_named, Source, units_of,
+    count_decision, Decision, decisions_counted, Entry, entry_new, LEASE, MEMORY, outcome_uncounted, PREFILTER, rule_named, Source,
+    units_of,
 )
 from ratethrottle._engine.definitions cimport ALLOW, CompiledRule, OF_STORAGE, Tally
 from ratethrottle._engine.keys cimport forks, KeyTable
@@ -349,7 +350,7 @@ cdef class Limiter:
     cdef readonly object _storage
     cdef public bint _closed
     cdef Decision spare_decision             # the last one made: used again if nobody has kept it
-    cdef readonly int _blocking              # rules with a limit of 0
+    cdef readonly int _uncounted             # rules that count nothing
     cdef uint32_t complete                   # complete checks since the loop last had a turn
     # The key (a str) and rule of the check before, and where they belong: the same key isn't hashed twice in a row.
     cdef object last_key
@@ -370,20 +371,20 @@ cdef class Limiter:
         rule.tally = Tally.__new__(Tally) if before is None else before.tally
         rule.counts = rule.tally.counts
         self._rules[rule.name] = rule
-        self._blocking += (rule.limit == 0) - (before is not None and before.limit == 0)
+        self._uncounted += (not rule.counted) - (before is not None and not before.counted)
         if before is not None and self.backend is not None:
             self.backend._return_leases(before)
         self.find_only()
 
     def _uninstall(self, name):
         cdef CompiledRule rule = self._rules.pop(name)
-        self._blocking -= rule.limit == 0
+        self._uncounted -= not rule.counted
         if self.backend is not None:
             self.backend._return_leases(rule)
         self.find_only()
 
     cdef int find_only(self) except -1:
-        self.only = next(iter(self._rules.values())) if len(self._rules) == 1 and not self._blocking else None
+        self.only = next(iter(self._rules.values())) if len(self._rules) == 1 and not self._uncounted else None
         return 0
 
     def _counted(self, outcomes):
@@ -407,15 +408,15 @@ cdef class Limiter:
             raise LimiterClosed()
         compiled = self.which(rule)
         units = 1 if cost is 1 else units_of(cost, compiled, 1)
-        return self.checked(<PyObject*>key, compiled, units) if compiled.limit else self.denied(compiled, key, units)
+        return self.checked(<PyObject*>key, compiled, units) if compiled.counted else self.at_once(compiled, key, units)
 
     @cython.final
-    cdef PendingDecision denied(self, CompiledRule rule, object key, int64_t units):
-        """The decision of a rule with a limit of 0."""
+    cdef PendingDecision at_once(self, CompiledRule rule, object key, int64_t units):
+        """The decision of a rule that counts nothing."""
         cdef Place place
         self.located(<PyObject*>key, rule, &place)  # raises if it isn't a key
         rt_drop_stop_value()
-        self.blank_outcome()[0] = Outcome(False, False, 0, NEVER, 0)
+        self.blank_outcome()[0] = outcome_uncounted(rule, units)
         return self.completed(rule, <PyObject*>key, units, MEMORY)
 
     @cython.final

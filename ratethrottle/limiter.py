@@ -140,13 +140,13 @@ class RateThrottleCore(Patchable, Limiter):
                 f"check_many takes an iterable of keys or Requests, not a {type(requests).__name__}; for one there is check(key)"
             )
         entries = [self._request(request) for request in requests]
-        if not self._blocking:
+        if not self._uncounted:
             return await self._storage.decide(entries) if entries else []
-        asked = [entry for entry in entries if entry.rule.limit]
+        asked = [entry for entry in entries if entry.rule.counted]
         if not asked:
             await checkpoint()
         decided = iter(await self._storage.decide(asked) if asked else [])
-        return [next(decided) if entry.rule.limit else entry.blocked(checks=True) for entry in entries]
+        return [next(decided) if entry.rule.counted else entry.uncounted(checks=True) for entry in entries]
 
     async def peek(self, key: Key, rule: str | None = None, *, cost: int = 1) -> Decision:
         """Say what `check` would decide now, and consume nothing. `remaining` is what is left now. Raises what `check` raises.
@@ -154,9 +154,9 @@ class RateThrottleCore(Patchable, Limiter):
         With a cost of 0 it only asks, and is always allowed.
         """
         entry = self._entry(key, rule, cost, 0)
-        if not entry.rule.limit:
+        if not entry.rule.counted:
             await checkpoint()
-            return entry.blocked(checks=False)
+            return entry.uncounted(checks=False)
         decision: Decision = await self._storage.peek(entry if entry.cost else entry.costing(1))
         return decision if entry.cost else entry.asked(decision)
 

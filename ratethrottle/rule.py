@@ -28,6 +28,7 @@ STRATEGIES: Final = {
     "fixed_window": "f",
 }
 ON_OUTAGE: Final = ("local", "allow", "deny", "raise")
+ENFORCE: Final = ("deny", "flag", "off")
 MAX_NAME = 128
 NAME = re.compile(r"[A-Za-z0-9_.-]+\Z")
 # No more digits than any limit or window has: what follows is computed exactly, and must stay cheap and finite.
@@ -77,6 +78,9 @@ class RateThrottleRule:
     on_outage: what answers while the storage can't: "local" (this process admits its share of the rule), "allow", "deny" or
     "raise". None: what the storage's `on_outage` says.
 
+    enforce: what a denial does. "deny" denies. "flag" decides and counts alike, but what would be denied is allowed, consumes
+    nothing, and has `decision.over`. With "off" everything is allowed at once, and nothing is counted. Errors are raised alike.
+
     Raises ConfigurationError, which says what would be accepted.
     """
 
@@ -88,6 +92,7 @@ class RateThrottleRule:
     lease: bool | int = field(default=False, kw_only=True)
     lease_ttl: float = field(default=0.1, kw_only=True)
     on_outage: Literal["local", "allow", "deny", "raise"] | None = field(default=None, kw_only=True)
+    enforce: Literal["deny", "flag", "off"] = field(default="deny", kw_only=True)
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not NAME.match(self.name):
@@ -118,6 +123,8 @@ class RateThrottleRule:
             raise ConfigurationError(
                 f"rule {self.name!r}: on_outage is {shown(self.on_outage)}; it is {', '.join(ON_OUTAGE)}, or None for the storage's"
             )
+        if not isinstance(self.enforce, str) or self.enforce not in ENFORCE:
+            raise ConfigurationError(f"rule {self.name!r}: enforce is {shown(self.enforce)}; it is deny, flag or off")
         object.__setattr__(self, "_compiled", self._compile(_window_us(self.name, self.window)))
 
     @classmethod
@@ -191,7 +198,7 @@ class RateThrottleRule:
         return hash(self.compiled)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        options = ("strategy", "burst", "lease", "lease_ttl", "on_outage")
+        options = ("strategy", "burst", "lease", "lease_ttl", "on_outage", "enforce")
         return _restore, (self.name, self.limit, self.window, {name: getattr(self, name) for name in options})
 
     def _compile(self, window_us: int) -> CompiledRule:
@@ -222,6 +229,7 @@ class RateThrottleRule:
             lease_us,
             lease_units,
             None if self.on_outage is None else ON_OUTAGE[ON_OUTAGE.index(self.on_outage)],  # of a subclass of str: its text
+            ENFORCE[ENFORCE.index(self.enforce)],
         )
 
     def _most(self) -> int:

@@ -3,8 +3,8 @@
 cimport cython
 from libc.stdint cimport int64_t
 
-from ratethrottle._engine.arithmetic cimport Outcome
-from ratethrottle._engine.definitions cimport CompiledRule
+from ratethrottle._engine.arithmetic cimport NEVER, Outcome
+from ratethrottle._engine.definitions cimport CompiledRule, OFF
 
 
 cdef enum Source:
@@ -30,6 +30,13 @@ cdef class Decision:
 
 cdef inline void count_decision(CompiledRule rule, Source source, bint allowed) noexcept:
     rule.counts[2 * source + allowed] += 1
+
+
+cdef inline Outcome outcome_uncounted(CompiledRule rule, int64_t cost) noexcept:
+    """What a rule says that counts nothing: it is off, or its limit is 0. A cost of 0 only asks."""
+    if rule.enforcement == OFF:
+        return Outcome(True, False, rule.terms.capacity if rule.limit else 0, 0, 0)
+    return Outcome(cost == 0, False, 0, 0 if cost == 0 else NEVER, 0)
 
 
 cdef Decision decision_new(CompiledRule rule, object key, int64_t cost, Source source, const Outcome* out)

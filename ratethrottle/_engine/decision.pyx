@@ -6,8 +6,8 @@ from cpython.bytes cimport PyBytes_AS_STRING
 from cpython.unicode cimport PyUnicode_AsUTF8String
 from libc.stdint cimport int64_t
 
-from ratethrottle._engine.arithmetic cimport answer_length, ceil_div, NEVER, Outcome, settle, take_answer
-from ratethrottle._engine.definitions cimport CompiledRule
+from ratethrottle._engine.arithmetic cimport answer_length, ceil_div, Outcome, settle, take_answer
+from ratethrottle._engine.definitions cimport CompiledRule, FLAG_IT
 
 from math import inf as _inf
 from math import nextafter
@@ -23,7 +23,7 @@ cdef extern from "Python.h":
 
 
 cdef enum:
-    COST_MAX = 1_000_000_000                 # under a rule that denies everything
+    COST_MAX = 1_000_000_000                 # under a rule that counts nothing
 
 cdef tuple SOURCES = ("memory", "redis", "prefilter", "lease", "outage", "overload")
 
@@ -51,8 +51,13 @@ cdef class Decision:
 
     @property
     def allowed(self):
-        """Whether the units were granted."""
-        return self.out.allowed
+        """Whether the units were granted, or their rule only flags (`enforce="flag"`)."""
+        return self.out.allowed or self.compiled.enforcement == FLAG_IT
+
+    @property
+    def over(self):
+        """Whether this would have been denied, but for a rule with `enforce="flag"`. Nothing was consumed then."""
+        return not self.out.allowed and self.compiled.enforcement == FLAG_IT
 
     @property
     def remaining(self):
@@ -81,13 +86,14 @@ cdef class Decision:
 
     @property
     def retry_after_us(self):
-        """Integer µs until the same check would be allowed if nobody else consumed; 0 when allowed, 2^63 − 1 for never."""
+        """Integer µs until the same check would be granted if nobody else consumed; 0 when granted, 2^63 − 1 for never."""
         return self.settled().retry_us if self.out.retry_us >= 0 else 0x7FFFFFFFFFFFFFFF
 
     @property
     def retry_after(self):
-        """Seconds until the same check would be allowed if nobody else consumed; 0.0 when allowed, inf for never.
+        """Seconds until the same check would be granted if nobody else consumed; 0.0 when granted, inf for never.
 
+        Of a decision that is `over` it says when the next one isn't any more.
         Exact if `retry_after_exact` says so. With the source "prefilter" it is the earliest time: Redis wasn't asked. Of a rule with
         leases it is the latest: units that others hold unspent may come back within `lease_ttl`.
         """
@@ -106,16 +112,18 @@ cdef class Decision:
     def headers(self):
         """HTTP fields of this decision, by draft-ietf-httpapi-ratelimit-headers-11: a new dict of str to str.
 
-        Times are whole seconds rounded up, at least 1 when denied. `Retry-After` comes only with a denial that ends.
+        Times are whole seconds rounded up, at least 1 when denied. `Retry-After` comes only with a denial that ends. Those of a
+        decision that is `over` are those of an allowed one.
         """
-        cdef int64_t wait_us = self.settled().reset_us if self.out.allowed else self.settled().retry_us
+        cdef bint denied = not self.out.allowed and self.compiled.enforcement != FLAG_IT
+        cdef int64_t wait_us = self.settled().retry_us if denied else self.settled().reset_us
         cdef int64_t wait_s = ceil_div(wait_us, 1_000_000) if wait_us > 0 else 0
         cdef dict fields = {
             "RateLimit-Policy": f'"{self.compiled.name}";q={self.compiled.limit};w={ceil_div(self.compiled.terms.window_us, 1_000_000)}',
             "RateLimit": f'"{self.compiled.name}";r={self.out.remaining};t={wait_s}' if wait_us >= 0
                          else f'"{self.compiled.name}";r={self.out.remaining}',
         }
-        if wait_us >= 0 and not self.out.allowed:
+        if wait_us >= 0 and denied:
             fields["Retry-After"] = str(wait_s)
         return fields
 
@@ -124,7 +132,7 @@ cdef class Decision:
         return (self.compiled, self.key, self.cost, <int>self.source_index, out.allowed, out.remaining, out.retry_us, out.reset_us)
 
     def __bool__(self):
-        return self.out.allowed
+        return self.out.allowed or self.compiled.enforcement == FLAG_IT
 
     def __eq__(self, other):
         if not isinstance(other, Decision):
@@ -139,7 +147,7 @@ cdef class Decision:
 
     def __repr__(self):
         # Without the key: a decision ends up in logs, and keys are addresses and accounts.
-        return (f"<Decision {'allowed' if self.allowed else 'denied'} rule={self.rule!r} cost={self.cost} "
+        return (f"<Decision {'over' if self.over else 'allowed' if self.allowed else 'denied'} rule={self.rule!r} cost={self.cost} "
                 f"remaining={self.remaining} limit={self.limit} retry_after={self.retry_after} "
                 f"reset_after={self.reset_after} source={self.source!r}>")
 
@@ -223,11 +231,11 @@ cdef class Entry:
         out.retry_us = 0
         return decision_new(self.rule, self.key, 0, decision.source_index, &out)
 
-    def blocked(self, bint checks):
-        """The decision of a rule with a limit of 0. It is counted if it `checks`."""
-        cdef Outcome out = Outcome(self.cost == 0, False, 0, 0 if self.cost == 0 else NEVER, 0)
+    def uncounted(self, bint checks):
+        """The decision under a rule that counts nothing. Statistics count it if it `checks`."""
+        cdef Outcome out = outcome_uncounted(self.rule, self.cost)
         if checks:
-            count_decision(self.rule, MEMORY, False)
+            count_decision(self.rule, MEMORY, out.allowed)
         return decision_new(self.rule, self.key, self.cost, MEMORY, &out)
 
     def decided(self, str source not None, bint allowed, int64_t remaining, int64_t retry_us, int64_t reset_us):
@@ -301,7 +309,7 @@ cdef int64_t units_of(object cost, CompiledRule rule, int64_t least) except -1:
     """The cost as an integer from `least` (1, or 0 for a peek) to the rule's capacity."""
     cdef int overflow = 0
     cdef long long units
-    cdef int64_t most = rule.terms.capacity if rule.limit else COST_MAX
+    cdef int64_t most = rule.terms.capacity if rule.counted else COST_MAX
     if PyBool_Check(cost):
         raise InvalidRequest(f"the cost is {cost}; it is a whole number of units, at least {least}")
     try:
@@ -310,7 +318,7 @@ cdef int64_t units_of(object cost, CompiledRule rule, int64_t least) except -1:
         raise InvalidRequest(f"the cost is a {type(cost).__name__}; it is a whole number (int) of units, at least {least}") from None
     units = PyLong_AsLongLongAndOverflow(index, &overflow)
     if overflow > 0 or (overflow == 0 and units > most):
-        raise CostExceedsLimit(index, rule.terms.capacity if rule.limit else 0, rule.name)
+        raise CostExceedsLimit(index, most if rule.limit else 0, rule.name)
     if overflow < 0 or units < least:
         hint = "; peek(key, cost=0) says what is left" if overflow == 0 and units == 0 else ""
         raise InvalidRequest(f"the cost is below {least}; it is a whole number of units, at least {least}{hint}")

@@ -18,6 +18,12 @@ cdef enum Policy:                            # decides while the storage can't
 cdef Policy policy_of(object word) except *
 
 
+cdef enum Enforcement:                       # what a denial under a rule does
+    DENY_IT
+    FLAG_IT                                  # it is allowed, and the decision says that it was over
+    OFF                                      # nothing is counted, and everything is allowed
+
+
 cdef enum:
     SOURCES_MAX = 8
 
@@ -37,6 +43,8 @@ cdef class CompiledRule:
     cdef readonly int64_t lease_us           # units taken ahead may be spent for this long
     cdef readonly int64_t lease_units        # so many are taken ahead at once at most; 0: none ever
     cdef Policy policy
+    cdef Enforcement enforcement
+    cdef readonly bint counted               # False: it is off, or its limit is 0, so that nothing is counted or asked
     cdef Terms terms
     # Where the table that interned this rule last keeps its terms; the hot path needs no look-up.
     cdef uint64_t home

@@ -5,6 +5,7 @@ from typing_extensions import override
 __pyx_capi__: dict[str, object]
 
 _OnOutage: TypeAlias = Literal["local", "allow", "deny", "raise"]
+_Enforce: TypeAlias = Literal["deny", "flag", "off"]
 
 @final
 class CompiledRule:
@@ -23,6 +24,7 @@ class CompiledRule:
         lease_us: int = 0,
         lease_units: int = 0,
         on_outage: _OnOutage | None = None,
+        enforce: _Enforce = "deny",
     ) -> None: ...
     @property
     def name(self) -> str: ...
@@ -52,6 +54,10 @@ class CompiledRule:
     def lead_us(self) -> int: ...
     @property
     def on_outage(self) -> _OnOutage | None: ...
+    @property
+    def enforce(self) -> _Enforce: ...
+    @property
+    def counted(self) -> bool: ...
     def blocking(self) -> CompiledRule: ...
     @override
     def __eq__(self, other: object, /) -> bool: ...

@@ -25,6 +25,13 @@ cdef Policy policy_of(object word) except *:
     return <Policy><int>POLICIES.index(word)
 
 
+cdef tuple ENFORCEMENTS = ("deny", "flag", "off")
+
+
+cdef Enforcement enforcement_of(object word) except *:
+    return <Enforcement><int>ENFORCEMENTS.index(word)
+
+
 cdef int64_t WEEK_US = 604_800_000_000
 cdef int64_t PASSED_US = 259_200_000_000     # of the week of 1970-01-01, a Thursday: aligned windows of weeks begin on a Monday, UTC
 cdef uint64_t[2 * SOURCES_MAX] nobodys       # rules that no limiter has installed count here
@@ -46,7 +53,7 @@ cdef class CompiledRule:
 
     def __init__(self, str name not None, str strategy not None, str kind not None, int64_t limit, int64_t capacity,
                  int64_t window_us, int64_t unit_ticks, int64_t drain_ticks, int64_t slot_us, int64_t coarse_us,
-                 int64_t lease_us=0, int64_t lease_units=0, str on_outage=None):
+                 int64_t lease_us=0, int64_t lease_units=0, str on_outage=None, str enforce="deny"):
         if kind not in ("b", "s", "c", "f"):
             raise ValueError(f"kind is one of b, s, c and f, not {kind!r}")
         if capacity < 1 or window_us < 1 or limit < 0 or (kind == "b" and (unit_ticks < 1 or drain_ticks < 1)):
@@ -59,6 +66,8 @@ cdef class CompiledRule:
         self.lease_us = lease_us
         self.lease_units = lease_units
         self.policy = policy_of(on_outage)
+        self.enforcement = enforcement_of(enforce)
+        self.counted = limit > 0 and self.enforcement != OFF
         self.counts = nobodys
         self.terms = Terms(<char>ord(kind), capacity, window_us, 0 if window_us % WEEK_US else PASSED_US, unit_ticks, drain_ticks,
                            slot_us, coarse_us, ceil_div(window_us, coarse_us) if coarse_us else 0,
@@ -95,10 +104,16 @@ cdef class CompiledRule:
         """What decides while the storage can't; None: the policy that the storage was given."""
         return POLICIES[self.policy]
 
+    @property
+    def enforce(self):
+        """What a denial does: "deny", "flag" or "off"."""
+        return ENFORCEMENTS[self.enforcement]
+
     def blocking(self):
         """The rule that denies everything, and doesn't touch what was used under this one."""
         cdef CompiledRule rule = CompiledRule(*self.facts())
         rule.limit = 0
+        rule.counted = False
         return rule
 
     cdef tuple shape(self):
@@ -106,7 +121,7 @@ cdef class CompiledRule:
 
     cdef tuple facts(self):
         return (self.name, self.strategy, self.kind, self.limit, *self.shape()[1:], self.lease_us, self.lease_units,
-                self.on_outage)
+                self.on_outage, self.enforce)
 
     def __eq__(self, other):
         if not isinstance(other, CompiledRule):

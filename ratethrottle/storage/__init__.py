@@ -13,7 +13,7 @@ from ratethrottle.events import Events
 
 @dataclass(frozen=True, slots=True)
 class Outcomes:
-    """How many checks were allowed, and how many denied."""
+    """How many checks were allowed, and how many denied. Under a rule that only flags, `denied` are those that were over."""
 
     allowed: int = 0
     denied: int = 0
@@ -37,8 +37,9 @@ class Statistics:
     `on_overload`.
 
     decisions: what this limiter decided since a rule of that name was added: name of the rule -> `source` of the decisions ->
-    Outcomes, for each rule that the limiter has and each source. Peeks, errors and checks that were cancelled don't count. Empty
-    where a storage is asked instead of a limiter. Only to be read: rules that decided nothing share one mapping.
+    Outcomes, for each rule that the limiter has and each source. Peeks, errors and checks that were cancelled don't count. Under a
+    rule with `enforce="flag"` those that were over are denied; a rule that is off allows all, under "memory". Empty where a storage
+    is asked instead of a limiter. Only to be read: rules that decided nothing share one mapping.
     """
 
     keys: int = 0

@@ -58,6 +58,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"on_outage": "ignore"}, "'ignore'; it is local, allow, deny, raise, or None for the storage's"),
     ({"on_outage": ["deny"]}, "it is local, allow"),
     ({"on_outage": False}, "it is local, allow"),
+    ({"enforce": "warn"}, "enforce is 'warn'; it is deny, flag or off"),
+    ({"enforce": None}, "it is deny, flag or off"),
+    ({"enforce": ["flag"]}, "it is deny, flag or off"),
 ]
 
 
@@ -180,7 +183,7 @@ def test_what_a_rule_compiles_to_is_no_part_of_what_it_shows_and_survives_copies
     rule = RateThrottleRule("rule", 100, 1, strategy="sliding_counter")
     assert repr(rule) == (
         "RateThrottleRule(name='rule', limit=100, window=1, strategy='sliding_counter', burst=None, lease=False, lease_ttl=0.1, "
-        "on_outage=None)"
+        "on_outage=None, enforce='deny')"
     )
     for twin in (copy.copy(rule), copy.deepcopy(rule), pickle.loads(pickle.dumps(rule))):
         assert twin == rule
@@ -201,8 +204,20 @@ def test_what_a_rule_does_on_an_outage_is_part_of_it_and_survives_copies() -> No
         assert (twin.on_outage, twin.compiled.on_outage) == (rule.on_outage, rule.on_outage)
         compiled = pickle.loads(pickle.dumps(rule.compiled))
         assert (compiled, hash(compiled)) == (rule.compiled, hash(rule.compiled))
-        assert repr(rule).endswith(f"on_outage={rule.on_outage!r})")
+        assert f"on_outage={rule.on_outage!r}, " in repr(rule)
         assert dataclasses.replace(rule, limit=5).on_outage == rule.on_outage
+
+
+def test_what_a_denial_does_is_part_of_a_rule_but_of_no_state_and_survives_copies() -> None:
+    rules = [RateThrottleRule("rule", 100, 1, enforce=enforce) for enforce in ("deny", "flag", "off")]
+    assert len(set(rules)) == 3 == len({rule.compiled for rule in rules})
+    for rule in rules:
+        for twin in (copy.copy(rule), pickle.loads(pickle.dumps(rule)), dataclasses.replace(rule)):
+            assert (twin, twin.enforce, twin.compiled.enforce) == (rule, rule.enforce, rule.enforce)
+        compiled = pickle.loads(pickle.dumps(rule.compiled))
+        assert (compiled, hash(compiled), compiled.counted) == (rule.compiled, hash(rule.compiled), rule.enforce != "off")
+        nothing = dataclasses.replace(rule, limit=0)
+        assert (nothing.compiled.enforce, nothing.compiled.counted) == (rule.enforce, False)
 
 
 def test_a_lease_costs_a_bucket_what_drains_meanwhile_and_lasts_a_share_of_the_window() -> None:
