@@ -45,9 +45,9 @@ async def denied_crowd(meter: Meter, options: Options) -> Figures:
     progress("a denied key under a crowd")
     lags: list[float] = []
     before, ticker = meter.read(), asyncio.create_task(sample(0.01, lags.append))
-    asked = limiter.statistics().entries
+    asked = limiter.statistics().items
     load = await drive(limiter.check, ["denied"], CROWD, seconds, yield_every=YIELD_EVERY)
-    done, asked = meter.read() - before, limiter.statistics().entries - asked
+    done, asked = meter.read() - before, limiter.statistics().items - asked
     await stopped(ticker)
     await limiter.aclose()
     progress("")

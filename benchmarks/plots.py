@@ -92,10 +92,10 @@ def cpu(results: Figures, axes: Axes) -> None:
 
 
 def script_calls(results: Figures, axes: Axes) -> None:
-    """Script calls and entries per decision by number of hot keys, 512 tasks."""  # the title of the plot
+    """Script calls and items per decision by number of hot keys, 512 tasks."""  # the title of the plot
     figures = results["redis"]["by_hot_keys"]
     keys = [int(count) for count in figures]
-    axes.plot(keys, [each["entries"] for each in figures.values()], color=PEERS[2], marker=".", label="entries")
+    axes.plot(keys, [each["items"] for each in figures.values()], color=PEERS[2], marker=".", label="items")
     calls = [each["script_calls"] for each in figures.values()]
     axes.plot(keys, calls, color=US, marker="o", linewidth=2.5, label="script calls")
     axes.set(xscale="log", yscale="log", xlabel="keys that take the traffic", ylabel="per decision")

@@ -44,7 +44,7 @@ class Connection:
         request, mode = words[3 + keys], words[4 + keys]
         reply: list[Any] = [request, NOW_US]
         if mode in (b"check", b"peek"):
-            # Each key has an entry of its own; the first key is the epoch's.
+            # Each key has an item of its own; the first key is the epoch's.
             # A lease comes last: key, rule, cost, count, the units that it asks for, and what is given back.
             leases = [int(words[-3])] if words[8 + keys] == b"1" else []
             reply += (keys - 1) * [*self.answer, *leases]

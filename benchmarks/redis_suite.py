@@ -19,7 +19,7 @@ from ratethrottle import RateThrottleCore
 KEYS = 20_000
 TASKS = (1, 8, 64, 512)
 HOT = (1, 10, 100, 1_000, KEYS)
-BATCH = 128  # entries that fill a script call
+BATCH = 128  # items that fill a script call
 WINDOW_ENTRIES = 64
 LATENCY_PER_S = 5_000
 
@@ -57,7 +57,7 @@ async def by_tasks(meter: Meter, options: Options) -> Figures:
             rows.append(
                 cells(name.replace(",", " tasks,").replace(" 20000", " 20,000").replace("1 tasks", "1 task"), each, wake_us)
             )
-    head = ("load", "decisions/s", "client µs", "× wake", "calls", "entries", "script µs", "core µs", "errors")
+    head = ("load", "decisions/s", "client µs", "× wake", "calls", "items", "script µs", "core µs", "errors")
     table("Redis, sliding_window, all allowed; per decision (script: commandstats; core: Redis's main thread)", head, rows)
     return figures
 
@@ -70,7 +70,7 @@ def cells(title: str, each: Figures, wake_us: float) -> tuple[str, ...]:
         f"{each['client_us']:.2f}",
         f"{each['client_us'] / wake_us:.1f}",
         f"{each['script_calls']:.4f}",
-        f"{each['entries']:.3f}",
+        f"{each['items']:.3f}",
         f"{each['script_us']:.2f}",
         f"{each['core_us']:.2f}",
         errors_of(each),
@@ -120,7 +120,7 @@ async def full_batches(meter: Meter, limiter: RateThrottleCore, keys: list[str],
     return {
         "script_us": done.script_us / decided,
         "script_calls": done.script_calls / decided,
-        "entries": meter.entries(done) / decided,
+        "items": meter.items(done) / decided,
         "core_us": done.core_us / decided,
     }
 
@@ -146,7 +146,7 @@ async def coalesced(meter: Meter, strategy: str, together: int, times: int) -> F
     return {
         "script_us": done.script_us / decided,
         "script_calls": done.script_calls / decided,
-        "entries": meter.entries(done) / decided,
+        "items": meter.items(done) / decided,
         "core_us": done.core_us / decided,
     }
 
@@ -168,16 +168,16 @@ async def by_strategy(meter: Meter, options: Options) -> Figures:
     for limiter in limiters.values():
         await limiter.aclose()
     rows = [
-        (name, f"{f['script_us']:.2f}", f"{f['core_us']:.2f}", f"{f['script_calls']:.4f}", f"{f['entries']:.3f}")
+        (name, f"{f['script_us']:.2f}", f"{f['core_us']:.2f}", f"{f['script_calls']:.4f}", f"{f['items']:.3f}")
         for name, f in figures.items()
     ]
-    head = ("distinct keys in batches of 128", "script µs", "core µs", "calls", "entries")
+    head = ("distinct keys in batches of 128", "script µs", "core µs", "calls", "items")
     table("Server time per decision", head, rows)
     return figures
 
 
 async def by_hot_keys(meter: Meter, options: Options) -> Figures:
-    """Script calls, entries and server µs per decision at 512 tasks by the number of keys that take the traffic."""
+    """Script calls, items and server µs per decision at 512 tasks by the number of keys that take the traffic."""
     limiter, seconds = ours(meter.url, name="heat"), options.seconds(0.7, 0.25)
     subjects: dict[str, Callable[[], Awaitable[Figures]]] = {
         f"{count}": partial(measure, meter, limiter.check, key_names(count), TASKS[-1], seconds) for count in HOT
@@ -188,13 +188,13 @@ async def by_hot_keys(meter: Meter, options: Options) -> Figures:
         (
             f"{int(name):,}",
             f"{f['script_calls']:.4f}",
-            f"{f['entries']:.3f}",
+            f"{f['items']:.3f}",
             f"{f['script_us']:.2f}",
             f"{f['decisions_per_s']:,.0f}",
         )
         for name, f in figures.items()
     ]
-    table("512 tasks, by number of keys; per decision", ("keys", "script calls", "entries", "script µs", "decisions/s"), rows)
+    table("512 tasks, by number of keys; per decision", ("keys", "script calls", "items", "script µs", "decisions/s"), rows)
     return figures
 
 

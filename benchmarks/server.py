@@ -1,4 +1,4 @@
-"""The benchmark's own redis-server, and what it counted: script calls, entries, and its time."""
+"""The benchmark's own redis-server, and what it counted: script calls, items, and its time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Counters:
 
 
 class Meter:
-    """Reads the counters of one server, and knows what a call of ours reads besides the keys of its entries."""
+    """Reads the counters of one server, and knows what a call of ours reads besides the keys of its items."""
 
     def __init__(self, server: RedisServer) -> None:
         self.client = server.client(decode_responses=True)
@@ -61,7 +61,7 @@ class Meter:
         )
 
     async def calibrate(self) -> None:
-        """Learn what one of our calls reads besides the keys of its entries, from checks that each travel alone."""
+        """Learn what one of our calls reads besides the keys of its items, from checks that each travel alone."""
         limiter = ours(self.url, "token_bucket", name="calibrate")
         keys = [f"key:{number}" for number in range(20)]
         await limiter.check_many(keys)  # so that they exist
@@ -72,8 +72,8 @@ class Meter:
         self.extra_reads = max(0, round(done.keys_read / max(1, done.script_calls)) - 1)
         await limiter.aclose()
 
-    def entries(self, done: Counters) -> float:
-        """How many entries the script calls carried, of keys that exist: for one that doesn't, Redis is asked a second time."""
+    def items(self, done: Counters) -> float:
+        """How many items the script calls carried, of keys that exist: for one that doesn't, Redis is asked a second time."""
         return max(0.0, done.keys_read - self.extra_reads * done.script_calls)
 
 
@@ -112,7 +112,7 @@ def per_decision(load: Load, done: Counters, meter: Meter) -> Figures:
         "decisions": load.decisions,
         "client_us": 1e6 * load.cpu_s / each,
         "script_calls": done.script_calls / each,
-        "entries": meter.entries(done) / each,
+        "items": meter.items(done) / each,
         "script_us": done.script_us / each,
         "core_us": done.core_us / each,
         "errors": load.errors,

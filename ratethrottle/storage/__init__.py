@@ -31,7 +31,7 @@ class Statistics:
     heartbeats, this one included. owed: keys × rules of which Redis has yet to be told what policies admitted.
 
     How often since the storage was made:
-    calls: script calls sent. entries: entries sent in them, equal checks of a key being one. reconnections: connections that
+    calls: script calls sent. items: items sent in them, equal checks of a key being one. reconnections: connections that
     took the place of a lost one. attempts: to connect. desyncs: replies that didn't belong to their request. evictions: keys
     that were forgotten before they were fresh. epoch_changes: losses of state in Redis. overloads: checks that were decided by
     `on_overload`.
@@ -52,7 +52,7 @@ class Statistics:
     processes: int = 0
     owed: int = 0
     calls: int = 0
-    entries: int = 0
+    items: int = 0
     reconnections: int = 0
     attempts: int = 0
     desyncs: int = 0

@@ -66,33 +66,33 @@ class Lease(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What the script is called with, without the request id and the epoch's key, and how many checks each of its entries stands for."""
+    """What the script is called with, without the request id and the epoch's key, and how many checks each of its items stands for."""
 
     keys: list[str]
     args: list[Any]
-    entries: list[tuple[CompiledRule, int, int]]  # rule, cost, count
+    items: list[tuple[CompiledRule, int, int]]  # rule, cost, count
     mode: str
     leases: int
 
     def raw(self, reply: list[Any]) -> list[list[int]]:
-        """The numbers of each entry."""
+        """The numbers of each item."""
         assert reply[0] == b"id"
         numbers, split = reply[2:], []
-        for i, (rule, _, count) in enumerate(self.entries):
-            length = len(script("decide").header[f"answer_{rule.kind}"]) + (i >= len(self.entries) - self.leases)
+        for i, (rule, _, count) in enumerate(self.items):
+            length = len(script("decide").header[f"answer_{rule.kind}"]) + (i >= len(self.items) - self.leases)
             length -= rule.kind == "s" and numbers[0] >= count  # no retry_us
             split.append(numbers[:length])
             numbers = numbers[length:]
-        assert len(numbers) % 2 == 0, "what is left are pairs of entry and generation"
+        assert len(numbers) % 2 == 0, "what is left are pairs of item and generation"
         return split
 
     def answers(self, reply: list[Any]) -> list[Answer]:
         """What each check hears."""
         heard: list[Answer] = []
         raw = self.raw(reply)
-        for place, (rule, cost, count) in enumerate(self.entries):
+        for place, (rule, cost, count) in enumerate(self.items):
             numbers = raw[place]
-            if place >= len(self.entries) - self.leases:
+            if place >= len(self.items) - self.leases:
                 numbers = numbers if rule.lease_units else numbers[:-1]
             elif rule.lease_units:
                 numbers = [*numbers, 0]
@@ -105,15 +105,15 @@ def make_call(checks: Sequence[Check], mode: str = "check", *, merge: bool = Fal
     """A call as the script's header has it: a run for each check, or with `merge` as few runs as there can be."""
     keys = list(dict.fromkeys([key for _, key, _ in checks] + [lease.key for lease in leases]))
     rules = list(dict.fromkeys([rule for rule, _, _ in checks] + [lease.rule for lease in leases]))
-    entries: list[list[int]] = []
+    items: list[list[int]] = []
     for rule, key, cost in checks:
-        entry = [keys.index(key) + 1, rules.index(rule) + 1, cost, 1]
-        if merge and entries and entries[-1][:3] == entry[:3]:
-            entries[-1][3] += 1
+        item = [keys.index(key) + 1, rules.index(rule) + 1, cost, 1]
+        if merge and items and items[-1][:3] == item[:3]:
+            items[-1][3] += 1
         else:
-            entries.append(entry)
+            items.append(item)
     runs: list[list[int]] = []  # key_index, key_count, rule_index, cost, count
-    for key_index, *what in entries:
+    for key_index, *what in items:
         if merge and runs and runs[-1][2:] == what and sum(runs[-1][:2]) == key_index:
             runs[-1][1] += 1
         else:
@@ -125,7 +125,7 @@ def make_call(checks: Sequence[Check], mode: str = "check", *, merge: bool = Fal
         args += run
     for lease in leases:
         args += (keys.index(lease.key) + 1, rules.index(lease.rule) + 1, *lease[2:])
-    told = [(rules[rule_index - 1], cost, count) for _, rule_index, cost, count in entries]
+    told = [(rules[rule_index - 1], cost, count) for _, rule_index, cost, count in items]
     told += [(lease.rule, lease.cost, lease.count) for lease in leases]
     return Call(keys, args, told, mode, len(leases))
 
@@ -205,11 +205,11 @@ class ClockedServer:
         assert reply[0] == b"id"
         return reply[1:]
 
-    def repair(self, mode: str, now_us: int, rule: CompiledRule, *entry: int, keys: tuple[str, ...] = ("k",)) -> int:
-        """How many entries were taken in."""
+    def repair(self, mode: str, now_us: int, rule: CompiledRule, *item: int, keys: tuple[str, ...] = ("k",)) -> int:
+        """How many items were taken in."""
         words = [getattr(rule, word) for word in script("repair").header["rule"]]
         teller = ("p", self.level_us, 1) if mode == "assert" else ()
-        at_us, applied = self.run("repair", list(keys), now_us, mode, self.epoch, 1, 1, *words, 1, 1, *entry, *teller)
+        at_us, applied = self.run("repair", list(keys), now_us, mode, self.epoch, 1, 1, *words, 1, 1, *item, *teller)
         assert at_us == now_us
         return int(applied)
 

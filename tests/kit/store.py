@@ -101,7 +101,7 @@ class Request:
         """Leave out of an assertion all that it tells, but for how far who tells has come."""
         words = self.words
         keys, rules = int(words[2]), int(words[6 + int(words[2])])
-        first = 3 + keys  # the id, and then: mode, epoch, the counts of rules and entries, rules
+        first = 3 + keys  # the id, and then: mode, epoch, the counts of rules and items, rules
         if words[first + 1] == b"assert":
             self.words = [
                 *words[:2],

@@ -15,7 +15,7 @@ from tests.kit.servers import RedisServer
 
 
 @pytest.mark.redis
-async def test_script_calls_and_entries_are_told_apart() -> None:
+async def test_script_calls_and_items_are_told_apart() -> None:
     with RedisServer() as server:
         meter = Meter(server)
         await meter.calibrate()
@@ -30,7 +30,7 @@ async def test_script_calls_and_entries_are_told_apart() -> None:
         await limiter.aclose()
         meter.client.close()
     assert done.script_calls == 2
-    assert meter.entries(done) == 129
+    assert meter.items(done) == 129
     assert done.script_us > 0
     assert done.core_us > 0
 

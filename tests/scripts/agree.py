@@ -1,7 +1,7 @@
 """Oracle, core and script over random steps, to the unit: `python -m tests.scripts.agree --steps 1000000 [--seed N] [--no-redis]`.
 
 Worlds of a few keys share a clock that steps both ways and stops at the very instants that denials have promised. The script
-decides a world's checks of one instant in one call, mostly with equal ones as one entry. Ends at the first difference, with a
+decides a world's checks of one instant in one call, mostly with equal ones as one item. Ends at the first difference, with a
 vector for tests/vectors, and 1.
 """
 

@@ -310,8 +310,8 @@ def test_what_was_admitted_before_a_reset_is_not_charged_after_it(redis_client: 
     assert server.run("reset", ["k"], NOW_US, server.epoch, 120_000) == [NOW_US, NOW_US]
 
     def charge(marker: str, newest_us: int, *charges: int) -> int:
-        entry = (newest_us, len(charges) // 2, *charges)
-        return server.repair("charge", NOW_US + 1_000, rule, *entry, keys=("k", f"charged:{marker}"))
+        item = (newest_us, len(charges) // 2, *charges)
+        return server.repair("charge", NOW_US + 1_000, rule, *item, keys=("k", f"charged:{marker}"))
 
     one = (0, 5 * rule.unit_ticks) if rule.kind == "b" else (0, 5)
     assert charge("before", 1_000, *one) == 0
@@ -716,9 +716,9 @@ class Gate:
     def tells(self, now_us: int, process: str, level_us: int, told_us: int = 0, units: int = 5) -> None:
         words = [getattr(self.rule, word) for word in script("repair").header["rule"]]
         known = {"b": (units * self.rule.unit_ticks, 0, 0), "s": (units, MINUTE_US, 1)}.get(self.rule.kind, (units, 0, 0))
-        entry = (1, 1, 0, *known, told_us) if told_us else ()
+        item = (1, 1, 0, *known, told_us) if told_us else ()
         keys = ["k"] if told_us else []
-        self.server.run("repair", keys, now_us, "assert", self.server.epoch, 1, len(keys), *words, *entry, process, level_us, 1)
+        self.server.run("repair", keys, now_us, "assert", self.server.epoch, 1, len(keys), *words, *item, process, level_us, 1)
 
     def asks(self, now_us: int) -> int:
         """How many are granted, of one; -3 while somebody may tell of more."""
@@ -864,8 +864,8 @@ def test_bad_arguments_of_a_repair_are_refused_and_nothing_is_written(redis_clie
     before = redis_client.get("k")
     words = [getattr(rule, word) for word in script("repair").header["rule"]]
     own = {"b": (9, 0, 0), "s": (3, 5, 0), "f": (3, 5, 0), "c": (3, 5, 2)}[rule.kind]
-    for mode, entry, keys in (("assert", (1, 1, 0, *own, 0, "p", 0, 1), ["k"]), ("charge", (1, 1, 0, 1, 0, 3), ["k", "m"])):
-        good = [mode, server.epoch, 1, 1, *words, *entry]
+    for mode, item, keys in (("assert", (1, 1, 0, *own, 0, "p", 0, 1), ["k"]), ("charge", (1, 1, 0, 1, 0, 3), ["k", "m"])):
+        good = [mode, server.epoch, 1, 1, *words, *item]
         for place in (0, 2, 3, *(i for i in range(12, len(good)) if good[i] != "p")):
             for value in ("nan", "-inf", "1.5", "", "x", "1e30"):
                 wrong = list(good)
@@ -891,8 +891,8 @@ def test_a_key_of_another_version_does_not_stand_in_the_way_of_others(redis_clie
     server = ClockedServer(redis_client, NOW_US)
     redis_client.set("k", "2;whatever")
     words = [getattr(rule, word) for word in script("repair").header["rule"]]
-    entries = (1, 1, 0, 4, 0, 0, 0, 2, 1, 0, 4, 0, 0, 0, "p", 0, 1)
-    assert server.run("repair", ["k", "l"], NOW_US, "assert", server.epoch, 1, 2, *words, *entries) == [NOW_US, 1, 1, 2]
+    items = (1, 1, 0, 4, 0, 0, 0, 2, 1, 0, 4, 0, 0, 0, "p", 0, 1)
+    assert server.run("repair", ["k", "l"], NOW_US, "assert", server.epoch, 1, 2, *words, *items) == [NOW_US, 1, 1, 2]
     assert redis_client.get("k") == b"2;whatever"
     assert redis_client.exists("l")
 
@@ -985,18 +985,18 @@ def test_what_python_builds_the_scripts_take(redis_client: redis.Redis) -> None:
             redis_client.delete("k")
 
 
-def test_of_an_errand_each_entry_is_refused_alone(redis_client: redis.Redis) -> None:
+def test_each_item_of_an_assertion_is_refused_alone(redis_client: redis.Redis) -> None:
     rule = make_rule("token_bucket", 10, MINUTE_US).compiled
     server = ClockedServer(redis_client, NOW_US)
     words = [getattr(rule, word) for word in script("repair").header["rule"]]
     strange = [*words[:1], 0, *words[2:]]
     known = 4 * rule.unit_ticks
-    entries = [
+    items = [
         number
         for place, which, ticks in ((1, 1, known), (2, 1, 2**53), (3, 2, known), (4, 1, known))
         for number in (place, which, 0, ticks, 0, 0, 0)
     ]
-    told = server.run("repair", ["a", "b", "c", "d"], NOW_US, "assert", server.epoch, 2, 4, *words, *strange, *entries, "p", 0, 1)
+    told = server.run("repair", ["a", "b", "c", "d"], NOW_US, "assert", server.epoch, 2, 4, *words, *strange, *items, "p", 0, 1)
     assert told == [NOW_US, 2, 2, 1, 3, 1]
     assert [bool(redis_client.exists(key)) for key in "abcd"] == [True, False, False, True]
     charges = (1, 1, 0, 1, 0, known, 2, 1, 0, 1, 0, 2**52 + 1, 3, 2, 0, 1, 0, known, 4, 1, 0, 3, 0, 1, 0, 1, 0, 1)
@@ -1012,8 +1012,8 @@ def test_an_assertion_ends_where_it_has_worked_enough_and_goes_on_from_there(red
     told = [word for row in range(len(keys)) for word in (row + 1, 1, 0, 50, 30_000_000, 0, 0)]
 
     def tell(first: int) -> list[int]:
-        entries = (*words, *told, "p", 0, first)
-        return server.run("repair", keys, NOW_US, "assert", server.epoch, 1, len(keys), *entries)[1:]
+        items = (*words, *told, "p", 0, first)
+        return server.run("repair", keys, NOW_US, "assert", server.epoch, 1, len(keys), *items)[1:]
 
     assert tell(1) == [120], "nothing is stored: all are taken in at once"
     assert tell(121) == [0]

@@ -111,8 +111,8 @@ def test_a_key_that_isnt_ours_fails_its_own_checks_alone_and_a_reset_mends_it(
     make()
     known = {"b": (own.unit_ticks, 0, 0), "s": (3, 5, 0), "f": (3, 5, 0), "c": (3, 5, 2)}[own.kind]
     words = [getattr(own, word) for word in script("repair").header["rule"]]
-    entries = [number for place in (1, 2, 3) for number in (place, 1, 0, *known, 0)]
-    told = server.run("repair", ["a", "b", "c"], NOW_US, "assert", server.epoch, 1, 3, *words, *entries, "p", 0, 1)
+    items = [number for place in (1, 2, 3) for number in (place, 1, 0, *known, 0)]
+    told = server.run("repair", ["a", "b", "c"], NOW_US, "assert", server.epoch, 1, 3, *words, *items, "p", 0, 1)
     assert told == [NOW_US, 2, 2, 2]
     charges = [number for place in (1, 2, 3) for number in (place, 1, 0, 1, 0, 5)]
     told = server.run("repair", ["a", "b", "c", "m"], NOW_US, "charge", server.epoch, 1, 3, *words, *charges)
@@ -211,8 +211,8 @@ def server_state(client: redis.Redis, own: CompiledRule, state: bytes, rng: rand
     client.set("bad", state)
     words = [getattr(own, word) for word in script("repair").header["rule"]]
     known = {"b": (own.unit_ticks, 0, 0), "s": (3, 5, 0), "f": (3, 5, 0), "c": (3, 5, 2)}[own.kind]
-    entries = [number for place in (1, 2) for number in (place, 1, rng.choice((0, NOW_US)), *known, 0)]
-    told = server.run("repair", ["bad", "good"], NOW_US, "assert", server.epoch, 1, 2, *words, *entries, "p", 0, 1)
+    items = [number for place in (1, 2) for number in (place, 1, rng.choice((0, NOW_US)), *known, 0)]
+    told = server.run("repair", ["bad", "good"], NOW_US, "assert", server.epoch, 1, 2, *words, *items, "p", 0, 1)
     at_us, applied, *_ = told
     assert (at_us, applied >= 1) == (NOW_US, True)
     client.set("bad", state)

@@ -122,11 +122,11 @@ def test_check_many_takes_as_many_calls_as_it_has_to(run: Run, redis_server: Red
     assert [decision.remaining for decision in decisions[:900]] == [2] * 300 + [1] * 300 + [0] * 300
     assert not decisions[900].allowed
     ran = calls(redis_client) - before
-    # 900 in entries of at most 128, whichever keys come together. Each call reads its keys at once; so does a beat, which then ranks us.
+    # 900 in calls of at most 128 items, whichever keys come together. Each call reads its keys at once; so does a beat, which then ranks us.
     assert ran["mget"] - ran["zscore"] <= 8
 
 
-def test_a_call_of_many_rules_has_few_entries(run: Run, redis_server: RedisServer, redis_client: redis.Redis) -> None:
+def test_a_call_of_many_rules_has_few_items(run: Run, redis_server: RedisServer, redis_client: redis.Redis) -> None:
     rules = [RateThrottleRule(f"r{i}", 3, 3600) for i in range(100)]
 
     async def many() -> list[Decision]:
@@ -136,7 +136,7 @@ def test_a_call_of_many_rules_has_few_entries(run: Run, redis_server: RedisServe
     before = calls(redis_client)
     assert all(decision.allowed and decision.remaining == 2 for decision in run(many()))
     ran = calls(redis_client) - before
-    # A rule takes as long to read as three entries to decide, so that a call has at most 32 of them.
+    # A rule takes as long to read as three items to decide, so that a call has at most 32 of them.
     assert 4 <= ran["mget"] - ran["zscore"] <= 7
 
 
@@ -249,14 +249,14 @@ def test_a_hot_key_costs_one_call_in_a_ttl(run: Run, redis_server: RedisServer) 
         async with limiter_of(redis_server.url, rule, prefilter_ttl=0.1) as limiter:
             [mine] = limiter._storage._connections_here()
             await asyncio.gather(*(limiter.check("user") for _ in range(6)))
-            before, ends = mine.batch.sent_entries, time.perf_counter() + 0.35
+            before, ends = mine.batch.sent_items, time.perf_counter() + 0.35
             sources: Counter[str] = Counter()
             while time.perf_counter() < ends:
                 decisions = await asyncio.gather(*(limiter.check("user") for _ in range(50)))
                 sources += Counter(decision.source for decision in decisions)
                 assert not any(decision.allowed for decision in decisions)
                 await asyncio.sleep(0)
-            return mine.batch.sent_entries - before, sources
+            return mine.batch.sent_items - before, sources
 
     asked, sources = run(hammer())
     assert 2 <= asked <= 4

@@ -44,7 +44,7 @@ def test_loops_that_were_closed_without_ending_their_tasks_leave_room(redis_serv
         gc.collect()
 
 
-def test_a_loop_that_stands_still_with_an_errand_keeps_nobody_away(
+def test_a_loop_that_stands_still_with_a_control_call_keeps_nobody_away(
     redis_server: RedisServer, loops: list[asyncio.AbstractEventLoop]
 ) -> None:
     limiter = create_limiter("redis", redis_url=redis_server.url, rules=[RULE], expected_processes=1)
@@ -71,7 +71,7 @@ def test_a_loop_that_stands_still_with_an_errand_keeps_nobody_away(
         loop.run_until_complete(asyncio.sleep(0.05))
 
 
-async def test_aclose_in_a_cancelled_scope_ends_all_lines(redis_server: RedisServer) -> None:
+async def test_aclose_in_a_cancelled_scope_ends_all_connections(redis_server: RedisServer) -> None:
     with anyio.move_on_after(0.1):
         async with create_limiter("redis", redis_url=redis_server.url, rules=[RULE], connections=3) as limiter:
             await limiter.check("user")

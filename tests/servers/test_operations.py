@@ -245,7 +245,7 @@ async def test_the_statistics_of_a_process(redis_server: RedisServer) -> None:
         assert replace(limiter.statistics(), decisions={}) == Statistics()
         await limiter.check("user:0")
         first = limiter.statistics()
-        assert (first.connections, first.calls, first.entries, first.bounds) == (1, 1, 1, 1)
+        assert (first.connections, first.calls, first.items, first.bounds) == (1, 1, 1, 1)
         relay.tamper = lambda reply: b""
         checks = [asyncio.ensure_future(limiter.check(f"user:{number % 20}")) for number in range(100)]
         await asyncio.sleep(0.05)
@@ -255,7 +255,7 @@ async def test_the_statistics_of_a_process(redis_server: RedisServer) -> None:
         await asyncio.gather(*checks, return_exceptions=True)
         lost = limiter.statistics()
         assert (lost.connections, lost.waiting, lost.in_flight) == (0, 0, 0)
-        assert lost.entries > 1
+        assert lost.items > 1
         await limiter.aclose()
 
 
@@ -285,9 +285,9 @@ def test_counts_go_on_when_loops_come_and_go(redis_server: RedisServer) -> None:
     asyncio.run(checks("abc"))
     assert limiter.statistics().calls == 3
     asyncio.run(checks("de"))
-    assert (limiter.statistics().calls, limiter.statistics().entries) == (5, 5)
+    assert (limiter.statistics().calls, limiter.statistics().items) == (5, 5)
     asyncio.run(limiter.aclose())
-    assert (limiter.statistics().calls, limiter.statistics().entries) == (5, 5)
+    assert (limiter.statistics().calls, limiter.statistics().items) == (5, 5)
 
 
 async def test_a_storage_that_is_required_may_have_lost_something_just_now(

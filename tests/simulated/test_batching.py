@@ -19,7 +19,7 @@ from tests.kit.strategies import STRATEGIES
 
 pytestmark = pytest.mark.redis
 
-HALF_A_CROWD = 16  # entries: what waits is halved from twice as many on
+HALF_A_CROWD = 16  # items: what waits is halved from twice as many on
 NEVER_STALE_US = 10**15  # with it nobody is parked, so that all leave in the order in which they came
 
 
@@ -34,7 +34,7 @@ def some_rules(rng: random.Random) -> list[CompiledRule]:
 
 
 def assign(process: Process, request: Request) -> None:
-    """Find out which checks a call carries: of each key the ones that came first, in their order, and equal ones as one entry."""
+    """Find out which checks a call carries: of each key the ones that came first, in their order, and equal ones as one item."""
     if request.mode != "check":
         return
     for item in request.items:

@@ -207,7 +207,7 @@ def fly(process: Process) -> None:
 def test_a_hot_key_is_asked_once_in_a_ttl_while_the_others_wait_for_the_answer(world: World, process: Process, rule: Any) -> None:
     hot(world, process, rule)
     for _ in range(3):
-        before = process.connection.batch.sent_entries
+        before = process.connection.batch.sent_items
         asker = process.check("k", rule)
         fly(process)
         parked = [process.check("k", rule, cost) for cost in (1, 5, 2, 1)]
@@ -215,11 +215,11 @@ def test_a_hot_key_is_asked_once_in_a_ttl_while_the_others_wait_for_the_answer(w
         assert asker.entered
         assert sources(parked) == {"none"}
         world.settle()
-        assert process.connection.batch.sent_entries == before + 1
+        assert process.connection.batch.sent_items == before + 1
         assert sources([asker]) == {"redis"}
         assert sources(parked) == {"prefilter"}
         assert sources([process.check("k", rule) for _ in range(100)]) == {"prefilter"}
-        assert process.connection.batch.sent_entries == before + 1
+        assert process.connection.batch.sent_items == before + 1
         world.t_us += TTL_US + 1
     world.end()
 

@@ -103,7 +103,7 @@ cdef class Batch:
     def sent_calls(self): return self.exchange.sent_calls
 
     @property
-    def sent_entries(self): return self.exchange.sent_entries
+    def sent_items(self): return self.exchange.sent_items
 
     @property
     def has_leases(self): return bool(self.known.leases)

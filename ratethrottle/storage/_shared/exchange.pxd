@@ -20,7 +20,7 @@ cdef class Exchange:
     cdef object in_flight                    # calls in the order of their replies
     cdef bytes rest                          # of a reply that hasn't come whole
     cdef readonly int64_t sent_calls         # of checks, and the items of these
-    cdef readonly int64_t sent_entries
+    cdef readonly int64_t sent_items
 
     cdef int begin(self, write, dict scripts, bytes run) except -1
     cdef object end(self)

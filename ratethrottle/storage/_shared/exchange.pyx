@@ -52,7 +52,7 @@ cdef class Exchange:
         self.in_flight.append(call)
         if isinstance(call, CheckCall):
             self.sent_calls += 1
-            self.sent_entries += (<CheckCall>call).size
+            self.sent_items += (<CheckCall>call).size
         return 0
 
     cdef int64_t first_deadline_us(self) except -1:

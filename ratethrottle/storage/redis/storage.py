@@ -139,7 +139,7 @@ class RedisStorage(SharedStorage):
         self._max_waiting = max_waiting
         self.events = Events()
         self.context.noticed = self._notices = EventSource(self.events, on_outage)
-        self._sent_before = (0, 0)  # script calls and entries, by connections that are gone
+        self._sent_before = (0, 0)  # script calls and their items, by connections that are gone
         self._without_wait = 0
         self._open: dict[asyncio.AbstractEventLoop, tuple[Connection, ...]] = {}
         self._closed = False
@@ -168,7 +168,7 @@ class RedisStorage(SharedStorage):
     def statistics(self) -> Statistics:
         """Count what there is to count in this process, in all of its loops."""
         connections = [each for known in list(self._open.values()) for each in known if each.process == os.getpid()]
-        calls, entries = self._sent_before
+        calls, items = self._sent_before
         return Statistics(
             bounds=len(self.bounds),
             leases=sum(connection.batch.lease_count for connection in connections),
@@ -179,7 +179,7 @@ class RedisStorage(SharedStorage):
             processes=self.repair.fleet.processes,
             owed=self.repair.owed,
             calls=calls + sum(connection.batch.sent_calls for connection in connections),
-            entries=entries + sum(connection.batch.sent_entries for connection in connections),
+            items=items + sum(connection.batch.sent_items for connection in connections),
             reconnections=self._backoff.reconnections,
             attempts=self._backoff.count,
             desyncs=self._notices.desyncs,
@@ -374,9 +374,9 @@ class RedisStorage(SharedStorage):
     def _remember_sent(self, connections: tuple[Connection, ...]) -> None:
         """Keep the counts of connections that are about to go: a count that falls looks like a restart to who watches it."""
         ours = [connection for connection in connections if connection.process == os.getpid()]
-        calls, entries = self._sent_before
+        calls, items = self._sent_before
         calls += sum(connection.batch.sent_calls for connection in ours)
-        self._sent_before = (calls, entries + sum(connection.batch.sent_entries for connection in ours))
+        self._sent_before = (calls, items + sum(connection.batch.sent_items for connection in ours))
 
 
 def abandon(connections: dict[asyncio.AbstractEventLoop, tuple[Connection, ...]]) -> None:

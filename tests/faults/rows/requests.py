@@ -50,12 +50,12 @@ def bad_costs_and_rules(run: Run) -> None:
             ) as limiter:
                 await limiter.check("user", cost=3)
                 before = {key: client.get(key) for key in client.scan_iter("*:=user")}
-                asked = limiter.statistics().entries
+                asked = limiter.statistics().items
                 for cost in COSTS:
                     asks = type(cost) is int and cost == 0  # what is left, which a peek may
                     for call in (limiter.check,) if asks else (limiter.check, limiter.peek):
                         await expect_refused(run, call, cost)
-                run.expect(limiter.statistics().entries == asked, "a bad cost reached Redis")
+                run.expect(limiter.statistics().items == asked, "a bad cost reached Redis")
                 run.expect(
                     {key: client.get(key) for key in client.scan_iter("*:=user")} == before, "a bad cost changed the state"
                 )
