@@ -22,7 +22,7 @@ UNCHECKED = {"boundscheck": False, "wraparound": False, "initializedcheck": Fals
 CHECKED = {"boundscheck": True, "wraparound": False, "initializedcheck": True, "cdivision": True}
 TRACED = UNCHECKED | {"linetrace": True, "profile": True}
 
-# GCC stops inlining when all that Cython wrote has grown by 40 %, before it comes to the arithmetic of a check. Clang knows no such bound.
+# GCC stops inlining when all that Cython wrote has grown by 40 %, before it reaches the arithmetic of a check. Clang knows no such bound.
 INLINE = ["--param=inline-unit-growth=100"]
 
 # Strict flags stay out of ship: a compiler we have never met must be free to warn without failing somebody's install.

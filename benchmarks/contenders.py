@@ -93,7 +93,7 @@ class There:
 class Contender:
     """A peer, what it promises, and how to set it up on a Redis.
 
-    kind: who is to be compared with whom: "interval", "bucket" or "aligned". most_keys: what it is not meant for, left out.
+    kind: which limiters are compared with each other: "interval", "bucket" or "aligned". most_keys: what it is not meant for, left out.
     """
 
     name: str

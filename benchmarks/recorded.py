@@ -1,6 +1,6 @@
 """A server that gives recorded replies: what the compiled path to Redis costs, without a socket or a script.
 
-Its clock stands still, so that no timer rings, no lease ends and every run does the same.
+Its clock stands still, so that no timer fires, no lease ends and every run does the same.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SCRIPTS = {name: (script(name).sha(False), script(name).body(False)) for name in
 
 
 class Connection:
-    """A connection that answers each request when the loop comes to it."""
+    """A connection that answers each request in a later turn of the loop."""
 
     def __init__(self, storage: RecordedStorage, loop: asyncio.AbstractEventLoop) -> None:
         self.batch = Batch(storage.context, self, loop, 1_000_000)
@@ -33,7 +33,7 @@ class Connection:
         self.answer: list[int] = []  # to each check of a call
 
     def connect(self) -> None:
-        """Connect as soon as the loop comes to it."""
+        """Connect in a later turn of the loop."""
         self.batch.connecting()
         self.replies.call_soon(self.batch.connected, self._write, SCRIPTS, RUN.encode())
 

@@ -25,7 +25,7 @@ class _Patched:
     __slots__ = ()
 
     @property
-    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]  # what is set on this limiter alone, to whoever restores it
+    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]  # what is set on this limiter alone, for a patcher to restore
         return {name: found.value for name, found in vars(type(self)).items() if isinstance(found, _Replaced)}
 
 

@@ -1,4 +1,4 @@
-"""What happened to the storage: the events, and where they go.
+"""Events: what happened to the storage, and where that goes.
 
 Each goes to the logger "ratethrottle" and to the callbacks of `limiter.on_event`. No event holds a password or a key.
 """
@@ -64,7 +64,7 @@ class OutageBegan(Event):
 
 @dataclass(frozen=True, slots=True)
 class OutageEnded(Event):
-    """Redis answers again, and has been told what this process knew and admitted: the circuit breaker closes.
+    """Redis answers again, and this process has told it what it knew and admitted. The circuit breaker closes.
 
     seconds: how long the outage took. decisions: how many checks were decided by policy.
     """
@@ -98,7 +98,7 @@ class MasterMoved(Event):
 class StateLost(Event):
     """Redis has lost state (failover, flush or restart), and this process tells it what it still knows.
 
-    bounds: how many keys × rules this process knows of; of those in use Redis is told before it is asked again.
+    bounds: how many keys × rules this process knows of. It tells Redis of a key before Redis decides that key again.
     """
 
     kind: ClassVar[str] = "state_lost"
@@ -112,7 +112,7 @@ class StateLost(Event):
 
 @dataclass(frozen=True, slots=True)
 class RepairRefused(Event):
-    """Redis refused some of what this process knew or admitted, so that it is forgotten. reason: the error, in our words."""
+    """Redis refused some of what this process knew or admitted. That doesn't count any more. reason: the error, in our words."""
 
     kind: ClassVar[str] = "repair_refused"
     reason: str
@@ -208,20 +208,20 @@ Callback = Callable[[Event], object]
 
 
 class Events:
-    """Tells the logger and the subscribers, of each kind at most one event in its `every_s` seconds.
+    """Sends events to the logger and the subscribers: of each kind at most one in its `every_s` seconds.
 
-    clock_s: a monotonic clock in seconds, for tests. Any thread may call it: without a lock, two threads that emit at the same
-    moment may at worst tell one too many.
+    clock_s: a monotonic clock in seconds, for tests. Any thread may call it. There is no lock: if two threads emit at the same
+    moment, one event too many may go out.
     """
 
     def __init__(self, *, clock_s: Callable[[], float] = time.monotonic) -> None:
         self._clock_s = clock_s
         self._subscribers: dict[object, Callback] = {}
-        self._told_s: dict[str, float] = {}
+        self._sent_s: dict[str, float] = {}  # kind -> when one went out last
         self._left_out: dict[str, int] = {}
-        self._news_s: dict[str, float] = {}  # by its text, when something was told whose news is told at once
+        self._news_s: dict[str, float] = {}  # text -> when it went out, for events whose news goes out at once
         self._outage: OutageBegan | None = None  # the one that is going on
-        self._outage_told = False
+        self._outage_sent = False
 
     def subscribe(self, callback: Callback) -> Callable[[], None]:
         """Call `callback` with each event, after the logger. Returns a function that ends this.
@@ -253,21 +253,21 @@ class Events:
         due = (
             self._is_news(event.message, event.every_s, event.news_max, now_s)
             if event.news_max
-            else now_s - self._told_s.get(kind, float("-inf")) >= event.every_s
+            else now_s - self._sent_s.get(kind, float("-inf")) >= event.every_s
         )
         if isinstance(event, OutageBegan):
             if self._outage is not None:
-                if self._outage_told or not due:
+                if self._outage_sent or not due:
                     return
                 self._left_out[kind] -= 1  # it was counted when it was left out at first
                 event = self._outage
-            self._outage, self._outage_told = event, due
+            self._outage, self._outage_sent = event, due
         elif isinstance(event, OutageEnded):
-            due, self._outage, self._outage_told = self._outage_told, None, False
+            due, self._outage, self._outage_sent = self._outage_sent, None, False
         if not due:
             self._left_out[kind] = self._left_out.get(kind, 0) + 1
             return
-        self._told_s[kind] = now_s
+        self._sent_s[kind] = now_s
         self._announce(replace(event, suppressed=self._left_out.pop(kind, 0)))
 
     def goes_on(self, reason: str) -> None:
@@ -276,22 +276,22 @@ class Events:
         The same reason is logged once in a minute, and at most eleven reasons are.
         """
         text = f"the outage goes on: {reason}"
-        if self._outage_told and reason not in str(self._outage) and self._is_news(text, 60.0, 10, self._clock_s()):
+        if self._outage_sent and reason not in str(self._outage) and self._is_news(text, 60.0, 10, self._clock_s()):
             _log(logging.WARNING, text)
 
     def _is_news(self, text: str, every_s: float, others: int, now_s: float) -> bool:
         """Whether this text hasn't gone out in so many seconds, nor too many others."""
-        told = self._news_s
-        for old in [old for old, told_s in list(told.items()) if now_s - told_s >= every_s]:
-            told.pop(old, None)
-        if text in told or len(told) > others:
+        sent = self._news_s
+        for old in [old for old, sent_s in list(sent.items()) if now_s - sent_s >= every_s]:
+            sent.pop(old, None)
+        if text in sent or len(sent) > others:
             return False
-        told[text] = now_s
+        sent[text] = now_s
         return True
 
     def forget(self) -> None:
         """Know of no outage: the storage of a forked process finds out for itself."""
-        self._outage, self._outage_told = None, False
+        self._outage, self._outage_sent = None, False
 
     def _announce(self, event: Event) -> None:
         _log(event.level, str(event))

@@ -168,7 +168,7 @@ class RateThrottleCore(Patchable, Limiter):
         """Call `callback(event)` for each of `ratethrottle.events` from now on; returns a function that ends that.
 
         It is called in the thread of the event loop, after the fact, and must be quick. What it raises is logged. Of each kind
-        at most one a second is told (some seldom); `event.suppressed` counts those left out.
+        it gets at most one a second (of some kinds fewer); `event.suppressed` counts those left out.
         Raises ConfigurationError for what can't be called, or is async.
         """
         remove: Callable[[], None] = self._storage.events.subscribe(callback)

@@ -53,7 +53,7 @@ async def run(plan: Plan) -> int:
     except NoRedis as reason:
         return await without_redis(plan, str(reason))
     except (ConfigurationError, StorageError) as error:
-        # No fallback here: whoever names a Redis wants to see that one.
+        # No fallback here: a user who names a Redis wants to see that one.
         print(f"ratethrottle demo: {error}", file=sys.stderr)
         return 1
 

@@ -40,7 +40,7 @@ def server_program() -> str:
         if found is None:
             raise NoRedis(f"{PROGRAM} names {named}, which is no program that runs here")
         return found
-    # That of PyPI is only taken where there is no other: whoever installed one wants to see that one.
+    # The one from PyPI is only taken if there is no other: a user who installed one wants to see that one.
     beside = str(Path(sys.executable).parent)
     found = shutil.which("redis-server") or shutil.which("valkey-server") or shutil.which("valkey-server", path=beside)
     if found is None:

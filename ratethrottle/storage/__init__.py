@@ -1,4 +1,4 @@
-"""Where the state lives. The protocol is private so far: it will grow with outages."""
+"""Where the state lives. The protocol is private so far."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class Outcomes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Statistics:
-    """What a storage counts in this process; the rest stays 0 where the storage has no such thing.
+    """What a storage counts in this process. What a storage doesn't have stays 0.
 
     How it is now:
-    keys: keys × rules held in memory. bounds: keys × rules of which it is remembered what Redis said. leases: those of them that
+    keys: keys × rules held in memory. bounds: keys × rules of which the process remembers what Redis said. leases: those of them that
     hold units taken ahead, which may be spent now. connections: that are open for decisions. waiting: checks that are queued for a
     connection. in_flight: script calls without a reply yet. breaker: "closed" while Redis is asked, "open" while it isn't, as it
     doesn't answer or refuses us, "half_open" while an attempt is made meanwhile. processes: how many share the limits, by their
-    heartbeats, this one included. owed: keys × rules of which Redis has yet to be told what policies admitted.
+    heartbeats, this one included. owed: keys × rules with units that policies admitted and Redis hasn't counted yet.
 
     How often since the storage was made:
     calls: script calls sent. items: items sent in them, equal checks of a key being one. reconnections: connections that
@@ -38,7 +38,7 @@ class Statistics:
 
     decisions: what this limiter decided since a rule of that name was added: name of the rule -> `source` of the decisions ->
     Outcomes, for each rule that the limiter has and each source. Peeks, errors and checks that were cancelled don't count. Under a
-    rule with `enforce="flag"` those that were over are denied; a rule that is off allows all, under "memory". Empty where a storage
+    rule with `enforce="flag"` those that were over are denied; a rule that is off allows all, under "memory". Empty if a storage
     is asked instead of a limiter. Only to be read: rules that decided nothing share one mapping.
     """
 
@@ -63,15 +63,15 @@ class Statistics:
 
 
 class Storage(Protocol):
-    """What a limiter asks of a storage. Every method raises `StorageError` when there is no answer within the deadline."""
+    """What a limiter asks of a storage. Every method raises `StorageError` if there is no answer within the deadline."""
 
     @property
     def table(self) -> KeyTable | None:
-        """What decides at once, in compiled code; None where the network is needed."""
+        """What decides at once, in compiled code; None if the network is needed."""
 
     @property
     def events(self) -> Events:
-        """The callbacks that are told of what happens to the storage."""
+        """Where the events of the storage go."""
 
     def statistics(self) -> Statistics:
         """Count what there is to count, without I/O."""

@@ -319,7 +319,7 @@ async def test_a_required_storage_is_there_while_others_tell_it_what_they_know(
         "redis", redis_url=redis_server.url, rules=[RULE], connect_timeout=0.5, on_outage="raise", require_storage=True
     ) as limiter:
         assert time.monotonic() - began_s < 1
-        with pytest.raises(StorageUnavailable, match="being told"):
+        with pytest.raises(StorageUnavailable, match="are telling it"):
             await limiter.check("user")
 
 

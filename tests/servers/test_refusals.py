@@ -335,18 +335,14 @@ async def test_what_heals_stays_an_outage_however_often_it_comes(redis_server: R
         await until(lambda: served(limiter))
 
 
-class Line:
-    """Has an identity."""
-
-
 def test_only_what_comes_back_unchanged_and_from_an_attempt_of_its_own_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 100.0
     monkeypatch.setattr(replies.time, "monotonic", lambda: now_s)
-    line, other, repeated = Line(), Line(), Repeated()
+    connection, other, repeated = object(), object(), Repeated()
 
-    def judge(words: str, line: Line = line, step: str = "beat") -> type[StorageError]:
+    def judge(words: str, heard_by: object = connection, step: str = "beat") -> type[StorageError]:
         guess = meaning(words)
-        return type(repeated.judge(step, line, guess.error, guess if guess.guessed else None))
+        return type(repeated.judge(step, heard_by, guess.error, guess if guess.guessed else None))
 
     assert [judge("ERR a") for _ in range(4)] == [StorageUnavailable, StorageUnavailable, StorageRefused, StorageRefused]
     assert judge("ERR b") is StorageUnavailable  # other words
@@ -363,7 +359,7 @@ def test_only_what_comes_back_unchanged_and_from_an_attempt_of_its_own_counts(mo
     now_s += 0.5
     assert judge("ERR b", other) is StorageUnavailable
     now_s += 0.5
-    assert judge("ERR b", Line()) is StorageRefused
+    assert judge("ERR b", object()) is StorageRefused
 
 
 # No room

@@ -308,10 +308,10 @@ class TwoLoops(Process):
 
     def __init__(self, world: World, **options: Any) -> None:
         super().__init__(world, **options)
-        self.lines = [self.connection, Connection(self, FakeLoop(self.now_us))]
+        self.connections = [self.connection, Connection(self, FakeLoop(self.now_us))]
 
     def use(self, number: int) -> None:
-        self.connection = self.lines[number]
+        self.connection = self.connections[number]
         self.loop = self.connection.loop
         self._forget_here()
 

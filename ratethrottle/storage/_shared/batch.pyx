@@ -1,7 +1,7 @@
 # cython: auto_pickle=False, autotestdict=False
 """Checks travel together: what waits for a connection leaves as one call, and each check has its answer when the reply comes.
 
-No I/O. A `Batch` is told when there is a connection, hands out bytes, and is given what came. It belongs to one event loop. Its
+No I/O. Its transport says when there is a connection, sends the bytes of a `Batch`, and brings what came. It belongs to one event loop. Its
 transport makes the connection and has seven methods: connect, retry_us, unsent, answered, refused, broken and late.
 """
 
@@ -128,7 +128,7 @@ cdef class Batch:
         self.session.begin()
 
     def not_connected(self, error):
-        """An attempt to connect has come to nothing, or can't be made."""
+        """An attempt to connect has failed, or can't be made."""
         self.link.enter(CLOSED)
         self.begin_outage(error)
 
@@ -151,7 +151,7 @@ cdef class Batch:
         self.waiting.scheduled = False
         self.schedule()
         if self.link.why & AWAY or self.context.bounds.now_us() < self.context.repair.live_until_us:
-            # What is known here may be lost there: then it has to be told in time.
+            # The store may have lost what is known here: then this process must tell it in time.
             self.connect_if_closed()
 
     def leave(self):
@@ -527,7 +527,7 @@ cdef class Batch:
             self.exchange.send(call)
             return
         self.settlement.take_back(<CheckCall?>call)
-        # By value, since nothing can be flushed in between; and loaded too, since what is only evaluated may be let go.
+        # By value, since nothing can be flushed in between; and loaded too, since the server may drop what is only evaluated.
         load = LoadCall.__new__(LoadCall)
         load.text = self.exchange.writer.scripts["reset" if (<CheckCall>call).mode == RESET else "decide"][1]
         self.exchange.send(load)

@@ -85,7 +85,7 @@ cdef class CheckCall(Call):
         return item.cost == pending.units and item.rule == <PyObject*>pending.rule
 
     cdef inline int64_t count_of(self, const CallItem* item) noexcept:
-        """How many checks the store is told of. A peek charges nothing, so that one tells all."""
+        """How many checks the store hears of. A peek charges nothing, so that one stands for all."""
         return item.count if self.mode == CHECK else 1
 
     cdef inline bint next_answer(self, Answers* answers) noexcept:
@@ -134,9 +134,9 @@ cdef class ControlCall(Call):
     cdef int key_count
     cdef bytes packed_args
     cdef int arg_count
-    cdef list last_args                      # of an assertion: who tells it, and how far that process has come
-    cdef object telling                      # the Telling that it is a part of; None unless it asserts
-    cdef int first                           # item that is told; those before it were already
+    cdef list last_args                      # of an assertion: which process tells it, and how far it has come
+    cdef object telling                      # the Assertions that it is a part of; None unless it asserts
+    cdef int first                           # item to begin with; the store has taken those before it
     cdef readonly object done                # called with the numbers of the reply, unless it is None
     cdef list owed                           # what it charges, of ages at `owed_us`
     cdef int64_t owed_us

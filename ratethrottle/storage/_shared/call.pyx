@@ -250,7 +250,7 @@ cdef class CallIndex:
 
 @cython.final
 cdef class ControlCall(Call):
-    """A script call that decides nothing: a beat, or what the store has to be told."""
+    """A script call that decides nothing: a beat, an assertion, a charge."""
 
     def __init__(self, str script not None, list keys not None, list args not None, done=None):
         self.script = script
@@ -332,7 +332,7 @@ cdef class MarkCall(Call):
 
 @cython.final
 cdef class LoadCall(Call):
-    """Loads a script that was sent by value: what is only evaluated may be let go by the server."""
+    """Loads a script that was sent by value: the server may drop what is only evaluated."""
 
     cdef int write(self, Writer writer) except -1:
         writer.buffer.used = 0

@@ -1,4 +1,4 @@
-"""What all connections of one storage have in common: see `context.pyx`."""
+"""What the connections of one storage share: see `context.pyx`."""
 
 from libc.stdint cimport int64_t
 
@@ -18,7 +18,7 @@ cdef class StorageContext:
     cdef bint deny_overload                  # instead of raising an error
     cdef readonly int64_t by_policy          # how many checks were decided by an outage policy
     cdef readonly int64_t overloads          # and how many were too many for the queue
-    cdef int64_t losses                      # of the store's data, that events have told of
+    cdef int64_t losses                      # of the store's data that events have announced
     cdef public object noticed               # called with what happened, the link and a fact
 
     cdef inline Policy policy_for(self, CompiledRule rule) noexcept:

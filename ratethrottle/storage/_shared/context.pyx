@@ -1,5 +1,5 @@
 # cython: auto_pickle=False, autotestdict=False
-"""What all connections of one storage have in common, and not with those of another storage of this process."""
+"""What the connections of one storage share, and those of another storage don't."""
 
 cimport cython
 from libc.stdint cimport int64_t

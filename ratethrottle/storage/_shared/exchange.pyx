@@ -39,7 +39,7 @@ cdef class Exchange:
         return in_flight
 
     cdef int send(self, Call call) except -1:
-        """Send a call. Its reply is waited for from then on."""
+        """Send a call, and expect its reply."""
         cdef int64_t now_us
         if not isinstance(call, CheckCall):  # else it was filled just now
             now_us = self.context.bounds.now_us()

@@ -17,7 +17,7 @@ from ratethrottle.storage._shared.waiting cimport complete, complete_with, twin_
 from ratethrottle.errors import StorageRefused, StorageUnavailable
 
 
-REPAIRING = "Redis has lost its data, or is another server now; it is being told what was used"
+REPAIRING = "Redis has lost its data, or is another server now; the processes are telling it what was used"
 
 
 cdef object repairing():

@@ -38,7 +38,7 @@ cdef class Fleet:
         return 0
 
     cdef int forked(self) except -1:
-        """In a forked process: as they were counted, this one wasn't among them."""
+        """In a forked process: the count didn't include this one."""
         self.processes = self.counted_us = 0
         self.sure = False
         self.doubt()
@@ -99,7 +99,7 @@ cdef class Fleet:
         return sent_us - self.swept_seen_us >= self.period_us()
 
     cdef int64_t told_count(self) noexcept:
-        """The count that the store is told. While it isn't settled, MANY: then learning lasts for its full time."""
+        """The count that beats tell the store. While it isn't settled, MANY: then learning lasts for its full time."""
         return self.processes if self.sure or self.processes == 0 else MANY
 
     cdef void doubt(self) noexcept:

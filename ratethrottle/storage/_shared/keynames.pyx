@@ -189,7 +189,7 @@ cdef class KeyNames:
             free(buffer.bytes)
 
     cdef char* name_new(self, PendingDecision pending, size_t* size) except NULL:
-        """What the state of an addressed check is called, for its bound to own: in an epoch that has lost it, it is told by name."""
+        """The name of an addressed check's state. Its bound owns it, to assert it by name after a loss."""
         cdef Buffer buffer
         cdef const char* name
         cdef char* kept = NULL
@@ -207,11 +207,11 @@ cdef class KeyNames:
             free(buffer.bytes)
 
     cdef str rule_of(self, bytes name):
-        """Of which rule a state is, by what it is called."""
+        """The rule of a state, by its name."""
         return name[len(self.opening):].partition(b"}:")[2].partition(b":")[0].decode()
 
     def state_key(self, Entry entry not None):
-        """What the entry's state is called."""
+        """The name of a request's state."""
         cdef PendingDecision pending = pending_of(entry, CHECK)
         self.address(pending)
         return self.name(pending)

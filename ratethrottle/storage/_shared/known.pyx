@@ -288,7 +288,7 @@ cdef class KnownKeys:
         return 0
 
     cdef int queue_returns(self, Group group=None) except -1:
-        """Queue what no bound holds any more; of a group, if it is told when that is done. The connection serves."""
+        """Queue what no bound holds any more; of a group, if that hears when it is done. The connection serves."""
         cdef PendingDecision sample, pending
         if not self.returns:
             return 0

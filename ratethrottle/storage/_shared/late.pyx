@@ -1,5 +1,5 @@
 # cython: auto_pickle=False, autotestdict=False
-"""Replies that come after their calls were given up: what their leases took goes back, and nothing else of them is believed."""
+"""Replies that come after their calls were given up. Units that their leases took go back; nothing else of them counts."""
 
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
@@ -50,7 +50,10 @@ cdef class LateReplies:
         raise TypeError("late replies are heard by a batch's `late_replies`")
 
     def received(self, bytes data not None):
-        """Take what came. False once there is nothing more to hear, or it isn't what was asked for."""
+        """Take what came. False once there is nothing more to hear, or if it can't be a reply to these calls.
+
+        The loop of `Batch.read` again, for calls alone: that one settles checks, may drop its connection and stops then.
+        """
         cdef int64_t[REPLY_NUMBERS_MAX] numbers
         cdef Py_ssize_t at = 0, after
         cdef int count = 0

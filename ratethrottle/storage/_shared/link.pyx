@@ -2,7 +2,7 @@
 """How a connection stands, and why policies decide meanwhile: two facts that everything else asks for.
 
 CLOSED → CONNECTING → BEATING → LEARNING or TELLING → SERVING. A lost connection is CLOSED, and everything may be ENDED.
-An open connection that meets another epoch is BEATING again. One that serves is LEARNING or TELLING again if something has to be told.
+An open connection that meets another epoch is BEATING again. One that serves is LEARNING or TELLING again if it has more to tell.
 """
 
 cimport cython
@@ -29,7 +29,7 @@ cdef class Link:
         return True
 
     cdef int notice(self, what, fact) except -1:
-        """Tell of something that happened."""
+        """Announce what happened."""
         if self.context.noticed is not None:
             self.context.noticed(what, self, fact)
         return 0

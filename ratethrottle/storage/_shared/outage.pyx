@@ -46,7 +46,7 @@ cdef class Share:
 
 
 cdef int64_t part_of(int64_t units, int64_t n, int64_t rank) noexcept:
-    """One process's part: the parts of all ranks come to `units`."""
+    """One process's part: the parts of all ranks add up to `units`."""
     return units // n + (rank < units % n)
 
 
@@ -81,7 +81,7 @@ cdef Share share_new(CompiledRule rule, int64_t n, int64_t rank):
 
 
 cdef Share share_of_everything(CompiledRule rule):
-    """What is admitted is counted by the whole rule, whatever it comes to, and what is owed doesn't drain."""
+    """What is admitted is counted by the whole rule, however much it is, and what is owed doesn't drain."""
     cdef Share share = Share.__new__(Share)
     share.n = 1
     share.rule = rule
@@ -295,8 +295,8 @@ cdef class Shares:
         """Decide on a check or a peek that has its hash and address; count and owe what a check is granted. `out` is settled.
 
         table_us, now_us: the time in the table of bounds, and in the store. What the store said of the key stands in for it, so it
-        ages from when it came. retry_us: what a denial says that no waiting for the share ends. everything: admit whatever it
-        comes to.
+        ages from when it came. retry_us: what a denial says that no waiting for the share ends. everything: admit however
+        much it is.
         """
         cdef CompiledRule rule = pending.rule
         cdef Share share = self.share_of(rule, everything)
@@ -483,7 +483,7 @@ cdef class Shares:
         return (share.rule, name, hashed, newest_age_us, ages) if ages else None
 
     def sweep(self, int64_t now_us):
-        """Let go of what is over, wherever it stands. `now_us` is in the time of the table of bounds."""
+        """Drop what is over, wherever it stands. `now_us` is in the time of the table of bounds."""
         cdef uint32_t i
         for i in range(self.bounds.shard_count):
             if self.bounds.shards[i].room:

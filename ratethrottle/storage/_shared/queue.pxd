@@ -79,6 +79,6 @@ cdef inline void merge(Queue* source, Queue* target) noexcept:
 
 
 cdef inline void drain(Queue* queue) noexcept:
-    """Let go of all members."""
+    """Release all members."""
     while queue.first != NULL:
         take(queue, <PendingDecision>queue.first)

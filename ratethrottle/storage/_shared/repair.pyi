@@ -7,7 +7,7 @@ from ratethrottle.storage._shared.keynames import KeyNames
 from ratethrottle.storage._shared.outage import Shares
 
 @final
-class Telling:
+class Assertions:
     @property
     def last(self) -> bool: ...
     @property

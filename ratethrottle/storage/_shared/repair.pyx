@@ -1,9 +1,9 @@
 # cython: auto_pickle=False, autotestdict=False
-"""What a storage knows of its store, and what the store has to be told when it has lost something.
+"""What a process knows of its store, and what it tells a store that has lost data.
 
-An epoch is one run of one server over one data set. A process that finds itself in another one than before asserts what it knows,
-charges what it admitted meanwhile, and leaves the others time to do the same. docs/arithmetic.md ("Repair") has what the store
-makes of it. No I/O.
+An epoch is one run of one server over one data set. If the epoch has changed, a process asserts what it knows, charges what it
+admitted meanwhile, and gives the other processes time to do the same. docs/arithmetic.md ("Repair") says what the store does with
+it. No I/O.
 """
 
 cimport cython
@@ -40,7 +40,7 @@ cdef int64_t UNKNOWN_TICKS = <int64_t>1 << 52  # so far below zero an asserted l
 
 
 cdef bint ages_on(CompiledRule rule, int64_t age_us) noexcept:
-    """A bucket is told what is new, not since when: that stays, which is too strict by what has drained meanwhile."""
+    """Whether a charge grows older while it waits. New units of a bucket don't, which is too strict by what drains meanwhile."""
     return rule.terms.kind != BUCKET or age_us > 0
 
 
@@ -81,12 +81,12 @@ cdef inline int64_t told_at(const Bound* bound, int64_t before) noexcept nogil:
 
 
 @cython.final
-cdef class Telling:
-    """What a process tells an epoch of those before it, newest knowledge first.
+cdef class Assertions:
+    """What a process asserts to a new epoch: all that it knows of older epochs, newest first.
 
-    The store must know which keys it may decide before all have told it everything: of a key whose newest knowledge it was told,
-    nobody knows anything newer if everybody has told it what is as new. So each process says how far it has come, its *level*:
-    all that it knows of that server time or later was told. It is sorted by classes of age, which takes one pass through the bounds.
+    The store decides a key as soon as no process can know anything newer of it than the store knows. So each process says how far
+    it has come, its *level*: the store has heard all that the process knows of that server time or later. Keys are sorted by
+    classes of age, which takes one pass through the bounds.
     """
 
     def __cinit__(self):
@@ -123,7 +123,7 @@ cdef class Telling:
                 if not fingerprints_of(shard)[i]:
                     continue
                 bound = <Bound*>cell_at(shard, i)
-                # What was heard in this very epoch, the store knows.
+                # The store knows what was heard in this very epoch.
                 if bound.name == NULL or bound.epoch == self.epoch:
                     continue
                 us = told_at(bound, self.before)
@@ -160,7 +160,7 @@ cdef class Telling:
         return 0
 
     cdef int64_t level(self) noexcept:
-        """All that is known of this server time and later was told, and that was heard; 0: all."""
+        """The store has confirmed all that this process knows of this server time or later. 0: of any time."""
         cdef size_t first = self.at
         cdef int i
         if not self.prepared:
@@ -175,11 +175,11 @@ cdef class Telling:
         return 1
 
     cdef bint waits(self) noexcept:
-        """Whether there is more to be told, and nothing that has to be heard before."""
+        """Whether there is more to assert, and no reply that has to come first."""
         return not self.last and (self.at < self.count or not self.out)
 
     cdef ControlCall next_call(self, int rows_max, int64_t ahead_us, int64_t now_us):
-        """What is told next; None where that takes some more preparation, or where something has to be heard before."""
+        """The next call; None if sorting isn't done yet, or if a reply has to come first."""
         cdef Buffer keys, args
         cdef ControlCall call
         if self.again:
@@ -229,7 +229,7 @@ cdef class Telling:
             if not bound_assertion(bound, now_us, numbers):
                 if generation == 0:
                     continue
-                # That a key was reset has to be told even if nothing else is known of it.
+                # The store must hear of a reset even if nothing else is known of the key.
                 numbers[0] = -UNKNOWN_TICKS if terms.kind == BUCKET else 0
                 numbers[1] = 1 if terms.kind == SLIDING else 0
                 numbers[2] = 0
@@ -265,7 +265,7 @@ cdef class Telling:
         return 0
 
 
-cdef Terms NONE                              # of a rule that stands where there is none
+cdef Terms NONE                              # stands for a rule in a call that has none
 NONE.kind = FIXED
 NONE.capacity = 1
 NONE.window_us = 1_000_000
@@ -283,7 +283,7 @@ cdef int place_of(list met, const Terms* terms) except -1:
 
 @cython.final
 cdef class Repair:
-    """What the storages of one process share that keep their keys under one prefix on the same server: to it, they are one process."""
+    """What the storages of one process share if they keep the same keys. The server counts them as one process."""
 
     def __init__(self, KeyTable bounds not None, KeyNames names not None, int64_t expected=0):
         self.bounds = bounds
@@ -299,7 +299,7 @@ cdef class Repair:
         self.users = WeakSet()
 
     cdef bint forked(self) except -1:
-        """In a process that was forked give up what belongs to the other: what it has to tell, and what it owes. True there, once."""
+        """In a forked process, give up what its parent knows and owes. True there, once."""
         self.bounds.notice_fork()
         if self.forks == self.bounds.forks:
             return False
@@ -308,7 +308,7 @@ cdef class Repair:
         self.fleet.forked()
         self.calls = deque()
         self.out = set()
-        self.telling = None
+        self.assertions = None
         self.charged = deque(maxlen=self.bounds.max_keys)
         return True
 
@@ -319,7 +319,7 @@ cdef class Repair:
 
     @property
     def owed(self):
-        """For how many keys × rules something is left to charge, or being charged."""
+        """How many keys × rules have something to charge, or that is being charged."""
         cdef ControlCall call
         return self.bounds.owing + sum([len(call.owed) for call in (*self.calls, *self.out) if call.owed is not None])
 
@@ -328,15 +328,15 @@ cdef class Repair:
         self.bounds.empty()
         self.calls = deque()
         self.out = set()
-        self.telling = None
+        self.assertions = None
         self.charged = deque(maxlen=self.bounds.max_keys)
         self.live_until_us = self.newest_us = self.told_us = 0
 
     cdef bint enter_epoch(self, int64_t epoch, int64_t learning_us, bint forgets, int64_t held_us, int64_t now_us) except -1:
-        """Take up what a beat has told. True in another epoch: the store may have lost what is known here, and is told it.
+        """Take up the epoch in the reply to a beat. True if it is another one: then the store may have lost what is known here.
 
-        forgets: the store was cleared in that epoch, or since the one known here. held_us: it still has all that it was told before
-        this, by the clock of the one known here; 0: that isn't known.
+        forgets: the store was cleared in that epoch, or since the one known here. held_us: the store still has all that it heard
+        before this time, by its clock in the epoch known here; 0: that is unknown.
         """
         cdef bint another = self.epoch and self.epoch != epoch
         if another and forgets:
@@ -345,13 +345,13 @@ cdef class Repair:
             another = False
         elif another:
             self.epochs += 1
-            # What is still to be charged is charged here. An assertion that waits speaks of the epoch before.
-            self.telling = self.tell_all(epoch, held_us)
+            # Charges that wait go to this epoch. Assertions that wait are about the one before.
+            self.assertions = self.assert_all(epoch, held_us)
             self.newest_us = self.told_us = 0
             self.shares.begin()
         if self.epoch != epoch:
             self.fleet.doubt()
-        # Of one epoch it only becomes shorter, when all have come: a reply may be older than another connection's.
+        # Within an epoch it only becomes shorter, when all have come. This reply may be older than another connection's.
         if self.epoch != epoch or self.learning_until_us <= now_us:
             self.learning_until_us = now_us + learning_us
         else:
@@ -360,9 +360,9 @@ cdef class Repair:
         return another
 
     cdef ControlCall beat(self, bytes purpose, bint asks, bint named, done):
-        """Say that this process is there or leaves, or look which epoch this is, and what was evicted if it `asks`.
+        """A call that says that this process is there or leaves, or that only looks which epoch this is.
 
-        named: say how keys are called, too.
+        asks: for what was evicted, too. named: say how keys are called, too.
         """
         cdef list keys = [self.names.processes_key]
         cdef list args = [b"%d" % self.epoch, self.process_id, purpose, b"1" if asks else b"0", b"%d" % self.fleet.told_count(),
@@ -373,18 +373,19 @@ cdef class Repair:
         return ControlCall("beat", keys, args, done)
 
     cdef int64_t knows_until(self) noexcept:
-        """The store's time, in the epoch that is known, when it was heard of last. 1 if only older ones are known of, 0 if nothing is."""
+        """The store's time in its last reply of the known epoch; 1 if only older ones are known of, 0 if nothing is."""
         return self.newest_us if self.newest_us else 1 if self.bounds.used else 0
 
-    cdef Telling tell_all(self, int64_t epoch, int64_t held_us):
-        cdef Telling telling = Telling.__new__(Telling)
-        telling.bounds = self.bounds
-        telling.epoch, telling.before, telling.newest_us, telling.held_us = epoch, self.epoch, self.knows_until(), held_us
-        telling.held_older = 0 < self.told_us < held_us
-        return telling
+    cdef Assertions assert_all(self, int64_t epoch, int64_t held_us):
+        cdef Assertions assertions = Assertions.__new__(Assertions)
+        assertions.bounds = self.bounds
+        assertions.epoch, assertions.before = epoch, self.epoch
+        assertions.newest_us, assertions.held_us = self.knows_until(), held_us
+        assertions.held_older = 0 < self.told_us < held_us
+        return assertions
 
-    cdef ControlCall next_call(self, int64_t now_us, int rows_max, bint tells):
-        """What the store has to be told next, or None. Of what is known only if it `tells` that, of so many keys at once."""
+    cdef ControlCall next_call(self, int64_t now_us, int rows_max, bint asserts):
+        """The next charge or, if it `asserts`, the next assertion, of at most `rows_max` keys; None if there is none."""
         cdef ControlCall call = None
         if self.calls:
             call = self.aged(self.calls.popleft(), now_us)
@@ -395,21 +396,21 @@ cdef class Repair:
                 break
             if owed:
                 call = self.charge(owed, self.process_id + urandom(8).hex().encode(), now_us)
-        if call is None and tells and self.telling is not None:
-            call = self.telling.next_call(rows_max, self.ahead_us, now_us)
+        if call is None and asserts and self.assertions is not None:
+            call = self.assertions.next_call(rows_max, self.ahead_us, now_us)
         if call is not None:
             if call.telling is not None:
-                call.last_args = [self.process_id, b"%d" % (<Telling>call.telling).level(), b"%d" % call.first]
+                call.last_args = [self.process_id, b"%d" % (<Assertions>call.telling).level(), b"%d" % call.first]
             call.deadline_us = now_us
             self.out.add(call)
         return call
 
     cdef bint idle(self) noexcept:
-        """Whether there is nothing left to be charged, but for what is on its way."""
+        """Whether no charge waits to be sent."""
         return not self.calls
 
     cdef int lose(self, ControlCall call) except -1:
-        """Its reply is lost: it is told again, if that does no harm."""
+        """Its reply is lost: have it sent again, unless it is for an older epoch."""
         if call in self.out:
             self.out.discard(call)
             self.put_back(call)
@@ -418,20 +419,20 @@ cdef class Repair:
     cdef int put_back(self, ControlCall call) except -1:
         if call.telling is None:
             self.calls.append(call)
-        elif call.telling is self.telling:  # another epoch is told anew
-            self.telling.again.append(call)
+        elif call.telling is self.assertions:  # else another epoch has assertions of its own
+            self.assertions.again.append(call)
         return 0
 
     cdef int take_over(self, int64_t now_us) except -1:
-        """Have calls run again whose connection hasn't looked for an answer in time: its loop stands still, or isn't run any more."""
+        """Have calls sent again whose connection hasn't looked for a reply in time: its loop stands still, or has stopped."""
         cdef ControlCall call, twin
         for call in list(self.out):
             if call.deadline_us + STALLED_US <= now_us:
                 self.out.discard(call)
                 # Another one, since the first is still in that connection's hands.
                 twin = call.twin()
-                if call.telling is not None and call in (<Telling>call.telling).out:
-                    (<Telling>call.telling).out[twin] = (<Telling>call.telling).out.pop(call)
+                if call.telling is not None and call in (<Assertions>call.telling).out:
+                    (<Assertions>call.telling).out[twin] = (<Assertions>call.telling).out.pop(call)
                 self.put_back(twin)
         return 0
 
@@ -439,22 +440,22 @@ cdef class Repair:
         """The store has answered a call."""
         self.out.discard(call)
         if call.telling is not None:
-            (<Telling>call.telling).heard(call)
-            if call.telling is self.telling and self.telling.over:
+            (<Assertions>call.telling).heard(call)
+            if call.telling is self.assertions and self.assertions.over:
                 self.told_us = server_us
-                self.telling = None
+                self.assertions = None
         return 0
 
     cdef int deferred(self, ControlCall call, int first) except -1:
-        """The store has taken in what a call tells, but for what begins with that entry: it would have taken too long."""
+        """The store has taken in the items before `first`. The others would have held it for too long: another call has them."""
         self.out.discard(call)
-        if call in (<Telling>call.telling).out:
+        if call in (<Assertions>call.telling).out:
             call.first = first
             self.put_back(call)
         return 0
 
     cdef ControlCall aged(self, ControlCall call, int64_t now_us):
-        """What is charged is as old as it is by now, however late it is told again."""
+        """Give what a call charges the age that it has by now."""
         cdef int64_t past_us = now_us - call.owed_us
         if call.owed is None or past_us <= 0:
             return call
@@ -463,7 +464,7 @@ cdef class Repair:
                             for rule, name, hashed, newest, ages in call.owed], call.marker, now_us)
 
     cdef ControlCall charge(self, list owed, bytes marker, int64_t now_us):
-        """Charge what was admitted here while the store was away. The marker has it charged once, however often it is told."""
+        """A call that charges what was admitted here while the store was away. By its marker the store charges it once only."""
         cdef ControlCall call
         cdef list names = []
         cdef list words = [rule_words(&(<CompiledRule>item[0]).terms, 0) for item in owed]
@@ -480,7 +481,7 @@ cdef class Repair:
         return call
 
     cdef int note_generation(self, PendingDecision sample, int64_t generation, int64_t server_us, int64_t now_us) except -1:
-        """Remember that a key was reset, for as long as somebody may know what it had used before, and forget that here."""
+        """Forget what a key had used before its reset. Remember the reset for as long as another process may know of that use."""
         cdef Shard* shard
         cdef uint32_t index
         cdef Bound* bound = self.bounds.bound_of(sample.hashed, &shard, &index)
@@ -496,5 +497,5 @@ cdef class Repair:
         if bound.account != NULL and bound.account.newest_us <= generation:
             self.bounds.drop_account(shard, bound)
         if bound.lease_at_us - lead_us(sample.rule) <= generation:
-            bound.lease_units = 0            # nobody counts them any more
+            bound.lease_units = 0            # no state counts them any more
         return 0

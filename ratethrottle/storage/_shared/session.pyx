@@ -1,5 +1,5 @@
 # cython: auto_pickle=False, autotestdict=False
-"""One connection's session with the store: beats, and what the store has to be told before it is asked."""
+"""One connection's session with the store: beats, and the control calls that must come before checks."""
 
 cimport cython
 from libc.stdint cimport int64_t
@@ -19,15 +19,15 @@ from ratethrottle.storage._shared.waiting cimport Waiting
 
 cdef enum:
     FREE_US = 10_000                         # between two shards that are freed, of those that a clear() has emptied
-    ROW_US = 40                              # of the store's time for a key that is asserted, at most
+    ROW_US = 40                              # of the store's time, at most, for a key that is asserted
     ROWS_MIN = 4
-    REFUSED_UNREADABLE = 2                   # why an item of a repair isn't taken
-    REFUSED_DEFERRED = 3                     # nor those behind it: it would have held the store for too long
+    REFUSED_UNREADABLE = 2                   # why the store doesn't take an item of a repair: its state can't be read
+    REFUSED_DEFERRED = 3                     # or the item, and those behind it, would have held the store for too long
 
 
 @cython.final
 cdef class Session:
-    """What is said on a connection besides checks. schedule: called when checks may be sent."""
+    """The calls of a connection besides checks. schedule: called when checks may be sent."""
 
     def __init__(self, StorageContext context not None, Link link not None, Exchange exchange not None, Waiting waiting not None,
                  KnownKeys known not None, Fallback fallback not None, schedule):
@@ -47,23 +47,23 @@ cdef class Session:
         return self.beat()
 
     cdef int end(self) except -1:
-        """There is none any more."""
+        """The connection is gone."""
         self.heartbeat.lost()
         self.known.epoch = 0
         return 0
 
     cdef int moved(self) except -1:
-        """A call wasn't run: this is another epoch than it expected."""
+        """The store didn't run a call: this is another epoch than the call expected."""
         self.link.enter(BEATING)
         return self.beat()
 
     cdef int beat(self, bint whole=False) except -1:
-        """Say that this process is there, and hear which epoch this is. whole: by the script."""
+        """Say that this process is there, and ask which epoch this is. whole: by the script."""
         cdef Call call = self.heartbeat.next_call(self.context.bounds.now_us(), whole, self.link.state == SERVING, self._beaten)
         return self.exchange.send(call) if call is not None else 0
 
     cdef int leave(self) except -1:
-        """Say that this process goes, so that the shares of the others needn't wait for that."""
+        """Say that this process leaves: then the others needn't wait until it isn't counted any more."""
         # Another limiter of this process may go on.
         if self.link.is_open() and self.heartbeat.epoch and not self.context.repair.users:
             self.exchange.send(self.context.repair.beat(b"leave", False, False, None))
@@ -82,7 +82,7 @@ cdef class Session:
         self.link.transport.answered()
         if repair.enter_epoch(epoch, numbers[3], numbers[7], numbers[8], now_us):
             repair.losses += 1
-        if numbers[4]:                       # else it was only looked at
+        if numbers[4]:                       # else the beat only looked
             repair.fleet.take_count(numbers[4], numbers[5], numbers[10] >= WHOLE_US, now_us)
         if self.context.losses != repair.losses:
             self.context.losses = repair.losses
@@ -109,7 +109,7 @@ cdef class Session:
         return self.arm_beat(now_us)
 
     cdef int advance(self) except -1:
-        """Tell the store what it has to be told; once that is done, and others had their time too, it is asked again."""
+        """Send the control calls that are due. After them, and once other processes had their time too, checks are sent again."""
         cdef ControlCall call
         cdef Repair repair = self.context.repair
         cdef int64_t now_us = self.context.bounds.now_us()
@@ -117,23 +117,23 @@ cdef class Session:
         cdef bint others = False
         if not self.link.is_open() or self.heartbeat.epoch == 0:
             return 0
-        if self.heartbeat.epoch != repair.epoch:  # another connection has met a later one meanwhile
+        if self.heartbeat.epoch != repair.epoch:  # another connection has found a later one meanwhile
             self.link.enter(BEATING)
             return self.beat()
         repair.take_over(now_us)
         for sent in self.exchange.in_flight:
             telling += isinstance(sent, ControlCall) and (<ControlCall>sent).telling is not None
         while self.exchange.has_room():
-            # Beside checks one at a time, or these would have to wait for each other's answer.
+            # While checks are sent, one assertion at a time: several would make each check wait longer.
             call = repair.next_call(now_us, self.rows_max(), telling == 0 or self.link.state != SERVING)
             if call is None:
                 break
             telling += call.telling is not None
             self.exchange.send(call)
-        if telling == 0 and repair.telling is not None and repair.telling.waits() and not self.advancing:
+        if telling == 0 and repair.assertions is not None and repair.assertions.waits() and not self.advancing:
             self.advancing = True
             self.waiting.call_soon(self._advance_on, context=self.waiting.context)
-        # What was charged on this very connection comes before the checks that follow it. What is known is told while they are sent: the
+        # Checks wait for charges of other connections; those of this one come before them anyway. They don't wait for assertions: the
         # store decides no key of which it may have to hear more.
         for call in repair.out:
             others = others or (call.telling is None and call not in self.exchange.in_flight)
@@ -141,7 +141,7 @@ cdef class Session:
             self.link.enter(LEARNING)
             self.fallback.decide_waiting(repairing())
             self.waiting.arm_timer(now_us, repair.learning_until_us)
-        # And what has no room yet would come after checks that count on it.
+        # And a charge that has no room yet would come after checks that count on it.
         elif not repair.idle() or others or (self.context.bounds.owing and not self.exchange.has_room()):
             self.link.enter(TELLING)
         else:
@@ -152,8 +152,8 @@ cdef class Session:
         return 0
 
     cdef int begin_serving(self, int64_t now_us) except -1:
-        """The store is asked again."""
-        # Now that there is a connection, what it is for takes little time.
+        """Send checks again."""
+        # The connection is there, so checks on it take little time.
         self.waiting.end_excuses(now_us)
         self.link.reason = None
         if self.link.why & AWAY or not self.link.served:  # an outage may have outlived the loop that met it
@@ -163,7 +163,7 @@ cdef class Session:
         return 0
 
     def _advance_on(self):
-        """Go on with what takes longer than the loop should stand still."""
+        """Go on sorting, which takes longer than the loop should stand still."""
         self.advancing = False
         self.advance()
 
@@ -182,7 +182,7 @@ cdef class Session:
             self.free_emptied()
 
     cdef int rows_max(self) noexcept:
-        """How many keys an assertion has, so that those of all processes together take the store no longer than a check can wait."""
+        """How many keys an assertion has: those of all processes together must not hold the store for longer than a check can wait."""
         cdef int64_t processes = max(<int64_t>1, self.context.repair.fleet.processes)
         return <int>max(<int64_t>ROWS_MIN, min(<int64_t>CALL_ITEMS_MAX, self.context.deadline_us // (ROW_US * processes)))
 
@@ -190,7 +190,7 @@ cdef class Session:
         return self.waiting.arm_timer(now_us, now_us + self.heartbeat.quiet_us(now_us))
 
     cdef int take_control(self, ControlCall call, const int64_t* numbers, int count) except -1:
-        """Take up the reply to a beat, or to what the store was told."""
+        """Take up the reply to a control call."""
         cdef Repair repair = self.context.repair
         cdef int first = 0
         if call.script == "repair":
@@ -206,7 +206,7 @@ cdef class Session:
         return self.advance() if self.repairs() else 0
 
     cdef int tell_refusals(self, ControlCall call, const int64_t* numbers, int count) except -1:
-        """Tell what of a call the store didn't take, by pairs of an item's number and why. Returns where it goes on, or 0."""
+        """Announce what the store didn't take, by pairs of an item's number and why. Returns the item to go on with, or 0."""
         cdef int i, first = 0
         cdef dict refused = {}
         for i in range(2, count - 1, 2):
@@ -223,7 +223,7 @@ cdef class Session:
         return first
 
     cdef int beat_if_due(self, int64_t now_us) except -1:
-        """If nothing else has been said for a while, see that the store is still there, and still the same."""
+        """If nothing was sent for a while, see whether the store is still there, and still the same."""
         if self.link.is_open() and self.heartbeat.epoch and not self.heartbeat.beating:
             if self.heartbeat.due(now_us):
                 self.beat()
@@ -231,5 +231,5 @@ cdef class Session:
         return 0
 
     cdef inline bint repairs(self) noexcept:
-        """Whether there is something to tell, or this connection doesn't serve yet."""
-        return self.link.state != SERVING or self.context.repair.telling is not None
+        """Whether there is something to assert, or this connection doesn't serve yet."""
+        return self.link.state != SERVING or self.context.repair.assertions is not None

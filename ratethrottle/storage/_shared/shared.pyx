@@ -27,7 +27,7 @@ cdef class SharedStorage(Backend):
     """Finds the batch of a check. One for all event loops of a process.
 
     names: of the keys. repair: what is known of the store, which other storages of this process that have the same keys share.
-    deadline_us: how long a check may wait. ttl_us: how long a bound denies before it is asked again. on_outage: who decides while the
+    deadline_us: how long a check may wait. ttl_us: how long a bound denies without asking again. on_outage: what decides while the
     store is away, if a rule doesn't say. expected: how many processes share the limits (0: unknown) until the store has counted
     them. deny_overload: what is too much for the queue is denied, instead of an error.
     """
@@ -74,7 +74,7 @@ cdef class SharedStorage(Backend):
         return <Batch?>found[<Py_ssize_t>(hashed.lo % <uint64_t>len(found))]
 
     def _forked(self):
-        """Whether this is the first call in a process that was forked; what belonged to the other one is given up then."""
+        """Whether this is the first call in a forked process. It gives up what belongs to the parent then."""
         self.context.repair.forked()         # once, for all storages that share it
         if self.forks == self.bounds.forks:
             return False

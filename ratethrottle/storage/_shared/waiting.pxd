@@ -14,7 +14,7 @@ cdef extern from "<stdint.h>":
 
 cdef class Waiting:
     cdef Queue asking                        # for an answer, in the order in which they entered
-    cdef Queue parked                        # they ask what is being asked already
+    cdef Queue parked                        # they ask what another check is asking already
     cdef Queue own                           # nobody waits for these: they take no caller's place, and have no deadline
     cdef readonly Py_ssize_t most            # of callers'
     cdef int64_t deadline_us                 # how long each may wait
@@ -31,9 +31,9 @@ cdef class Waiting:
     cdef object on_timer
     cdef object timer
     cdef int64_t timer_at_us
-    cdef int spares                          # how often in a row what has run out of time was left for one more look
+    cdef int spares                          # how often in a row nothing was judged yet, for one more look
     cdef int64_t spared_until_us             # when that is
-    cdef int64_t excused_until_us            # what was held up by a loop that was blocked may still be sent
+    cdef int64_t excused_until_us            # until then, checks that a blocked loop held up may still be sent
     # A turn of the loop in which callers enter:
     cdef bint turn_due                       # it is going on
     cdef uint64_t turn_from                  # the first that entered in it
@@ -62,9 +62,9 @@ cdef class Waiting:
         return 0
 
     cdef inline int enter(self, PendingDecision pending, int64_t now_us, bint parks) except -1:
-        """Queue a caller's check; parked, if another one is asking just that."""
+        """Queue a caller's check; parked if another check is asking the same."""
         cdef Waiter waiter
-        # All of a group within one deadline, however long it takes to enter them.
+        # A group has one deadline, however long it takes to enter all of it.
         pending.deadline_us = now_us + self.deadline_us if pending.group is None else pending.group.deadline_us
         pending.turn = self.turns
         self.turns += 1
@@ -83,12 +83,12 @@ cdef class Waiting:
         return 0 if self.timer is not None and at_us >= self.timer_at_us else self.set_timer(now_us, at_us)
 
     cdef inline int64_t tick_us(self, int64_t now_us) noexcept:
-        """When to look after those who wait: several times before their deadline, which tells whether the loop works meanwhile."""
+        """When to look at what waits: several times before its deadline, to see whether the loop works meanwhile."""
         return now_us + self.deadline_us // 8
 
 
 cdef inline int complete(PendingDecision pending, object error) except -1:
-    """The decision is there, or `error` instead: whoever waits is woken, together with the others."""
+    """The decision is there, or `error` instead. Wakes the task that waits, together with the others."""
     cdef Group group = pending.group
     cdef Waiter waiter = pending.waiter
     pending.stage = COMPLETE

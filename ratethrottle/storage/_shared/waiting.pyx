@@ -1,7 +1,7 @@
 # cython: auto_pickle=False, autotestdict=False
 """What waits for an answer: queues, deadlines, and one timer for all. Knows nothing of Redis, and belongs to one event loop.
 
-All callers wait equally long, and so run out of time in the order in which they entered.
+All callers have the same deadline. So they run out of time in the order in which they entered.
 """
 
 cimport cython
@@ -15,10 +15,10 @@ from contextvars import Context
 
 
 cdef enum:
-    LOOK_US = 1_000                          # what has run out of time is judged so much later: what has come is read first
-    BLOCKED_US = 10_000                      # a timer that is so late tells that the loop was kept from its work
+    LOOK_US = 1_000                          # checks that are out of time are judged so much later: replies are read first
+    BLOCKED_US = 10_000                      # a timer that is so late shows that something blocked the loop
     SPARES_MAX = 2
-    SPARED_US = 40_000                       # and then a store that serves has so long at most to catch up
+    SPARED_US = 40_000                       # and a store that serves has so long at most to catch up
 
 
 cdef object twin_of(object error):
@@ -116,9 +116,9 @@ cdef class Waiting:
         return 0
 
     cdef int count_from_now(self, int64_t now_us) except -1:
-        """Count the deadlines of those who entered in a long turn of the loop from its end: nothing could be sent before.
+        """Count deadlines from the end of a long turn of the loop, for checks that entered in it: nothing could be sent before.
 
-        Else most of a crowd that takes as long to enter would have run out of time while the store was idle.
+        Otherwise most of a large crowd would be out of time while the store was idle.
         """
         cdef int64_t deadline_us = now_us + self.deadline_us
         cdef PyObject* entered = self.asking.last
@@ -150,9 +150,9 @@ cdef class Waiting:
         return 0
 
     cdef bint spared(self, int64_t now_us, int64_t first_us, bint serving) except -1:
-        """Whether to look once more, later, before anything is judged: an answer may have come that hasn't been read yet.
+        """Whether to look once more, later, before anything is judged: a reply may have come that isn't read yet.
 
-        Where the loop was kept from its work, what it could not send, or the connection that it could not make, has some time too.
+        If something blocked the loop, checks that it couldn't send, and a connection that it couldn't make, have more time too.
         first_us: the first deadline of all, those of calls included. serving: the store answers.
         """
         cdef int64_t late_us = now_us - self.timer_at_us
@@ -175,14 +175,14 @@ cdef class Waiting:
         return True
 
     cdef int excuse(self, int64_t now_us, bint serving) except -1:
-        """Give what waits more time if the timer is late: the loop was kept from its work."""
+        """Give what waits more time if the timer is late: something blocked the loop."""
         cdef int64_t late_us = now_us - self.timer_at_us
         if late_us > BLOCKED_US:
             self.excused_until_us = now_us + min(late_us, <int64_t>SPARED_US if serving else self.deadline_us)
         return 0
 
     cdef int end_excuses(self, int64_t now_us) except -1:
-        """A connection serves now: what it is for takes little time."""
+        """A connection serves now, so that checks take little time."""
         self.spared_until_us = min(self.spared_until_us, now_us + SPARED_US)
         self.excused_until_us = min(self.excused_until_us, now_us + SPARED_US)
         return 0

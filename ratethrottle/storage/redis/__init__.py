@@ -11,5 +11,5 @@ __all__ = ["RedisStorage"]
 try:
     check_installed()
 except ConfigurationError as missing:
-    # Said at once, but only said: whoever keeps the state in memory needs no scripts. RedisStorage raises it.
+    # A warning at once, and no error: in-memory storage needs no scripts. RedisStorage raises the error.
     warnings.warn(str(missing), RuntimeWarning, stacklevel=2)

@@ -36,7 +36,7 @@ class Work(Generic[T]):
     def _run(self, work: Callable[[], T]) -> None:
         try:
             result = work()
-        except BaseException as error:  # noqa: BLE001  # SystemExit too: it is for whoever waits, and ends no thread of theirs
+        except BaseException as error:  # noqa: BLE001  # SystemExit too: it is for the tasks that wait, and doesn't end their thread
             self.failed, raised = True, error
             self._outcome = lambda: _raise(raised)
         else:
@@ -67,7 +67,7 @@ class Work(Generic[T]):
 
 
 class Shared(Generic[T]):
-    """Runs `work` on a thread, once at a time unless it hangs: whoever asks meanwhile waits for the same result.
+    """Runs `work` on a thread, once at a time unless it hangs: tasks that ask meanwhile wait for the same result.
 
     fresh_s: for how long a result that was taken serves others too. One that nobody waited for any more is kept for the next.
     """
@@ -88,7 +88,7 @@ class Shared(Generic[T]):
 
     def begin(self) -> Work[T]:
         """Have the work begin, unless it is under way or a result is there."""
-        if self._process != os.getpid():  # forked: the thread is the parent's, and so may be whoever holds the lock
+        if self._process != os.getpid():  # forked: the thread is the parent's, and so may be the holder of the lock
             self._process, self._lock, self._last, self._hanging = os.getpid(), threading.Lock(), None, []
         with self._lock:
             last = self._last

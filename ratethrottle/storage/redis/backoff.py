@@ -82,14 +82,14 @@ class Backoff:
         slot = int((last_s + phase_s + ROUNDING_S) / self._every_s) + 1
         self._next_s = slot * self._every_s - phase_s
         if self._costly > 1:
-            # For the sake of whoever gives out the credentials: he had better not be asked by all processes at the same moment.
+            # Spare the service that gives out credentials: all processes must not ask it at the same moment.
             most_s = min(EVERY_S * 2.0 ** min(self._costly - 1, 10), EVERY_MOST_S)
             self._next_s = max(self._next_s, last_s + most_s * random.uniform(0.5, 1.0))  # noqa: S311  # no secret
             self._every_s = max(self._every_s, most_s)
         return self._next_s - now_s
 
     def give_back(self, turn_s: float) -> None:
-        """Leave a turn that was taken, by the monotonic clock, to whoever asks next."""
+        """Leave a turn that was taken, by the monotonic clock, to the connection that asks next."""
         self._given_back_s = turn_s
 
     def until_next_s(self) -> float:
@@ -127,7 +127,7 @@ class Backoff:
             self.failed()
 
     def succeeded(self) -> None:
-        """Redis has answered: who waits for a turn needn't."""
+        """Redis has answered: connections that wait for a turn needn't."""
         self._costly = 0
         if self._failing_since_s is not None:
             self._failing_since_s = None

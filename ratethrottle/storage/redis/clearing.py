@@ -56,10 +56,24 @@ class Clearing:
     async def _begin(self, known_epoch: int) -> bytes:
         """Begin an epoch without a past; returns what its key holds. From now on nothing of before it counts."""
         run = await self._run_id()
-        words = (b"clear", run, known_epoch, b"clear", b"clear", 0, 0, 0)
+        beat = script("beat")
+        # Written here, since a ControlCall is written for a batch, and this connection has none. Nor is it the beat of a process:
+        # it counts none (known_processes) and has nothing to tell (heard_us).
+        words: dict[str, bytes | int] = {
+            "request": b"clear",
+            "run": run,
+            "known_epoch": known_epoch,
+            "process_id": b"clear",
+            "purpose": b"clear",
+            "statistics": 0,
+            "known_processes": 0,
+            "heard_us": 0,
+        }
         keys = (self._names.epoch_key, self._names.processes_key)
-        reply = await self._ask(b"EVAL", script("beat").body(shebang=False), len(keys), *keys, *words)
-        return b"%b%016d%016d" % (run, reply[2], reply[3])
+        ordered = [words[name] for name in beat.header["ARGV"] if name != "layout"]
+        reply = await self._ask(b"EVAL", beat.body(shebang=False), len(keys), *keys, *ordered)
+        numbers = dict(zip(beat.header["reply"], reply, strict=True))
+        return b"%b%016d%016d" % (run, numbers["epoch"], numbers["learning_began"])
 
     async def _delete(self, epoch: bytes, keys: list[bytes]) -> bool:
         """Delete what isn't of this epoch; False if there is another one by now."""
@@ -68,7 +82,7 @@ class Clearing:
         return int(reply[1]) >= 0
 
     async def wipe(self) -> None:
-        """Delete all that begins with the prefix, whoever wrote it. Nobody may use it any more, or it would come back."""
+        """Delete all that begins with the prefix, also what other programs wrote. No process may use it any more, or it would come back."""
         cursor = b"0"
         while True:
             cursor, found = await self._ask(b"SCAN", cursor, b"MATCH", self._all, b"COUNT", 1000)

@@ -71,7 +71,7 @@ class Connection:
         self._retry_at_once = (
             asyncio.Event()
         )  # it needn't wait for its turn to connect: there is another master, or Redis answers
-        self.failures = 0  # attempts to connect that came to nothing
+        self.failures = 0  # attempts to connect that failed
         self._tried_s = -math.inf  # when the newest try was begun, by the loop's clock
         self._begun_s = 0.0  # when the attempt was begun that the try belongs to
         self._patience: asyncio.Timeout | None = None  # of the attempt that is under way
@@ -81,7 +81,7 @@ class Connection:
         self._receiver: Receiver | None = None
         self._dropped: list[AbstractConnection] = []  # not heard any more, and to be closed by the owner
         self._returning: asyncio.Future[None] | None = None  # leases, at the end
-        self._closing = False  # by somebody who closes the storage, or has let go of it; not by the end of the loop
+        self._closing = False  # because the storage was closed or dropped; not because the loop ends
         self._sent_before_error = 0  # calls, when Redis last answered one with an error
         self._context = contextvars.Context()  # of what is called later: it belongs to no request
         self._overdue = Overdue(self._context, self._discard)
@@ -94,7 +94,7 @@ class Connection:
 
     @property
     def probing(self) -> bool:
-        """Whether Redis is being connected to, asked which epoch it is in, or told what it has missed.
+        """Whether this is connecting to Redis, asking it for its epoch, or telling it what it has missed.
 
         An attempt that hasn't heard anything in a deadline's time goes on, but nobody expects much of it.
         """
@@ -165,7 +165,7 @@ class Connection:
                 await self._give_all_back()
             finally:
                 self.batch.end(closed())
-                if not self.loop.is_closed():  # by somebody who leaves tasks behind: nothing can be closed any more
+                if not self.loop.is_closed():  # by a program that leaves tasks behind: nothing can be closed any more
                     self._detach()
                     self._overdue.forget()
                     await self._tidy()
@@ -186,7 +186,7 @@ class Connection:
     async def _open_connection(self) -> None:
         wait_s = self._backoff.wait_s()
         if wait_s:
-            # Where the deadline leaves it the time, a check waits rather than being decided without Redis. A refusal stays one.
+            # If its deadline leaves it the time, a check waits instead of going by the policy. A refusal stays one.
             if not self.batch.away and not isinstance(self.batch.reason, StorageRefused) and wait_s > self._deadline_s / 2:
                 self.batch.begin_outage(lost_again(wait_s))
             await self._wait(wait_s)
@@ -200,7 +200,7 @@ class Connection:
         self._began()
         self._begun_s = self._tried_s
         asked = self.master.credentials_asked
-        # An attempt is patient; checks aren't. Nobody is told of an outage who hasn't asked for anything yet.
+        # An attempt is patient; checks aren't. Without a check that waits, there is no outage to announce yet.
         self._allow(self._deadline_s)
         try:
             async with asyncio.timeout(self._connect_timeout_s) as self._patience:
@@ -276,7 +276,7 @@ class Connection:
             self._impatience = self.loop.call_later(for_s, self._go_on_without, due_s, context=self._context)
 
     def _go_on_without(self, due_s: float) -> None:
-        """Leave decisions to the policies while the attempt goes on, where it was due to come to something by now."""
+        """Leave decisions to the policies if the attempt has had its time. The attempt goes on."""
         late_s = self.loop.time() - due_s
         if late_s > STOOD_STILL_S:
             # The loop stood still: what came meanwhile hasn't been looked at yet.
@@ -286,7 +286,7 @@ class Connection:
 
     def _resign(self) -> None:
         self._resigning = False
-        # A refusal stays one: whoever is far away is slow to say it again.
+        # A refusal stays one: a server that is far away is slow to repeat it.
         batch = self.batch
         if not batch.open and not batch.away and not batch.refused and not batch.ended:
             batch.begin_outage(no_connection(self._deadline_s))
@@ -318,7 +318,7 @@ class Connection:
         self._backoff.repeated.went("beat")
 
     def refused(self, call: Call, text: bytes) -> None:
-        """Give an error to a call that the server has answered with one; where it can't serve us, drop the connection."""
+        """Give an error to a call that the server has answered with one; if it can't serve us, drop the connection."""
         reply = refusal(text.decode("utf-8", "replace"))
         error = failure(reply, self._deadline_s, sent=True)
         beat = isinstance(call, ControlCall) and call.script == "beat"

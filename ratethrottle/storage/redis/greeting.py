@@ -1,6 +1,6 @@
-"""What is said on a new connection: who we are, and what a connection has to know, all in one write.
+"""The greeting of a new connection: it authenticates, and asks what the connection has to know, all in one write.
 
-Each round trip counts where Redis is far. Beside TCP's own and those of TLS there is one, and a second one where the server doesn't
+Each round trip counts if Redis is far. Beside TCP's own and those of TLS there is one, and a second one if the server doesn't
 have our scripts yet: they are 96 kB, and Redis takes no argument of more than 16 kB from a client that it doesn't know yet.
 """
 

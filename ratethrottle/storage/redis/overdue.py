@@ -25,7 +25,7 @@ class Overdue:
         self._heard: tuple[AbstractConnection, Receiver, asyncio.TimerHandle] | None = None
 
     def hear(self, connection: AbstractConnection, late: LateReplies) -> None:
-        """Go on hearing a connection that somebody else has let go of."""
+        """Go on hearing a connection that a `Connection` has given up."""
         self.forget()
 
         def received(data: bytes) -> None:

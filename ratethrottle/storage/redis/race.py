@@ -53,7 +53,7 @@ class Progress:
 
 
 async def half_second() -> None:
-    """Wait for the next turn of who shares it with nobody."""
+    """Wait for the next turn of an attempt that shares its turns with no other."""
     await asyncio.sleep(0.5 - SILENT_S)
 
 
@@ -150,7 +150,7 @@ class Race(Generic[T]):
             left.add(self._turning)
         for task in left:
             task.cancel()
-        if left and not self._loop.is_closed():  # by somebody who leaves tasks behind: nothing can be waited for any more
+        if left and not self._loop.is_closed():  # by a program that leaves tasks behind: nothing can be waited for any more
             try:
                 await asyncio.wait(left)
             finally:

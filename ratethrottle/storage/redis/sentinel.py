@@ -114,7 +114,7 @@ class Sentinel:
             finally:
                 if listening is not None:
                     listening.cancel()
-                    if not self._loop.is_closed():  # by somebody who leaves tasks behind: nothing can be waited for any more
+                    if not self._loop.is_closed():  # by a program that leaves tasks behind: nothing can be waited for any more
                         await asyncio.wait([listening])
 
     async def _listen(self) -> None:
@@ -149,7 +149,7 @@ class Sentinel:
         try:
             yield reached
         finally:
-            if not self._loop.is_closed():  # by somebody who leaves tasks behind: nothing can be closed any more
+            if not self._loop.is_closed():  # by a program that leaves tasks behind: nothing can be closed any more
                 await close(reached[0])
 
 

@@ -377,7 +377,7 @@ def own_kwargs(connection_class: type, theirs: Mapping[str, Any], step_s: float 
         protocol=2,
         retry=Retry(NoBackoff(), 0),
         # The caller bounds the time. With one of its own, redis-py writes through asyncio.wait_for, which up to Python 3.11 can lose
-        # a cancellation: the task that was told to end goes on, and who waits for its end waits for ever.
+        # a cancellation: the cancelled task goes on, and a task that waits for its end waits for ever.
         socket_connect_timeout=step_s,
         socket_timeout=None,
     )

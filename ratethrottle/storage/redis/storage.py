@@ -204,14 +204,14 @@ class RedisStorage(SharedStorage):
     async def reset(self, entry: Entry) -> None:
         """Forget what the key has used under the rule, for every server.
 
-        While a Redis that has lost something is told what was used, it waits for that, a second at most.
+        If Redis has just lost data, it waits until the processes have told it what was used, a second at most.
         """
         give_up_s = time.monotonic() + LEARNS_S
         while True:
             try:
                 await self._together([entry], "reset")
             except StorageUnavailable:
-                # By policies nothing can be reset; done twice it comes to the same.
+                # No policy can reset a key. To reset it twice does no harm.
                 if self._closed or not self.repair.learning or time.monotonic() >= give_up_s:
                     raise
                 await asyncio.sleep(ASK_AGAIN_S)
@@ -317,7 +317,7 @@ class RedisStorage(SharedStorage):
         connections = self._open.pop(asyncio.get_running_loop(), ())
         abandon(self._open)
         if connections and connections[0].process == os.getpid():
-            # All of it before the first await: who is cancelled here leaves nothing that runs on.
+            # All of it before the first await: a caller that is cancelled here leaves nothing that runs on.
             ends = [*[connection.end() for connection in connections], *connections[0].master.end()]
             try:
                 await asyncio.wait(ends)
@@ -372,7 +372,7 @@ class RedisStorage(SharedStorage):
         return tuple(connection.batch for connection in self._connections_here())
 
     def _remember_sent(self, connections: tuple[Connection, ...]) -> None:
-        """Keep the counts of connections that are about to go: a count that falls looks like a restart to who watches it."""
+        """Keep the counts of connections that are about to go: to a monitor, a count that falls looks like a restart."""
         ours = [connection for connection in connections if connection.process == os.getpid()]
         calls, items = self._sent_before
         calls += sum(connection.batch.sent_calls for connection in ours)
@@ -380,7 +380,7 @@ class RedisStorage(SharedStorage):
 
 
 def abandon(connections: dict[asyncio.AbstractEventLoop, tuple[Connection, ...]]) -> None:
-    """Let go of every connection: its own loop closes it, unless it belongs to the process that forked this one."""
+    """Give up every connection: its own loop closes it, unless it belongs to the process that forked this one."""
     while connections:
         for connection in connections.popitem()[1]:
             if connection.process == os.getpid():

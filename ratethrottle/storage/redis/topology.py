@@ -30,9 +30,9 @@ T = TypeVar("T")
 GRACE_S = 0.05
 # How long a sentinel is waited for before it has no voice in whether to leave a master that still answers.
 SILENT_S = 0.5
-# A part of what an attempt may take, so that who asked is told what was found, and not only that it took too long.
+# A part of what an attempt may take: then its error can say what was found, and not only that it took too long.
 FIND_SHARE = 0.9
-# A connection on which a server was found to be the master is given to whoever connects next, within so long.
+# A connection on which a server was found to be the master is kept for the next connection, for so long.
 SPARE_S = 0.2
 # A master that was found to be one isn't suspected again before, or a master without replicas would be left at each check.
 TRUST_S = 0.5
@@ -67,7 +67,7 @@ class Master:
         """Look for the master again: its answer (READONLY, NOREPLICAS) says that it may be none any more."""
 
     def end(self) -> list[asyncio.Task[Any]]:
-        """Have what runs here end: these tasks. Connections that were handed out stay with whoever has them."""
+        """Have what runs here end: these tasks. Connections that were handed out stay with their owners."""
         return []
 
     async def aclose(self) -> None:
@@ -83,7 +83,7 @@ class Master:
 def master(settings: Settings, followed: Callable[[str, str], None]) -> Master:
     """Make what finds the master, for the running loop. Nothing connects before `connect`.
 
-    followed: told when the sentinels name another master: host:port before, and after.
+    followed: called when the sentinels name another master, with host:port before, and after.
     """
     return FollowedMaster(settings, followed) if settings.sentinels else Master(settings)
 
@@ -145,7 +145,7 @@ class FollowedMaster(Master):
             self._loop.call_soon_threadsafe(self.end)
 
     def end(self) -> list[asyncio.Task[Any]]:
-        """Have what runs here end: these tasks. Connections that were handed out stay with whoever has them."""
+        """Have what runs here end: these tasks. Connections that were handed out stay with their owners."""
         self._closed = True
         self._drop_spare()
         owned: list[asyncio.Task[Any] | None] = [self._finding, self._following, *(sentinel.task for sentinel in self._sentinels)]
@@ -238,7 +238,7 @@ class FollowedMaster(Master):
                     continue
                 settled = await self._settle()
         finally:
-            if not self._loop.is_closed():  # by somebody who leaves tasks behind: nothing can be closed any more
+            if not self._loop.is_closed():  # by a program that leaves tasks behind: nothing can be closed any more
                 self._drop_spare()
                 await self._tidy()
 

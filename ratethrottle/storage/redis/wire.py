@@ -20,14 +20,14 @@ class Wire(Protocol):
 
 
 class Receiver(asyncio.Protocol):
-    """Hears what comes on a connection, until it is told to let go."""
+    """Hears what comes on a connection, until `let_go`."""
 
     def __init__(self, received: Callable[[bytes], None], lost: Callable[[Exception | None], None]) -> None:
         self.data_received = received  # type: ignore[assignment,method-assign]  # not by way of a method: it runs for each reply
         self._lost = lost
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Tell the connection, unless it was the one that let go."""
+        """Tell the `Connection`, unless it has let go."""
         self._lost(exc)
 
     def let_go(self) -> None:
@@ -77,7 +77,7 @@ class FakeWire:
                 except redis.ResponseError as error:
                     reply = error
                 self._receiver.data_received(written(reply))
-        except (redis.ConnectionError, AttributeError) as error:  # the fake server was told to be away, or the connection let go
+        except (redis.ConnectionError, AttributeError) as error:  # a test has taken the fake server away, or the connection was dropped
             self._receiver.connection_lost(redis.ConnectionError(str(error)))
 
 

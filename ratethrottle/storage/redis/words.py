@@ -80,7 +80,7 @@ def masked(text: str) -> str:
     for token in line.split():
         word = token.strip("()[]{},.;:!?'\"")
         if token.startswith(KEY) or (token[-1] in "'\"" and not _names_command(word) and word not in SETTINGS):
-            kept.append(HIDDEN)  # who knows where a key ends, or what was in marks that are inside others
+            kept.append(HIDDEN)  # nothing tells where a key ends, or what was in marks that are inside others
             break
         plain = word in ("", HIDDEN) or (len(word) <= WORD_MAX and PLAIN.fullmatch(word)) or _names_command(word)
         if telling and word.lower() not in ORDINARY | TELLING and word != "" and not word.startswith("<"):

@@ -3,11 +3,11 @@
 --- ARGV: request run known_epoch process_id purpose statistics known_processes heard_us layout
 --- reply: request server_us epoch learning_began learning_us processes rank evicted_keys forgets held_us slot whole_us
 -- An epoch is one run of one server over one data set. Its key holds the server's run id (40 characters), E (16 digits: its name, us,
--- always greater than those before it) and M (16 digits: by when all have come who have to tell what they knew of before, by this
--- server's clock; 0 while nobody is known to know of anything). docs/arithmetic.md specifies it under "Repair". While
+-- always greater than those before it) and M (16 digits: by when all processes have come that knew something before, by this
+-- server's clock; 0 while no process is known to know anything). docs/arithmetic.md specifies it under "Repair". While
 -- states are repaired, there may be 17 digits more, of which calls needn't know: 1 if what isn't of this epoch was cleared, and W, which
 -- telling.lua describes. `<epoch_key>:cleared` holds E of the last clear: a process from an earlier epoch has to forget (1) what it knows.
--- `<epoch_key>:written` holds E, and until when, by this server's clock, all that it was told is in the data that this stands in. A process
+-- `<epoch_key>:written` holds E, and until when, by this server's clock, the data that holds this key has all that processes told. A process
 -- that comes with heard_us, the server's time when it heard of that epoch last (0: never), needn't tell what is older than held_us (0: all).
 -- purpose: `count` (the process), `leave`, `look`, if it was counted only just, or `clear`, to begin an epoch without a past.
 -- known_processes: how many shared the limits in the epoch that it knows, 0 if it wasn't one of them, 10^9 if that isn't sure. A
@@ -63,8 +63,8 @@ local stood, suffix = found[1] or '', ''
 local value = stood
 if #value == 89 and not find(value, '%D', 73) then value, suffix = sub(value, 1, 72), sub(value, 73) end
 local theirs, epoch, began = match(value, '^(%w+)(%d%d%d%d%d%d%d%d%d%d%d%d%d%d%d%d)(%d%d%d%d%d%d%d%d%d%d%d%d%d%d%d%d)$')
--- No clock is set so far ahead: what stands there was damaged, or a process was told so. It heals, and keeps nobody out: of such a process
--- it is only taken that it knew something.
+-- No clock is set so far ahead: what stands there, or what a process heard, comes from damage. It heals, and keeps no process out: such
+-- a process counts as one that knew something.
 if known > now + YEAR_US then known = 1 end
 -- A process that has to forget has nothing to tell either.
 local learns, forgets = false, known > 0 and known < (tonumber(found[3] or 0) or 0)
@@ -77,7 +77,7 @@ elseif theirs ~= run or known > epoch + 0 then
   epoch, learns = max(now, epoch + 1, known + 1), true
 else
   epoch, began = epoch + 0, began + 0
-  -- A process that knew an older epoch comes to one that was taken for the first: what was granted meanwhile counts as since.
+  -- A process that knew an older epoch comes to one that seemed to be the first: what was granted meanwhile counts as since.
   learns = known > 0 and known < epoch and began == 0 and now - epoch < REPAIR_US
 end
 if purpose == 'clear' then
@@ -104,7 +104,7 @@ local function forget()
   found[2] = false
 end
 
--- Counts the process, or lets it go. Its cost doesn't depend on how many there are, but for a few bits of each, read by Redis itself.
+-- Counts the process, or no longer. Its cost doesn't depend on how many there are, but for a few bits of each, read by Redis itself.
 local function count()
   local text = found[2]
   local swept, changed, since, written = 0, 0, now, true
@@ -117,7 +117,7 @@ local function count()
   local period = max(PERIOD_US, members * EACH_US)
   local past = now - swept
   if past >= period or past < 0 then
-    -- The period is over. That of who is late, or after the clock was set, may have been several.
+    -- The period is over. If all are late, or the clock was set, several may be.
     local stand = call('GET', alive)
     if past < 0 or past >= 2 * period then since = now end
     for _ = 1, past < 0 and 1 or min(3, floor(past / period)) do
@@ -127,7 +127,7 @@ local function count()
     end
     call('BITOP', 'OR', alive, last, before)
     if call('GET', alive) ~= stand then changed = max(now, changed + 1) end
-    -- Here already, so that it expires whoever marks it.
+    -- Here already, so that it expires whichever process marks it.
     call('SETRANGE', marks, 0, '\0')
     swept, written = now, true
   end
@@ -181,7 +181,7 @@ if purpose ~= 'look' and purpose ~= 'clear' or comes then
   if slot < 0 then members, rank, whole = 0, 0, 0 end
 end
 
--- How far those have come who tell what they knew of before. What is older is taken for absent only for so long.
+-- How far the processes have come that tell what they knew before. What is older is taken for absent only for so long.
 local held_us, in_time, cleared = 0, now - (began > 0 and began or epoch) < REPAIR_US, sub(suffix, 1, 1) == '1'
 local function hear()
   local level = 0
@@ -212,7 +212,7 @@ end
 level = fine and level or 0
 cleared = cleared and in_time
 suffix = (cleared or level > 0) and (cleared and '1' or '0') .. format('%016.0f', level) or ''
--- Also for who comes from here to another server: not too often.
+-- Also for processes that go from here to another server: not too often.
 if not written or sub(written, 1, 16) + 0 ~= epoch or now - sub(written, 17) >= WRITTEN_US or now < sub(written, 17) + 0 then
   call('SET', KEYS[1] .. ':written', format('%016.0f%016.0f', epoch, now))
 end

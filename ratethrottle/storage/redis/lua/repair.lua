@@ -13,8 +13,8 @@
 -- With mode `assert` there is no marker_key. a b c: of b level 0 0, of s units leaves_us heard_us (ago), of f count since_us 0, of c cur since_us
 -- prev.
 -- told_us: the server's time, before the epoch, when that was heard; 0 if it was in an older one than the process knew. Of assertions the
--- teller comes last: who tells, and how far it has come (telling.lua), which may be all that there is to say; and the number of the entry
--- to begin with. A call ends where it has worked for about a millisecond: that entry and all behind it are deferred, to be sent again.
+-- teller comes last: which process tells, how far it has come (telling.lua), and the number of the entry to begin with. There may be
+-- no entries. A call ends where it has worked for about a millisecond: that entry and all behind it are deferred, to be sent again.
 -- Units of b are ticks, in two charges at most: those of age 0 are new; others, of which the newest is so old, were
 -- charged before, and may have drained too early.
 -- newest_us is the age of the newest of a key's charges: what is older than its last reset is not counted.
@@ -181,7 +181,7 @@ local function join(rule, own, other, h, a, b, c)
   end
 end
 
--- Leaves of a view only what was granted since, or more where that can't be told.
+-- Leaves of a view only what was granted since, or more if that can't be told apart.
 local function forget(v, h)
   local kind, granted = v.kind, h.granted
   if kind == 'b' then

@@ -50,7 +50,7 @@ if simple and (not state or sub(state, 1, skip) == alone) then
       if before > SUM_MAX then
         granted = 0
       elseif before + cost > cap then
-        -- Denied: until when is told by the entry with which enough has left, from the oldest on.
+        -- Denied until enough has left: counted from the oldest entry on.
         total, granted, retry, done = before, 0, -1, true
         if cost <= cap then
           local excess, leaves = before + cost - cap, at

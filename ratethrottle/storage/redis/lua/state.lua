@@ -455,7 +455,7 @@ local function views()
       end
     end
 
-    -- The own view is derived, from the one that holds most: a definition between the two may have let go, or never have known, what
+    -- The own view is derived, from the one that holds most: a definition between the two may have released, or never have known, what
     -- the other one counts.
     local changed, source, used, kind = false, nil, 0, rule.kind
     for i = 1, count do

@@ -1,11 +1,11 @@
--- Which processes still have something to tell of before the epoch, for the scripts that hear of it: the loader puts it in front of them.
--- `<epoch_key>:telling` is the sorted set of these processes by level: all that each of them knows of that server time (of the epoch
--- before, us) and later was told. `<epoch_key>:heard` has when each of them was heard of last (us), and, by names that no process has,
+-- Which processes still have something to tell of older epochs. The loader puts this in front of the scripts that need it.
+-- `<epoch_key>:telling` is the sorted set of these processes by level: each has told all that it knows of that server time (of the epoch
+-- before, us) and later. `<epoch_key>:heard` has when each of them was heard of last (us), and, by names that no process has,
 -- what else is known of them: `=known`, the epoch that the first of them knew; `=mixed`, whether others knew another one; and `=held`,
 -- two numbers of 16 digits, that epoch and until when all of it was kept.
 local UNTOLD, TELLS_LAPSE_US, TELLS_EXPIRE_MS = 9007199254740991, 3000000, 60000
 
--- Returns W: what anybody knows of that server time or later was told; 0 once all of it was.
+-- Returns W: the processes have told all that they know of that server time or later; 0 once they have told all.
 local function untold(epoch_key, now)
   local telling, heard = epoch_key .. ':telling', epoch_key .. ':heard'
   for _ = 1, 16 do
@@ -16,7 +16,7 @@ local function untold(epoch_key, now)
       -- Times of two servers say nothing of each other.
       return redis.call('HGET', heard, '=mixed') and UNTOLD or tonumber(top[2])
     end
-    -- A process that has ended, or stands still, is waited for no longer than it is counted.
+    -- Nothing waits for a process that has ended, or stands still, for longer than it is counted.
     redis.call('ZREM', telling, top[1])
   end
   return UNTOLD
