@@ -33,7 +33,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test demo check ci docs servers servers-short matrix floor bench instructions instructions-record agree agree-short model model-short faults faults-short soak trace sanitize fuzz debug format wheel clean redis valgrind iptables FORCE
+.PHONY: help test demo check ci docs servers servers-short matrix floor bench instructions instructions-ci instructions-record agree agree-short model model-short faults faults-short soak trace sanitize fuzz debug format wheel clean redis valgrind iptables FORCE
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,7 +56,7 @@ check: $(BUILT) $(PEERS) ## Everything static: format, lint, types, stubs, spell
 	$(BIN)/codespell
 	$(BIN)/validate-pyproject pyproject.toml
 
-ci: check docs test servers-short agree-short model-short faults-short instructions ## check, docs, test, short runs of servers, agreement, model and faults, the instruction counts: what .ci/run calls
+ci: check docs test servers-short agree-short model-short faults-short instructions-ci ## check, docs, test, short runs of servers, agreement, model and faults, the instruction counts: what .ci/run calls
 
 docs: $(BUILT) $(DOCS) ## The site in build/docs; a warning or a link that leads nowhere is an error
 	@# -E: a page that is taken from a former build has no warnings.
@@ -95,6 +95,10 @@ bench: $(BUILT) $(PEERS) $(STRANGER) redis ## Benchmarks, beside the peers in on
 
 instructions: $(BUILT) valgrind ## Instructions of the compiled hot paths, held against the recorded ones
 	$(PY) -m benchmarks.instructions
+
+# 3: it has said that it couldn't judge, since nothing is recorded for this compiler.
+instructions-ci: $(BUILT) valgrind
+	$(PY) -m benchmarks.instructions || [ $$? -eq 3 ]
 
 instructions-record: $(BUILT) valgrind
 	$(PY) -m benchmarks.instructions --record

@@ -1,7 +1,8 @@
 """`python -m benchmarks.instructions`: instructions of our compiled objects per check, held against the recorded ones.
 
 They are counted by callgrind, so that neither the machine's load nor its clock plays a part. The recorded ones belong to a
-compiler, a Python and an architecture; elsewhere there is nothing to hold the figures against, and that is no failure.
+compiler, a Python and an architecture. Elsewhere nothing can be judged, and it ends with 3. Under CI=true it ends with 1 if the
+compiler is known: then somebody forgot to record its figures.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ TOLERANCE = 1.03  # nothing but the code changes these counts: two runs differ b
 # What an eviction costs depends on which keys it happens to sample: any change of the order moves it by a few per cent.
 TOLERANCE_EVICTING = 1.10
 MARKS_A_RUN, RUNS = 2, 3  # hotpaths.py: the first run of three warms the path up
+FAILED, NOTHING_JUDGED = 1, 3  # exit codes
 
 
 def key() -> str:
@@ -102,7 +104,33 @@ def judge(figures: dict[str, float], recorded: dict[str, float]) -> int:
     if worse:
         print(f"  {worse} need more than {TOLERANCE:g} × what is recorded (evicting: {TOLERANCE_EVICTING:g}).")
         print("  If that is meant: make instructions-record, and say in the commit why")
-    return 1 if worse else 0
+    return FAILED if worse else 0
+
+
+def unjudged(sentence: str, *, fails: bool) -> int:
+    """Say loudly what wasn't judged; returns the exit code."""
+    print(f"benchmarks.instructions: {sentence}", file=sys.stderr)
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        print(f"::{'error' if fails else 'warning'} title=make instructions::{sentence}")
+    return FAILED if fails else NOTHING_JUDGED
+
+
+def missing(figures: dict[str, float], name: str, recorded: dict[str, dict[str, float]]) -> int:
+    """Say which figures are missing. Under CI=true that fails, unless there are none at all of this compiler."""
+    if name in recorded:
+        paths = sorted(figures.keys() ^ recorded[name].keys())
+        which = f"NOT JUDGED: {'; '.join(paths)}: counted and not recorded, or recorded and not counted; run `make instructions-record`"
+        return unjudged(which, fails=in_ci()) if paths else 0
+    compiler, _, machine = name.split("; ")
+    known = any([compiler, machine] == other.split("; ")[::2] for other in recorded)
+    why = f"{BASELINE.name} has no figures for {name}; there are some for {' and '.join(recorded) or 'nothing'}; "
+    why += "record them with `make instructions-record`, before the change that is to be judged"
+    return unjudged(f"NOTHING WAS JUDGED: {why}", fails=known and in_ci())
+
+
+def in_ci() -> bool:
+    """Whether a laptop's excuses don't count, as with redis-server in the tests."""
+    return os.environ.get("CI") == "true"
 
 
 def main() -> int:
@@ -111,19 +139,14 @@ def main() -> int:
     parser.add_argument("--record", action="store_true", help=f"write the figures to {BASELINE.name} instead of judging them")
     args = parser.parse_args()
     if shutil.which("valgrind") is None:
-        # As with redis-server in the tests: a laptop may do without, CI may not.
-        print("benchmarks.instructions: there is no valgrind on the PATH, so nothing was counted", file=sys.stderr)
-        return 2 if args.record or os.environ.get("CI") == "true" else 0
+        return unjudged("NOTHING WAS JUDGED: there is no valgrind on the PATH", fails=args.record or in_ci())
     recorded: dict[str, dict[str, float]] = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
     figures, name = counted(), key()
     print(name)
     if args.record:
         recorded[name] = {path: round(value, 1) for path, value in figures.items()}
         BASELINE.write_text(json.dumps(dict(sorted(recorded.items())), indent=2) + "\n")
-    code = judge(figures, recorded.get(name, {}))
-    if name not in recorded:
-        print("  nothing is recorded for these, so nothing is judged; `make instructions-record` records them")
-    return code
+    return judge(figures, recorded.get(name, {})) or missing(figures, name, recorded)
 
 
 if __name__ == "__main__":

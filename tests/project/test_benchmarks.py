@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -86,6 +91,82 @@ def test_only_our_own_instructions_are_added_up(tmp_path: Path) -> None:
         "\nob=(2)\nfn=(2)\n0 60\n+3 5\n0\ncob=(1)\ncfn=(3) dict\ncalls=2 0\n0 10\n* 2\n"
     )
     assert instructions.spent(dump) == 67
+
+
+HERE, RECORDED = "GCC 12.2.0; CPython 3.11 (flags 1); x86_64", {"hit": 300.0}
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
+    """Runs the instruction gate, without a count: what it ends with, by the key of this machine and what is counted for a hit."""
+    for name in ("CI", "GITHUB_ACTIONS"):
+        monkeypatch.delenv(name, raising=False)
+    baseline = tmp_path / "instructions.json"
+    baseline.write_text(json.dumps({HERE: RECORDED}))
+    monkeypatch.setattr(instructions, "BASELINE", baseline)
+    monkeypatch.setattr(instructions.shutil, "which", lambda _name: "/usr/bin/valgrind")
+
+    def run(key: str, hit: float, *arguments: str) -> int:
+        monkeypatch.setattr(instructions, "key", lambda: key)
+        monkeypatch.setattr(instructions, "counted", lambda: {"hit": hit})
+        monkeypatch.setattr(sys, "argv", ["instructions", *arguments])
+        return instructions.main()
+
+    return run
+
+
+def test_the_instruction_gate_judges_what_is_recorded(gate: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert gate(HERE, 308) == 0
+    assert gate(HERE, 310) == instructions.FAILED
+    assert "NOTHING WAS JUDGED" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("key", "fails"),
+    [
+        (HERE.replace("12.2.0", "13.3.0"), False),  # another compiler, as a contributor has one
+        (HERE.replace("x86_64", "aarch64"), False),
+        (HERE.replace("3.11", "3.13"), True),  # the same compiler: nobody has recorded its figures for this Python
+        (HERE.replace("flags 1", "flags 2"), True),
+    ],
+)
+def test_the_instruction_gate_says_that_it_judged_nothing(
+    gate: Callable[..., int], key: str, fails: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gate(key, 1_000_000) == instructions.NOTHING_JUDGED
+    assert f"NOTHING WAS JUDGED: instructions.json has no figures for {key}" in capsys.readouterr().err
+    monkeypatch.setenv("CI", "true")
+    assert gate(key, 300) == (instructions.FAILED if fails else instructions.NOTHING_JUDGED)
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    gate(key, 300)
+    assert f"::{'error' if fails else 'warning'} title=make instructions::NOTHING WAS JUDGED" in capsys.readouterr().out
+    assert gate(key, 300, "--record") == 0
+    assert gate(key, 310) == instructions.FAILED
+
+
+def test_the_instruction_gate_says_which_path_it_did_not_judge(
+    gate: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    instructions.BASELINE.write_text(json.dumps({HERE: RECORDED | {"gone": 5.0}}))
+    assert gate(HERE, 300) == instructions.NOTHING_JUDGED
+    assert "NOT JUDGED: gone: counted and not recorded, or recorded and not counted" in capsys.readouterr().err
+    monkeypatch.setenv("CI", "true")
+    assert gate(HERE, 300) == instructions.FAILED
+
+
+def test_the_instruction_gate_without_valgrind_judges_nothing(gate: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(instructions.shutil, "which", lambda _name: None)
+    assert gate(HERE, 300) == instructions.NOTHING_JUDGED
+    assert gate(HERE, 300, "--record") == instructions.FAILED
+    monkeypatch.setenv("CI", "true")
+    assert gate(HERE, 300) == instructions.FAILED
+
+
+def test_make_ci_takes_no_other_failure_of_the_gate_for_that() -> None:
+    [command] = re.findall(r"^instructions-ci:.*\n\t(.+)$", (Path(__file__).parents[2] / "Makefile").read_text(), re.MULTILINE)
+    command = command.replace("$(PY) -m benchmarks.instructions", 'sh -c "exit $CODE"').replace("$$", "$")
+    ended = [subprocess.run(["sh", "-c", command], env={"CODE": str(code)}, check=False).returncode for code in range(4)]
+    assert ended == [0, 1, 1, 0]
 
 
 @pytest.mark.redis

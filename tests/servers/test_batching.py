@@ -122,7 +122,7 @@ def test_check_many_takes_as_many_calls_as_it_has_to(run: Run, redis_server: Red
     assert [decision.remaining for decision in decisions[:900]] == [2] * 300 + [1] * 300 + [0] * 300
     assert not decisions[900].allowed
     ran = calls(redis_client) - before
-    # 900 in calls of at most 128 items, whichever keys come together. Each call reads its keys at once; so does a beat, which then ranks us.
+    # 900 in calls of at most 128 items. Each call reads its keys at once; so does a beat, which then ranks us.
     assert ran["mget"] - ran["zscore"] <= 8
 
 
