@@ -29,7 +29,7 @@ cdef tuple SOURCES = ("memory", "redis", "prefilter", "lease", "outage", "overlo
 
 
 cdef object seconds_up(int64_t us):
-    """The least float of seconds that is not below the µs, so that nobody who sleeps that long wakes too early."""
+    """The least float of seconds that is not below the µs, so that a task that sleeps that long doesn't wake too early."""
     seconds = us / 1e6
     numerator, denominator = seconds.as_integer_ratio()
     return seconds if numerator * 1_000_000 >= us * denominator else nextafter(seconds, _inf)

@@ -89,7 +89,7 @@ class Run:
         cut: how many processes were cut off (default: all). bites: whether somebody has to have noticed the fault; a row in which
         nobody does proves nothing. admits: whether its policy has to have admitted something, where it may. attempts: hold
         attempts to connect to two a second. forget_killed: leave out what processes that were killed admitted, since nobody else
-        knew of it. events: those that each process was told.
+        knew of it. events: those that each process had.
         """
         verdict, processes = self.verdict, len(fleet.urls)
         share = Fraction(processes if cut is None else cut, processes)

@@ -1,6 +1,6 @@
 """A process between the workers and Redis that misbehaves on command. It knows nothing of the limiter.
 
-What it does to bytes is a `Mode`; `Proxy` is the handle of those who command it. Connections that can't be made need no
+What it does to bytes is a `Mode`; a test commands it by a `Proxy`. Connections that can't be made need no
 privileges: a closed port refuses, a reset is SO_LINGER 0, and a listener whose backlog is full lets a SYN go unanswered.
 """
 
@@ -97,7 +97,7 @@ class Between:
         self.listener.setblocking(False)
         if self.mode.accept == "full":
             self.listener.listen(0)
-            for _ in range(4):  # the kernel takes one or two more than it was told
+            for _ in range(4):  # the kernel takes one or two more than it was asked to
                 filler = socket.socket()
                 filler.setblocking(False)
                 with contextlib.suppress(BlockingIOError):  # it is under way, which is all that it is for

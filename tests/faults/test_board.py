@@ -165,7 +165,7 @@ def test_it_fails_a_fleet_that_heals_late_or_never() -> None:
     assert judged(fleet([never])) == ["healed after the run", "not back to normal at the end: {'outage': 10}"]
 
 
-def test_who_was_killed_is_asked_of_the_faults_that_it_outlived() -> None:
+def test_a_killed_process_answers_for_the_faults_that_it_outlived() -> None:
     """All that lived through a fault may have been killed later, one by one; it has healed for them, or not."""
     ended_us, within_us = 3 * S, S
     whole, later = steady(0), steady(1)
@@ -361,7 +361,7 @@ def ping(client: socket.socket) -> bytes:
 
 
 @pytest.mark.redis
-def test_the_proxy_does_what_it_is_told(redis_server: RedisServer) -> None:
+def test_the_proxy_does_what_its_mode_says(redis_server: RedisServer) -> None:
     with Proxy(redis_server.socket) as proxy:
         for mode, answer in (
             ({}, b"+PONG\r\n"),

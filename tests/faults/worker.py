@@ -187,7 +187,7 @@ class Worker:
             await asyncio.sleep(0.02)
 
     async def run(self) -> None:
-        """Serve the pipe until it is told to end."""
+        """Serve the pipe until that says to end."""
         loop = asyncio.get_running_loop()
         self.noise.listen()
         loop.add_reader(self.pipe.fileno(), self._hear)
@@ -235,7 +235,7 @@ class Worker:
     def _hear(self) -> None:
         try:
             self.told.put_nowait(self.pipe.recv())
-        except EOFError:  # whoever started us has gone
+        except EOFError:  # the process that started this one has gone
             os._exit(1)
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:

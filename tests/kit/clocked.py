@@ -195,7 +195,7 @@ class ClockedServer:
 
     def __init__(self, client: Any, began_us: int) -> None:
         self.client, self.epoch = client, epoch_text(began_us, began_us)
-        self.level_us = 0  # of who tells: all
+        self.level_us = 0  # of the process that tells: it has told all
         client.flushall()
         self.decide = ClockedScript(client, epoch=self.epoch)
         self.scripts = {name: load(client, clocked(name)) for name in ("repair", "reset", "beat")}

@@ -92,7 +92,7 @@ class Account:
 
     @property
     def reach(self) -> int:
-        """How far ahead of now units may be: somebody may still spend them then, who took them ahead."""
+        """How far ahead of now units may be: a process that took them ahead may still spend them then."""
         return self.rule.window_us // 8
 
     def counts_from(self, now: int) -> int:

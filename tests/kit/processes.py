@@ -1,8 +1,8 @@
 """Processes that share a store, without sockets and without sleep: the test decides when anything happens.
 
-A `Process` is a storage with a limiter on it, an event loop that runs when it is told to, and a clock that runs a little fast
+A `Process` is a storage with a limiter on it, an event loop that the test runs, and a clock that runs a little fast
 or slow. What it sends waits in its `Connection` until `serve` has the decision script run it on a real Redis, at the store's time;
-replies wait there until `deliver` hands them over, whole or in pieces. Checks that have come to an end are told to the `World`.
+replies wait there until `deliver` hands them over, whole or in pieces. The `World` hears of checks that have ended.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ prefixes = itertools.count()
 
 
 class FakeLoop:
-    """As much of an event loop as a batch uses. It runs when it is told to."""
+    """As much of an event loop as a batch uses. The test runs it."""
 
     def __init__(self, clock_us: Callable[[], int]) -> None:
         self.clock_us = clock_us
@@ -401,7 +401,7 @@ class World:
                 return
 
     def end(self) -> None:
-        """Let everything come to its end, and see that nothing is left behind."""
+        """Let everything end, and see that nothing is left behind."""
         for _ in range(12):
             self.settle()
             self.t_us += 150_000
@@ -409,6 +409,6 @@ class World:
             assert process.connection.batch.callers == process.connection.batch.calls_in_flight == 0
             assert (process.connection.batch.state == "connecting") == process.connection.wanted
             for check in process.checks:
-                assert check.over, "a check never came to its end"
+                assert check.over, "a check never ended"
                 if check.entered:
                     assert check.future is None or check.future.done() or check.closed

@@ -1,4 +1,4 @@
-"""A relay between a storage and its Redis that can be told to misbehave."""
+"""A relay between a storage and its Redis that misbehaves on command."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Relay:
         return data
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, change: Callable[[bytes], bytes]) -> None:
-        with contextlib.suppress(OSError):  # one of the two has gone, which is what the other is told
+        with contextlib.suppress(OSError):  # one of the two has gone, so the other loses its connection too
             while data := await reader.read(65536):
                 writer.write(change(data))
                 await writer.drain()

@@ -10,7 +10,7 @@ from ratethrottle.storage.redis.settings import Address
 
 
 class FakeSentinel:
-    """Says what it is told to: `reply` to every question; None to say nothing."""
+    """Says `reply` to every question; nothing if that is None."""
 
     def __init__(self, reply: bytes | None) -> None:
         self.reply = reply
@@ -44,7 +44,7 @@ class FakeSentinel:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
         self._writers.add(writer)
-        with contextlib.suppress(OSError):  # whoever asked has gone
+        with contextlib.suppress(OSError):  # the client that asked has gone
             while asked := await reader.read(65536):
                 if self.reply is not None:
                     writer.write(b"+OK\r\n" if b"AUTH" in asked else b"")

@@ -71,7 +71,7 @@ def lacking(what: str) -> Never:
 
 
 class RedisServer:
-    """One redis-server: `start`, `stop`, `pause` and `resume` are processes and signals, never a guess about who listens.
+    """One redis-server: `start`, `stop`, `pause` and `resume` are processes and signals, never a guess about what listens.
 
     arguments: more of the command line, such as ("--requirepass", "secret"). unix: listen on a socket file only.
     tls: (certificate, key, CA certificate) files; then `port` speaks TLS only.

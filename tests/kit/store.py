@@ -98,7 +98,7 @@ class Request:
         assert len(self.items) <= 128
 
     def say_nothing(self) -> None:
-        """Leave out of an assertion all that it tells, but for how far who tells has come."""
+        """Leave out of an assertion all that it tells, but for how far the process has come."""
         words = self.words
         keys, rules = int(words[2]), int(words[6 + int(words[2])])
         first = 3 + keys  # the id, and then: mode, epoch, the counts of rules and items, rules

@@ -15,7 +15,7 @@ NEVER_US = 2**63 - 1
 
 
 class Subject(Protocol):
-    """Decides on one key at the times it is told."""
+    """Decides on one key, at the times that the test names."""
 
     def check(self, rule: CompiledRule, now_us: int, cost: int, *, consume: bool = True) -> Answer:
         """Allowed, remaining, retry_us (−1: never), reset_us."""

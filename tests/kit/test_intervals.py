@@ -59,7 +59,7 @@ class SwappingStorage(InMemoryStorage):
 async def hammer(
     storage: InMemoryStorage, clock: FakeClock, rule: RateThrottleRule, keys: tuple[str, ...]
 ) -> dict[str, list[Admission]]:
-    """Eight tasks check for a while through the storage's coroutines; returns what each key was told."""
+    """Eight tasks check for a while through the storage's coroutines; returns the decisions of each key."""
     told: dict[str, list[Admission]] = {key: [] for key in keys}
     limiter = RateThrottleCore(InMemoryStorage(), rules=[rule])
 
@@ -125,7 +125,7 @@ def test_it_fails_an_off_by_one_core(strategy: str, limit: int) -> None:
 
 
 def played(rule: RateThrottleRule, decided_by: CompiledRule) -> list[Admission]:
-    """What an adversary gets who comes at random instants and at promised ones, and takes all that is left now and then."""
+    """What an adversary gets that comes at random instants and at promised ones, and takes all that is left now and then."""
     rng, core, now_us, left, log = random.Random(rule.limit), Core(), START_US, 0, []
     for _ in range(500):
         cost = rng.choice((1, 1 + rule.limit // 3, left or 1))

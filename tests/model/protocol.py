@@ -5,12 +5,12 @@ state; `steps` lists all that can come next, faults included. What is abstracted
 
 - A tick is the reach of a deadline: a reply comes within its tick, whatever overtakes it, unless the fault `delay` holds it
   until a later one. A process that is connected and knows something beats in each tick, so an undisturbed process has come within `learn`;
-  when all who knew have come, learning ends with the tick. What it knows it may assert whenever it comes to that: there are other
-  keys, and of how far it has come with them the store is told as little as may be (`is_complete`). A request
+  when all that knew have come, learning ends with the tick. It may assert what it knows at any time: there are other
+  keys, and it tells the store as little as may be of how far it has come with them (`is_complete`). A request
   and its run by the server are one step: nothing of one key overtakes on its connection, and what a call says depends on replies to
   the same process alone. With two connections, a reply on that of the decisions may come while the other one has found a new epoch.
 - Failover: at `fork` the replica stops to follow (any prefix may survive), `failover` makes it the master, with another run.
-  The old master goes on for those who are still connected to it. A restart is a fork and a failover.
+  The old master goes on for the processes that are still connected to it. A restart is a fork and a failover.
 - Denials by pre-filter and circuit breaker consume nothing, so they are no steps. N and ranks are known and right.
 - No clock is ahead of another, no key is evicted by the server, and no two epochs get one name by chance.
 - What was inherited, added and granted since are kept apart here, so that a slot in which they meet is not modelled.
@@ -19,7 +19,7 @@ Beside the protocol a state holds what no process knows: each admitted unit, whi
 which servers count it still (`Unit`). A unit is excused, and leaves the account, when it was lost and at the end of learning
 nobody has told of it, nor has joined and could have: then it was known only to processes
 that died or couldn't assert. What newcomers get from an empty store,
-before somebody comes who knows that it isn't a new one, may break the promise as it is admitted; after that it counts like all
+before a process comes that knows that it isn't a new one, may break the promise as it is admitted; after that it counts like all
 else, so that the excess is at most that. Every other admission must keep the promise with all that is in the account.
 """
 
@@ -72,7 +72,7 @@ class Store(NamedTuple):
 
     epoch: int  # 0: there is no epoch key
     own_run: bool  # the epoch names the run of this server
-    marked: int  # M is set: somebody came who knew an older epoch; 2: all have come that do
+    marked: int  # M is set: a process came that knew an older epoch; 2: all have come that do
     learn: int  # ticks of learning that are left
     come: int  # processes that came while others were waited for, as bits
     untold: int  # those that came and have something left to tell, as bits
@@ -197,7 +197,7 @@ def steps(config: Config, state: State) -> Iterator[Step]:
     if hearing:
         return
     if late <= state.faults:
-        yield ("FAULT: a tick, with who is still on the old master" if late else "a tick"), tick(config, state, late)
+        yield ("FAULT: a tick, with processes still on the old master" if late else "a tick"), tick(config, state, late)
     if state.losses and state.faults:
         poorer = state._replace(losses=state.losses - 1, faults=state.faults - 1)
         yield "FAULT: flush", flush(config, poorer)
@@ -260,7 +260,7 @@ def joining_steps(config: Config, state: State, p: int, proc: Proc) -> Iterator[
         yield "beats", beat(config, state, p, proc)
     elif proc.stage != LEARN and is_elsewhere(proc, state.master):
         if config.mutant != "epoch unchecked" or proc.stage < READY:
-            yield "is told of another epoch", put(state, p, proc._replace(stage=BEAT))
+            yield "hears of another epoch", put(state, p, proc._replace(stage=BEAT))
     else:
         if proc.stage == CHARGE:
             yield f"charges {sum(proc.owed)}", charge(config, state, p, proc)
@@ -269,14 +269,14 @@ def joining_steps(config: Config, state: State, p: int, proc: Proc) -> Iterator[
 
 
 def is_complete(config: Config, state: State) -> bool:
-    """Say whether nobody can know anything newer of the key than the master was told."""
+    """Say whether nobody can know anything newer of the key than the master knows."""
     store = state.master
     untold = [q for p, q in enumerate(state.procs) if store.untold >> p & 1]
     if not untold or config.mutant == "no gate":
         return True
     if config.mutant == "oldest first":
         return store.told > 0
-    # That all of what is newer than the newest was told is what each has said on coming.
+    # On coming, each has said that it has told all that is newer than the newest.
     return not store.mixed and store.told > max(q.order if q.age == 1 else 0 for q in untold)
 
 
@@ -547,7 +547,7 @@ def kill(state: State, p: int, proc: Proc) -> State:
     """Start p anew, knowing nothing."""
     bit = 1 << p
     kept = (u for u in state.units if u.owner not in {p + 1, -p - 1})
-    # Its share alone was spent by a life that has ended: whoever starts anew has another one.
+    # Its share alone was spent by a life that has ended: a new life has another one.
     units = tuple(u._replace(known=u.known & ~bit, telling=u.telling & ~bit) for u in kept if u.alone != p + 1)
     fresh = Proc(MASTER, 0, 0, BEAT, 0, False, 0, 0, False, 0, 0, 0, (0,) * len(proc.owed), 0, 0, None, None)
     store = state.master._replace(markers=state.master.markers & ~bit, untold=state.master.untold & ~bit)
@@ -568,7 +568,7 @@ def fork(state: State) -> State:
 
 
 def failover(config: Config, state: State) -> State:
-    """Make the replica the master; who was connected to the old one still is."""
+    """Make the replica the master. Processes that were connected to the old one still are."""
     assert state.replica
     replica = state.replica._replace(held=newest(state)) if config.mutant == "held till failover" else state.replica
     place = {True: MASTER, False: 0}

@@ -98,7 +98,7 @@ for _ in range(2):
 
 
 @pytest.mark.parametrize("first", ["in the main one", "in another one"])
-def test_a_second_interpreter_of_a_process_is_told_what_to_do(first: str) -> None:
+def test_an_error_tells_a_second_interpreter_of_a_process_what_to_do(first: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", OTHER_INTERPRETER, first],
         capture_output=True,

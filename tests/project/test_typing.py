@@ -50,7 +50,7 @@ def test_mypy_flags_a_forgotten_await_and_bad_arguments(tmp_path: Path) -> None:
         str(tmp_path / "cache"),
         str(tmp_path),
     ]
-    # mypy finds an installed wheel by itself, and refuses to be told of site-packages; a checkout it must be told of.
+    # mypy finds an installed wheel by itself, and refuses a path into site-packages; a checkout needs one.
     home = Path(ratethrottle.__file__).parents[1]
     env = os.environ | ({} if home.name == "site-packages" else {"MYPYPATH": str(home)})
     done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False, cwd=tmp_path, env=env)

@@ -190,7 +190,7 @@ def test_while_two_versions_alternate_each_admission_keeps_its_versions_promise_
 
 
 def test_a_version_with_a_short_window_is_not_locked_out_by_one_with_a_long_window_that_alternates() -> None:
-    """A day's use says nothing about this second's: what the short window has let go stays gone."""
+    """A day's use says nothing about this second's: what has left the short window stays gone."""
     core, now_us, admitted = Core(), START_US, {10: 0, 1_000: 0}
     old, new = make_rule("fixed_window", 1_000, 86_400 * 10**6), make_rule("token_bucket", 10, 10**6)
     assert core.check(old.compiled, now_us, 500)[0]
@@ -202,7 +202,7 @@ def test_a_version_with_a_short_window_is_not_locked_out_by_one_with_a_long_wind
 
 
 @pytest.mark.parametrize("last", STRATEGIES)
-def test_a_third_version_takes_over_what_the_second_has_let_go(last: str) -> None:
+def test_a_third_version_takes_over_what_has_left_the_second(last: str) -> None:
     core, day_us = Core(), 86_400 * 10**6
     now_us = START_US - START_US % day_us + day_us // 3
     assert core.check(make_rule("fixed_window", 1_000, day_us).compiled, now_us, 1_000)[0]

@@ -63,7 +63,7 @@ def test_scripts_are_ascii_and_use_only_what_every_redis_has(name: str) -> None:
     code = "\n".join(line.partition("--")[0] for line in text.splitlines())
     for word in ("struct", "cmsgpack", "cjson", "bit.", "tostring", "math.random", "%s"):
         assert word not in code, word
-    # In format, '%d' is exact only where C's long has 64 bits: who prints by it looks first.
+    # In format, '%d' is exact only if C's long has 64 bits: a script that prints by it looks first.
     assert "format('%d" not in code.partition("if format('%d', TICKS) ~= '4503599627370496' then")[0]
 
 

@@ -110,7 +110,7 @@ def test_terms_are_kept_for_what_refers_to_them() -> None:
 
 
 @pytest.mark.parametrize("max_keys", [1, 100_000, 1_000_000])
-def test_terms_of_keys_that_go_are_let_go(max_keys: int) -> None:
+def test_terms_of_keys_that_go_are_freed(max_keys: int) -> None:
     """A round takes a step for each new definition. What it finds is freed by the next one."""
     table, shares = shares_of(max_keys)
     most = 0

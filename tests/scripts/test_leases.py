@@ -193,7 +193,7 @@ def test_an_eighth_of_what_is_free_is_taken_ahead_at_most_and_nothing_once_one_w
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_who_is_granted_with_units_ahead_hears_what_was_left_before_them(redis_client: redis.Redis, strategy: str) -> None:
+def test_checks_granted_with_units_ahead_hear_what_was_left_before_them(redis_client: redis.Redis, strategy: str) -> None:
     clocked, compiled = ClockedScript(redis_client), leased(strategy)
     call = make_call([], leases=[Lease(compiled, "k", count=3, ahead=8)])
     heard = call.answers(clocked.send(redis_client, NOW_US, call))
@@ -231,7 +231,7 @@ def test_a_bucket_gets_back_what_has_not_drained_since(redis_client: redis.Redis
     assert clocked.state("k") is None
 
 
-def test_nothing_comes_back_of_what_a_bucket_has_let_go_long_ago_however_much_it_is(redis_client: redis.Redis) -> None:
+def test_nothing_comes_back_of_what_has_long_drained_from_a_bucket_however_much_it_is(redis_client: redis.Redis) -> None:
     clocked = ClockedScript(redis_client)
     compiled = RateThrottleRule("r", 7, 366 * 86_400, strategy="token_bucket", burst=50, lease=True).compiled
     numbers = clocked.lease(NOW_US, Lease(compiled, "k", count=5))
@@ -272,7 +272,9 @@ def test_a_count_gets_back_within_its_window(redis_client: redis.Redis, strategy
 
 
 @pytest.mark.parametrize("lease", [True, False])
-def test_entries_up_to_an_eighth_of_the_window_ahead_are_legal_whoever_reads_them(redis_client: redis.Redis, lease: bool) -> None:
+def test_entries_up_to_an_eighth_of_the_window_ahead_are_legal_whatever_rule_reads_them(
+    redis_client: redis.Redis, lease: bool
+) -> None:
     """The process that took them ahead, with whatever lead, may still spend them."""
     clocked, compiled = ClockedScript(redis_client), leased("sliding_window", 10, 60)
     reader = RateThrottleRule("r", 10, 60, lease=lease).compiled

@@ -107,7 +107,7 @@ def spend(
 def hold_against(strategy: str, server: ClockedServer, rule: CompiledRule, log: Log, now_us: int, told: bool) -> None:
     """Exact for buckets and aligned windows. A sliding window holds no less than the truth, and lets all of it go a window later."""
     if rule.kind == "b":
-        # Of before the loss all are told, so the level is what it would be without one.
+        # The store hears all from before the loss, so the level is what it would be without one.
         assert server.check(now_us, rule, mode="peek")[1] == max(0, log.level(now_us))
     elif rule.kind == "s":
         counted = log.counted(now_us)
@@ -122,7 +122,7 @@ def hold_against(strategy: str, server: ClockedServer, rule: CompiledRule, log: 
 
 
 def play(client: Any, strategy: str, limit: int, seed: int, repair: Callable[..., Any] = ClockedServer.tell) -> None:
-    """Lose the newest part of the writes, or all; be told of it in any order, by whom it may, while others are granted units."""
+    """Lose the newest part of the writes, or all. Processes tell of it in any order, while others are granted units."""
     rng, whole, rule = scenario(seed, strategy, limit)
     server = ClockedServer(client, NOW_US - 10**9)
     step_us = max(2, rule.window_us // rng.choice((20, 60, 300)))
@@ -154,7 +154,7 @@ def play(client: Any, strategy: str, limit: int, seed: int, repair: Callable[...
     known = Log(rule, grants[: max([lost_at, *heard])] + since)
     if now_us - began_us < REPAIR_US:
         hold_against(strategy, server, rule, known, now_us, bool(heard))
-    # And from then on. Where nothing was granted before all had been told, the promise holds in every interval.
+    # And from then on. If nothing was granted before the store had heard all, the promise holds in every interval.
     for _ in range(60):
         now_us, more = spend(rng, server, rule, now_us, step_us, 1)
         known.grants += more
@@ -232,7 +232,7 @@ def test_what_is_asserted_does_it_in_any_order_and_once(redis_client: redis.Redi
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_knowledge_of_before_a_reset_is_refused_by_who_knows_of_it(redis_client: redis.Redis, strategy: str) -> None:
+def test_a_state_that_knows_of_a_reset_refuses_what_was_known_before(redis_client: redis.Redis, strategy: str) -> None:
     rule = make_rule(strategy, 100, MINUTE_US).compiled
     log = Log(rule, [(NOW_US, 60)])
     now_us = NOW_US + 1_000
@@ -244,7 +244,7 @@ def test_knowledge_of_before_a_reset_is_refused_by_who_knows_of_it(redis_client:
     assert server.check(now_us, rule, 3)[0] == 1
     assert server.tell(now_us, rule, log.known(now_us), now_us) == 1
     assert server.left(now_us + 1, rule) <= 37
-    # Or before it: who knows of it comes first, or last. Those granted since stay in both cases.
+    # Or before it: the process that knows of it comes first, or last. Those granted since stay in both cases.
     for first in (True, False):
         server = ClockedServer(redis_client, NOW_US + 500)
         server.check(now_us, rule, 7)
@@ -385,7 +385,7 @@ def test_leases_ahead_of_now_keep_their_place(redis_client: redis.Redis) -> None
     assert server.check(NOW_US + 40, rule)[1] == 46
 
 
-def test_what_the_old_master_granted_after_the_new_one_was_told_is_not_taken_for_what_has_left(
+def test_what_the_old_master_granted_after_the_new_one_heard_is_not_taken_for_what_has_left(
     redis_client: redis.Redis,
 ) -> None:
     """Two units are inherited, and one of them leaves; then the old master, which others have left, grants one more."""
@@ -522,7 +522,7 @@ def test_an_epoch_is_named_by_the_first_beat_and_learnt_where_one_was_before(red
     other, now_us = RUN[::-1], NOW_US - 50
     assert beat(now_us, NOW_US, other)[:3] == [NOW_US + 1, now_us + OTHERS_US, all_us]
     assert beat(now_us + 10, 0, other)[:3] == [NOW_US + 1, now_us + OTHERS_US, all_us - 10]
-    # A flush, found by one who knew; and one who comes back from a later epoch that this server never saw.
+    # A flush, found by a process that knew; and one that comes back from a later epoch that this server never saw.
     redis_client.delete(EPOCH_KEY)
     assert beat(NOW_US + 100, NOW_US + 1, other)[:3] == [NOW_US + 100, NOW_US + 100 + OTHERS_US, all_us]
     assert beat(NOW_US + 200, NOW_US + 900, other)[:3] == [NOW_US + 901, NOW_US + 200 + OTHERS_US, all_us]
@@ -542,13 +542,13 @@ def test_once_as_many_have_come_as_were_known_nobody_else_is_waited_for(redis_cl
     known = NOW_US - 10**6
     epoch, began_us, _, *ranked = beat(NOW_US, known, process="b", purpose=purpose, processes=3)
     assert (epoch, began_us, ranked) == (NOW_US, NOW_US + OTHERS_US, [1, 0])
-    # Newcomers have nothing to tell, and who came already isn't another one.
+    # Newcomers have nothing to tell, and a process that came already isn't another one.
     assert beat(NOW_US + 1, 0, process="new")[1:] == [began_us, OTHERS_US + LEARN_US - 1, 0, 0]
     assert beat(NOW_US + 2, epoch, process="new", processes=1)[1:] == [began_us, OTHERS_US + LEARN_US - 2, 0, 0]
     assert beat(NOW_US + 3, epoch, process="b", processes=1)[1:] == [began_us, OTHERS_US + LEARN_US - 3, 1, 0]
     assert beat(NOW_US + 4, known, process="b", purpose=purpose, processes=3)[1] == began_us
     assert beat(NOW_US + 5, epoch, process="b", purpose="look")[1:] == [began_us, OTHERS_US + LEARN_US - 5, 0, 0]
-    # Nor does it count who doesn't know how many there were, as one that was forked, or who leaves.
+    # Nor does it count a process that doesn't know how many there were, as one that was forked, or that leaves.
     assert beat(NOW_US + 6, known, process="a", purpose=purpose, processes=0)[1:] == [began_us, OTHERS_US + LEARN_US - 6, 0, 0]
     assert beat(NOW_US + 7, known, process="a", purpose="leave", processes=3)[1:] == [began_us, OTHERS_US + LEARN_US - 7, 0, 0]
     # A process that says too few, as it was away or has begun just now, ends nothing early.
@@ -557,7 +557,7 @@ def test_once_as_many_have_come_as_were_known_nobody_else_is_waited_for(redis_cl
     assert beat(NOW_US + 9, known, process="c", purpose=purpose, processes=1)[1:] == [NOW_US + 9, LEARN_US, 3, 2]
     assert set(redis_client.zrange("processes", 0, -1)) == {b"a", b"b", b"c"}
     assert beat(NOW_US + 10, epoch, process="b", processes=1)[1:] == [NOW_US + 9, LEARN_US - 1, 3, 0]
-    # From now on all are counted; and who comes later doesn't begin again.
+    # From now on all are counted; and a process that comes later doesn't begin again.
     assert beat(NOW_US + 11, epoch, process="new")[1:] == [NOW_US + 9, LEARN_US - 2, 4, 3]
     assert beat(NOW_US + 12, known, process="d", processes=3)[1:] == [NOW_US + 9, LEARN_US - 3, 5, 4]
 
@@ -575,7 +575,7 @@ def test_the_largest_number_of_processes_that_anybody_knew_counts(redis_client: 
     assert set(redis_client.zrange("processes", 0, -1)) == {b"p0", b"p1", b"p2", b"new"}
 
 
-def test_who_was_alone_waits_for_nobody(redis_client: redis.Redis) -> None:
+def test_a_process_that_was_alone_waits_for_nobody(redis_client: redis.Redis) -> None:
     beat = Beats(redis_client)
     assert beat(NOW_US, NOW_US - 7, processes=1) == [NOW_US, NOW_US, LEARN_US, 1, 0]
     # Whom another server counted comes with it, and hasn't come.
@@ -659,7 +659,7 @@ def test_two_processes_never_have_one_slot(redis_client: redis.Redis) -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_what_was_cleared_counts_no_more_before_it_is_deleted(redis_client: redis.Redis, strategy: str) -> None:
-    """Nor does it come back, whoever may still know of it."""
+    """Nor does it come back, whichever process may still know of it."""
     rule = make_rule(strategy, 100, MINUTE_US).compiled
     server = ClockedServer(redis_client, NOW_US)
     server.check(NOW_US, rule, 60)
@@ -701,14 +701,14 @@ def test_what_was_cleared_counts_no_more_before_it_is_deleted(redis_client: redi
 
 
 class Gate:
-    """Processes that come to an epoch with something to tell, each by a beat."""
+    """Processes that enter an epoch with something to tell, each by a beat."""
 
     def __init__(self, client: Any, rule: CompiledRule) -> None:
         self.client, self.rule, self.server = client, rule, ClockedServer(client, NOW_US)
         client.delete(EPOCH_KEY)
 
     def comes(self, now_us: int, process: str, heard_us: int, known: int = NOW_US - 10**6, run: str = RUN) -> int:
-        """Returns until when the store has kept what it was told."""
+        """Returns until when the store has kept what it heard."""
         reply = self.server.run("beat", ["processes"], now_us, run, known, process, "count", 0, 2, heard_us)
         self.server.epoch = f"{run}{reply[1]:016}{reply[2]:016}"
         return int(reply[-3])
@@ -765,7 +765,7 @@ def test_what_is_known_of_another_key_says_nothing_of_one_that_nobody_told(redis
     # A reset needs nobody's word.
     gate.server.run("reset", ["k"], NOW_US + 3, gate.server.epoch, 0)
     assert gate.asks(NOW_US + 4) == 1
-    # Nor does anybody wait for who knows nothing, or ends, or stands still for three seconds.
+    # Nor does anybody wait for a process that knows nothing, or ends, or stands still for three seconds.
     gate.comes(NOW_US + 5, "b", 0)
     redis_client.delete("k")
     gate.tells(NOW_US + 6, "a", 0)
@@ -779,7 +779,7 @@ def test_what_is_known_of_another_key_says_nothing_of_one_that_nobody_told(redis
     assert gate.asks(NOW_US + 9 + LAPSE_US) == 1
 
 
-def test_it_is_repaired_until_all_is_told(redis_client: redis.Redis) -> None:
+def test_states_are_repaired_until_processes_have_told_all(redis_client: redis.Redis) -> None:
     gate = Gate(redis_client, make_rule("fixed_window", 10, 1000 * MINUTE_US).compiled)
     gate.comes(NOW_US, "a", NOW_US - 50)
     for second in range(1, 20):
@@ -804,7 +804,7 @@ def test_the_times_of_two_servers_are_not_compared(redis_client: redis.Redis) ->
     assert gate.asks(NOW_US + 7) == 1
 
 
-def test_what_a_replica_has_kept_needs_not_be_told(redis_client: redis.Redis) -> None:
+def test_a_process_needs_not_tell_what_a_replica_has_kept(redis_client: redis.Redis) -> None:
     gate, t = Gate(redis_client, make_rule("fixed_window", 10, MINUTE_US).compiled), NOW_US
     assert gate.comes(t, "a", 0, known=0) == 0
     epoch = int(gate.server.epoch[40:56])
@@ -843,7 +843,7 @@ def test_what_is_no_epoch_or_no_set_is_replaced(redis_client: redis.Redis) -> No
     redis_client.rpush(EPOCH_KEY, 1)
     redis_client.rpush("processes", 1)
     assert beat(NOW_US, 0) == [NOW_US, 0, 0, 1, 0]
-    # A number that no clock has said keeps nobody out, whether it stands there or a process was told it.
+    # A number that no clock has said keeps nobody out, whether it stands there or a process has heard it.
     for far_us in (NOW_US + 2 * 366 * 86_400 * 10**6, 9_999_999_999_999_998, 9_999_999_999_999_999):
         redis_client.set(EPOCH_KEY, epoch_text(far_us))
         assert beat(NOW_US, 0)[:3] == [NOW_US, 0, 0]
@@ -908,7 +908,7 @@ REACHES = {
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("longer", STRATEGIES)
-def test_a_generation_is_told_for_as_long_as_either_definition_reaches(
+def test_answers_tell_a_generation_for_as_long_as_either_definition_reaches(
     redis_client: redis.Redis, strategy: str, longer: str
 ) -> None:
     """Not a µs less: until then somebody may still know what had been used before the reset."""

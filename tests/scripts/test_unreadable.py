@@ -77,7 +77,7 @@ def test_the_next_format_has_a_reader_for_this_one(redis_client: redis.Redis, wr
         assert state.startswith(b"2"), "what is written is of the format that is written"
         assert call.answers(later.send(redis_client, now_us, call)), "and is read again"
         redis_client.set("k", state)
-        assert today.send(redis_client, now_us, call)[2:] == [UNREADABLE], "but not by who doesn't know it"
+        assert today.send(redis_client, now_us, call)[2:] == [UNREADABLE], "but not by a version that doesn't know it"
         assert redis_client.get("k") == state
 
 

@@ -1,4 +1,4 @@
-"""Crowds on a real Redis, on asyncio's loop and on uvloop: what is granted, what is sent, and when those give up who get no answer."""
+"""Crowds on a real Redis, on asyncio's loop and on uvloop: what is granted, what is sent, and when checks without an answer give up."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def test_each_check_gives_up_at_its_own_deadline(run: Run, redis_server: RedisSe
         return time.perf_counter() - began
 
     async def worst_lag() -> float:
-        """How late the loop comes to a timer, whatever it is that keeps this machine busy."""
+        """How late the loop runs a timer, whatever keeps this machine busy."""
         lag_s = 0.0
         for _ in range(60):
             began = time.perf_counter()

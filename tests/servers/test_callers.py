@@ -61,7 +61,7 @@ async def test_a_forgotten_await_is_warned_of_at_once(redis_server: RedisServer)
         assert (await shared.peek("key")).remaining == 3
 
 
-async def test_nobody_who_awaits_or_gives_up_is_warned(redis_server: RedisServer) -> None:
+async def test_no_task_that_awaits_or_gives_up_is_warned(redis_server: RedisServer) -> None:
     async with create_limiter(
         "redis", redis_url=redis_server.url, rules=[RateThrottleRule("api", 100, 60)], deadline=5
     ) as shared:

@@ -536,7 +536,7 @@ async def test_a_provider_that_is_cancelled_has_failed_and_is_asked_again(protec
         await limiter.aclose()
 
 
-async def test_who_connects_by_a_function_of_his_own_still_can(protected: RedisServer) -> None:
+async def test_a_client_with_a_connect_function_of_its_own_still_connects(protected: RedisServer) -> None:
     called: list[str] = []
 
     async def theirs(connection: Any) -> None:

@@ -241,7 +241,7 @@ async def test_through_sentinels_of_which_the_first_is_away(redis_server: RedisS
                 await limiter.check("user")
 
 
-# One connection, and who waits on it
+# One connection, and what waits on it
 
 
 async def test_calls_share_one_connection_of_our_own_without_chatter(relay: Relay, relayed: RateThrottleCore) -> None:
@@ -450,7 +450,7 @@ async def test_a_restarted_redis_is_found_again() -> None:
                 await limiter.check("user")
             server.start()
             await healed(limiter)
-            # The new one was told of the check that the old one had counted.
+            # The new one has heard of the check that the old one had counted.
             assert (await limiter.check("user")).remaining == 999_998
             # While nothing was asked: the first check after it must not pay for a connection that died long ago.
             server.stop()
@@ -473,7 +473,7 @@ async def test_a_connection_lost_in_flight_fails_its_calls_and_resends_nothing(r
 # Loops, processes, and the end
 
 
-def test_each_event_loop_has_a_line_of_its_own(redis_url: str) -> None:
+def test_each_event_loop_has_a_connection_of_its_own(redis_url: str) -> None:
     limiter = create_limiter("redis", redis_url=redis_url, rules=[MANY], deadline=5)
 
     async def some() -> None:
@@ -494,7 +494,7 @@ def test_each_event_loop_has_a_line_of_its_own(redis_url: str) -> None:
     assert asyncio.run(left()) == 1_000_000 - 300
 
 
-def test_aclose_closes_the_lines_of_other_loops(redis_server: RedisServer, redis_client: redis.Redis) -> None:
+def test_aclose_closes_the_connections_of_other_loops(redis_server: RedisServer, redis_client: redis.Redis) -> None:
     limiter = create_limiter("redis", redis_url=redis_server.url, rules=[MANY], deadline=5)
     connected, finish = threading.Event(), threading.Event()
 

@@ -142,7 +142,7 @@ async def test_what_redis_refuses_with_is_unavailable_and_passes(redis_server: R
             await healed(relayed)
 
 
-async def test_a_script_error_is_a_protocol_error_and_the_line_goes_on(
+async def test_a_script_error_is_a_protocol_error_and_the_connection_goes_on(
     redis_server: RedisServer, redis_client: redis.Redis
 ) -> None:
     async with create_limiter("redis", redis_url=redis_server.url, rules=[MANY], deadline=5) as limiter:

@@ -1,4 +1,4 @@
-"""Units taken ahead that nobody will spend: they go back when a process closes, a rule goes, a bound is let go, an answer is late."""
+"""Units taken ahead that nobody will spend: they go back when a process closes, a rule goes, a bound is dropped, an answer is late."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ async def test_closing_waits_for_a_redis_that_does_not_answer_no_longer_than_the
         assert time.monotonic() - began < 0.25 + 0.3
 
 
-async def test_who_is_cancelled_while_closing_leaves_nothing_behind(redis_server: RedisServer) -> None:
+async def test_a_close_that_is_cancelled_leaves_nothing_behind(redis_server: RedisServer) -> None:
     async with Relay(redis_server.socket) as relay:
         limiter = create_limiter("redis", redis_url=relay.url, rules=[leasing()], deadline=30.0)
         await spend(limiter)

@@ -80,7 +80,7 @@ async def test_aclose_in_a_cancelled_scope_ends_all_connections(redis_server: Re
     assert [task.get_name() for task in asyncio.all_tasks() if task.get_name().startswith("ratethrottle")] == []
 
 
-def test_the_end_of_an_outage_is_told_though_the_loop_that_met_it_is_gone() -> None:
+def test_the_end_of_an_outage_is_announced_though_the_loop_that_met_it_is_gone() -> None:
     server = RedisServer()
     limiter = create_limiter(
         "redis", redis_url=f"redis://127.0.0.1:{server.port or free_port()}/0", rules=[RULE], expected_processes=1

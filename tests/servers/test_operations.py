@@ -89,7 +89,7 @@ async def test_a_server_that_asks_for_a_certificate_of_ours_refuses(certificates
     assert "whether Redis asks for a client certificate" in words
 
 
-async def test_tls_to_somebody_who_answers_in_plain_text_is_refused() -> None:
+async def test_tls_to_a_server_that_answers_in_plain_text_is_refused() -> None:
     async def web(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(1)
         writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")

@@ -60,7 +60,7 @@ async def test_without_redis_the_policy_decides(options: dict[str, Any], expecte
         assert limiter.statistics().breaker != "closed"
 
 
-async def test_who_denies_for_want_of_a_number_says_so() -> None:
+async def test_a_process_that_denies_for_want_of_a_number_says_so() -> None:
     for options, silent in (({}, False), ({"expected_processes": 2}, True), ({"on_outage": "deny"}, True)):
         told: list[Event] = []
         limiter = limiter_of(f"redis://127.0.0.1:{free_port()}", **options)
@@ -82,7 +82,7 @@ async def test_a_rule_has_a_policy_of_its_own() -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 async def test_the_shares_of_all_processes_are_the_limit_once(strategy: str) -> None:
-    """Three that know of each other, when Redis dies: what they admit on their own is one limit, whoever has the remainder."""
+    """Three that know of each other, when Redis dies: what they admit on their own is one limit, whichever has the remainder."""
     rule = RateThrottleRule("r", LIMIT, 3600, strategy=strategy)  # 40 of three is 13, 13 and 14
     with RedisServer() as server:
         limiters = [limiter_of(server.url, rule) for _ in range(3)]
@@ -163,7 +163,7 @@ async def test_a_redis_that_comes_late_is_taken_up() -> None:
             assert (await limiter.check("user")).source == "outage"
             server.start()
             assert await until(lambda: served(limiter)) < 1.2
-            # What was admitted without it, it has been told.
+            # It knows by now what was admitted without it.
             assert (await limiter.check("user")).remaining == LIMIT - 2
             assert [event.kind for event in told] == ["outage_began", "outage_ended"]
     finally:
@@ -227,14 +227,14 @@ async def test_the_breaker_is_half_open_while_an_attempt_is_made() -> None:
 
 @pytest.mark.parametrize("how", ["check", "check_many", "peek"])
 @pytest.mark.parametrize("options", [{"on_outage": policy} for policy in ("local", "deny", "raise")], ids=str)
-async def test_who_goes_on_asking_does_not_keep_the_loop_from_its_work(options: dict[str, Any], how: str) -> None:
+async def test_a_task_that_goes_on_asking_does_not_keep_the_loop_from_its_work(options: dict[str, Any], how: str) -> None:
     """A task that spins on what policies answer at once would freeze all others, and Redis would never be reached again."""
     async with limiter_of(f"redis://127.0.0.1:{free_port()}", **options) as limiter:
         assert await turns_during(limiter, how, 12_800) >= 90
 
 
 @pytest.mark.parametrize("on_overload", ["deny", "raise"])
-async def test_nor_does_who_goes_on_asking_more_than_may_wait(on_overload: str) -> None:
+async def test_nor_does_a_task_that_goes_on_asking_more_than_may_wait(on_overload: str) -> None:
     with RedisServer() as server:
         async with limiter_of(server.url, max_waiting=1, on_overload=on_overload, deadline=1) as limiter:
             await limiter.check("user")
@@ -372,7 +372,7 @@ async def test_an_idle_process_tells_what_it_knows_in_time() -> None:
 
 
 @pytest.mark.parametrize("newcomer", [False, True])
-async def test_who_found_nobody_a_moment_ago_tells_in_time(newcomer: bool) -> None:
+async def test_a_process_that_found_nobody_a_moment_ago_tells_in_time(newcomer: bool) -> None:
     """A server comes back between two attempts: one process is served at once, and the other one's turn is far away."""
     with RedisServer() as server, server.client() as client:
         async with Relay(server.socket) as one, Relay(server.socket) as other, limiter_of(other.url) as late:
@@ -402,7 +402,7 @@ async def test_who_found_nobody_a_moment_ago_tells_in_time(newcomer: bool) -> No
             await early.aclose()
 
 
-async def test_two_lines_that_count_at_once_make_nobody_sure_of_the_number() -> None:
+async def test_two_connections_that_count_at_once_make_nobody_sure_of_the_number() -> None:
     """Until counts of half a second agree, the beats say a number that ends nobody's learning early."""
     beat = re.compile(rb":processes\r\n(?:\$\d+\r\n[^\r]*:layout\r\n)?" + rb"\$\d+\r\n[^\r]*\r\n" * 6 + rb"\$\d+\r\n(\d+)\r\n")
     # A server of its own, for there is nobody else to be counted.
@@ -541,7 +541,7 @@ async def test_under_allow_all_is_allowed_however_many_keys_there_are_and_whatev
 
 
 @pytest.mark.usefixtures("brisk")
-async def test_what_an_outage_admits_is_let_go_when_it_counts_no_more() -> None:
+async def test_what_an_outage_admits_is_dropped_when_it_counts_no_more() -> None:
     rule = RateThrottleRule("r", 10, 0.5)
     with RedisServer() as server:
         async with limiter_of(server.url, rule, expected_processes=1) as limiter:

@@ -1,4 +1,4 @@
-"""How many processes share the limits: who is counted, when a count is believed, and what a fleet's heartbeats cost Redis."""
+"""How many processes share the limits: which are counted, when a count is believed, and what a fleet's heartbeats cost Redis."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ async def test_only_what_is_known_to_be_the_same_server_is_shared() -> None:
 
 
 def test_a_count_is_not_believed_before_it_is_settled(redis_client: redis.Redis) -> None:
-    """A Redis that is up for 0.4 s at a time: who comes first isn't alone."""
+    """A Redis that is up for 0.4 s at a time: the first process to come isn't alone."""
     world = World(redis_client)
     fleet = [Process(world, expected=4) for _ in range(4)]
     for life in range(8):
@@ -182,7 +182,7 @@ def turn(world: World, fleet: list[Process]) -> None:
     world.t_us += 50_000
 
 
-def test_nobody_who_was_told_nothing_takes_himself_for_alone_at_once(redis_client: redis.Redis) -> None:
+def test_no_process_that_heard_nothing_takes_itself_for_alone_at_once(redis_client: redis.Redis) -> None:
     world = World(redis_client)
     process = Process(world)
     turn(world, [process])
@@ -277,7 +277,7 @@ async def test_two_layouts_under_one_prefix_are_refused(
             await other.check("user")
         await other.aclose()
         assert (await one.check("user")).allowed
-        # What was flushed is written again, by who was there before.
+        # The processes that were there before write what was flushed again.
         redis_client.flushall()
 
         async def written() -> bool:
@@ -341,7 +341,7 @@ def test_a_time_that_no_clock_says_is_not_taken_up(redis_client: redis.Redis, mo
     process, rule = Process(world), RULE.compiled
     for _ in range(3):
         turn(world, [process])
-    process.ask([("k", rule, 1)], "reset")  # from then on a check is told the key's generation
+    process.ask([("k", rule, 1)], "reset")  # from then on a check hears the key's generation
     turn(world, [process])
     broken: list[str] = []
     lies = [number] if place != 1 or number > LATEST_US else []
@@ -379,7 +379,7 @@ async def is_served(limiter: RateThrottleCore) -> bool:
     return (await limiter.check("other")).source == "redis"
 
 
-async def test_a_reset_waits_while_redis_is_told_what_it_has_lost(redis_url: str, redis_client: redis.Redis) -> None:
+async def test_a_reset_waits_while_processes_tell_redis_what_it_has_lost(redis_url: str, redis_client: redis.Redis) -> None:
     async with limiter_of(redis_url) as one, limiter_of(redis_url) as other:
         for limiter in (one, other):
             assert (await limiter.check("user", cost=LIMIT // 2)).allowed

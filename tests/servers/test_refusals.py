@@ -59,7 +59,7 @@ class Filter:
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._server.close()
-        await asyncio.sleep(0.01)  # whoever was accepted just now is served by a task that hasn't begun
+        await asyncio.sleep(0.01)  # a task that hasn't begun serves the connection that was accepted just now
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -144,7 +144,7 @@ SELDOM = {"DEL", "HGET", "HSET", "HSETNX", "PTTL", "TYPE", "ZREM", "ZREVRANGE"}
 
 
 async def test_no_command_of_a_script_can_be_missing_now_and_then() -> None:
-    """What a script wrote before it came to the missing one must not send the next call another way: each check is refused."""
+    """What a script wrote before it reached the missing one must not send the next call another way: each check is refused."""
 
     async def without(command: str) -> set[str]:
         seen = set()
@@ -534,7 +534,7 @@ ratethrottle.create_limiter("redis", redis_url="redis://127.0.0.1:1")
 
 @pytest.mark.parametrize("missing", ["*.lua", "state.lua", "repair.lua"])
 def test_a_package_without_its_scripts_says_so_at_once(tmp_path: Path, missing: str) -> None:
-    """As PyInstaller leaves it: told at import, an error where Redis is wanted, and no harm to who wants none."""
+    """As PyInstaller leaves it: a warning at import, an error if Redis is wanted, and no harm without Redis."""
     shutil.copytree(Path(ratethrottle.__file__).parent, tmp_path / "ratethrottle")
     for file in (tmp_path / "ratethrottle/storage/redis/lua").glob(missing):
         file.unlink()

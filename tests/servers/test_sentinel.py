@@ -144,7 +144,7 @@ async def test_a_sentinel_that_lies_is_not_followed(calm: SentinelTopology, blac
     }
 
     async def found(fake: FakeSentinel, others: list[Address]) -> list[int]:
-        """Where it leads to, before and after it says that the master has moved; and each move that is told."""
+        """Where it leads to, before and after it says that the master has moved; and each move that it announces."""
         followed, moves = topology.master(settings([fake.address, *others]), unheard), []
         followed.watch(lambda: moves.append(0))
         try:
@@ -183,7 +183,7 @@ async def test_where_two_masters_are_named_that_of_most_sentinels_is_taken(calm:
                     assert await port_found(followed) == calm.nodes[0].port
 
 
-async def test_who_names_no_master_says_so_and_who_is_away_too() -> None:
+async def test_errors_say_that_sentinels_name_no_master_or_are_away() -> None:
     async with FakeSentinel(b"*-1\r\n") as fake:
         async with following([fake.address, ("127.0.0.1", free_port())]) as followed:
             with pytest.raises(StorageUnavailable, match="none of 2 sentinels names a master 'mymaster'"):
@@ -376,7 +376,7 @@ async def test_a_master_that_was_made_a_replica_by_hand_is_never_handed_out(stor
         assert len(moves) <= 1
 
 
-async def test_readonly_makes_every_line_look_again(stormy: SentinelTopology) -> None:
+async def test_readonly_makes_every_connection_look_again(stormy: SentinelTopology) -> None:
     storage = RedisStorage.from_url(sentinels=stormy.addresses, master_name=stormy.name, deadline=2)
     async with RateThrottleCore(storage, rules=[MANY]) as limiter:
         assert (await limiter.check("user")).allowed
@@ -453,7 +453,7 @@ def test_it_ends_when_it_is_closed_at_any_moment_of_connecting(calm: SentinelTop
         asyncio.run(main(step * 0.00004))
 
 
-async def test_who_waits_when_it_is_closed_is_told(black_hole: Address) -> None:
+async def test_a_connect_that_waits_when_it_is_closed_raises(black_hole: Address) -> None:
     followed = topology.master(settings([black_hole]), unheard)
     waiting = asyncio.ensure_future(followed.connect())
     await asyncio.sleep(0.05)

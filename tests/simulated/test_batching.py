@@ -44,7 +44,7 @@ def assign(process: Process, request: Request) -> None:
         for position, check in enumerate(item.members):
             check.item, check.position = item, position
         after = waiting[item.count : item.count + 1]
-        if len(request.items) < HALF_A_CROWD:  # else the call was full before it came to what would have joined
+        if len(request.items) < HALF_A_CROWD:  # else the call was full before it reached what would have joined
             assert not (after and after[0].cost == item.cost and after[0].rule is item.members[-1].rule)
 
 

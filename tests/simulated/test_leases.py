@@ -1,4 +1,4 @@
-"""Units taken ahead: the promise holds over all intervals whoever holds them, none is spent late, and what is left comes back."""
+"""Units taken ahead: the promise holds over all intervals whichever process holds them, none is spent late, and what is left comes back."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Busy:
             case 4:
                 process.connection.deliver(rng.choice((None, 30)))
             case 5:
-                world.t_us += rng.randrange(2 * self.rule.lease_us)  # a stall of all: whoever goes on has missed its timers
+                world.t_us += rng.randrange(2 * self.rule.lease_us)  # a stall of all: each goes on with missed timers
             case 6:
                 process.connection.lose()
             case 7:
@@ -258,7 +258,7 @@ def test_units_that_were_not_spent_come_back(world: World, strategy: str, spend:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("late", [1, 10, 11])
-def test_who_waited_while_a_lease_came_spends_from_it(world: World, strategy: str, late: int) -> None:
+def test_a_check_that_waited_while_a_lease_came_spends_from_it(world: World, strategy: str, late: int) -> None:
     """Else calls that pass each other give back what the other one has just taken, and no lease ever grows."""
     what = leased(strategy, 1_000, 1_000)
     process = world.processes[0]
@@ -316,7 +316,7 @@ def test_nobody_is_denied_what_is_on_its_way_back(world: World, strategy: str) -
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_nobody_is_denied_what_the_call_before_gives_back(world: World, strategy: str) -> None:
-    """Two calls leave at once after a stall: what one gives back is there for who travels in the other."""
+    """Two calls leave at once after a stall: what one gives back is there for the checks in the other."""
     what = leased(strategy, 100, 1_000)
     process = hold_the_rest(world, what, 10)
     world.t_us += 2 * what.rule.lease_us

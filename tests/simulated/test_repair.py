@@ -196,7 +196,7 @@ def test_what_was_admitted_before_a_clear_is_charged_by_nobody(redis_client: red
     assert (check.decision.source, check.decision.remaining) == ("redis", 8)
 
 
-def test_what_a_broken_line_had_to_charge_comes_before_the_checks_of_another_line(redis_client: redis.Redis) -> None:
+def test_what_a_broken_connection_had_to_charge_comes_before_the_checks_of_another(redis_client: redis.Redis) -> None:
     world = World(redis_client)
     rule = RateThrottleRule("r", 10, 60, on_outage="local").compiled
     process = Process(world, expected=1)
@@ -229,7 +229,7 @@ def test_what_a_broken_line_had_to_charge_comes_before_the_checks_of_another_lin
     assert (check.decision.source, check.decision.remaining) == ("redis", 7)
 
 
-def test_what_would_hold_the_store_for_too_long_is_told_in_several_calls(redis_client: redis.Redis) -> None:
+def test_what_would_hold_the_store_for_too_long_goes_out_in_several_calls(redis_client: redis.Redis) -> None:
     world = World(redis_client)
     rule = RateThrottleRule("r", 64, 60, on_outage="local").compiled
     process = Process(world, expected=1)

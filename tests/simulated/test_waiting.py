@@ -224,7 +224,7 @@ def test_a_hot_key_is_asked_once_in_a_ttl_while_the_others_wait_for_the_answer(w
     world.end()
 
 
-def test_those_who_waited_for_an_answer_that_says_yes_are_asked_about_together(world: World, process: Process) -> None:
+def test_checks_that_waited_for_an_answer_that_says_yes_are_asked_together(world: World, process: Process) -> None:
     hot(world, process)
     asker = process.check("k", RULE)
     fly(process)
@@ -416,7 +416,7 @@ def crowd(world: World, process: Process, count: int = 1_000) -> list[Check]:
     return checks
 
 
-def test_what_waits_too_long_for_a_line_that_is_answered_is_overload_and_no_outage(world: World) -> None:
+def test_what_waits_too_long_for_a_connection_that_is_answered_is_overload_and_no_outage(world: World) -> None:
     process = Process(world, deadline_us=DEADLINE_US, deny_overload=True)
     checks = crowd(world, process)
     while not all(check.over for check in checks):
@@ -475,7 +475,7 @@ def test_an_answer_that_takes_longer_than_the_deadline_is_an_outage_though_other
 
 
 def test_hardly_anybody_is_counted_for_nothing_however_long_the_queue(world: World) -> None:
-    """Twice as many come as are answered: who would hear too late isn't sent."""
+    """Twice as many come as are answered: a check that would hear too late isn't sent."""
     process = Process(world, deadline_us=20_000)
     process.check("warm", BIG)
     world.settle()
@@ -521,7 +521,7 @@ def test_nor_where_redis_is_far(world: World, process: Process) -> None:
     assert sum("may have been counted" in error for error in errors) < granted / 4
 
 
-def test_who_waited_while_redis_stalled_is_still_sent(world: World, process: Process) -> None:
+def test_a_check_that_waited_while_redis_stalled_is_still_sent(world: World, process: Process) -> None:
     process.check("warm", BIG)
     world.settle()
     first = []

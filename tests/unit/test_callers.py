@@ -41,7 +41,7 @@ def limiter(*rules: RateThrottleRule) -> RateThrottleCore:
 # Inspection and mocks
 
 
-def test_check_is_a_coroutine_function_to_whoever_asks() -> None:
+def test_check_is_a_coroutine_function_however_it_is_asked() -> None:
     core = limiter()
     for check in (core.check, RateThrottleCore.check):
         assert inspect.iscoroutinefunction(check)

@@ -1,4 +1,4 @@
-"""Which callbacks are told of what, how often, and that nobody is hurt by it."""
+"""Which callbacks hear of what, how often, and that their errors hurt nobody."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Told:
         self.remove = self.events.subscribe(self.heard.append)
 
     def emit(self, *told: Event) -> list[Event]:
-        """Emit events, and give back what was told of them."""
+        """Emit events, and give back what went out."""
         self.heard.clear()
         for event in told:
             self.events.emit(event)
@@ -120,7 +120,7 @@ def test_one_of_a_kind_a_second_and_the_next_one_counts_the_others(told: Told) -
 
 
 @pytest.mark.parametrize("event", ONE_OF_EACH[6:10], ids=lambda event: event.kind)
-def test_what_goes_on_for_hours_is_told_once_a_minute(event: Event, told: Told) -> None:
+def test_what_goes_on_for_hours_goes_out_once_a_minute(event: Event, told: Told) -> None:
     heard = 0
     for _ in range(3_600):
         heard += len(told.emit(event))
@@ -128,7 +128,7 @@ def test_what_goes_on_for_hours_is_told_once_a_minute(event: Event, told: Told) 
     assert heard == 60
 
 
-def test_a_refusal_in_other_words_is_told_at_once(told: Told) -> None:
+def test_a_refusal_in_other_words_goes_out_at_once(told: Told) -> None:
     """Somebody mends the password, and a permission is missing: a minute is long then. But a text that always changes is no flood."""
     password, permission = events.Refused("the password"), events.Refused("a permission")
     assert told.emit(password, permission, password, permission) == [password, permission]
@@ -138,7 +138,7 @@ def test_a_refusal_in_other_words_is_told_at_once(told: Told) -> None:
     assert len(told.emit(*[events.Refused(f"number {number}") for number in range(1_000)])) == 11
 
 
-def test_the_end_of_an_outage_that_was_told_is_told(told: Told) -> None:
+def test_the_end_of_an_outage_goes_out_if_its_beginning_did(told: Told) -> None:
     assert told.emit(BEGAN, ENDED) == [BEGAN, ENDED]
     told.now_s += 1
     assert told.emit(BEGAN) == [BEGAN]
@@ -152,7 +152,7 @@ def test_outages_in_quick_succession_are_counted_both_ends(told: Told) -> None:
     assert [event.suppressed for event in told.emit(BEGAN, ENDED)] == [4, 4]
 
 
-def test_an_outage_that_was_left_out_at_first_is_told_while_it_lasts(told: Told) -> None:
+def test_an_outage_that_was_left_out_at_first_goes_out_while_it_lasts(told: Told) -> None:
     """Otherwise an outage of an hour is silent because a short one came just before it."""
     long = OutageBegan("a long one", "deny", at=5.0)
     assert told.emit(BEGAN, ENDED, long) == [BEGAN, ENDED]
@@ -179,7 +179,7 @@ def test_another_reason_of_an_outage_is_logged_once_a_minute(told: Told, caplog:
     assert len(caplog.records) == 2
 
 
-def test_an_end_without_a_beginning_is_not_told(told: Told) -> None:
+def test_an_end_without_a_beginning_does_not_go_out(told: Told) -> None:
     assert told.emit(ENDED) == []
 
 

@@ -552,7 +552,7 @@ async def test_peeking_in_a_loop_lets_others_run() -> None:
     assert await turns_of_others(lambda: core.peek("key")) >= 9
 
 
-async def test_nobody_who_sleeps_for_retry_after_wakes_too_early() -> None:
+async def test_no_task_that_sleeps_for_retry_after_wakes_too_early() -> None:
     for window_us in range(1_000_001, 1_000_301):
         core = RateThrottleCore(InMemoryStorage(clock_us=lambda: 1_800_000_000_000_000))
         core.add_rule(RateThrottleRule("api", 1, timedelta(microseconds=window_us)))

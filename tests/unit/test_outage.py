@@ -208,7 +208,7 @@ def test_a_key_meets_what_is_known_once_an_outage_and_is_charged_up_to_its_part(
     both.shares.begin()
     either = min(free(one, first, now_us), free(other, second, now_us))
     found = free(both, second, now_us)
-    # A counter takes the larger of each of its two counts, which may come to more than either pair does.
+    # A counter takes the larger of each of its two counts, which may be more than either pair is.
     assert found == either if rule.compiled.kind != "c" else found <= either
     assert free(both, None, now_us) == free(one, first, now_us)
 

@@ -212,7 +212,7 @@ async def test_a_free_key_waits_behind_another_keys_lock() -> None:
 
 @every_strategy
 async def test_small_requests_starve_a_large_one(strategy: str, clock: Clock, limiter: Callable[..., RateThrottleCore]) -> None:
-    """A denied large cost is told when it fits, and at that instant it fits, if nobody else has come."""
+    """A denial of a large cost says when it fits, and at that instant it fits, if nobody else has come."""
     shared = limiter(make_rule(strategy, 10, 10 * SECOND_US))
     assert await admitted(shared, "key", 4) == 4
     large = await shared.check("key", cost=10)

@@ -287,7 +287,7 @@ REFUSED = [(44, 62_976_558, 168_686_685), (704, 844_411_096, 153_800_874), (23_4
 
 
 @pytest.mark.parametrize(("limit", "window_us", "burst"), REFUSED)
-def test_a_burst_that_leaves_no_room_for_the_rate_is_told_the_largest_that_does(limit: int, window_us: int, burst: int) -> None:
+def test_an_error_names_the_largest_burst_that_leaves_room_for_the_rate(limit: int, window_us: int, burst: int) -> None:
     window = timedelta(microseconds=window_us)
     with pytest.raises(ConfigurationError, match="within a billionth") as caught:
         RateThrottleRule("rule", limit, window, strategy="token_bucket", burst=burst)
@@ -298,7 +298,7 @@ def test_a_burst_that_leaves_no_room_for_the_rate_is_told_the_largest_that_does(
 
 
 @pytest.mark.parametrize("limit", [791_908_973, 906_624_972, 549_763_688])
-def test_a_limit_that_leaves_no_room_for_its_rate_is_told_the_nearest_that_does(limit: int) -> None:
+def test_an_error_names_the_nearest_limit_that_leaves_room_for_its_rate(limit: int) -> None:
     windows = {791_908_973: 25_222_301_714_275, 906_624_972: 20_581_007_188_621, 549_763_688: 14_905_318_962_203}
     window_us = next(w for w in range(windows[limit], windows[limit] + 10_000) if fitting_rate(limit, w, limit) is None)
     window = timedelta(microseconds=window_us)
@@ -331,7 +331,7 @@ def test_a_changed_copy_is_a_rule_of_its_own() -> None:
         (None, "a rate is written as"),
     ],
 )
-def test_what_is_no_rate_is_told_what_is(rate: Any, advice: str) -> None:
+def test_an_error_for_what_is_no_rate_says_what_is_one(rate: Any, advice: str) -> None:
     with pytest.raises(ConfigurationError, match=advice):
         RateThrottleRule.parse("rule", rate)
 

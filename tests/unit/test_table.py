@@ -1,4 +1,4 @@
-"""The key table: what it holds, what it forgets, who can fill it."""
+"""The key table: what it holds, what it forgets, what can fill it."""
 
 from __future__ import annotations
 

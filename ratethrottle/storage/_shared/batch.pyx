@@ -384,7 +384,7 @@ cdef class Batch:
         return self.waiting.arm_timer(now_us, next_us) if next_us < NEVER_US else 0
 
     cdef bint expire_calls(self, int64_t now_us) except -1:
-        """Answer those who have waited too long for a reply; True when one is late, counted from when it was asked for."""
+        """Answer checks that have waited too long for a reply; True if one is late, counted from when it was asked for."""
         cdef bint late = False
         cdef Call call
         for call in list(self.exchange.in_flight):

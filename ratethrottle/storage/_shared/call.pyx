@@ -166,7 +166,7 @@ cdef class CheckCall(Call):
         return at
 
     cdef int fits(self, const int64_t* numbers, int count) noexcept:
-        """How many numbers the answers have; −1 if the script can't have given this reply: none of it is taken in, whoever wrote it."""
+        """How many numbers the answers have; −1 if the script can't have given this reply: none of it is taken in."""
         cdef Answers answers = answers_in(numbers, count)
         cdef const int64_t* pair
         cdef int i

@@ -180,7 +180,7 @@ cdef class Settlement:
         return self.known.take_back(item, sample, call.epoch)
 
     cdef int expire(self, CheckCall call, int64_t now_us, int64_t heard_us, bint late) except -1:
-        """Answer those who have waited too long. heard_us: when anything was answered last.
+        """Answer checks that have waited too long. heard_us: when anything was answered last.
 
         late: this or an earlier reply has been waited for longer than the deadline.
         """

@@ -64,7 +64,7 @@ cdef class SharedStorage(Backend):
         # Every check looks its key up in the bounds first, and that notices a fork.
         if loop is self.here and self.here_forks == self.bounds.forks:
             picked = <Batch>found[<Py_ssize_t>(hashed.lo % <uint64_t>len(found))]
-            if not picked.has_ended():             # it ends with its loop's tasks, whoever cancelled them
+            if not picked.has_ended():             # it ends with its loop's tasks, whatever cancelled them
                 return picked
         # Kept in `found`: before this goes on, another thread may have put its own here.
         found = self._batches_here()

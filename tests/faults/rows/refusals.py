@@ -145,7 +145,7 @@ def unwelcome(run: Run, begin: Callable[[redis.Redis], object], end: Callable[[r
         run.judge(fleet, allowed_errors=("StorageRefused",), attempts=True, admits=False)
         during = kinds(call for began_us, ended_us in fleet.faults for call in between(fleet.logs, began_us, ended_us))
         run.note(f"meanwhile: {dict(during)}")
-        run.expect(during["StorageRefused"], "nobody was told StorageRefused")
+        run.expect(during["StorageRefused"], "no check raised StorageRefused")
 
 
 @row()

@@ -155,7 +155,7 @@ async def liar(port: int) -> AsyncIterator[int]:
     address = b"*2\r\n$9\r\n127.0.0.1\r\n$%d\r\n%d\r\n" % (len(str(port)), port)
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError, asyncio.IncompleteReadError):  # whoever asked has gone
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):  # the client that asked has gone
             while True:
                 words = []
                 for _ in range(int((await reader.readuntil(b"\r\n"))[1:])):

@@ -124,7 +124,7 @@ def idle_connections_closed(run: Run) -> None:
                 run.note(f"{client.info('stats')['total_connections_received'] - killed_before} connections were made anew")
         run.judge(fleet, bites=False)
         felt = [call for call in between(fleet.logs, fleet.began_us, fleet.ended_us) if call.kind == "outage"]
-        run.expect(not felt, f"{len(felt)} callers were told of it")
+        run.expect(not felt, f"{len(felt)} callers heard of it")
 
 
 @row()
@@ -177,7 +177,7 @@ def worker_stopped(run: Run) -> None:
             fleet.stop(fleet.members[0], 3)
             fleet.calm(3)
         # What only the stopped one knew may be granted again: what Redis had granted it of a key just before, at most. Of what came
-        # earlier than the second before, somebody else has heard, who asked for the same key since.
+        # earlier than the second before, another process has heard it, which asked for the same key since.
         lost_us = fleet.faults[0][0]
         own = Counter(
             (call.rule, call.key)

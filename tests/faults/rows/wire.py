@@ -24,7 +24,7 @@ MANY = [RateThrottleRule(f"r{limit}", limit, 3600, strategy="fixed_window") for 
 
 
 def tampered(run: Run, modes: Callable[[int], dict[str, Any]], times: int, **expected: Any) -> None:
-    """Do something to a reply ten times a second, under load; not for so long that one who never gets through isn't counted any more."""
+    """Do something to a reply ten times a second, under load. Not for long: a process that never gets through must stay counted."""
     with RedisServer(password=PASSWORD) as server, Proxy(server.socket, password=PASSWORD) as proxy:
         server.grow_old()
         with Fleet(proxy.url) as fleet:
@@ -84,7 +84,7 @@ def nonsense_reply(run: Run) -> None:
 
 
 async def cancelling(limiter: RateThrottleCore, rng: random.Random, checks: int, *, at_once: int = 50) -> Counter[str]:
-    """Check, and cancel about half at random, some twice. Returns how many came to which end."""
+    """Check, and cancel about half at random, some twice. Returns how many ended in which way."""
     counts: Counter[str] = Counter()
     for _ in range(0, checks, at_once):
         rules = [rng.choice(MANY) for _ in range(at_once)]
