@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
-from ratethrottle import Decision, RateThrottleCore
+from ratethrottle import Decision, RateThrottleCore, RedisStorage
 from ratethrottle.errors import StorageUnavailable
 
 
@@ -25,6 +25,12 @@ async def served(limiter: RateThrottleCore) -> bool:
         return (await limiter.peek("somebody else")).source == "redis"
     except StorageUnavailable:
         return False
+
+
+async def sure(*limiters: RateThrottleCore) -> bool:
+    """Whether two beats of each have agreed how many processes share the limits: before that, one learns for 0.75 s after a loss."""
+    storages = [limiter._storage for limiter in limiters]
+    return all(isinstance(storage, RedisStorage) and storage.repair.fleet.sure for storage in storages)
 
 
 async def healed(limiter: RateThrottleCore, key: str = "user") -> Decision:

@@ -619,17 +619,17 @@ async def test_it_ends_at_any_moment_of_connecting(protected: RedisServer, monke
 async def test_a_winner_that_nobody_takes_any_more_is_closed() -> None:
     """Cancelled while the losers end, the race has a connection that nobody knows of."""
     discarded: list[str] = []
-    begun, again = asyncio.Event(), asyncio.Event()
+    begun, ending, may_end = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     async def begin(progress: Progress) -> str:
         if begun.is_set():
-            again.set()
             return "winner"
         begun.set()
         try:
-            await asyncio.sleep(10)
+            await asyncio.Event().wait()
         finally:
-            await asyncio.sleep(0.2)
+            ending.set()
+            await may_end.wait()
         raise AssertionError(progress)
 
     async def now() -> None:
@@ -639,19 +639,19 @@ async def test_a_winner_that_nobody_takes_any_more_is_closed() -> None:
         discarded.append(result)
 
     for cancels in (False, True):
-        begun.clear()
-        again.clear()
+        for event in (begun, ending, may_end):
+            event.clear()
         race = asyncio.ensure_future(Race(begin, Pace(now), discard).run())
-        await again.wait()
-        await asyncio.sleep(0.05)  # the loser takes its time
+        await ending.wait()  # the loser takes its time
         if cancels:
             race.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await race
-        else:
+        may_end.set()
+        if not cancels:
             assert await race == "winner"
         assert discarded == ["winner"] * cancels
-        await asyncio.sleep(0.2)
+        await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task(), race}), return_exceptions=True)
 
 
 async def test_a_socket_is_closed_though_closing_its_connection_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:

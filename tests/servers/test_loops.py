@@ -17,6 +17,7 @@ import pytest
 from ratethrottle import RateThrottleCore, RateThrottleRule, RedisStorage, create_limiter
 from ratethrottle.events import Event
 from ratethrottle.storage.redis.backoff import EVERY_S, Backoff
+from tests.kit.recovery import until
 from tests.kit.servers import RedisServer, free_port
 
 RULE = RateThrottleRule("r", 1_000_000, 60)
@@ -64,8 +65,11 @@ def test_a_loop_that_stands_still_with_a_control_call_keeps_nobody_away(
     redis_server.client().flushall()
     still.run_until_complete(some(1))  # it hears of the loss, begins to tell what it knows, and isn't run any more
     assert other.run_until_complete(asyncio.wait_for(until_redis(), 5)) < 2
-    still.run_until_complete(asyncio.sleep(0.1))
-    other.run_until_complete(asyncio.sleep(0))
+
+    async def answered() -> bool:
+        return limiter.statistics().in_flight == 0
+
+    still.run_until_complete(until(answered))
     for loop in loops:
         loop.run_until_complete(limiter._storage.aclose())
         loop.run_until_complete(asyncio.sleep(0.05))
@@ -75,9 +79,12 @@ async def test_aclose_in_a_cancelled_scope_ends_all_connections(redis_server: Re
     with anyio.move_on_after(0.1):
         async with create_limiter("redis", redis_url=redis_server.url, rules=[RULE], connections=3) as limiter:
             await limiter.check("user")
-            await anyio.sleep(5)
-    await asyncio.sleep(0.1)
-    assert [task.get_name() for task in asyncio.all_tasks() if task.get_name().startswith("ratethrottle")] == []
+            await anyio.sleep_forever()
+
+    async def ended() -> bool:
+        return not [task for task in asyncio.all_tasks() if task.get_name().startswith("ratethrottle")]
+
+    await until(ended)
 
 
 def test_the_end_of_an_outage_is_announced_though_the_loop_that_met_it_is_gone() -> None:
@@ -88,13 +95,13 @@ def test_the_end_of_an_outage_is_announced_though_the_loop_that_met_it_is_gone()
     told: list[Event] = []
     limiter.on_event(told.append)
 
-    async def until(source: str) -> None:
+    async def until_by(source: str) -> None:
         while (await limiter.check("user")).source != source:  # noqa: ASYNC110  # as above
             await asyncio.sleep(0.05)
 
-    asyncio.run(until("outage"))
+    asyncio.run(until_by("outage"))
     with server:
-        asyncio.run(until("redis"))
+        asyncio.run(until_by("redis"))
     assert [event.kind for event in told] == ["outage_began", "outage_ended"]
 
 
@@ -102,18 +109,21 @@ def test_a_loop_that_is_gone_keeps_no_breaker_open(loops: list[asyncio.AbstractE
     with RedisServer() as server:
         limiter = create_limiter("redis", redis_url=server.url, rules=[RULE], expected_processes=1)
 
-        async def until(source: str) -> None:
+        async def until_by(source: str) -> None:
             while (await limiter.check("user")).source != source:  # noqa: ASYNC110  # as above
                 await asyncio.sleep(0.05)
 
-        loops[0].run_until_complete(until("redis"))
+        async def failed() -> bool:
+            return limiter.statistics().breaker == "open"
+
+        loops[0].run_until_complete(until_by("redis"))
         server.stop()
-        loops[0].run_until_complete(until("outage"))
-        loops[0].run_until_complete(asyncio.sleep(0.1))  # in which the attempt at once fails
-        asyncio.run(until("outage"))
+        loops[0].run_until_complete(until_by("outage"))
+        loops[0].run_until_complete(until(failed))  # the attempt at once
+        asyncio.run(until_by("outage"))
         assert limiter.statistics().breaker != "closed"
         server.start()
-        loops[0].run_until_complete(until("redis"))
+        loops[0].run_until_complete(until_by("redis"))
         assert limiter.statistics().breaker == "closed"
         loops[0].run_until_complete(limiter.aclose())
 

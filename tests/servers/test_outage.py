@@ -16,7 +16,7 @@ from ratethrottle.errors import StorageError, StorageRefused, StorageUnavailable
 from ratethrottle.events import Event
 from ratethrottle.storage.redis import backoff
 from ratethrottle.storage.redis.backoff import EVERY_S, JITTER_S
-from tests.kit.recovery import served, until
+from tests.kit.recovery import served, sure, until
 from tests.kit.relay import Relay
 from tests.kit.servers import RedisServer, free_port
 from tests.kit.strategies import STRATEGIES
@@ -95,7 +95,7 @@ async def test_the_shares_of_all_processes_are_the_limit_once(strategy: str) -> 
             return all(limiter.statistics().processes == 3 for limiter in limiters)
 
         await until(known)
-        await asyncio.sleep(1)  # until two beats have agreed, of each of them
+        await until(lambda: sure(*limiters), 5)
         server.stop()
         decisions = [await limiter.check("user") for _ in range(LIMIT) for limiter in limiters]
         assert {decision.source for decision in decisions} == {"outage"}
@@ -716,7 +716,11 @@ async def test_what_was_cleared_comes_back_by_nobody() -> None:
             assert others <= set(client.keys())
             assert not [key for key in client.keys("app:{*}:*:=*") if not key.startswith(b"app:{X}")]
             assert (await mine.check(f"user of {id(mine)}", "r")).allowed
-            await asyncio.sleep(0.3)
+
+            async def heard() -> bool:
+                return theirs.statistics().epoch_changes == 1
+
+            await until(heard)  # without a call of its own
             for limiter in (mine, theirs):
                 for user in (mine, theirs):
                     decision = await limiter.peek(f"user of {id(user)}", "r")

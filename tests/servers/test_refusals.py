@@ -369,9 +369,9 @@ def test_only_what_comes_back_unchanged_and_from_an_attempt_of_its_own_counts(mo
 async def test_a_server_without_room_for_another_client_says_so_and_heals(password: str | None) -> None:
     with RedisServer("--maxclients", "20", password=password) as server:
         with contextlib.ExitStack() as held:
-            for _ in range(25):
-                held.enter_context(socket.create_connection(("127.0.0.1", server.port)))
-            await asyncio.sleep(0.1)
+            clients = [held.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(25)]
+            # It has accepted those before the one that it refuses.
+            assert await asyncio.to_thread(clients[-1].recv, 100) == b"-ERR max number of clients reached\r\n"
             limiter = create_limiter("redis", redis_url=server.url, rules=[RULE], deadline=1, on_outage="raise")
             told: list[Event] = []
             limiter.on_event(told.append)

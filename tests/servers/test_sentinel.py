@@ -23,7 +23,7 @@ from ratethrottle.errors import StorageError, StorageRefused, StorageUnavailable
 from ratethrottle.storage.redis import topology
 from ratethrottle.storage.redis.settings import Address, Settings, close
 from ratethrottle.storage.redis.topology import Master
-from tests.kit.recovery import healed, until
+from tests.kit.recovery import healed, sure, until
 from tests.kit.sentinel import FakeSentinel
 from tests.kit.servers import RedisServer, SentinelTopology, eventually, free_port
 
@@ -45,6 +45,12 @@ def calm() -> Iterator[SentinelTopology]:
 def stormy() -> Iterator[SentinelTopology]:
     with SentinelTopology() as started:
         yield started
+
+
+@pytest.fixture
+def suspicious(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A master may be suspected at once, not only half a second after it was found."""
+    monkeypatch.setattr(topology, "TRUST_S", 0.0)
 
 
 def settings(addresses: list[Address], deadline_s: float = 2.0, **more: Any) -> Settings:
@@ -107,6 +113,7 @@ async def test_a_url_or_options_lead_to_the_master(calm: SentinelTopology) -> No
             assert client.keys(f"*:many:=way{number}")
 
 
+@pytest.mark.usefixtures("suspicious")
 async def test_with_one_sentinel_frozen_and_one_gone_it_is_found_within_300_ms(stormy: SentinelTopology) -> None:
     async with following(stormy.addresses) as followed:
         stormy.sentinels[0].pause()
@@ -115,7 +122,6 @@ async def test_with_one_sentinel_frozen_and_one_gone_it_is_found_within_300_ms(s
             began_s = time.monotonic()
             assert await port_found(followed) == stormy.nodes[0].port
             assert time.monotonic() - began_s < 0.3
-            await asyncio.sleep(0.6)
             followed.suspect()
 
 
@@ -286,8 +292,7 @@ async def traffic(nodes: SentinelTopology) -> AsyncIterator[Traffic]:
         checking = Traffic(nodes, limiter)
         task = asyncio.create_task(checking.run())
         try:
-            # Until two beats agree how many share the limits: a process that isn't sure learns for 0.75 s after a loss, not 0.25 s.
-            await asyncio.sleep(1.3)
+            await until(lambda: sure(limiter), 5)
             yield checking
         finally:
             checking.stop()
@@ -359,6 +364,7 @@ async def test_a_failover_is_followed_while_one_sentinel_lies_and_by_the_poll_al
             assert await port_found(followed) == stormy.master.port
 
 
+@pytest.mark.usefixtures("suspicious")
 async def test_a_master_that_was_made_a_replica_by_hand_is_never_handed_out(stormy: SentinelTopology) -> None:
     async with following(stormy.addresses, 0.5) as followed:
         moves: list[float] = []
@@ -368,7 +374,6 @@ async def test_a_master_that_was_made_a_replica_by_hand_is_never_handed_out(stor
             client.replicaof("127.0.0.1", stormy.nodes[1].port)
         with pytest.raises(StorageUnavailable, match="says that it is a replica"):
             await followed.connect()
-        await asyncio.sleep(0.6)
         followed.suspect()
         followed.suspect()
         assert moves == []  # not from within
@@ -376,11 +381,11 @@ async def test_a_master_that_was_made_a_replica_by_hand_is_never_handed_out(stor
         assert len(moves) <= 1
 
 
+@pytest.mark.usefixtures("suspicious")
 async def test_readonly_makes_every_connection_look_again(stormy: SentinelTopology) -> None:
     storage = RedisStorage.from_url(sentinels=stormy.addresses, master_name=stormy.name, deadline=2)
     async with RateThrottleCore(storage, rules=[MANY]) as limiter:
         assert (await limiter.check("user")).allowed
-        await asyncio.sleep(0.6)
         with stormy.nodes[0].client() as client:
             client.replicaof("127.0.0.1", stormy.nodes[1].port)
             with pytest.raises(StorageUnavailable, match="replica"):

@@ -13,7 +13,7 @@ cdef class Fleet:
     cdef Shares shares
     cdef readonly int64_t processes          # that share the limits; 0: unknown
     cdef int64_t expected                    # how many do, by options; 0: they don't say
-    cdef bint sure                           # they were counted alike for a while: none has begun or ended just now
+    cdef readonly bint sure                  # they were counted alike for a while: none has begun or ended just now
     cdef int64_t last_count                  # of them, and since when it is that
     cdef int64_t alike_since_us
     cdef int64_t fewer_since_us              # since when the store counts fewer than we do
