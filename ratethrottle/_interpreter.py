@@ -1,4 +1,4 @@
-"""Loads the core first, and says what to do where a process has several Python interpreters, of which only one can load it."""
+"""Loads the core first, and says what to do if a process has several Python interpreters: only one of them can load it."""
 
 from __future__ import annotations
 

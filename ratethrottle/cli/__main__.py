@@ -1,4 +1,4 @@
-"""`python -m ratethrottle.cli`: the command, where no script is installed."""
+"""`python -m ratethrottle.cli`: the command, if no script is installed."""
 
 from ratethrottle.cli import main
 

@@ -114,7 +114,7 @@ async def clean(order: dict[str, object]) -> None:
 
 
 async def without_redis(plan: Plan, reason: str) -> int:
-    """Show the same limit in one process; a failure under CI=true, where there has to be a Redis."""
+    """Show the same limit in one process; a failure under CI=true, which needs a Redis."""
     say(
         f"No Redis: {reason}. Install one (Debian: apt-get install redis-server; macOS: brew install redis) or name one with\n"
         "--redis-url. Until then this is the embedded in-memory default, in one process: nothing is shared here.\n"

@@ -30,7 +30,7 @@ class NoRedis(Exception):
 
 
 def server_program() -> str:
-    """Find the program that is started where a Redis is needed, here and in the tests. Raises NoRedis.
+    """Find the program to start if a Redis is needed, here and in the tests. Raises NoRedis.
 
     It is the one that RATETHROTTLE_REDIS_SERVER names, or redis-server or valkey-server on the PATH, or the Valkey beside this Python.
     """
@@ -118,7 +118,7 @@ def demo_prefix() -> str:
 
 
 async def clear(storage: RedisStorage) -> None:
-    """Leave nothing behind in a Redis that isn't ours, where it lets us."""
+    """Leave nothing behind in a Redis that isn't ours, if it lets us."""
     with suppress(StorageError):  # what is left expires, but for a key of a few bytes
         await storage._wipe()
 

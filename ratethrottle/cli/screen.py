@@ -18,7 +18,7 @@ ASCII = str.maketrans("┌┐└┘┬┴┼─│▼█░", "+++++++-|v#.")
 
 
 class Screen:
-    """Draws the counts: the picture over and over in place, or one live line where it doesn't fit, or a line now and then."""
+    """Draws the counts: the picture over and over in place, or one live line if that doesn't fit, or a line now and then."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit

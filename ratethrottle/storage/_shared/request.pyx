@@ -29,7 +29,7 @@ cdef class Writer:
         return request
 
     cdef int connect(self, dict scripts, bytes run) except -1:
-        """There is a connection, to that run of a server, where these scripts are loaded."""
+        """There is a connection to that run of a server, which has these scripts loaded."""
         self.scripts = scripts
         self.decide_name, self.decide_text = scripts["decide"]
         self.run = run

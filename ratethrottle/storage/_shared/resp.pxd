@@ -34,7 +34,7 @@ cdef inline bint buffer_room(Buffer* buffer, size_t more) noexcept nogil:
 
 
 cdef inline void put(Buffer* buffer, const char* data, size_t size) noexcept nogil:
-    """Append where there is room."""
+    """Append, if there is room."""
     memcpy(buffer.bytes + buffer.used, data, size)
     buffer.used += size
 

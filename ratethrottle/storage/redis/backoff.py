@@ -1,7 +1,7 @@
 """When to connect: at once after a loss, while Redis is away at most twice a second in this process, and less often when it stays away.
 
 For the first seconds of an outage nothing is gained by waiting longer: an attempt that is refused costs next to nothing, and Redis is
-taken up within half a second. Later, and from the start where an attempt costs somebody a token, attempts get rarer, up to EVERY_MOST_S.
+taken up within half a second. Later, and from the start if an attempt costs a token, attempts get rarer, up to EVERY_MOST_S.
 Those of all processes fall together all the same: a rarer turn is one of the more frequent ones.
 """
 

@@ -23,7 +23,7 @@ SAME_MOMENT_S = 0.25
 
 LAYOUT = re.compile(r"RATETHROTTLE layout tags=(\d+),parts=(\d+) is in use, not tags=(\d+),parts=(\d+)")
 OURS = re.compile(r"RATETHROTTLE ([a-z0-9 ,]+)")
-# The first word of an error reply. redis-py takes it away where it has a class for it.
+# The first word of an error reply. redis-py takes it away if it has a class for it.
 CODE = re.compile(r"[A-Z]{2,20}\b")
 NO_ROOM = re.compile(
     r"""
@@ -158,7 +158,7 @@ def _layout(tags: str, parts: str) -> str:
 
 
 def meaning(text: str, code: str = "") -> Meaning:
-    """Say what an error reply means: its text without the `-`. code: its first word, where that has been taken away."""
+    """Say what an error reply means: its text without the `-`. code: its first word, if that was taken away."""
     layout = LAYOUT.search(text)
     if layout:
         return Meaning(

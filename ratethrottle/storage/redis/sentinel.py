@@ -154,7 +154,7 @@ class Sentinel:
 
 
 def address(said: object) -> Address | None:
-    """Read the reply to GET-MASTER-ADDR-BY-NAME: None where no such master is known.
+    """Read the reply to GET-MASTER-ADDR-BY-NAME: None if it knows no such master.
 
     Raises what an error reply is, and StorageProtocolError for anything else.
     """

@@ -69,7 +69,7 @@ OURS = frozenset(
 
 # How long a certificate that was replaced on disk may stay in use for new connections.
 TLS_SHARED_S = 60
-# How long an attempt to connect may take, where neither the option nor the client's socket_connect_timeout says more.
+# How long an attempt to connect may take, if neither the option nor the client's socket_connect_timeout says more.
 CONNECT_S = 5.0
 CONNECT_MOST_S = 60.0
 # How long a server has to say why it won't have us, before anything is said to it.
@@ -88,7 +88,7 @@ class Settings:
 
     deadline_s: of a check. connect_timeout_s: of an attempt to connect; None: 5, or the client's socket_connect_timeout if longer.
     sentinels: settings of their own for each of them, with their credentials; none for a single server. master_name: what they
-    know the master by. forced_host: stands in for the host that they name, where theirs can't be reached from here.
+    know the master by. forced_host: stands in for the host that they name, if that can't be reached from here.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Settings:
                 Settings(sentinel, deadline_s, connect_timeout_s, names=names) for sentinel in manager.sentinels
             )
         self._class = asyncio_twin(pool.connection_class)
-        # What the client says of each step is heard; what redis-py says where nobody does, isn't.
+        # The client's own timeouts count; redis-py's defaults don't.
         self._step_s = given_s(pool.connection_kwargs, "socket_connect_timeout")
         self._reply_s = given_s(pool.connection_kwargs, "socket_timeout")
         self._kwargs = own_kwargs(self._class, pool.connection_kwargs, self._step_s)
@@ -155,7 +155,7 @@ class Settings:
         return str(kwargs.get("host") or "localhost").lower(), int(kwargs.get("port") or 6379), database, theirs
 
     async def connect(self, address: Address | None = None) -> AbstractConnection:
-        """Open a connection, to `address` where sentinels named it. Raises redis-py's errors and OSError; the caller bounds the time."""
+        """Open a connection, to `address` if sentinels named it. Raises redis-py's errors and OSError; the caller bounds the time."""
         return await self.reach((), _only, address)
 
     async def reach(
@@ -238,7 +238,7 @@ class Settings:
             raise
 
     def _begin_reading(self) -> None:
-        """Read certificates: here and now where no loop would stand still for it, or else so that the first attempt finds them read."""
+        """Read certificates: now if no loop would stand still for it, otherwise so that the first attempt finds them read."""
         try:
             asyncio.get_running_loop()
         except RuntimeError:
@@ -305,7 +305,7 @@ def through(connection: Any, dialled: socket.socket) -> dict[str, Any]:
 
 
 def given_s(kwargs: Mapping[str, Any], name: str) -> float | None:
-    """Read a timeout of the client's; None where it is redis-py's default, or no limit."""
+    """Read a timeout of the client's; None if it is redis-py's default, or no limit."""
     value = kwargs.get(name)
     theirs = inspect.signature(AbstractConnection.__init__).parameters[name].default
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value == theirs or not value > 0:

@@ -52,7 +52,7 @@ _INHERITED: list[Connection] = []
 
 
 def breaker_of(connections: Iterable[Connection]) -> Literal["closed", "open", "half_open"]:
-    """Say how the circuit breaker of these connections stands: it is closed where each of them asks Redis."""
+    """Say how the circuit breaker of these connections stands: it is closed if each of them asks Redis."""
     apart = [
         connection for connection in connections if not connection.closed and (connection.batch.away or connection.batch.refused)
     ]

@@ -14,7 +14,7 @@
 -- prev.
 -- told_us: the server's time, before the epoch, when that was heard; 0 if it was in an older one than the process knew. Of assertions the
 -- teller comes last: which process tells, how far it has come (telling.lua), and the number of the entry to begin with. There may be
--- no entries. A call ends where it has worked for about a millisecond: that entry and all behind it are deferred, to be sent again.
+-- no entries. A call ends when it has worked for about a millisecond: that entry and all behind it are deferred, to be sent again.
 -- Units of b are ticks, in two charges at most: those of age 0 are new; others, of which the newest is so old, were
 -- charged before, and may have drained too early.
 -- newest_us is the age of the newest of a key's charges: what is older than its last reset is not counted.
@@ -331,7 +331,7 @@ local marker = charges and KEYS[key_count + 2]
 if charges and states[key_count + 2] or not charges and repair_us == 0 then return {request, now, 0} end
 
 -- Returns the state with an entry taken in, how long it must be kept, and how many entries its sliding windows have; false if there is nothing to take in; nothing if the state
--- can't be read. Raises an error where it is damaged.
+-- can't be read. Raises an error if it is damaged.
 local function taken_in(entry)
   local rule, state = entry.rule, states[entry.key] or '1;'
   if not charges and entry.told > 0 and entry.generation == 0 then

@@ -78,7 +78,7 @@ if simple and (not state or sub(state, 1, skip) == alone) then
         if before == 0 then
           first, states[k] = last, alone .. format('%d,0,%d,1,;', asked, rule.slot / q)
         else
-          -- The newest entry becomes one of the older ones, which are printed alike where their width is.
+          -- The newest entry becomes one of the older ones, which are printed alike if they have the same width.
           local shape = rule[width] or format('%%0%dd%%0%dd;', digits, width)
           rule[width] = shape
           states[k] = alone .. format('%d,%d,%d,%d,', asked, before, rule.slot / q, width) .. sub(text, at, size - 1)
