@@ -52,7 +52,8 @@ cdef class LateReplies:
     def received(self, bytes data not None):
         """Take what came. False once there is nothing more to hear, or if it can't be a reply to these calls.
 
-        The loop of `Batch.read` again, for calls alone: that one settles checks, may drop its connection and stops then.
+        Much like `Batch.read`, and apart from it: there each reply is settled by its kind, and may end the connection. One loop for
+        both would have to ask at each reply what to do with it, on the path of every check.
         """
         cdef int64_t[REPLY_NUMBERS_MAX] numbers
         cdef Py_ssize_t at = 0, after
