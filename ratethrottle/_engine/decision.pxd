@@ -3,7 +3,7 @@
 cimport cython
 from libc.stdint cimport int64_t
 
-from ratethrottle._engine.arithmetic cimport NEVER, Outcome
+from ratethrottle._engine.arithmetic cimport NEVER, Outcome, settle
 from ratethrottle._engine.definitions cimport CompiledRule, OFF
 
 
@@ -16,7 +16,6 @@ cdef enum Source:
     OVERLOAD
 
 
-@cython.final
 cdef class Decision:
     cdef CompiledRule compiled
     cdef readonly object key
@@ -24,8 +23,17 @@ cdef class Decision:
     cdef Source source_index
     cdef Outcome out
 
-    cdef Outcome* settled(self) noexcept
-    cdef tuple facts(self)
+
+# Functions, not methods: of a class with subclasses, a method would be found through a table that each decision points to.
+
+cdef inline Outcome* settled(Decision decision) noexcept:
+    """The outcome with its divisions done."""
+    if decision.out.in_ticks:
+        settle(&decision.compiled.terms, &decision.out)
+    return &decision.out
+
+
+cdef tuple decision_facts(Decision decision)
 
 
 cdef inline void count_decision(CompiledRule rule, Source source, bint allowed) noexcept:

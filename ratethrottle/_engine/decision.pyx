@@ -35,19 +35,17 @@ cdef object seconds_up(int64_t us):
     return seconds if numerator * 1_000_000 >= us * denominator else nextafter(seconds, _inf)
 
 
-@cython.final
 @cython.freelist(256)
 @cython.no_gc
 cdef class Decision:
-    """The outcome of a check: true when allowed. Durations are seconds from the decision, rounded up to the µs."""
+    """The outcome of a check: true when allowed. Durations are seconds from the decision, rounded up to the µs.
+
+    Of a check of several limits it reports the one that binds: denied, the one with the longest `retry_after`; allowed, the one with
+    the least share of its capacity left.
+    """
 
     def __init__(self):
         raise TypeError("decisions are made by a limiter: `await limiter.check(key)`")
-
-    cdef inline Outcome* settled(self) noexcept:
-        if self.out.in_ticks:
-            settle(&self.compiled.terms, &self.out)
-        return &self.out
 
     @property
     def allowed(self):
@@ -62,12 +60,12 @@ cdef class Decision:
     @property
     def remaining(self):
         """Units left, after what was granted."""
-        return self.settled().remaining
+        return settled(self).remaining
 
     @property
     def reset_after_us(self):
         """Integer µs until nothing that was used counts any more."""
-        return self.settled().reset_us
+        return settled(self).reset_us
 
     @property
     def rule(self):
@@ -87,7 +85,7 @@ cdef class Decision:
     @property
     def retry_after_us(self):
         """Integer µs until the same check would be granted if nobody else consumed; 0 when granted, 2^63 − 1 for never."""
-        return self.settled().retry_us if self.out.retry_us >= 0 else 0x7FFFFFFFFFFFFFFF
+        return settled(self).retry_us if self.out.retry_us >= 0 else 0x7FFFFFFFFFFFFFFF
 
     @property
     def retry_after(self):
@@ -97,7 +95,7 @@ cdef class Decision:
         Exact if `retry_after_exact` says so. With the source "prefilter" it is the earliest time: Redis wasn't asked. Of a rule with
         leases it is the latest: units that others hold unspent may come back within `lease_ttl`.
         """
-        return seconds_up(self.settled().retry_us) if self.out.retry_us >= 0 else _inf
+        return seconds_up(settled(self).retry_us) if self.out.retry_us >= 0 else _inf
 
     @property
     def retry_after_exact(self):
@@ -107,7 +105,17 @@ cdef class Decision:
     @property
     def reset_after(self):
         """Seconds until nothing that was used counts any more."""
-        return seconds_up(self.settled().reset_us)
+        return seconds_up(settled(self).reset_us)
+
+    @property
+    def parts(self):
+        """A decision for each limit of a check that named several, in order; empty if it named only one."""
+        return ()
+
+    @property
+    def atomic(self):
+        """Whether all parts were decided at one instant. If not, another check may have been denied for what this one gave back."""
+        return True
 
     def headers(self):
         """HTTP fields of this decision, by draft-ietf-httpapi-ratelimit-headers-11: a new dict of str to str.
@@ -116,7 +124,7 @@ cdef class Decision:
         decision that is `over` are those of an allowed one.
         """
         cdef bint denied = not self.out.allowed and self.compiled.enforcement != FLAG_IT
-        cdef int64_t wait_us = self.settled().retry_us if denied else self.settled().reset_us
+        cdef int64_t wait_us = settled(self).retry_us if denied else settled(self).reset_us
         cdef int64_t wait_s = ceil_div(wait_us, 1_000_000) if wait_us > 0 else 0
         cdef dict fields = {
             "RateLimit-Policy": f'"{self.compiled.name}";q={self.compiled.limit};w={ceil_div(self.compiled.terms.window_us, 1_000_000)}',
@@ -127,23 +135,19 @@ cdef class Decision:
             fields["Retry-After"] = str(wait_s)
         return fields
 
-    cdef tuple facts(self):
-        cdef Outcome* out = self.settled()
-        return (self.compiled, self.key, self.cost, <int>self.source_index, out.allowed, out.remaining, out.retry_us, out.reset_us)
-
     def __bool__(self):
         return self.out.allowed or self.compiled.enforcement == FLAG_IT
 
     def __eq__(self, other):
         if not isinstance(other, Decision):
             return NotImplemented
-        return self.facts() == (<Decision>other).facts()
+        return decision_facts(self) == decision_facts(<Decision>other)
 
     def __hash__(self):
-        return hash(self.facts())
+        return hash(decision_facts(self))
 
     def __reduce__(self):
-        return _restore_decision, self.facts()
+        return _restore_decision, decision_facts(self)
 
     def __repr__(self):
         # Without the key: a decision ends up in logs, and keys are addresses and accounts.
@@ -160,6 +164,13 @@ cdef Decision decision_new(CompiledRule rule, object key, int64_t cost, Source s
     decision.cost = cost
     decision.source_index = source
     return decision
+
+
+cdef tuple decision_facts(Decision decision):
+    """All that a decision on one limit says."""
+    cdef Outcome* out = settled(decision)
+    return (decision.compiled, decision.key, decision.cost, <int>decision.source_index, out.allowed, out.remaining, out.retry_us,
+            out.reset_us)
 
 
 def read_answer(CompiledRule rule not None, numbers, int64_t cost, int64_t position=0, int64_t count=1):
@@ -226,7 +237,7 @@ cdef class Entry:
 
     def asked(self, Decision decision not None):
         """Turn a decision on a cost of 1 into that on a cost of 0, which only asks: allowed."""
-        cdef Outcome out = decision.settled()[0]
+        cdef Outcome out = settled(decision)[0]
         out.allowed = True
         out.retry_us = 0
         return decision_new(self.rule, self.key, 0, decision.source_index, &out)
