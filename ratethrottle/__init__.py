@@ -18,7 +18,7 @@ from ratethrottle.errors import (
     StorageUnavailable,
 )
 from ratethrottle.limiter import RateThrottleCore, Request, create_limiter
-from ratethrottle.rule import RateThrottleRule
+from ratethrottle.rule import FirstOf, RateThrottleRule
 from ratethrottle.storage import Outcomes, Statistics
 from ratethrottle.storage.memory import InMemoryStorage
 from ratethrottle.storage.redis import RedisStorage
@@ -27,6 +27,7 @@ __all__ = [
     "ConfigurationError",
     "CostExceedsLimit",
     "Decision",
+    "FirstOf",
     "InMemoryStorage",
     "InvalidRequest",
     "LimiterClosed",

@@ -5,6 +5,7 @@ from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from ratethrottle._engine.definitions cimport CompiledRule, Policy
+from ratethrottle._engine.joint cimport Joint
 from ratethrottle._engine.keys cimport KeyTable
 from ratethrottle._engine.table cimport Hash128
 
@@ -24,8 +25,9 @@ cdef enum Mode:
     GIVE_BACK                                # units of a lease, with no check
 
 
-cdef enum:
-    WHOLE = 0                                # a mark: the text is all of the key's name in Redis
+cdef enum:                                   # marks, beside those that keys have in Redis
+    WHOLE = 0                                # the text is all of the key's name in Redis
+    JOINT = 38                               # "&": the text is the Parts of a joint check
 
 
 @cython.final
@@ -40,7 +42,7 @@ cdef class PendingDecision:
     cdef object text                         # holds `data`: the key itself, or its joined or digested form
     cdef const char* data
     cdef Py_ssize_t size
-    cdef char mark                           # "=", "(" or "#", which precedes it in Redis; WHOLE; or DECIDED if nothing is asked
+    cdef char mark                           # "=", "(" or "#", which precedes it in Redis; WHOLE; JOINT; or DECIDED if nothing is asked
     cdef uint32_t tag
     cdef Mode mode
     cdef int64_t units
@@ -77,6 +79,14 @@ cdef class Group:
     cdef object error
     cdef Py_ssize_t left
     cdef int64_t deadline_us
+
+
+@cython.final
+cdef class Parts:
+    """What a joint check that has to ask consists of. The check's own rule, key, units and hash are those of its first part."""
+
+    cdef readonly Joint joint
+    cdef list members                        # a PendingDecision for each part, which nobody awaits
 
 
 cdef class Backend:

@@ -11,8 +11,8 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from ratethrottle._coroutine cimport (
     Py_DECREF, Py_INCREF, Py_REFCNT, Py_TYPE, Py_XDECREF, PY_VECTORCALL_ARGUMENTS_OFFSET, PyContext_Enter, PyContext_Exit,
-    PyErr_Clear, PYGEN_ERROR, PYGEN_NEXT, PYGEN_RETURN, PyMethod_New, PyObject_GC_UnTrack, PyObject_Vectorcall, PySendResult,
-    PyUnicode_CheckExact, rt_drop_stop_value, rt_free_pending, rt_raise_set, rt_set_method, rt_set_slots,
+    PyDict_GetItemWithError, PyErr_Clear, PYGEN_ERROR, PYGEN_NEXT, PYGEN_RETURN, PyObject_GC_UnTrack, PyObject_Vectorcall, PySendResult,
+    PyUnicode_Check, PyUnicode_CheckExact, rt_drop_stop_value, rt_free_pending, rt_raise_set, rt_set_method, rt_set_slots,
     rt_set_stop, rt_utf8, rt_warn_unawaited,
 )
 from ratethrottle._engine.arithmetic cimport Outcome
@@ -21,14 +21,15 @@ from ratethrottle._engine.decision cimport (
     count_decision, Decision, decisions_counted, Entry, entry_new, LEASE, MEMORY, outcome_uncounted, PREFILTER, rule_named, Source,
     units_of,
 )
-from ratethrottle._engine.definitions cimport ALLOW, CompiledRule, OF_STORAGE, Tally
+from ratethrottle._engine.definitions cimport ALLOW, CompiledRule, OF_STORAGE
+from ratethrottle._engine.joint cimport Joint, Several
 from ratethrottle._engine.keys cimport forks, KeyTable
 from ratethrottle._engine.table cimport cell_at, Hash128, Place, shard_find
+from ratethrottle._method cimport CheckMethod, KeyCall, ParsedCall, RuleCall
 
 from asyncio import _get_running_loop as running_loop
 from asyncio import CancelledError, InvalidStateError
 from sys import _getframe as current_frame
-from types import FunctionType
 
 from ratethrottle.errors import LimiterClosed
 
@@ -323,6 +324,11 @@ cdef class Group:
                 pending.close()
 
 
+@cython.final
+cdef class Parts:
+    pass
+
+
 cdef class Backend:
     def _return_leases(self, CompiledRule rule):
         """Give back what is left of the leases under a rule that is no longer in use."""
@@ -347,6 +353,7 @@ cdef class Limiter:
     cdef CompiledRule only                   # the one that `rule=None` means, while there is only one
     cdef KeyTable table                      # decides here
     cdef Backend backend                     # or asks a shared store; then the table holds its bounds
+    cdef public Several _several             # finds rules that are no names, and decides by several of them
     cdef readonly object _storage
     cdef public bint _closed
     cdef Decision spare_decision             # the last one made: used again if nobody has kept it
@@ -363,12 +370,13 @@ cdef class Limiter:
         self.backend = storage if isinstance(storage, Backend) else None
         self.table = storage.table if self.backend is None else self.backend.bounds
         self._rules = {}
+        self._several = Several(self._rules)
 
     def _install(self, CompiledRule rule not None):
         cdef CompiledRule before = self._rules.get(rule.name)
         if rule.tally is not None and rule is not before:    # another limiter counts there, or did
             rule = CompiledRule(*rule.facts())
-        rule.tally = Tally.__new__(Tally) if before is None else before.tally
+        rule.tally = self._several.tally_of(rule.name) if before is None else before.tally
         rule.counts = rule.tally.counts
         self._rules[rule.name] = rule
         self._uncounted += (not rule.counted) - (before is not None and not before.counted)
@@ -385,11 +393,11 @@ cdef class Limiter:
 
     cdef int find_only(self) except -1:
         self.only = next(iter(self._rules.values())) if len(self._rules) == 1 and not self._uncounted else None
-        return 0
+        return self._several.renew()
 
     def _counted(self, outcomes):
         """The decisions under each rule of now: name -> source -> outcomes(allowed, denied)."""
-        return decisions_counted(self._rules, outcomes)
+        return decisions_counted(self._several.counted(), outcomes)
 
     cdef CompiledRule which(self, object name):
         return self.only if name is None and self.only is not None else rule_named(self._rules, name)
@@ -402,13 +410,22 @@ cdef class Limiter:
 
     def check(self, key, rule=None, *, cost=1):
         """Check a call, as `RateThrottleCore.check` says."""
-        cdef CompiledRule compiled
-        cdef int64_t units
-        if self._closed:
-            raise LimiterClosed()
-        compiled = self.which(rule)
-        units = 1 if cost is 1 else units_of(cost, compiled, 1)
-        return self.checked(<PyObject*>key, compiled, units) if compiled.counted else self.at_once(compiled, key, units)
+        return check_by(self, <PyObject*>key, <PyObject*>rule, <PyObject*>cost)
+
+    def _check_joint(self, Joint joint not None):
+        """Check several keys together. The limiter isn't closed."""
+        return self.joined(None, joint)
+
+    @cython.final
+    cdef PendingDecision joined(self, object key, Joint joint):
+        """Decide on several limits, or return an awaitable that asks the store; `key` is that of a plan."""
+        rt_drop_stop_value()
+        decision = self._several.decide(key, joint)
+        if isinstance(decision, PendingDecision):
+            self.complete = 0
+            return <PendingDecision>decision
+        Py_INCREF(decision)
+        return self.wrapped(<PyObject*>decision)
 
     @cython.final
     cdef PendingDecision at_once(self, CompiledRule rule, object key, int64_t units):
@@ -532,8 +549,6 @@ cdef class Limiter:
 
     cdef inline PendingDecision completed(self, CompiledRule rule, PyObject* key, int64_t units, Source source):
         """Wrap the spare decision, whose outcome is filled in, in an awaitable that is complete."""
-        global spare_pending
-        cdef PyObject* pending
         cdef PyObject* decision = <PyObject*>self.spare_decision
         # The reference to hand over is taken first: dropping the last key may run code that checks, and needs another spare.
         Py_INCREF(self.spare_decision)
@@ -544,6 +559,12 @@ cdef class Limiter:
         (<Decision>decision).cost = units
         (<Decision>decision).source_index = source
         count_decision(rule, source, (<Decision>decision).out.allowed)
+        return self.wrapped(decision)
+
+    cdef inline PendingDecision wrapped(self, PyObject* decision):
+        """Put a decision, whose reference this takes over, into an awaitable that is complete."""
+        global spare_pending
+        cdef PyObject* pending
         if spare_pending == NULL:
             make_spare()
         pending = spare_pending
@@ -557,10 +578,7 @@ cdef class Limiter:
         return <PendingDecision>pending
 
 
-cdef object general_check = Limiter.check
-ctypedef PyObject* (*Vectorcall)(PyObject*, PyObject**, size_t, PyObject*) noexcept
-ctypedef PyObject* (*ParsedCall)(PyObject**, size_t, PyObject*) noexcept
-ctypedef PyObject* (*KeyCall)(PyObject*, PyObject*) noexcept
+cdef object general_check = Limiter.check, ONE = 1
 
 
 cdef PendingDecision check_only(Limiter limiter, PyObject* given):
@@ -579,44 +597,28 @@ cdef PendingDecision check_only(Limiter limiter, PyObject* given):
     return limiter.checked(given, limiter.only if limiter.only is not None else limiter.which(None), 1)
 
 
-# NULL with an exception, if check_only raises.
+cdef PendingDecision check_by(Limiter limiter, PyObject* given, PyObject* named, PyObject* cost):
+    """Check by a rule's name, by the only rule (None), or by whatever else names rules."""
+    cdef PyObject* found = NULL
+    cdef CompiledRule rule
+    cdef int64_t units
+    if limiter._closed:
+        raise LimiterClosed()
+    if PyUnicode_Check(<object>named):
+        found = PyDict_GetItemWithError(limiter._rules, <object>named)
+    elif named != <PyObject*>None:
+        meant = limiter._several.find(<object>named)
+        if isinstance(meant, Joint):
+            return limiter.joined(<object>given, limiter._several.costing(<Joint>meant, <object>cost))
+        found = <PyObject*>meant
+    rule = <CompiledRule>found if found != NULL else limiter.which(<object>named)
+    units = 1 if <object>cost is 1 else units_of(<object>cost, rule, 1)
+    return limiter.checked(given, rule, units) if rule.counted else limiter.at_once(rule, <object>given, units)
+
+
+# NULL with an exception, if they raise.
 cdef KeyCall check_fast = <KeyCall><void*>check_only
-
-
-@cython.final
-cdef class CheckMethod:
-    """`check` of a limiter's class. A call runs compiled code; every other attribute is that of the `async def` it stands for.
-
-    So `inspect.iscoroutinefunction`, `inspect.signature`, `isinstance` and `unittest.mock` see a coroutine function.
-    """
-
-    cdef Vectorcall vectorcall
-    cdef PyObject* owner                     # the class, which outlives its attributes
-    cdef object template
-
-    def __set_name__(self, owner, name):
-        self.owner = <PyObject*>owner
-
-    def __get__(self, instance, owner):
-        return self if instance is None else PyMethod_New(self, instance)
-
-    def __getattr__(self, name):
-        return getattr(self.template, name)
-
-    @property
-    def __doc__(self):
-        return self.template.__doc__
-
-    @property
-    def __module__(self):
-        return self.template.__module__
-
-    @property
-    def __class__(self):
-        return FunctionType                  # `unittest.mock` checks the arguments of functions only
-
-    def __repr__(self):
-        return f"<compiled method {self.template.__qualname__}>"
+cdef RuleCall check_named = <RuleCall><void*>check_by
 
 
 cdef object check_parsed(PyObject** args, size_t count, PyObject* names):
@@ -629,11 +631,13 @@ cdef ParsedCall check_slowly = <ParsedCall><void*>check_parsed
 
 
 cdef PyObject* check_called(PyObject* method, PyObject** args, size_t counted, PyObject* names) noexcept:
-    """`check` as the interpreter calls it. A call with only a key needs no parsing."""
+    """`check` as the interpreter calls it. A call with a key, or with a key and a rule, needs no parsing."""
     cdef size_t count = counted & ~PY_VECTORCALL_ARGUMENTS_OFFSET
     if (count == 2 and names == NULL and <PyObject*>Py_TYPE(args[0]) == (<CheckMethod>method).owner
             and not (<Limiter>args[0])._closed and (<Limiter>args[0]).only is not None):
         return check_fast(args[0], args[1])
+    if count == 3 and names == NULL and <PyObject*>Py_TYPE(args[0]) == (<CheckMethod>method).owner:
+        return check_named(args[0], args[1], args[2], <PyObject*>ONE)
     return check_slowly(args, count, names)
 
 

@@ -12,10 +12,10 @@ cdef extern from "Python.h":
         PYGEN_ERROR
         PYGEN_NEXT
     size_t PY_VECTORCALL_ARGUMENTS_OFFSET
+    PyObject* PyDict_GetItemWithError(object dict, object key) except? NULL
     void PyErr_Clear()
     bint PyUnicode_Check(object)
     bint PyUnicode_CheckExact(object)
-    object PyMethod_New(object function, object instance)
     PyTypeObject* Py_TYPE(PyObject*)
     void PyObject_GC_UnTrack(PyObject*)
     int PyContext_Enter(object) except -1

@@ -16,6 +16,7 @@ from anyio.lowlevel import checkpoint
 from ratethrottle._core import Limiter, compiled_check
 from ratethrottle._engine.decision import Decision, Entry
 from ratethrottle._patching import Patchable
+from ratethrottle._several import SeveralRules
 from ratethrottle.errors import ConfigurationError, InvalidRequest, LimiterClosed, few, listed, more, shown
 from ratethrottle.events import Callback
 from ratethrottle.options import OPTIONS
@@ -52,7 +53,7 @@ class RateThrottleCore(Patchable, Limiter):
     """
 
     # Without an instance dict the interpreter finds `check` without looking there first; see `Patchable`.
-    __slots__ = ("__weakref__", "_by_name", "_require_storage")
+    __slots__ = ("__weakref__", "_by_name", "_by_several", "_require_storage")
 
     def __init__(
         self, storage: Storage | None = None, *, rules: Iterable[RateThrottleRule] = (), require_storage: bool = False
@@ -66,6 +67,7 @@ class RateThrottleCore(Patchable, Limiter):
         if not isinstance(require_storage, bool):
             raise ConfigurationError(f"require_storage is {shown(require_storage)}; it is True or False")
         super().__init__(storage)
+        self._several = self._by_several = SeveralRules(self._rules, storage)
         self._require_storage = require_storage
         self._by_name: dict[str, RateThrottleRule] = {}
         if isinstance(rules, (RateThrottleRule, str)) or not isinstance(rules, Iterable):

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, cast
 
 from ratethrottle._engine.definitions import CompiledRule
 from ratethrottle._engine.terms import drain_rate, steps
-from ratethrottle.errors import ConfigurationError, shown
+from ratethrottle.errors import ConfigurationError, InvalidRequest, shown
 
 MAX_UNITS: Final = 10**9
 MIN_WINDOW_US: Final = 1_000
@@ -272,6 +272,36 @@ class RateThrottleRule:
                 f"within a billionth; the nearest {what} that can is {near}"
             )
         return rate.denominator, rate.numerator
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class FirstOf:
+    """Several rules, of which the first that would allow a check pays for it alone.
+
+    rules: from 2 on, names of rules or rules of the caller's own. With other limits in one check it stands as one of them.
+
+        await limiter.check(key, FirstOf("included", "credits"))
+
+    Raises InvalidRequest.
+    """
+
+    rules: tuple[str | RateThrottleRule, ...]
+
+    def __init__(self, *rules: str | RateThrottleRule) -> None:
+        for rule in rules:
+            if isinstance(rule, FirstOf):
+                raise InvalidRequest("FirstOf stands within FirstOf; name all its rules in one, in their order")
+            if not isinstance(rule, (str, RateThrottleRule)):
+                raise InvalidRequest(
+                    f'FirstOf got a {type(rule).__name__}; it takes names of rules, or rules, one by one: FirstOf("a", "b")'
+                )
+        if len(rules) < 2:
+            raise InvalidRequest(f"FirstOf got {len(rules)} rules; it takes at least 2, and the first that allows pays")
+        object.__setattr__(self, "rules", rules)
+
+    def __repr__(self) -> str:
+        names = (rule if isinstance(rule, str) else rule.name for rule in self.rules)
+        return f"FirstOf({', '.join(repr(str(name)) for name in names)})"
 
 
 def fitting_rate(limit: int, window_us: int, capacity: int) -> Fraction | None:

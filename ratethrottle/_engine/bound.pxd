@@ -7,8 +7,8 @@ view denies, the answer is no. A lease is units that the store has counted alrea
 from libc.stdint cimport int64_t, uint32_t
 
 from ratethrottle._engine.arithmetic cimport (
-    BUCKET, COUNTER, Counts, FIXED, judge, LEVEL_MAX, Outcome, report, same_definition, SLIDING, Terms, View, view_free, view_live,
-    view_reach,
+    BUCKET, COUNTER, Counts, FIXED, judge, LEVEL_MAX, Outcome, report, same_definition, settle, SLIDING, Terms, View, view_free,
+    view_live, view_reach,
 )
 from ratethrottle._engine.pieces cimport piece_free
 from ratethrottle._engine.table cimport (
@@ -130,6 +130,30 @@ cdef inline int bound_verdict(Bound* bound, const Terms* terms, bint leases, int
         return OPEN
     report(terms, &view, then_us, total, out)
     return DENIED if now_us - bound.sent_us <= ttl_us else STALE
+
+
+cdef inline bint bound_covers(const Bound* bound, const Terms* terms, int64_t now_us, int64_t units) noexcept nogil:
+    """Whether a lease has the units: whether `bound_verdict` would spend them."""
+    if bound.cell.view.terms != terms and not same_definition(bound.cell.view.terms, terms):
+        return False
+    return bound.lease_terms == terms and bound.lease_units >= units and now_us < bound.lease_until_us
+
+
+cdef inline void bound_guess(const Bound* bound, const Terms* terms, int64_t now_us, int64_t units, Outcome* out) noexcept nogil:
+    """Of units that the bound doesn't deny: say that they would be granted, and what would be left at most."""
+    cdef View view = bound.cell.view
+    cdef int64_t then_us = aged(bound, now_us), total
+    cdef uint32_t expired
+    out[0] = Outcome(True, False, terms.capacity, 0, 0)
+    if view.terms != terms and not same_definition(view.terms, terms):
+        return
+    view_live(&view, then_us, &expired, &total)
+    report(terms, &view, then_us, total, out)
+    if out.in_ticks:
+        settle(terms, out)
+    if bound.lease_terms == terms:
+        out.remaining += bound.lease_units
+    out.remaining = max(out.remaining, units)  # what it says may be too old to deny
 
 
 cdef inline void known_entry(Window* window, int64_t at_us, int64_t units) noexcept nogil:

@@ -10,6 +10,7 @@ from ratethrottle._engine.arithmetic cimport (
 from ratethrottle._engine.bound cimport Bound
 from ratethrottle._engine.decision cimport Entry
 from ratethrottle._engine.definitions cimport CompiledRule, Definitions
+from ratethrottle._engine.joint cimport Joint
 from ratethrottle._engine.table cimport Cell, cell_at, Hash128, Place, RT_PREFETCH, Shard, shard_find, shard_full, siphash
 from ratethrottle._engine.window cimport NO_MEMORY, window_drop
 
@@ -71,6 +72,13 @@ cdef class KeyTable:
     cdef int64_t make_place(self, Shard* shard, int64_t now_us) noexcept
     cdef bint sweep(self, Shard* shard, int64_t now_us) noexcept
     cdef int locate_entry(self, Entry entry, Place* place) except -1
+    cdef int locate_joint(self, Joint joint, Place* places) except -1
+    cdef int look(self, const Place* place, int64_t now_us, int64_t cost, Outcome* out) except -1
+    cdef int look_general(self, const Place* place, const Cell* cell, int64_t now_us, int64_t cost, Outcome* out) except -1
+    cdef int look_joint(self, Joint joint, const Place* places, int64_t now_us, Outcome* outs) except -1
+    cdef int decide_joint(self, Joint joint, const Place* places, int64_t now_us, Outcome* outs, int* reported) except -1
+    cdef bint has_room(self, Joint joint, const Place* places, int64_t now_us, Outcome* outs, const int* payers) noexcept
+    cdef object decided_jointly(self, Joint joint, bint consume)
     cdef int find(self, Entry entry, Place* place, Cell** cell) except -1
     cdef Hash128 hash_entry(self, Entry entry) except *
 

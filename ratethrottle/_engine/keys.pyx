@@ -6,18 +6,20 @@
 
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from cpython.unicode cimport PyUnicode_AsUTF8AndSize
 from libc.stdint cimport int64_t, uint16_t, uint32_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memset
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 
 from ratethrottle._engine.arithmetic cimport (
-    BUCKET, ceil_div, COUNTER, decide_views, FIXED, Outcome, report, same_definition, SLIDING, Terms, View, view_ahead, view_audit,
+    BUCKET, ceil_div, COUNTER, decide_views, FIXED, NEVER, Outcome, report, same_definition, SLIDING, Terms, View, view_ahead, view_audit,
     view_derive, view_free, view_fullest, view_look, view_rebase,
 )
 from ratethrottle._engine.bound cimport Bound
 from ratethrottle._engine.decision cimport count_decision, decision_new, Entry, MEMORY
 from ratethrottle._engine.definitions cimport CompiledRule, Definitions
+from ratethrottle._engine.joint cimport Joint, joint_count, joint_decision, joint_outcome, part_uncounted, PARTS_MAX
 from ratethrottle._engine.table cimport (
     Account, account_free, Cell, cell_at, cell_fresh_at, cell_used_share, cell_views, fingerprints_of, free_pages, Hash128, Pair,
     Place, Shard, shard_find, shard_free, SHARD_KEYS, shard_place, shard_rebuild, shard_remove, SHARD_ROOM_MIN, siphash,
@@ -463,27 +465,47 @@ cdef class KeyTable:
         cell[0] = cell_at(place.shard, <uint32_t>found) if found >= 0 else NULL
         return 0
 
-    def decide(self, Entry entry not None):
-        """Decide and consume. Returns a `Decision`."""
-        cdef Outcome out
-        cdef Place place
-        self.locate_entry(entry, &place)
-        self.decide_place(&place, self.now_us(), entry.cost, &out)
-        count_decision(entry.rule, MEMORY, out.allowed)
-        return decision_new(entry.rule, entry.key, entry.cost, MEMORY, &out)
+    cdef int locate_joint(self, Joint joint, Place* places) except -1:
+        """Locate the keys of all parts."""
+        cdef const char* data
+        cdef Py_ssize_t length
+        cdef int p
+        for p in range(joint.size):
+            canonical = joint.canonicals[p]
+            if canonical is None:
+                data = PyUnicode_AsUTF8AndSize(joint.keys[p], &length)
+                self.locate(<CompiledRule>joint.rules[p], False, data, length, &places[p])
+            else:
+                data = PyBytes_AS_STRING(canonical)
+                length = PyBytes_GET_SIZE(canonical)
+                self.locate(<CompiledRule>joint.rules[p], data[0] == c"(", data + 1, length - 1, &places[p])
+        return 0
 
-    def peek(self, Entry entry not None):
-        """Decide without consuming or changing anything. `remaining` is what is left before the check."""
-        cdef Outcome out
+    cdef int look(self, const Place* place, int64_t now_us, int64_t cost, Outcome* out) except -1:
+        """Say what `decide_place` would, and change nothing: `remaining` is what is left before the check. Runs no Python code."""
+        cdef int64_t found = shard_find(place.shard, place.hashed), total
+        cdef const Cell* cell
+        cdef uint32_t expired
+        cdef View own
+        if found < 0:
+            out[0] = Outcome(cost <= place.terms.capacity, False, place.terms.capacity, 0 if cost <= place.terms.capacity else NEVER, 0)
+            return 0
+        cell = cell_at(place.shard, <uint32_t>found)
+        if cell.view.terms != place.terms or view_ahead(&cell.view, now_us):
+            return self.look_general(place, cell, now_us, cost, out)
+        own = cell.view
+        view_look(&own, own.terms, now_us, cost, &expired, &total, out)
+        if out.allowed:
+            report(own.terms, &own, now_us, total, out)
+        return 0
+
+    cdef int look_general(self, const Place* place, const Cell* cell, int64_t now_us, int64_t cost, Outcome* out) except -1:
+        """Look after a clock has stepped back or a definition has changed."""
         cdef View[2] views
         cdef View own
-        cdef int64_t now_us = self.now_us(), total
         cdef uint32_t expired
-        cdef Place place
-        cdef Cell* cell
-        cdef int i, count, own_index = -1
-        self.find(entry, &place, &cell)
-        count = cell_views(cell, views) if cell != NULL else 0
+        cdef int64_t total
+        cdef int i, count = cell_views(cell, views), own_index = -1
         for i in range(count):
             if views[i].terms.kind == SLIDING:
                 views[i].amount.window = window_clone(views[i].amount.window)
@@ -497,14 +519,99 @@ cdef class KeyTable:
             own = views[own_index]
         elif view_derive(&own, place.terms, view_fullest(views, count, now_us), now_us) == NO_MEMORY:
             raise MemoryError
-        view_look(&own, place.terms, now_us, entry.cost, &expired, &total, &out)
+        view_look(&own, place.terms, now_us, cost, &expired, &total, out)
         if out.allowed:
-            report(place.terms, &own, now_us, total, &out)
+            report(place.terms, &own, now_us, total, out)
         for i in range(count):
             view_free(&views[i])
         if own_index < 0:
             view_free(&own)
-        return decision_new(entry.rule, entry.key, entry.cost, MEMORY, &out)
+        return 0
+
+    cdef int look_joint(self, Joint joint, const Place* places, int64_t now_us, Outcome* outs) except -1:
+        """Say of each part what it would be told alone. Runs no Python code."""
+        cdef int p
+        for p in range(joint.size):
+            if joint.uncounted >> p & 1:
+                outs[p] = part_uncounted(joint, p)
+            else:
+                self.look(&places[p], now_us, joint.costs[p], &outs[p])
+        return 0
+
+    cdef int decide_joint(self, Joint joint, const Place* places, int64_t now_us, Outcome* outs, int* reported) except -1:
+        """Whether all sets are granted: then the parts that pay are charged, else nothing is changed. Runs no Python code."""
+        cdef int s, p, sets
+        self.look_joint(joint, places, now_us, outs)
+        while joint_outcome(joint, outs, reported, &sets):
+            if not self.evict and not self.has_room(joint, places, now_us, outs, reported):
+                continue                         # another alternative may have its key here already
+            for s in range(sets):
+                p = reported[s]
+                if outs[p].allowed and not joint.uncounted >> p & 1:
+                    self.decide_place(&places[p], now_us, joint.costs[p], &outs[p])
+            return True
+        return False
+
+    cdef bint has_room(self, Joint joint, const Place* places, int64_t now_us, Outcome* outs, const int* payers) noexcept:
+        """Make room for the keys that pay and aren't here. If there is none, the outcome of one of them becomes a denial."""
+        cdef int64_t free_at_us
+        cdef int s, p, absent, last = 0
+        while True:
+            absent = 0
+            for s in range(joint.sets):
+                p = payers[s]
+                if outs[p].allowed and not joint.uncounted >> p & 1 and shard_find(places[p].shard, places[p].hashed) < 0:
+                    absent, last = absent + 1, p
+            if self.used + absent <= self.max_keys:
+                return True
+            free_at_us = self.make_place(places[last].shard, now_us)  # which may remove one of these, if it is fresh
+            if free_at_us > now_us:
+                outs[last] = Outcome(False, False, 0, free_at_us - now_us, free_at_us - now_us)
+                return False
+
+    cdef object decided_jointly(self, Joint joint, bint consume):
+        cdef Place[PARTS_MAX] places
+        cdef Outcome[PARTS_MAX] outs
+        cdef int[PARTS_MAX] reported
+        cdef int64_t now_us
+        cdef int sets
+        cdef bint allowed
+        self.locate_joint(joint, places)
+        now_us = self.now_us()
+        if consume:
+            allowed = self.decide_joint(joint, places, now_us, outs, reported)
+        else:
+            self.look_joint(joint, places, now_us, outs)
+            allowed = joint_outcome(joint, outs, reported, &sets)
+        decision = joint_decision(joint, MEMORY, outs, reported, joint.sets, allowed)
+        if consume:
+            joint_count(decision)
+        return decision
+
+    def decide(self, entry not None):
+        """Decide on an Entry or a Joint, and consume. Returns a `Decision`."""
+        cdef Outcome out
+        cdef Place place
+        cdef Entry single
+        if isinstance(entry, Joint):
+            return self.decided_jointly(<Joint>entry, True)
+        single = entry
+        self.locate_entry(single, &place)
+        self.decide_place(&place, self.now_us(), single.cost, &out)
+        count_decision(single.rule, MEMORY, out.allowed)
+        return decision_new(single.rule, single.key, single.cost, MEMORY, &out)
+
+    def peek(self, entry not None):
+        """Decide without consuming or changing anything. `remaining` is what is left before the check."""
+        cdef Outcome out
+        cdef Place place
+        cdef Entry single
+        if isinstance(entry, Joint):
+            return self.decided_jointly(<Joint>entry, False)
+        single = entry
+        self.locate_entry(single, &place)
+        self.look(&place, self.now_us(), single.cost, &out)
+        return decision_new(single.rule, single.key, single.cost, MEMORY, &out)
 
     def reset(self, Entry entry not None):
         """Forget what the key has used under the rule."""

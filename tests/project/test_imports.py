@@ -17,8 +17,11 @@ CYTHON_IMPORT = re.compile(r"^\s*(?:from\s+(\S+)\s+c?import\s|c?import\s+(\S+))"
 
 # The compiled modules, and what is compiled into them: each imports only from those before it.
 COMPILED = (
-    *(f"_engine.{part}" for part in ("pieces", "window", "arithmetic", "table", "bound", "definitions", "decision", "keys")),
-    *("_coroutine", "_core"),
+    *(
+        f"_engine.{part}"
+        for part in ("pieces", "window", "arithmetic", "table", "bound", "definitions", "decision", "joint", "keys")
+    ),
+    *("_coroutine", "_method", "_core", "_several"),
     *(
         f"storage._shared.{part}"
         for part in ("resp", "queue", "waiting", "keynames", "parts", "outage", "fleet", "request", "reply")
@@ -30,8 +33,9 @@ COMPILED = (
 # are one layer. The package's own __init__ only gathers the public names.
 LAYERS = [
     ["ratethrottle.errors", "ratethrottle._engine"],
-    ["ratethrottle._coroutine", "ratethrottle._core", "ratethrottle._interpreter"],
+    ["ratethrottle._coroutine", "ratethrottle._method", "ratethrottle._core", "ratethrottle._interpreter"],
     ["ratethrottle.rule", "ratethrottle.events", "ratethrottle.options", "ratethrottle._patching"],
+    ["ratethrottle._several"],
     ["ratethrottle.storage._shared"],
     ["ratethrottle.storage"],
     ["ratethrottle.limiter"],

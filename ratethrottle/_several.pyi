@@ -1,0 +1,19 @@
+from collections.abc import Iterable
+from typing import Any, final
+
+from ratethrottle._engine.decision import Decision, Entry, _Key
+from ratethrottle._engine.definitions import CompiledRule
+from ratethrottle._engine.joint import Joint, Several
+
+__pyx_capi__: dict[str, object]
+FORMS: str
+
+@final
+class SeveralRules(Several):
+    def __init__(self, rules: dict[str, CompiledRule], storage: Any) -> None: ...
+    @property
+    def uncounted(self) -> bool: ...
+    def entry(self, key: _Key, rule: Any, cost: int = 1, least: int = 1) -> Entry | Joint: ...
+    def entries(self, key: _Key, rule: Any) -> list[Entry]: ...
+    def together(self, requests: Iterable[tuple[_Key, Any, int]]) -> Joint: ...
+    def decide_here(self, joint: Joint, checks: bool) -> Decision: ...

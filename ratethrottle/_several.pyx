@@ -1,0 +1,469 @@
+# cython: auto_pickle=False, autotestdict=False
+"""Checks by several rules, and by rules of the caller's own: what they name, and how they are decided.
+
+A limiter asks this for every check that names rules by anything but one name (`Several`). What a tuple of rules means is remembered.
+"""
+
+cimport cython
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from cpython.dict cimport PyDict_GetItemWithError
+from cpython.long cimport PyLong_FromVoidPtr
+from cpython.object cimport PyObject
+from cpython.unicode cimport PyUnicode_AsUTF8AndSize
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+
+from ratethrottle._core cimport Backend, CHECK, JOINT, MADE, Mode, NEW, Parts, PendingDecision
+from ratethrottle._engine.arithmetic cimport Outcome
+from ratethrottle._engine.bound cimport Bound, bound_covers, bound_guess, bound_verdict, DENIED, LEASED, OPEN
+from ratethrottle._engine.decision cimport Entry, entry_new, LEASE, MEMORY, PREFILTER, rule_named, Source, units_of
+from ratethrottle._engine.definitions cimport CompiledRule, DENY_IT, Tally
+from ratethrottle._engine.joint cimport (
+    Joint, joint_blank, joint_count, joint_decision, joint_fill, joint_new, joint_outcome, JointDecision, part_uncounted, PARTS_MAX,
+    Several,
+)
+from ratethrottle._engine.keys cimport forks, KeyTable
+from ratethrottle._engine.table cimport cell_at, Place, shard_find
+
+from collections.abc import Mapping
+
+from ratethrottle.errors import InvalidRequest
+from ratethrottle.rule import FirstOf, RateThrottleRule
+
+
+cdef extern from "Python.h":
+    Py_ssize_t Py_REFCNT(PyObject*)
+    bint PyUnicode_CheckExact(object)
+
+
+cdef enum:
+    KNOWN_MOST = 1024                        # what was named, before all of it is forgotten; and likewise names of rules of callers
+
+FORMS = ("the name (str) of a rule, a RateThrottleRule, a tuple or list of them, a mapping of them to their costs, or FirstOf(...)")
+
+
+@cython.final
+cdef class SeveralRules(Several):
+    """What a limiter's checks name, and the decisions on several rules at once."""
+
+    cdef KeyTable table                      # decides here
+    cdef Backend backend                     # or asks a shared store; then the table holds its bounds
+    # What was named: a tuple, FirstOf or rule -> its plan, or its CompiledRule. Also by the identity of just these objects: to hash a
+    # rule takes as long as a few checks.
+    cdef dict known
+    cdef dict known_by_id
+    cdef object last_named                   # the one before
+    cdef object last_meant
+    cdef dict own                            # name -> a rule of the caller's own, which has the tally of that name
+    cdef readonly bint uncounted             # whether nothing is counted under one of them
+    cdef JointDecision spare                 # the last one made: used again if nobody has kept it
+    # The key (a str) and the plan of the check before, and where they belong: the same key isn't hashed twice in a row.
+    cdef object last_key
+    cdef Joint last_plan
+    cdef Place[16] last_places
+    cdef uint64_t last_home
+
+    def __init__(self, dict rules not None, storage):
+        self.rules = rules
+        self.backend = storage if isinstance(storage, Backend) else None
+        self.table = storage.table if self.backend is None else self.backend.bounds
+        self.known = {}
+        self.known_by_id = {}
+        self.own = {}
+
+    # What a call names:
+
+    cdef Tally tally_of(self, str name):
+        own = self.own.get(name)
+        return Tally.__new__(Tally) if own is None else (<CompiledRule>own).tally
+
+    cdef dict counted(self):
+        return {**self.own, **self.rules} if self.own else self.rules
+
+    cdef int renew(self) except -1:
+        self.known.clear()
+        self.known_by_id.clear()
+        self.last_named = self.last_meant = None
+        self.last_plan = None
+        return 0
+
+    cdef object find(self, object named):
+        cdef PyObject* found
+        if named is self.last_named:
+            return self.last_meant
+        found = PyDict_GetItemWithError(self.known_by_id, PyLong_FromVoidPtr(<void*>named))
+        if found == NULL:
+            return self.meaning(named)
+        self.last_meant = <object>found
+        self.last_named = named
+        return self.last_meant
+
+    cdef object meaning(self, object named):
+        """What it means, remembered by value. A list or a mapping may change, so that it isn't remembered itself."""
+        if isinstance(named, list):
+            return self.find(tuple(named))
+        if isinstance(named, Mapping):
+            return self.priced(named)
+        if not isinstance(named, (tuple, FirstOf, RateThrottleRule)):
+            advice = "; the order of several rules matters, so that a set isn't taken" if isinstance(named, (set, frozenset)) else ""
+            raise InvalidRequest(f"rule is a {type(named).__name__}; it is {FORMS}{advice}")
+        try:
+            meant = self.known.get(named)
+        except TypeError:                        # not hashable: what stands in it is no rule, which is said below
+            return self.plan(named)
+        if meant is not None:
+            return meant
+        meant = self.adopted(named) if isinstance(named, RateThrottleRule) else self.plan(named)
+        if len(self.known) >= KNOWN_MOST:
+            self.renew()
+        self.known[named] = meant
+        self.known_by_id[PyLong_FromVoidPtr(<void*>named)] = meant
+        return meant
+
+    cdef CompiledRule adopted(self, object rule):
+        """The rule of the limiter that this one equals, or one of the caller's own: it shares the tally of its name."""
+        cdef CompiledRule compiled = rule.compiled
+        cdef CompiledRule named = self.rules.get(compiled.name)
+        if named == compiled:
+            return named
+        if compiled.name not in self.own and len(self.own) >= KNOWN_MOST:
+            self.own.clear()
+            self.renew()
+        compiled = CompiledRule(*compiled.facts())   # another limiter may count under the rule's
+        compiled.tally = named.tally if named is not None else self.tally_of(compiled.name)
+        compiled.counts = compiled.tally.counts
+        self.own.setdefault(compiled.name, compiled)
+        self.uncounted = self.uncounted or not compiled.counted
+        return compiled
+
+    cdef CompiledRule rule_of(self, object named):
+        """The rule that one element of several names."""
+        if isinstance(named, str):
+            return rule_named(self.rules, named)
+        if isinstance(named, RateThrottleRule):
+            return self.find(named)
+        raise InvalidRequest(f"one of several rules is a {type(named).__name__}; each is the name (str) of a rule, a RateThrottleRule, "
+                             "or FirstOf(...)")
+
+    cdef Joint plan(self, object named):
+        """What several rules mean: a tuple, or FirstOf alone."""
+        cdef list rules = []
+        cdef uint32_t alternatives = 0
+        cdef CompiledRule rule
+        for element in named if isinstance(named, tuple) else (named,):
+            first = True
+            for one in element.rules if isinstance(element, FirstOf) else (element,):
+                if len(rules) == PARTS_MAX:
+                    raise InvalidRequest(f"the check names more than {PARTS_MAX} rules, alternatives included; split it")
+                alternatives |= <uint32_t>(not first) << len(rules)
+                rule = self.rule_of(one)
+                if rule.enforcement != DENY_IT and isinstance(element, FirstOf):
+                    raise InvalidRequest(f"rule {rule.name!r} never denies (enforce={rule.enforce!r}), so that no other rule of FirstOf "
+                                         "would ever pay; leave it out of FirstOf")
+                rules.append(rule)
+                first = False
+        if not rules:
+            raise InvalidRequest(f"the check names no rule; rule is {FORMS}")
+        names = set()
+        for rule in rules:
+            if rule.name in names:
+                raise InvalidRequest(f"rule {rule.name!r} is named twice for one key; name it once, with the cost of both")
+            names.add(rule.name)
+        return joint_new(rules, alternatives)
+
+    cdef Joint priced(self, object costs):
+        """What a mapping means, with the cost of each rule."""
+        cdef dict given = dict(costs)
+        cdef Joint plan = (<Joint?>self.find(tuple(given))).twin()
+        cdef int p = -1
+        plan.priced = True
+        values = iter(given.values())
+        for p in range(plan.size):
+            if not plan.alternatives >> p & 1:
+                cost = next(values)
+            plan.costs[p] = units_of(cost, <CompiledRule>plan.rules[p], 1)
+        return plan
+
+    cdef Joint costing(self, Joint plan, object cost):
+        return plan if cost is 1 else self.costing_from(plan, cost, 1)
+
+    cdef Joint costing_from(self, Joint plan, object cost, int64_t least):
+        cdef int64_t[PARTS_MAX] costs
+        cdef int p
+        if plan.priced:
+            if cost is not 1:
+                raise InvalidRequest("cost is given beside a mapping, which has the cost of each rule; leave cost out")
+            return plan
+        for p in range(plan.size):
+            costs[p] = units_of(cost, <CompiledRule>plan.rules[p], least)
+        return plan.costing_each(costs)
+
+    def entry(self, key, rule, cost=1, int64_t least=1):
+        """A validated check of one key, for a storage: an Entry, or a Joint. Raises InvalidRequest or CostExceedsLimit.
+
+        A Joint that isn't `counted` is none for a storage: `decide_here` decides it.
+        """
+        named = rule_named(self.rules, rule) if rule is None or isinstance(rule, str) else self.find(rule)
+        if not isinstance(named, Joint):
+            return entry_new(<CompiledRule>named, key, cost, least)
+        return for_storage(keyed(self.costing_from(<Joint>named, cost, least), key))
+
+    def entries(self, key, rule):
+        """Validated resets of a key under each rule that is named. Raises InvalidRequest."""
+        cdef CompiledRule compiled
+        named = self.find(rule)
+        rules = (<Joint>named).rules if isinstance(named, Joint) else (named,)
+        return [entry_new(compiled, key, 1, 0) for compiled in rules]
+
+    def together(self, requests):
+        """A validated check of several keys: (key, rule, cost) of each. Raises InvalidRequest or CostExceedsLimit."""
+        cdef Joint joint, part
+        cdef list rules = [], keys = [], canonicals = [], costs = []
+        cdef uint32_t alternatives = 0
+        cdef int p
+        for key, rule, cost in requests:
+            named = rule_named(self.rules, rule) if rule is None or isinstance(rule, str) else self.find(rule)
+            if not isinstance(named, Joint):
+                named = joint_new([named], 0)
+            part = keyed(self.costing_from(<Joint>named, cost, 1), key)
+            if len(rules) + part.size > PARTS_MAX:
+                raise InvalidRequest(f"check_all got more than {PARTS_MAX} checks, counting each rule of each; split it")
+            alternatives |= part.alternatives << len(rules)
+            for p in range(part.size):
+                rules.append(part.rules[p])
+                keys.append(part.keys[p])
+                canonicals.append(part.canonicals[p])
+                costs.append(part.costs[p])
+        if not rules:
+            raise InvalidRequest("check_all got no checks; it takes an iterable of at least one key or Request")
+        if len({(rule.name, canonical) for rule, canonical in zip(rules, canonicals)}) < len(rules):
+            raise InvalidRequest("check_all got one key twice under one rule; ask once, with the cost of both")
+        joint = joint_new(rules, alternatives).with_keys(tuple(keys), tuple(canonicals))
+        for p in range(joint.size):
+            joint.costs[p] = costs[p]
+        return joint
+
+    # Decisions:
+
+    cdef object decide(self, object key, Joint joint):
+        cdef Place[PARTS_MAX] places
+        cdef Outcome[PARTS_MAX] outs
+        cdef int[PARTS_MAX] reported
+        cdef int64_t now_us
+        cdef bint allowed
+        if key is not None and key is self.last_key and self.is_last(joint):
+            memcpy(places, self.last_places, joint.size * sizeof(Place))
+        else:
+            joint = self.located(key, joint, places)
+        now_us = self.table.now_us()
+        if self.backend is not None:
+            return self.bounded(key, joint, places, now_us)
+        allowed = self.table.decide_joint(joint, places, now_us, outs, reported)
+        return self.decided(key, joint, MEMORY, outs, reported, allowed)
+
+    cdef inline bint is_last(self, Joint joint) noexcept:
+        """Whether the check before had this plan, and `last_places` still holds."""
+        return joint is self.last_plan and self.table.forks == forks and self.last_home == self.table.secret[2]
+
+    cdef Joint located(self, object key, Joint joint, Place* places):
+        """Locate the keys of all parts. Returns the joint check: a plan only if its key is a str, which is remembered."""
+        cdef const char* data
+        cdef Py_ssize_t length
+        cdef int p
+        if joint.keys is not None or not PyUnicode_CheckExact(key) or not key:
+            joint = joint if joint.keys is not None else keyed(joint, key)
+            self.table.locate_joint(joint, places)
+            return joint
+        try:
+            data = PyUnicode_AsUTF8AndSize(key, &length)
+        except UnicodeEncodeError:
+            keyed(joint, key)                    # raises what there is to say of it
+            raise
+        self.last_plan = None                    # meeting a rule may run other code
+        for p in range(joint.size):
+            self.table.locate(<CompiledRule>joint.rules[p], False, data, length, &places[p])
+        memcpy(self.last_places, places, joint.size * sizeof(Place))
+        self.last_home = self.table.secret[2]
+        self.last_key = key
+        self.last_plan = joint
+        return joint
+
+    cdef object decided(self, object key, Joint joint, Source source, const Outcome* outs, const int* reported, bint allowed):
+        """A decision on a joint check, counted. Up to the point at which it has its reference, no Python code runs."""
+        cdef JointDecision decision
+        if joint.sets == 1:
+            single = joint_decision(joint if joint.keys is not None else keyed(joint, key), source, outs, reported, 1, allowed)
+            joint_count(single)
+            return single
+        if Py_REFCNT(<PyObject*>self.spare) != 1 or self.spare.room < joint.sets:
+            self.spare = joint_blank(joint.sets)
+        decision = self.spare
+        joint_fill(decision, joint, key, source, outs, reported, allowed)
+        joint_count(decision)
+        return decision
+
+    # With a shared store:
+
+    cdef object bounded(self, object key, Joint joint, const Place* places, int64_t now_us):
+        """Decide by bounds or leases, or return an awaitable that asks the store."""
+        cdef Outcome[PARTS_MAX] outs
+        cdef int[PARTS_MAX] reported
+        cdef int[PARTS_MAX] verdicts
+        cdef int sets, verdict
+        cdef Source source = MEMORY
+        self.look(joint, places, now_us, outs, verdicts)
+        verdict = sets_verdict(joint, outs, verdicts)
+        if verdict == OPEN:
+            return self.to_ask(key, joint, places)
+        if verdict == LEASED and self.spend(joint, places, now_us, outs, verdicts):
+            source = LEASE
+        elif verdict == DENIED and not joint.denies():
+            source = PREFILTER
+        joint_outcome(joint, outs, reported, &sets)
+        return self.decided(key, joint, source, outs, reported, verdict == LEASED)
+
+    cdef int look(self, Joint joint, const Place* places, int64_t now_us, Outcome* outs, int* verdicts) except -1:
+        """Say of each part what its bound does, and spend nothing. A part that isn't denied is told what would be left at least."""
+        cdef CompiledRule rule
+        cdef Bound* bound
+        cdef int64_t found
+        cdef int p
+        for p in range(joint.size):
+            rule = <CompiledRule>joint.rules[p]
+            verdicts[p] = OPEN
+            if joint.uncounted >> p & 1:
+                outs[p] = part_uncounted(joint, p)
+                verdicts[p] = LEASED if outs[p].allowed else DENIED
+                continue
+            outs[p] = Outcome(True, False, rule.terms.capacity, 0, 0)
+            found = shard_find(places[p].shard, places[p].hashed)
+            if found < 0:
+                continue
+            bound = <Bound*>cell_at(places[p].shard, <uint32_t>found)
+            if rule.lease_units and bound_covers(bound, places[p].terms, now_us, joint.costs[p]):
+                verdicts[p] = LEASED
+            else:
+                verdicts[p] = bound_verdict(bound, places[p].terms, False, now_us, joint.costs[p], self.backend.ttl_us, &outs[p])
+                if verdicts[p] == DENIED and self.table.away and self.backend.allows(rule):
+                    verdicts[p] = OPEN
+            if verdicts[p] != DENIED:
+                bound_guess(bound, places[p].terms, now_us, joint.costs[p], &outs[p])
+        return 0
+
+    cdef bint spend(self, Joint joint, const Place* places, int64_t now_us, Outcome* outs, const int* verdicts) except -1:
+        """Spend from the leases of the parts that pay. Returns whether there are any: else nothing is counted under all rules."""
+        cdef int[PARTS_MAX] reported
+        cdef int s, p, sets
+        cdef bint leased = False
+        joint_outcome(joint, outs, reported, &sets)
+        for s in range(sets):
+            p = reported[s]
+            if verdicts[p] == LEASED and not joint.uncounted >> p & 1:
+                bound_verdict(<Bound*>cell_at(places[p].shard, <uint32_t>shard_find(places[p].shard, places[p].hashed)),
+                              places[p].terms, True, now_us, joint.costs[p], self.backend.ttl_us, &outs[p])
+                leased = True
+        return leased
+
+    cdef PendingDecision to_ask(self, object key, Joint joint, const Place* places):
+        """An awaitable that asks the store about all parts that are counted."""
+        raise NotImplementedError("a joint check can't ask Redis yet")  # until shared storages take Parts
+        cdef Place[PARTS_MAX] asked
+        cdef PendingDecision pending
+        cdef Joint part = (joint if joint.keys is not None else keyed(joint, key)).counted_part()
+        cdef int p
+        for p in range(part.size):
+            asked[p] = places[part.places[p] if part.whole is not None else p]
+        pending = pending_joint(part, asked, CHECK)
+        pending.stage = NEW
+        pending.backend = self.backend
+        return pending
+
+    def decide_here(self, Joint joint not None, bint checks):
+        """The decision on a joint check that isn't counted as a whole. Statistics count it if it `checks`."""
+        cdef Place[PARTS_MAX] places
+        cdef Outcome[PARTS_MAX] outs
+        cdef int[PARTS_MAX] reported
+        cdef int[PARTS_MAX] verdicts
+        cdef int64_t now_us
+        cdef int sets
+        cdef bint allowed
+        self.table.locate_joint(joint, places)
+        now_us = self.table.now_us()
+        if self.backend is not None:
+            self.look(joint, places, now_us, outs, verdicts)
+        else:
+            self.table.look_joint(joint, places, now_us, outs)
+        allowed = joint_outcome(joint, outs, reported, &sets)
+        decision = joint_decision(joint, MEMORY, outs, reported, sets, allowed)
+        if checks:
+            joint_count(decision)
+        return decision
+
+
+cdef Joint keyed(Joint plan, object key):
+    """The joint check that a plan is of a key, which is validated. Raises InvalidRequest."""
+    cdef Entry entry = entry_new(<CompiledRule>plan.rules[0], key, 1, 0)
+    return plan.with_keys((key,) * plan.size, (entry.canonical,) * plan.size)
+
+
+cdef Joint for_storage(Joint joint):
+    """What a storage is asked of it, if anything is counted."""
+    return joint.counted_part() if joint.counted else joint
+
+
+cdef int sets_verdict(Joint joint, const Outcome* outs, const int* verdicts) noexcept:
+    """DENIED if a set is; LEASED if each has a part that a lease covers, and that pays; else OPEN."""
+    cdef int p = 0
+    cdef bint covered = True, denied, pays, is_open
+    while p < joint.size:
+        denied, pays, is_open = True, False, False
+        while True:
+            denied &= verdicts[p] == DENIED
+            pays |= denied and joint.flagged >> p & 1    # it is over, and takes nothing
+            pays |= verdicts[p] == LEASED and not is_open
+            is_open |= verdicts[p] != DENIED and verdicts[p] != LEASED
+            p += 1
+            if not joint.alternatives >> p & 1:
+                break
+        if denied and not pays:
+            return DENIED
+        covered &= pays
+    return LEASED if covered else OPEN
+
+
+cdef PendingDecision pending_part(Joint joint, int p, const Place* place, Mode mode):
+    """What one part of a joint check asks."""
+    cdef PendingDecision pending = PendingDecision.__new__(PendingDecision)
+    canonical = joint.canonicals[p]
+    pending.stage = MADE
+    pending.mode = mode
+    pending.rule = joint.rules[p]
+    pending.key = joint.keys[p]
+    pending.units = joint.costs[p]
+    pending.hashed = place.hashed
+    if canonical is None:
+        pending.text = pending.key
+        pending.data = PyUnicode_AsUTF8AndSize(pending.key, &pending.size)
+        pending.mark = c"="
+    else:
+        pending.text = canonical
+        pending.data = PyBytes_AS_STRING(canonical) + 1
+        pending.size = PyBytes_GET_SIZE(canonical) - 1
+        pending.mark = PyBytes_AS_STRING(canonical)[0]
+    return pending
+
+
+cdef PendingDecision pending_joint(Joint joint, const Place* places, Mode mode):
+    """A joint check that has to ask, with a member for each part; `places` are those of its keys in the table of bounds."""
+    cdef PendingDecision pending = pending_part(joint, 0, places, mode)
+    cdef Parts parts = Parts.__new__(Parts)
+    cdef int p
+    parts.joint = joint
+    parts.members = []
+    for p in range(joint.size):
+        parts.members.append(pending_part(joint, p, &places[p], mode))
+    pending.text = parts
+    pending.mark = JOINT
+    pending.data = NULL
+    pending.size = 0
+    return pending
