@@ -1,4 +1,4 @@
-"""No compiled module, class or function outgrows what one can hold in mind at once."""
+"""No compiled module, class or function, and no function of a script, outgrows what one can hold in mind at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from ratethrottle.storage.redis.scripts import script
+
 PACKAGE = Path(__file__).parents[2] / "ratethrottle"
+LUA = Path(script.__wrapped__.__code__.co_filename).parent / "lua"
 LINES_MAX, FIELDS_MAX, FUNCTION_LINES_MAX = 650, 25, 60
 
 FUNCTION = re.compile(r"( *)(?:cdef|def|async def) (?!class\b).*?\b(\w+)\(")
@@ -39,6 +42,23 @@ def fields(text: str) -> Iterator[tuple[str, int]]:
         yield CLASS.match(part)[1], sum(line.count(",") + 1 for line in declared)  # type: ignore[index]  # it begins so
 
 
+def lua_functions(text: str) -> Iterator[tuple[str, int]]:
+    """Each function of a script by name, with how many lines it has; functions in it, with their comments, count for themselves alone."""
+    opened: list[tuple[str, str, list[str]]] = []  # how its last line begins, its name, its lines
+    for line in text.splitlines():
+        found = re.match(r"( *)(?!--)(?:\S.*)?\bfunction\b *(\w*) *\(", line)
+        if found and not re.search(r"\bend\b", line):
+            while opened and re.match(r" *(--|$)", opened[-1][2][-1]):
+                opened[-1][2].pop()
+            opened.append((f"{found[1]}end", found[2], [line]))
+        elif opened:
+            opened[-1][2].append(line)
+            if re.match(rf"{opened[-1][0]}\b", line):
+                _, name, lines = opened.pop()
+                yield name, len(lines)
+    assert not opened, f"{opened[-1][1]} has no end"
+
+
 def sources(*suffixes: str) -> list[Path]:
     found = [path for path in sorted(PACKAGE.rglob("*")) if path.suffix in suffixes]
     return found or [pytest.skip("testing an installed wheel, which holds no sources")]
@@ -60,7 +80,23 @@ def test_compiled_functions_are_short() -> None:
     assert not [(name, lines) for name, lines in found if lines > FUNCTION_LINES_MAX]
 
 
+def test_functions_of_scripts_are_short() -> None:
+    """But for the fast path, which is one piece, in a file of its own."""
+    scripts = sorted(LUA.glob("*.lua"))
+    found = [(path.name, name, lines) for path in scripts for name, lines in lua_functions(path.read_text())]
+    assert len(found) > 60
+    assert {"decide", "read_rules", "count", "roll"} <= {name for _, name, _ in found}
+    assert not [each for each in found if each[2] > FUNCTION_LINES_MAX]
+    assert not re.search(r"\bfunction\b", "".join(re.findall(r"^(?! *--).*", (LUA / "simple.lua").read_text(), re.MULTILINE)))
+
+
 def test_what_is_too_long_is_found() -> None:
+    inner = "\n  -- What it does.\n  local function inner()\n" + "    -- x\n" * 70 + "  end\n"
+    lua = "local function outer()\n" + inner + "  return inner\nend\n"
+    assert dict(lua_functions(lua + "-- a function (of none)\nsort(x, function(a, b) return a < b end)\n")) == {
+        "inner": 72,
+        "outer": 3,
+    }
     long = (
         "cdef int long(int a,\n              int b) except -1:\n"
         + "    a += b\n" * 60

@@ -15,8 +15,8 @@ INCLUDED = re.compile(r"^ *-- include (\w+)\.lua$", re.MULTILINE)
 CALLED = re.compile(rb"""\bp?call\(\s*(?:call,\s*)?['"](\w+)""")
 SHEBANG = b"#!lua\n"
 NAMES = ("beat", "decide", "repair", "reset")
-PARTS = ("state", "telling", "simple")  # of scripts: the last is included where it says so, the others stand in front
-SHARED = {"beat": ("telling",), "clear": (), "repair": ("state", "telling")}
+PARTS = ("state", "telling", "entry", "simple")  # of scripts: the last is included where it says so, the others stand in front
+SHARED = {"beat": ("telling",), "clear": (), "decide": ("state", "entry"), "repair": ("state", "telling")}
 
 
 @dataclass(frozen=True, slots=True)

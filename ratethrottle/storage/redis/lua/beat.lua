@@ -104,6 +104,18 @@ local function forget()
   found[2] = false
 end
 
+-- Has all that counts processes expire, and notes what `count` has found.
+local function keep(lapse_us, swept, changed, since)
+  local lapse = format('%.0f', lapse_us / 1000)
+  call('PEXPIRE', place, lapse)
+  call('PEXPIRE', marks, lapse)
+  call('PEXPIRE', last, lapse)
+  call('PEXPIRE', before, lapse)
+  call('PEXPIRE', alive, lapse)
+  -- Last, so that the next beat does what this one may not: a user without one of these commands is refused each time.
+  call('SET', head, format('%016.0f%08.0f%016.0f%010.0f%016.0f', swept, members, changed, expected, since), 'PX', lapse)
+end
+
 -- Counts the process, or no longer. Its cost doesn't depend on how many there are, but for a few bits of each, read by Redis itself.
 local function count()
   local text = found[2]
@@ -158,16 +170,7 @@ local function count()
   if comes and waits and members >= expected then began = now end
   if began <= now and expected > 0 then expected, written = 0, true end
   whole = max(0, now - since)
-  if written then
-    local lapse = format('%.0f', 4 * period / 1000)
-    call('PEXPIRE', place, lapse)
-    call('PEXPIRE', marks, lapse)
-    call('PEXPIRE', last, lapse)
-    call('PEXPIRE', before, lapse)
-    call('PEXPIRE', alive, lapse)
-    -- Last, so that the next beat does what this one may not: a user without one of these commands is refused each time.
-    call('SET', head, format('%016.0f%08.0f%016.0f%010.0f%016.0f', swept, members, changed, expected, since), 'PX', lapse)
-  end
+  if written then keep(4 * period, swept, changed, since) end
 end
 
 if learns then forget() end

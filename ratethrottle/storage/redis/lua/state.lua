@@ -157,27 +157,25 @@ local function read_rules(at, rule_count, keeps)
   return rules
 end
 
--- What follows, few calls need, for `views` to make: each function costs every call that makes it.
-local place_of, at_of, units_of, join, drop, widen, set_units, reach_end, push
-local roll, print_view, print_state, read_window, read
-local reach, read_header, print_header
+-- What follows, few calls need, for `views` to make: each function costs every call that makes it, and each of these names every call.
+local join, reach_end, push, roll, print_state, read, reach, read_header, print_header
 local function views()
   -- Not of the script, since what a function takes from there costs every call that makes the function.
   local EXACT_MAX, WINDOW_MAX, ENTRIES_MAX, FORMAT, FORMATS = 9007199254740991, 31622400000000, 128, '1', '^[1]([^;]*;)()'
-  function place_of(v, i)
+  local function place_of(v, i)
     local step = v.digits + v.width
     if i < v.kept then return v.text, v.from + i * step end
     return v.more, (i - v.kept) * step + 1
   end
 
-  function at_of(v, i)
+  local function at_of(v, i)
     local last, q = v.last, v.q
     if i == v.n - 1 then return last end
     local text, from = place_of(v, i)
     return last - (last / q - sub(text, from, from + v.digits - 1)) % v.modulus * q
   end
 
-  function units_of(v, i)
+  local function units_of(v, i)
     if i == v.n - 1 then return v.units end
     local text, from = place_of(v, i)
     from = from + v.digits
@@ -191,13 +189,13 @@ local function views()
   end
 
   -- Drops the oldest entries, of a view with nothing in `more`.
-  function drop(v, gone)
+  local function drop(v, gone)
     v.n, v.kept, v.from = v.n - gone, v.kept - gone, v.from + gone * (v.digits + v.width)
   end
 
   -- Has the older entries hold units of so many digits. That stays so until the view is empty, or a count about a power of ten would
   -- have them all written again and again.
-  function widen(v, width)
+  local function widen(v, width)
     local more = width - v.width
     if more <= 0 then return end
     join(v)
@@ -206,7 +204,7 @@ local function views()
   end
 
   -- Changes the units of an entry to fewer, of a view with nothing in `more`.
-  function set_units(v, i, units)
+  local function set_units(v, i, units)
     if i == v.n - 1 then
       v.units = units
     else
@@ -312,7 +310,7 @@ local function views()
   end
 
   -- Returns how long until nothing of a rolled view counts any more, 0 if it is fresh, and the view as text.
-  function print_view(v)
+  local function print_view(v)
     local kind = v.kind
     if kind == 'b' then
       local ticks = v.level + v.drain - 1
@@ -382,85 +380,54 @@ local function views()
     return head .. h.rest
   end
 
-  -- Reads what stands behind the name of a sliding window. Returns where the next view would begin; nothing if it is none of ours.
-  function read_window(v, state, at)
-    local units, older, last, width, from = match(state, '^([0-9]+),([0-9]+),([0-9]+),([0-9]+),()', at)
-    local ends = from and find(state, ';', from, true)
-    if not ends then return nil end
-    v.units, v.total, v.last, v.width = number(units, 0, UNITS_MAX), units + older, last * v.q, number(width, 1, 10)
-    if not (v.units and v.width and v.total <= ENTRIES_MAX * UNITS_MAX and v.last <= EXACT_MAX) then return nil end
-    v.text, v.from, v.kept, v.more = state, from, (ends - from) / (v.digits + v.width), ''
-    if v.kept % 1 ~= 0 or v.kept >= ENTRIES_MAX or (v.units == 0) ~= (v.total == 0) then return nil end
-    v.n = v.total > 0 and v.kept + 1 or 0
-    return ends + 1
+  -- These read the view that begins at `at`. They return it, where its name ends, and where the next one would begin; nothing if it is
+  -- none of ours. What is digits needs no tonumber.
+  local function read_bucket(state, at)
+    local unit, drain, units, name_end, level, t, after = match(state, '^b([0-9]+),([0-9]+),([0-9]+),()([0-9]+),([0-9]+);()', at)
+    if not after then return nil end
+    unit, drain, units, level, t = unit + 0, drain + 0, units + 0, level + 0, t + 0
+    if not (unit >= 1 and drain >= 1 and drain <= 1000000000 and units >= 1 and units <= 1000000000 and units * unit < TICKS) then return nil end
+    if not (level <= EXACT_MAX and t <= EXACT_MAX) then return nil end
+    return {kind = 'b', unit = unit, drain = drain, cap = units, level = level, t = t}, name_end, after
   end
 
-  -- Reads a state. Returns its header, the own view, the other one (rolled) or nil,
-  -- whether there is something to write already, whether the own one was derived, and of how many entries; nothing if the state can't be read. It raises
-  -- an error where entries of a sliding window aren't digits, or aren't what their sum says: to look through them all would take too
-  -- long. All other numbers are in the ranges that rules and views have.
-  function read(state, rule)
-    local head, at = match(state, FORMATS)
-    if not head then return nil end
-    head = FORMAT .. head
-    local views, size, count = {}, #state, 0
-    while at <= size do
-      local kind, view, name_end, after = sub(state, at, at), nil, nil, nil
-      if kind == 'b' then
-        local unit, drain, cap, level, t
-        unit, drain, cap, name_end, level, t, after = match(state, '^b(%d+),(%d+),(%d+),()(%d+),(%d+);()', at)
-        if not after then return nil end
-        view = {kind = 'b', unit = number(unit, 1, TICKS), drain = number(drain, 1, 1000000000), cap = number(cap, 1, 1000000000),
-          level = number(level, 0, EXACT_MAX), t = number(t, 0, EXACT_MAX)}
-        if not (view.unit and view.drain and view.cap and view.level and view.t and view.cap * view.unit < TICKS) then return nil end
-      elseif kind == 's' then
-        local window, q
-        window, q, name_end = match(state, '^s(%d+),(%d+),()', at)
-        window = window ~= '1' and number(window, 1000, WINDOW_MAX)
-        q = window and number(q, 1, window)
-        if not (q and (q == 1 or q == floor((window + 63) / 64))) then return nil end
-        view = sliding_view(window, q, min(rule.lead or window, floor(window / 8)))
-        after = read_window(view, state, name_end)
-        if not after then return nil end
-      elseif kind == 'f' or kind == 'c' then
-        local window, start, cur, prev
-        window, name_end, start, cur, prev, after = match(state, '^.(%d+),()(%d+),(%d+),?(%d*);()', at)
-        if not after or (prev == '') ~= (kind == 'f') then return nil end
-        view = {kind = kind, window = window ~= '1' and number(window, 1000, WINDOW_MAX), start = number(start, 0, EXACT_MAX),
-          cur = number(cur, 0, UNITS_MAX), prev = kind == 'f' and 0 or number(prev, 0, UNITS_MAX)}
-        if not (view.window and view.start and view.cur and view.prev) then return nil end
-        view.began = window_start(view.window, now)
-        if view.start ~= window_start(view.window, view.start) then
-          -- Weeks began on a Thursday before there was a release: such a one counts in the next.
-          if view.start % view.window ~= 0 then return nil end
-          view.start = window_start(view.window, view.start) + view.window
-        end
-      else
-        return nil
-      end
-      count = count + 1
-      if count > 2 then return nil end
-      view.name = sub(state, at, name_end - 1)
-      views[count] = view
-      at = after
-    end
+  local function read_window(state, at, lead)
+    local shape = '^s([0-9]+),([0-9]+),()([0-9]+),([0-9]+),([0-9]+),([0-9]+),()'
+    local window, q, name_end, units, older, last, width, from = match(state, shape, at)
+    local ends = from and find(state, ';', from, true)
+    if not ends then return nil end
+    window, q, units, width = window + 0, q + 0, units + 0, width + 0
+    if not (window >= 1000 and window <= WINDOW_MAX and (q == 1 or q == floor((window + 63) / 64))) then return nil end
+    local v = sliding_view(window, q, min(lead or window, floor(window / 8)))
+    v.units, v.total, v.last, v.width = units, units + older, last * q, width
+    if not (units <= UNITS_MAX and width >= 1 and width <= 10) then return nil end
+    if not (v.total <= ENTRIES_MAX * UNITS_MAX and v.last <= EXACT_MAX) then return nil end
+    v.text, v.from, v.kept, v.more = state, from, (ends - from) / (v.digits + width), ''
+    if v.kept % 1 ~= 0 or v.kept >= ENTRIES_MAX or (units == 0) ~= (v.total == 0) then return nil end
+    v.n = v.total > 0 and v.kept + 1 or 0
+    return v, name_end, ends + 1
+  end
 
-    local first, second = views[1], views[2]
+  local function read_count(state, at, kind)
+    local window, name_end, start, cur, prev, after = match(state, '^.([0-9]+),()([0-9]+),([0-9]+),?([0-9]*);()', at)
+    if not after or (prev == '') ~= (kind == 'f') then return nil end
+    window, start, cur, prev = window + 0, start + 0, cur + 0, kind == 'f' and 0 or prev + 0
+    if not (window >= 1000 and window <= WINDOW_MAX and start <= EXACT_MAX and cur <= UNITS_MAX and prev <= UNITS_MAX) then return nil end
+    local v = {kind = kind, window = window, start = start, cur = cur, prev = prev, began = window_start(window, now)}
+    if start ~= window_start(window, start) then
+      -- Weeks began on a Thursday before there was a release: such a one counts in the next.
+      if start % window ~= 0 then return nil end
+      v.start = window_start(window, start) + window
+    end
+    return v, name_end, after
+  end
+
+  -- Makes the rule its own view, from the rolled view that holds most: a definition between the two may have released, or never have
+  -- known, what the other one counts. Returns whether it holds anything, and in how many entries.
+  local function derive(rule, views, count)
+    local source, used, kind = nil, 0, rule.kind
     for i = 1, count do
       local v = views[i]
-      -- The name of a bucket holds its capacity too, and that doesn't make it another one.
-      if v.name == rule.name or v.kind == 'b' and rule.kind == 'b' and v.unit == rule.unit and v.drain == rule.drain then
-        local other = views[3 - i]
-        return head, v, other, other and roll(other), false
-      end
-    end
-
-    -- The own view is derived, from the one that holds most: a definition between the two may have released, or never have known, what
-    -- the other one counts.
-    local changed, source, used, kind = false, nil, 0, rule.kind
-    for i = 1, count do
-      local v = views[i]
-      if roll(v) then changed = true end
       local held = v.total
       if v.kind == 'b' then
         held = floor((v.level + v.unit - 1) / v.unit)
@@ -485,12 +452,52 @@ local function views()
       elseif used > 0 then
         push(rule, rule.slot, used)
       end
-      used = rule.n
+      return rule.n > 0, rule.n
     end
-    return head, rule, first, changed or used > 0, true, kind == 's' and used or 0
+    return used > 0, 0
   end
 
-  return read, roll, read_header, print_header, print_state, units_of, at_of
+  -- Reads a state. Returns its header, the own view, the other one (rolled) or nil,
+  -- whether there is something to write already, whether the own one was derived, and of how many entries; nothing if the state can't be read. It raises
+  -- an error where entries of a sliding window aren't digits, or aren't what their sum says: to look through them all would take too
+  -- long. All other numbers are in the ranges that rules and views have.
+  function read(state, rule)
+    local head, at = match(state, FORMATS)
+    if not head then return nil end
+    head = FORMAT .. head
+    local views, size, count, lead = {}, #state, 0, rule.lead
+    while at <= size do
+      local kind, v, name_end, after = sub(state, at, at), nil, nil, nil
+      if kind == 'b' then
+        v, name_end, after = read_bucket(state, at)
+      elseif kind == 's' then
+        v, name_end, after = read_window(state, at, lead)
+      elseif kind == 'f' or kind == 'c' then
+        v, name_end, after = read_count(state, at, kind)
+      end
+      count = count + 1
+      if not v or count > 2 then return nil end
+      v.name = sub(state, at, name_end - 1)
+      views[count], at = v, after
+    end
+
+    for i = 1, count do
+      local v = views[i]
+      -- The name of a bucket holds its capacity too, and that doesn't make it another one.
+      if v.name == rule.name or v.kind == 'b' and rule.kind == 'b' and v.unit == rule.unit and v.drain == rule.drain then
+        local other = views[3 - i]
+        return head, v, other, other and roll(other), false
+      end
+    end
+    local changed = false
+    for i = 1, count do
+      if roll(views[i]) then changed = true end
+    end
+    local holds, pushed = derive(rule, views, count)
+    return head, rule, views[1], changed or holds, true, pushed
+  end
+
+  return read, roll, push, read_header, print_header, print_state, units_of, at_of, place_of, set_units
 end
 
 -- What the keys hold, by place in KEYS: text, false if nothing, and '' if it is no text: MGET takes that for absent, and nobody can read it.
