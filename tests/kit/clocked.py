@@ -51,6 +51,10 @@ def load(client: Any, text: str) -> str:
 Check = tuple[CompiledRule, str, int]  # rule, key, cost
 View = tuple[str, list[tuple[int, int]]]  # what is text, and the entries of a sliding window: at_us, units
 Answer = tuple[bool, int, int, int]  # allowed, remaining, retry_us, reset_us
+# Whether it is allowed; of each set which of its parts it reports, and what that part says.
+JointAnswer = tuple[bool, list[tuple[int, Answer]]]
+NEVER_US = 2**63 - 1
+BITS = {name: int(value) for name, _, value in (word.partition("=") for word in script("decide").header["bits"])}
 
 
 class Lease(NamedTuple):
@@ -65,6 +69,29 @@ class Lease(NamedTuple):
     back_us: int = 0
 
 
+class Part(NamedTuple):
+    """One limit that a joint check names."""
+
+    rule: CompiledRule
+    key: str
+    cost: int = 1
+    flagged: bool = False
+
+
+class JointCheck(NamedTuple):
+    """`count` equal joint checks."""
+
+    sets: list[list[Part]]
+    count: int = 1
+
+
+class PartAnswer(NamedTuple):
+    """How many of the equal checks a part has paid for, and the numbers of its answer: a code alone if there is none."""
+
+    took: int
+    numbers: list[int]
+
+
 class Call(NamedTuple):
     """What the script is called with, without the request id and the epoch's key, and how many checks each of its items stands for."""
 
@@ -73,18 +100,40 @@ class Call(NamedTuple):
     items: list[tuple[CompiledRule, int, int]]  # rule, cost, count
     mode: str
     leases: int
+    joints: Sequence[JointCheck] = ()
+
+    def split(self, reply: list[Any]) -> tuple[list[list[int]], list[list[list[PartAnswer]]], list[tuple[int, int]]]:
+        """The numbers of each item; by joint check, set and part what it answers; pairs of item and generation."""
+        assert reply[0] == b"id"
+        numbers, header = reply[2:], script("decide").header
+
+        def take(rule: CompiledRule, count: int, more: int) -> list[int]:
+            length = 1
+            if numbers[0] >= 0:
+                length = len(header[f"answer_{rule.kind}"]) + more
+                length -= rule.kind == "s" and numbers[0] >= count  # no retry_us
+            taken = numbers[:length]
+            del numbers[:length]
+            return taken
+
+        answers = [take(rule, count, i >= len(self.items) - self.leases) for i, (rule, _, count) in enumerate(self.items)]
+        parts = [
+            [[PartAnswer(numbers.pop(0), take(part.rule, 1, 0)) for part in alternatives] for alternatives in joint.sets]
+            for joint in self.joints
+        ]
+        assert len(numbers) % 2 == 0, "what is left are pairs of item and generation"
+        return answers, parts, list(zip(numbers[::2], numbers[1::2], strict=True))
 
     def raw(self, reply: list[Any]) -> list[list[int]]:
         """The numbers of each item."""
-        assert reply[0] == b"id"
-        numbers, split = reply[2:], []
-        for i, (rule, _, count) in enumerate(self.items):
-            length = len(script("decide").header[f"answer_{rule.kind}"]) + (i >= len(self.items) - self.leases)
-            length -= rule.kind == "s" and numbers[0] >= count  # no retry_us
-            split.append(numbers[:length])
-            numbers = numbers[length:]
-        assert len(numbers) % 2 == 0, "what is left are pairs of item and generation"
-        return split
+        return self.split(reply)[0]
+
+    def heard(self, reply: list[Any]) -> list[list[JointAnswer]]:
+        """What each of the equal checks hears, of each joint check."""
+        return [
+            [joint_answer(joint.sets, answers, i, self.mode == "check_joint") for i in range(joint.count)]
+            for joint, answers in zip(self.joints, self.split(reply)[1], strict=True)
+        ]
 
     def answers(self, reply: list[Any]) -> list[Answer]:
         """What each check hears."""
@@ -97,14 +146,54 @@ class Call(NamedTuple):
             elif rule.lease_units:
                 numbers = [*numbers, 0]
             # A peek charges nothing, so that each of several hears what the first does.
-            heard += (read_answer(rule, numbers, cost, i if self.mode == "check" else 0, count) for i in range(count))
+            consumes = self.mode in ("check", "check_joint")
+            heard += (read_answer(rule, numbers, cost, i if consumes else 0, count) for i in range(count))
         return heard
 
 
-def make_call(checks: Sequence[Check], mode: str = "check", *, merge: bool = False, leases: Sequence[Lease] = ()) -> Call:
+def joint_answer(sets: list[list[Part]], answers: list[list[PartAnswer]], place: int, consume: bool) -> JointAnswer:
+    """What the check at `place` (0: the first) of equal joint checks hears, if they were decided."""
+    granted = [sum(part.took for part in of_set) for of_set, parts in zip(answers, sets, strict=True) if not parts[0].flagged]
+    allowed = consume and (not granted or place < granted[0])
+    assert not consume or len(set(granted)) <= 1, "each set pays for as many"
+    reported = []
+    for parts, of_set in zip(sets, answers, strict=True):
+        before, heard = place, []
+        for i, (part, (took, numbers)) in enumerate(zip(parts, of_set, strict=True)):
+            if allowed and before < took:
+                told = [took, *numbers[1:]] if part.rule.kind != "s" or numbers[0] else [took, *numbers[1:-1]]
+                heard = [(i, read_answer(part.rule, padded(part.rule, told), part.cost, before, took))]
+                break
+            before -= took
+            if numbers[0] >= 0:
+                # One that has taken fewer than it was asked for doesn't say until when it has no more.
+                missing = allowed and part.rule.kind == "s" and numbers[0] > 0
+                told = [0, *numbers[1:], 0] if missing else [0 if allowed else numbers[0], *numbers[1:]]
+                heard.append((i, read_answer(part.rule, padded(part.rule, told), part.cost)))
+        fine = [answer for answer in heard if answer[1][0]]
+        reported.append(fine[0] if fine else min(heard, key=lambda answer: answer[1][2] % NEVER_US))
+    return allowed or all(answer[0] or parts[0].flagged for (_, answer), parts in zip(reported, sets, strict=True)), reported
+
+
+def padded(rule: CompiledRule, numbers: list[int]) -> list[int]:
+    """As answers to leases have it, of a part of a rule with leases: nothing was taken ahead."""
+    return [*numbers, 0] if rule.lease_units else numbers
+
+
+def make_call(
+    checks: Sequence[Check],
+    mode: str = "check",
+    *,
+    merge: bool = False,
+    leases: Sequence[Lease] = (),
+    joints: Sequence[JointCheck] = (),
+) -> Call:
     """A call as the script's header has it: a run for each check, or with `merge` as few runs as there can be."""
-    keys = list(dict.fromkeys([key for _, key, _ in checks] + [lease.key for lease in leases]))
-    rules = list(dict.fromkeys([rule for rule, _, _ in checks] + [lease.rule for lease in leases]))
+    parts = [part for joint in joints for alternatives in joint.sets for part in alternatives]
+    named: list[tuple[CompiledRule, str]] = [(rule, key) for rule, key, _ in checks]
+    named += [(one.rule, one.key) for one in [*leases, *parts]]
+    keys = list(dict.fromkeys(key for _, key in named))
+    rules = list(dict.fromkeys(rule for rule, _ in named))
     items: list[list[int]] = []
     for rule, key, cost in checks:
         item = [keys.index(key) + 1, rules.index(rule) + 1, cost, 1]
@@ -118,16 +207,22 @@ def make_call(checks: Sequence[Check], mode: str = "check", *, merge: bool = Fal
             runs[-1][1] += 1
         else:
             runs.append([key_index, 1, *what])
-    args: list[Any] = [mode, EPOCH, len(rules), len(runs), len(leases)]
+    mode = f"{mode}_joint" if joints else mode
+    args: list[Any] = [mode, EPOCH, len(rules), len(runs), len(leases), *([len(parts)] if joints else [])]
     for rule in rules:
         args += (getattr(rule, word) for word in script("decide").header["rule"])
     for run in runs:
         args += run
     for lease in leases:
         args += (keys.index(lease.key) + 1, rules.index(lease.rule) + 1, *lease[2:])
+    for joint in joints:
+        for s, alternatives in enumerate(joint.sets):
+            for i, part in enumerate(alternatives):
+                bits = BITS["joined"] * (s + i > 0) + BITS["alternative"] * (i > 0) + BITS["flagged"] * part.flagged
+                args += (keys.index(part.key) + 1, rules.index(part.rule) + 1, part.cost, joint.count, bits)
     told = [(rules[rule_index - 1], cost, count) for _, rule_index, cost, count in items]
     told += [(lease.rule, lease.cost, lease.count) for lease in leases]
-    return Call(keys, args, told, mode, len(leases))
+    return Call(keys, args, told, mode, len(leases), joints)
 
 
 def read_state(state: bytes | None) -> list[View] | None:

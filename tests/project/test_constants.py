@@ -50,6 +50,16 @@ def scripted() -> Constants:
     return found
 
 
+def named(text: str, name: str) -> list[str]:
+    """What a script calls by a name, as text."""
+    return [
+        value
+        for names, values in LOCALS.findall(text)
+        for each, value in zip(names.split(", "), values.split(", "), strict=False)
+        if each == name
+    ]
+
+
 def value(constants: Constants, name: str) -> int:
     values = set(constants[name].values())
     assert len(values) == 1, (name, constants[name])
@@ -104,6 +114,10 @@ def test_what_stands_instead_of_an_answer_is_what_the_header_says() -> None:
     assert {name: int(header[name][0]) for name in ("unreadable", "unsure", "deferred")} == {
         name.lower(): value(core, name) for name in ("UNREADABLE", "UNSURE", "DEFERRED")
     }
+    texts = {path.name: path.read_text() for path in LUA.glob("*.lua")}
+    for name in ("unreadable", "unsure", "deferred", "skipped"):
+        found = {int(number) for text in texts.values() for number in named(text, name.upper())}
+        assert found == {int(header[name][0])}, name
     why = dict(word.split("=") for word in script("repair").header["why"])
     assert {name: int(why[name]) for name in ("unreadable", "deferred")} == {
         name: value(core, f"REFUSED_{name.upper()}") for name in ("unreadable", "deferred")

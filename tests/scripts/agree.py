@@ -1,8 +1,8 @@
 """Oracle, core and script over random steps, to the unit: `python -m tests.scripts.agree --steps 1000000 [--seed N] [--no-redis]`.
 
 Worlds of a few keys share a clock that steps both ways and stops at the very instants that denials have promised. The script
-decides a world's checks of one instant in one call, mostly with equal ones as one item. Ends at the first difference, with a
-vector for tests/vectors, and 1.
+decides a world's checks of one instant in one call, mostly with equal ones as one item, and often joint checks with them. Ends
+at the first difference, with a vector for tests/vectors, and 1.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ import fakeredis
 import redis
 
 from ratethrottle import ConfigurationError, RateThrottleRule
+from ratethrottle._engine.definitions import CompiledRule
 from ratethrottle.cli.processes import NoRedis, server_program
-from tests.kit.clocked import Call, ClockedScript, make_call
+from tests.kit.clocked import Call, ClockedScript, JointAnswer, JointCheck, Part, make_call
+from tests.kit.joint import check_jointly, comparable
 from tests.kit.oracle import Answer
 from tests.kit.servers import RedisServer
 from tests.kit.strategies import START_US, STRATEGIES, known_rules, make_rule
@@ -32,6 +34,7 @@ from tests.kit.subjects import Core, Oracle
 
 CHUNK_STEPS = 12_000
 KEYS, CHECKS, INSTANTS = 6, 10, 40
+JOINTS = 3  # at most, in every other call
 FAKE_STEPS = 1_500  # fakeredis runs Lua, but takes about fifty times as long
 EARLIEST_US, LATEST_US = START_US // 2, START_US * 2  # a state has 16 digits for an instant
 
@@ -51,6 +54,29 @@ class Key:
     current: int = 0
     oracle: Oracle = field(default_factory=Oracle)
     history: list[Step] = field(default_factory=list)
+
+    def turn(self, rng: random.Random, turns: float) -> RateThrottleRule:
+        """The rule of a check that comes now."""
+        if rng.random() < turns:
+            self.current = rng.randrange(len(self.rules))
+        return self.rules[self.current]
+
+    def check(self, rule: CompiledRule, now_us: int, cost: int, *, consume: bool = True) -> Answer:
+        """Decide on a part of a joint check, by the oracle. What is only looked at is no part of the key's history."""
+        if consume:
+            self.history.append((now_us, self.rules[self.current], cost, True))
+        return self.oracle.check(rule, now_us, cost, consume=consume)
+
+
+@dataclass
+class CoreKey:
+    """A key of a compiled core."""
+
+    core: Core
+    name: str
+
+    def check(self, rule: CompiledRule, now_us: int, cost: int, *, consume: bool = True) -> Answer:
+        return self.core.check(rule, now_us, cost, consume=consume, key=self.name)
 
 
 def random_rule(rng: random.Random) -> RateThrottleRule:
@@ -139,9 +165,7 @@ class World:
         for i in range(CHECKS):
             if i == 0 or self.rng.random() > 0.3:
                 key = self.rng.choice(self.keys)
-                if self.rng.random() < self.turns:
-                    key.current = self.rng.randrange(len(key.rules))
-                rule = key.rules[key.current]
+                rule = key.turn(self.rng, self.turns)
                 cost = min(self.cost(rule), rule.capacity)
             key.history.append((self.now_us, rule, cost, consume))
             answer = key.oracle.check(rule.compiled, self.now_us, cost, consume=consume)
@@ -155,6 +179,33 @@ class World:
             checks.append((key, rule, cost))
             expected.append(answer)
         return consume, checks, expected
+
+    def joint_checks(self, consume: bool) -> Iterator[tuple[JointCheck, list[JointAnswer]]]:
+        """Decide on joint checks of this instant, likewise. Each comes with what its equal checks hear."""
+        rng = self.rng
+        keys, core = {key.name: key for key in self.keys}, {key.name: CoreKey(self.core, key.name) for key in self.keys}
+        for _ in range(rng.choice((0, rng.randint(1, JOINTS)))):
+            sets: list[list[Part]] = []
+            for key in rng.sample(self.keys, rng.randint(1, KEYS - 1)):
+                rule = key.turn(rng, self.turns)
+                part = Part(rule.compiled, key.name, min(self.cost(rule), rule.capacity), flagged=rng.random() < 0.15)
+                if sets and not part.flagged and not sets[-1][0].flagged and rng.random() < 0.3:
+                    sets[-1].append(part)
+                else:
+                    sets.append([part])
+            told = []
+            for _ in range(count := rng.randint(1, 4)):
+                told.append(check_jointly(keys, sets, self.now_us, consume=consume))
+                by_core = check_jointly(core, sets, self.now_us, consume=consume)
+                if by_core != told[-1]:
+                    raise DifferenceError(joint_difference("core", self.now_us, sets, told[-1], by_core))
+            yield JointCheck(sets, count), told
+
+
+def joint_difference(who: str, now_us: int, sets: list[list[Part]], oracle: JointAnswer, theirs: JointAnswer) -> str:
+    """What there is to say of a joint check: the seed repeats it."""
+    shown = [[(part.key, part.rule.kind, part.rule.capacity, part.cost, part.flagged) for part in parts] for parts in sets]
+    return f"the oracle says {oracle}, the {who} {theirs}, at {now_us} of {shown}"
 
 
 def difference(who: str, key: Key, length: int, oracle: Answer, theirs: Answer) -> str:
@@ -181,30 +232,42 @@ class Scripts:
     def __init__(self, who: str, client: Any) -> None:
         self.who, self.client = who, client
         self.script = ClockedScript(client)
-        self.queued: list[tuple[Call, list[tuple[Key, int]], list[Answer]]] = []
+        self.queued: list[tuple[Call, list[tuple[Key, int]], list[Answer], int, list[list[JointAnswer]]]] = []
         self.pipeline = client.pipeline(transaction=False)
 
     def queue(
-        self, now_us: int, consume: bool, merge: bool, checks: list[tuple[Key, RateThrottleRule, int]], expected: list[Answer]
+        self,
+        now_us: int,
+        call: Call,
+        marks: list[tuple[Key, int]],
+        expected: list[Answer],
+        jointly: list[list[JointAnswer]],
     ) -> None:
-        """Take up a call. Call it right after the oracle's decisions: it notes how long each history is."""
-        told = [(rule.compiled, key.name, cost) for key, rule, cost in checks]
-        call = make_call(told, "check" if consume else "peek", merge=merge)
+        """Take up a call. marks: the key of each of its checks, and how long its history was with that."""
         self.script.send(self.pipeline, now_us, call)
-        later: dict[str, int] = {}
-        marks = []
-        for key, _, _ in reversed(checks):
-            marks.append((key, len(key.history) - later.get(key.name, 0)))
-            later[key.name] = later.get(key.name, 0) + 1
-        self.queued.append((call, marks[::-1], expected))
+        self.queued.append((call, marks, expected, now_us, jointly))
 
     def compare(self) -> None:
         """Send what is queued and hold the answers against the oracle's."""
-        for (call, marks, expected), reply in zip(self.queued, self.pipeline.execute(), strict=True):
+        for (call, marks, expected, now_us, jointly), reply in zip(self.queued, self.pipeline.execute(), strict=True):
             for (key, length), ours, theirs in zip(marks, expected, call.answers(reply), strict=True):
                 if ours != theirs:
                     raise DifferenceError(difference(self.who, key, length, ours, theirs))
+            for joint, ours, theirs in zip(call.joints, jointly, call.heard(reply), strict=True):
+                for one, other in zip(ours, theirs, strict=True):
+                    if comparable(joint.sets, one) != comparable(joint.sets, other):
+                        raise DifferenceError(joint_difference(self.who, now_us, joint.sets, one, other))
         self.queued.clear()
+
+
+def marks_of(checks: list[tuple[Key, RateThrottleRule, int]]) -> list[tuple[Key, int]]:
+    """The key of each check that was decided just now, and how long its history was with that."""
+    later: dict[str, int] = {}
+    marks = []
+    for key, _, _ in reversed(checks):
+        marks.append((key, len(key.history) - later.get(key.name, 0)))
+        later[key.name] = later.get(key.name, 0) + 1
+    return marks[::-1]
 
 
 def run(seed: int, chunk: int, steps: int, url: str | None) -> tuple[int, int]:
@@ -219,11 +282,15 @@ def run(seed: int, chunk: int, steps: int, url: str | None) -> tuple[int, int]:
         subjects = [*scripts, fake] if fake and done < FAKE_STEPS else scripts
         for _ in range(INSTANTS):
             consume, checks, expected = world.step()
-            merge = rng.random() < 0.7
-            done += CHECKS
-            allowed += sum(answer[0] for answer in expected)
+            merge, marks = rng.random() < 0.7, marks_of(checks)
+            decided = list(world.joint_checks(consume))
+            joints, jointly = [joint for joint, _ in decided], [told for _, told in decided]
+            done += CHECKS + sum(map(len, jointly))
+            allowed += sum(answer[0] for answer in expected) + sum(told[0] for each in jointly for told in each)
+            told = [(rule.compiled, key.name, cost) for key, rule, cost in checks]
+            call = make_call(told, "check" if consume else "peek", merge=merge, joints=joints)
             for subject in subjects:
-                subject.queue(world.now_us, consume, merge, checks, expected)
+                subject.queue(world.now_us, call, marks, expected, jointly)
         for subject in subjects:
             subject.compare()
             subject.client.delete(*(key.name for key in world.keys))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ratethrottle import RateThrottleRule
 from ratethrottle._engine.definitions import CompiledRule
 from ratethrottle.storage.redis.scripts import SHEBANG, script
-from tests.kit.clocked import CLOCKED, EPOCH, EPOCH_KEY, ClockedScript, Lease, make_call, read_state
+from tests.kit.clocked import CLOCKED, EPOCH, EPOCH_KEY, ClockedScript, JointCheck, Lease, Part, make_call, read_state
 from tests.kit.oracle import Oracle
 from tests.kit.strategies import known_rules, random_step
 
@@ -309,7 +309,11 @@ def replaced(text: str, old: str, new: str) -> str:
 NOTING = replaced(
     CLOCKED, "call('SET', KEYS[k], states[k])", "call('SET', KEYS[k], states[k]) call('ZADD', 'ends', second, KEYS[k])"
 )
-ALL_THE_SAME_WAY = replaced(NOTING, "local simple, skip, window = consumes and", "local simple, skip, window = false and")
+ALL_THE_SAME_WAY = replaced(
+    replaced(NOTING, "local simple, skip, window = consumes and", "local simple, skip, window = false and"),
+    "local simple = repair_us == 0",
+    "local simple = false",
+)
 
 
 # Each example sets the keys of the fixture's server, which serves them all, before it looks at them.
@@ -333,7 +337,13 @@ def test_simple_entries_are_decided_as_the_way_for_all_would(redis_client: redis
         costs = [rng.choice((1, 1, 2, 9, 150, 2_000)) for _ in range(rng.randint(1, 3))]
         leases = [Lease(leased, "k", ahead=50)] * (rng.random() < 0.1)
         checks = [(one, key, cost) for cost in costs for key in "kl" for _ in range(rng.randint(1, 3))]
-        call = make_call(checks, merge=True, leases=leases)
+        parts = [Part(one, key, rng.choice(costs), flagged=rng.random() < 0.2) for key in rng.sample("kl", 2)]
+        joints = [
+            JointCheck([[part] for part in parts[: rng.randint(1, 2)]], rng.randint(1, 3)) for _ in range(rng.randint(0, 2))
+        ]
+        call = make_call(
+            checks[: rng.choice((0, len(checks))) if joints else len(checks)], merge=True, leases=leases, joints=joints
+        )
         replies, after = [], []
         for clocked in scripts:
             for key, state, ends_us in zip("kl", states[0][:2], states[0][2:], strict=True):

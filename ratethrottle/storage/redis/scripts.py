@@ -15,7 +15,8 @@ INCLUDED = re.compile(r"^ *-- include (\w+)\.lua$", re.MULTILINE)
 CALLED = re.compile(rb"""\bp?call\(\s*(?:call,\s*)?['"](\w+)""")
 SHEBANG = b"#!lua\n"
 NAMES = ("beat", "decide", "repair", "reset")
-PARTS = ("state", "telling", "entry", "simple")  # of scripts: the last is included where it says so, the others stand in front
+INCLUDED_PARTS = ("joint", "simple")  # stand where a script says so
+PARTS = ("state", "telling", "entry", *INCLUDED_PARTS)  # the others stand in front of scripts
 SHARED = {"beat": ("telling",), "clear": (), "decide": ("state", "entry"), "repair": ("state", "telling")}
 
 

@@ -1,10 +1,15 @@
 --- Decides entries in order; each distinct key is read once and written at most once.
 --- KEYS: epoch_key state_key...
 --- ARGV: request mode epoch rule_count run_count lease_count rule... run... lease...
+--- joint_ARGV: request mode epoch rule_count run_count lease_count part_count rule... run... lease... part...
 --- rule: kind capacity window_us unit_ticks drain_ticks slot_us coarse_us lead_us
 --- run: key_index key_count rule_index cost count
 --- lease: key_index rule_index cost count ahead back back_us
+--- part: key_index rule_index cost count bits
+--- bits: joined=1 alternative=2 flagged=4
 --- reply: request server_us answer... generation_pair...
+--- joint_reply: request server_us answer... part_answer... generation_pair...
+--- part_answer: took answer
 --- answer_b: granted level
 --- answer_s: granted total first_us reset_us retry_us
 --- answer_c: granted cur prev since_us
@@ -13,6 +18,7 @@
 --- unreadable: -2
 --- unsure: -3
 --- deferred: -4
+--- skipped: -5
 --- limits: keys=128 rules=128 entries=128
 -- A run is an entry of `count` equal checks for each of `key_count` consecutive keys; a key's index counts state keys from 1. The
 -- caller gives no key twice, or the last write would undo the others: to look for that takes as long as to read the rules. An answer
@@ -22,6 +28,12 @@
 -- used before the epoch; nothing is granted then. So that a call doesn't hold the server for more than about a millisecond, entries that
 -- aren't simple are `deferred` once many were decided: nothing is done for them, and they have to be asked anew. In another epoch than the
 -- one expected the reply is just -1 for the server's time, and nothing was read or done.
+-- The modes check_joint and peek_joint have parts too, decided last. A part that isn't `joined` to the one before begins a joint check,
+-- of which there are `count` equal ones. A part that isn't an `alternative` to the one before begins a set, whose parts pay in order. A
+-- joint check is granted if each of its sets is; otherwise nothing of it is charged. A `flagged` part is a set that never vetoes. If all
+-- of `count` are granted, a part answers as an entry would, with `took` for `granted`; one that wasn't needed answers `skipped`. Otherwise,
+-- and in a peek, it answers what one more check would hear. It has retry_us only if nothing is granted. If a part can't be decided,
+-- nothing of its joint check is charged, and the other parts answer `skipped`.
 
 -- Decides runs and leases. Writes nothing. By place in KEYS: `states` as text, false if there is none; `ends`, the second in which what
 -- was read ends, where that is known; `resets`, for what is to be written, how long it counts. Of some states only numbers change, to
@@ -29,11 +41,11 @@
 -- how many numbers the reply holds, how many entries were decided, the pairs of entry and generation, if any, how that is decided which
 -- isn't simple, and about how many us that took. Raises an error if a state is damaged in a way that is only met where it is read. As it
 -- is called by pcall it is given all that it needs: to have that of the script itself costs as much as to decide an entry.
-local function decide(states, ends, resets, numbers, places, long_way, rules, consumes, repairing, untold_us, now, request, key_count,
+local function decide(states, ends, resets, numbers, places, long_way, rules, consumes, repairing, untold_us, now, request, room, key_count,
     rule_count, run_count, lease_count, at, ARGV, number, refuse, format, match, sub, find, floor, min, max, unpack)
   local EXACT_MAX, UNITS_MAX, SUM_MAX, SECOND, WORK_MAX, DEFERRED = 9007199254740991, 4000000000, 512000000000, 1000000, 700, -4
   -- Where nils from `ends`, which is empty yet, make room, a table doesn't grow, for which all that it holds is counted.
-  local reply, filled, entries, partly = {request, now, unpack(ends, 1, 4 * key_count)}, 2, 0, false
+  local reply, filled, entries, partly = {request, now, unpack(ends, 1, room)}, 2, 0, false
   local decide_entry, work, generations, reset_count = nil, 0, nil, 0
   for i = 1, run_count + lease_count do
     local key, last_key, rule, cost, count = number(ARGV[at + 1], 1, key_count), nil, nil, nil, nil
@@ -91,25 +103,33 @@ end
 local KEYS, ARGV, refuse, SECOND = KEYS, ARGV, redis.error_reply, 1000000
 local request, mode, key_count = ARGV[1], ARGV[2], #KEYS - 1
 local rule_count, run_count, lease_count = number(ARGV[4], 1, 128), number(ARGV[5], 0, 128), number(ARGV[6], 0, 128)
+local consumes, part_count, at = mode == 'check', 0, 6
 if not request or request == '' then return refuse('RATETHROTTLE no request id') end
-if mode ~= 'check' and mode ~= 'peek' then return refuse('RATETHROTTLE mode is check or peek') end
-if not (rule_count and run_count and lease_count and run_count + lease_count >= 1) then
+if not consumes and mode ~= 'peek' then
+  if mode ~= 'check_joint' and mode ~= 'peek_joint' then return refuse('RATETHROTTLE mode is check or peek, alone or with _joint') end
+  consumes, part_count, at = mode == 'check_joint', number(ARGV[7], 1, 128), 7
+end
+if not (rule_count and run_count and lease_count and part_count and run_count + lease_count + part_count >= 1) then
   return refuse('RATETHROTTLE the counts of rules and of entries are from 1 to 128')
 end
 if not (key_count >= 1 and key_count <= 128) then return refuse('RATETHROTTLE the count of keys is from 1 to 128') end
-local right = 6 + 8 * rule_count + 5 * run_count + 7 * lease_count
+local right = at + 8 * rule_count + 5 * (run_count + part_count) + 7 * lease_count
 if #ARGV ~= right then return refuse('RATETHROTTLE the number of arguments is wrong') end
-local rules, wrong = read_rules(6, rule_count)
+local rules, wrong = read_rules(at, rule_count)
 if not rules then return refuse(wrong) end
 
 local entered = enter(states, ARGV[3])
 if entered == nil then return {request, -1} end
 if not entered then return refuse('RATETHROTTLE the epoch is malformed') end
-local ends, resets, numbers, places = {nil}, {nil}, nil, nil
+local ends, resets, numbers, places, attempt = {nil}, {nil}, nil, nil, decide
 numbers, places = {unpack(ends, 1, key_count + 1)}, {unpack(ends, 1, key_count + 1)}
-local at, consumes = 6 + 8 * rule_count, mode == 'check'
-local fine, reply, partly, filled, _, generations = pcall(decide, states, ends, resets, numbers, places, long_way, rules, consumes, repair_us > 0,
-  untold_us, now, request, key_count, rule_count, run_count, lease_count, at, ARGV, number, refuse, format, match, sub, find, floor, min, max,
+if part_count > 0 then
+  -- include joint.lua
+end
+local room = 4 * key_count + part_count
+at = at + 8 * rule_count
+local fine, reply, partly, filled, _, generations = pcall(attempt, states, ends, resets, numbers, places, long_way, rules, consumes, repair_us > 0,
+  untold_us, now, request, room, key_count, rule_count, run_count, lease_count, at, ARGV, number, refuse, format, match, sub, find, floor, min, max,
   unpack)
 if not fine then
   -- Now each state is looked at whole: are the entries of its sliding windows digits that ascend, and is the sum theirs?
@@ -130,8 +150,8 @@ if not fine then
     end
   end
   ends, resets, numbers, places = {nil}, {nil}, {nil}, {nil}
-  reply, partly, filled, _, generations = decide(states, ends, resets, numbers, places, long_way, rules, consumes, repair_us > 0, untold_us, now,
-    request, key_count, rule_count, run_count, lease_count, at, ARGV, number, refuse, format, match, sub, find, floor, min, max, unpack)
+  reply, partly, filled, _, generations = attempt(states, ends, resets, numbers, places, long_way, rules, consumes, repair_us > 0, untold_us, now,
+    request, room, key_count, rule_count, run_count, lease_count, at, ARGV, number, refuse, format, match, sub, find, floor, min, max, unpack)
 end
 if reply.err then return reply end
 for i = 1, generations and #generations or 0 do reply[filled + i] = generations[i] end

@@ -1,0 +1,42 @@
+"""What a joint check must hear: the promise, over one oracle for each key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from tests.kit.clocked import NEVER_US, JointAnswer, Part
+from tests.kit.oracle import Answer
+
+
+class Decides(Protocol):
+    """One key."""
+
+    def check(self, rule: Any, now_us: int, cost: int, *, consume: bool = True) -> Answer: ...
+
+
+def check_jointly(keys: Mapping[str, Decides], sets: list[list[Part]], now_us: int, *, consume: bool = True) -> JointAnswer:
+    """Decide: look at all parts, then charge the first of each set that would be allowed, if there is one in each."""
+    looks = [[keys[part.key].check(part.rule, now_us, part.cost, consume=False) for part in parts] for parts in sets]
+    told: list[tuple[int, Answer]] = []
+    for heard in looks:
+        payers = [i for i, answer in enumerate(heard) if answer[0]]
+        which = payers[0] if payers else min(range(len(heard)), key=lambda i: heard[i][2] % NEVER_US)
+        told.append((which, heard[which]))
+    allowed = all(answer[0] or parts[0].flagged for (_, answer), parts in zip(told, sets, strict=True))
+    if allowed and consume:
+        for s, (which, answer) in enumerate(told):
+            if answer[0]:
+                part = sets[s][which]
+                told[s] = which, keys[part.key].check(part.rule, now_us, part.cost)
+    return allowed, told
+
+
+def comparable(sets: list[list[Part]], heard: JointAnswer) -> JointAnswer:
+    """Without when a flagged part would have been granted: the script doesn't say so of one that has paid for others."""
+    allowed, told = heard
+    kept = [
+        (which, (*answer[:2], 0, answer[3]) if parts[0].flagged else answer)
+        for (which, answer), parts in zip(told, sets, strict=True)
+    ]
+    return allowed, kept
