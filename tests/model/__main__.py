@@ -20,7 +20,7 @@ SHORT = [
 LARGER = [
     *SHORT,
     Config(),
-    Config(limit=1, lines=2),
+    Config(limit=1, connections=2),
     Config(processes=3, faults=1),
     Config(resets=1, faults=1),
     Config(faults=3),

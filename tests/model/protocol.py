@@ -55,7 +55,7 @@ class Config:
     resets: int = 0
     lease: bool = False
     local: bool = False
-    lines: int = 1
+    connections: int = 1
     mutant: str = ""
 
     def __post_init__(self) -> None:
@@ -182,7 +182,7 @@ def steps(config: Config, state: State) -> Iterator[Step]:
     """Yield all that can happen next, each in words."""
     # Nothing that others do changes what a reply says, and on one connection nothing overtakes it: it is heard, or hit, at once.
     everybody = list(enumerate(state.procs))
-    hearing = [(p, q) for p, q in everybody if q.reply and not q.reply.held and config.lines == 1]
+    hearing = [(p, q) for p, q in everybody if q.reply and not q.reply.held and config.connections == 1]
     late = 0
     for p, proc in hearing or everybody:
         for what, after in own_steps(config, state, p, proc):
@@ -476,7 +476,7 @@ def drop(state: State, p: int) -> State:
 
 def move(config: Config, state: State, p: int, proc: Proc) -> State:
     """Leave the old master for the new one."""
-    if config.lines == 2 and proc.reply and proc.reply.kind in {"granted", "denied"} and not proc.reply.held:
+    if config.connections == 2 and proc.reply and proc.reply.kind in {"granted", "denied"} and not proc.reply.held:
         return put(state, p, proc._replace(conn=MASTER, stage=BEAT, reply=None, side=proc.reply))
     dropped = drop(state, p)
     return put(dropped, p, dropped.procs[p]._replace(conn=MASTER))
@@ -662,8 +662,8 @@ def is_promised(state: State, owner: int) -> bool:
 
 def held_to_promise(config: Config, state: State) -> State:
     """Hold the admission of a unit by a store against the promise; what newcomers had before counts too."""
-    # With two lines a reply may come after newcomers have had theirs, although its unit was counted before.
-    units = [u for u in state.units if not u.owner and (u.alone != NEWCOMER or config.lines == 1)]
+    # With two connections a reply may come after newcomers have had theirs, although its unit was counted before.
+    units = [u for u in state.units if not u.owner and (u.alone != NEWCOMER or config.connections == 1)]
     most = config.limit + sum(config.share(p) for p in {u.alone - 1 for u in units if u.alone > 0})
     return state._replace(broken=f"{len(units)} units in a window, not {most}") if len(units) > most else state
 

@@ -100,17 +100,20 @@ def swapped(unit: Unit, bits: dict[int, int], owners: dict[int, int]) -> Unit:
     return unit._replace(known=known, telling=telling, owner=owner)
 
 
-def search(config: Config, *, progress: Progress | None = None) -> Result:
-    """Visit every state; stop at the first that breaks an invariant, or from which somebody is never granted anything again."""
+def search(config: Config, *, progress: Progress | None = None, lockouts: bool = True) -> Result:
+    """Visit every state; stop at the first that breaks an invariant, or from which somebody is never granted anything again.
+
+    lockouts: look for the latter too, which takes a third of the time.
+    """
     # Nothing here is cyclic, and to look for that among millions of tuples takes most of the time.
     gc.disable()
     try:
-        return visit(config, progress)
+        return visit(config, progress, lockouts)
     finally:
         gc.enable()
 
 
-def visit(config: Config, progress: Progress | None) -> Result:
+def visit(config: Config, progress: Progress | None, lockouts: bool) -> Result:
     """Search, layer by layer."""
     began = time.process_time()
     start, _ = canonical(config, initial(config))
@@ -126,7 +129,9 @@ def visit(config: Config, progress: Progress | None) -> Result:
                 if after in came:
                     continue
                 came[after] = state
-                broken = after.broken or ("somebody is locked out" if is_lockout(config, after, recovering) else "")
+                broken = after.broken
+                if not broken and lockouts and is_lockout(config, after, recovering):
+                    broken = "somebody is locked out"
                 if broken:
                     return Result(len(came), time.process_time() - began, broken, trace(config, came, after))
                 following.append(after)
