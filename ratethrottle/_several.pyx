@@ -323,7 +323,7 @@ cdef class SeveralRules(Several):
         return self.decided(key, joint, source, outs, reported, verdict == LEASED)
 
     cdef int look(self, Joint joint, const Place* places, int64_t now_us, Outcome* outs, int* verdicts) except -1:
-        """Say of each part what its bound does, and spend nothing. A part that isn't denied is told what would be left at least."""
+        """Say of each part what its bound does, and spend nothing. A part that isn't denied hears what would be left at least."""
         cdef CompiledRule rule
         cdef Bound* bound
         cdef int64_t found

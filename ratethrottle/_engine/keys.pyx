@@ -529,7 +529,7 @@ cdef class KeyTable:
         return 0
 
     cdef int look_joint(self, Joint joint, const Place* places, int64_t now_us, Outcome* outs) except -1:
-        """Say of each part what it would be told alone. Runs no Python code."""
+        """Say of each part what it would hear alone. Runs no Python code."""
         cdef int p
         for p in range(joint.size):
             if joint.uncounted >> p & 1:
