@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from asyncio import AbstractEventLoop
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import Context
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from ratethrottle._engine.decision import Decision, Entry
 from ratethrottle._engine.keys import KeyTable
@@ -62,6 +64,23 @@ class Statistics:
     decisions: Mapping[str, Mapping[str, Outcomes]] = field(default_factory=dict)
 
 
+class Timer(Protocol):
+    """What is called later, unless it is cancelled before."""
+
+    def cancel(self) -> object:
+        """Don't call it."""
+
+
+class Timers(Protocol):
+    """Calls back after some time: an event loop, or a test's clock."""
+
+    def call_later(self, delay: float, callback: Callable[..., object], /, *args: Any, context: Context | None = None) -> Timer:
+        """Call `callback` in `delay` seconds, in the event loop."""
+
+    def time(self) -> float:
+        """Say what time it is, in seconds from some time on."""
+
+
 class Storage(Protocol):
     """What a limiter asks of a storage. Every method raises `StorageError` if there is no answer within the deadline."""
 
@@ -75,6 +94,9 @@ class Storage(Protocol):
 
     def statistics(self) -> Statistics:
         """Count what there is to count, without I/O."""
+
+    def timers(self, loop: AbstractEventLoop) -> Timers:
+        """Find what calls back by the storage's own time: `loop`, or the test's clock that the storage was made with."""
 
     async def decide(self, entries: Sequence[Entry]) -> list[Decision]:
         """Decide in order, as one batch."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from asyncio import AbstractEventLoop
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from anyio.lowlevel import checkpoint
 
@@ -11,7 +12,7 @@ from ratethrottle._engine.decision import Decision, Entry
 from ratethrottle._engine.keys import KeyTable
 from ratethrottle.events import Events
 from ratethrottle.options import check_options
-from ratethrottle.storage import Statistics
+from ratethrottle.storage import Statistics, Timers
 
 YIELD_EVERY = 128
 
@@ -35,6 +36,7 @@ class InMemoryStorage:
     ) -> None:
         check_options("memory", {"max_keys": max_keys, "on_full": on_full})
         self._since_turn = 0
+        self._clock_us = clock_us
         self.events = Events()
         self.table = KeyTable(max_keys, on_full == "evict", clock_us)
 
@@ -55,6 +57,12 @@ class InMemoryStorage:
     def statistics(self) -> Statistics:
         """Count what there is to count."""
         return Statistics(keys=len(self.table), evictions=self.table.evictions)
+
+    def timers(self, loop: AbstractEventLoop) -> Timers:
+        """Find what calls back by this storage's time: `loop`, unless the clock was `ratethrottle.testing.ManualClock`."""
+        clock: Any = self._clock_us
+        timers: Timers = clock.timers(loop) if hasattr(clock, "timers") else loop
+        return timers
 
     async def decide(self, entries: Sequence[Entry]) -> list[Decision]:
         """Decide in order."""

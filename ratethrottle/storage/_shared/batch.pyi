@@ -6,6 +6,7 @@ from ratethrottle._engine.definitions import CompiledRule
 from ratethrottle.storage._shared.call import Call, ControlCall
 from ratethrottle.storage._shared.context import StorageContext
 from ratethrottle.storage._shared.late import LateReplies
+from ratethrottle.storage._shared.waiting import _Timers
 
 class _Transport(Protocol):
     def connect(self) -> None: ...
@@ -18,7 +19,14 @@ class _Transport(Protocol):
 
 @final
 class Batch:
-    def __init__(self, context: StorageContext, transport: _Transport, loop: AbstractEventLoop, max_waiting: int) -> None: ...
+    def __init__(
+        self,
+        context: StorageContext,
+        transport: _Transport,
+        loop: AbstractEventLoop,
+        max_waiting: int,
+        timers: _Timers | None = None,
+    ) -> None: ...
     @property
     def context(self) -> StorageContext: ...
     @property
@@ -41,6 +49,8 @@ class Batch:
     def callers(self) -> int: ...
     @property
     def calls_in_flight(self) -> int: ...
+    @property
+    def asked(self) -> bool: ...
     @property
     def has_leases(self) -> bool: ...
     @property

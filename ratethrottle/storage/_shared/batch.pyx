@@ -55,11 +55,11 @@ cdef class Batch:
     order matters only among those of the same key.
     """
 
-    def __init__(self, StorageContext context not None, transport, loop, Py_ssize_t max_waiting):
+    def __init__(self, StorageContext context not None, transport, loop, Py_ssize_t max_waiting, timers=None):
         # Not the storage itself: that closes its connections when nobody holds it any more.
         self.context = context
         self.link = Link(context, transport)
-        self.waiting = Waiting(loop, self._resume_tasks, self._on_timer, max_waiting, context.deadline_us)
+        self.waiting = Waiting(loop, self._resume_tasks, self._on_timer, max_waiting, context.deadline_us, timers)
         self.known = KnownKeys(context, self.waiting)
         self.exchange = Exchange(context, self.waiting)
         self.fallback = Fallback(context, self.link, self.known, self.waiting)
@@ -98,6 +98,11 @@ cdef class Batch:
 
     @property
     def calls_in_flight(self): return len(self.exchange.in_flight)
+
+    @property
+    def asked(self):
+        """Whether somebody waits for an answer of the store."""
+        return self.waiting.callers > 0 or any(isinstance(call, CheckCall) for call in self.exchange.in_flight)
 
     @property
     def sent_calls(self): return self.exchange.sent_calls

@@ -29,6 +29,7 @@ cdef class Waiting:
     cdef bint resumes_itself                 # a caller of `wake` does so in a moment
     # The timer:
     cdef object on_timer
+    cdef object call_later                   # of the loop, or of a test's clock
     cdef object timer
     cdef int64_t timer_at_us
     cdef int spares                          # how often in a row nothing was judged yet, for one more look

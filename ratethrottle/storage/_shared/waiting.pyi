@@ -1,8 +1,15 @@
 from asyncio import AbstractEventLoop
 from collections.abc import Callable
-from typing import final
+from contextvars import Context
+from typing import Protocol, final
 
 __pyx_capi__: dict[str, object]
+
+class _Timers(Protocol):
+    def call_later(self, delay: float, callback: Callable[[], object], /, *, context: Context | None = None) -> _Timer: ...
+
+class _Timer(Protocol):
+    def cancel(self) -> object: ...
 
 @final
 class Waiting:
@@ -13,6 +20,7 @@ class Waiting:
         on_timer: Callable[[], object],
         most: int,
         deadline_us: int,
+        timers: _Timers | None = None,
     ) -> None: ...
     @property
     def most(self) -> int: ...

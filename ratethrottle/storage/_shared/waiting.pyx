@@ -33,11 +33,13 @@ cdef class Waiting:
     """The queues of one connection, the tasks that it has to resume, and its timer.
 
     resume: called by the loop when decided checks have to be resumed. on_timer: called when the timer fires.
+    timers: what arms the timer; None: the loop.
     """
 
-    def __init__(self, loop, resume, on_timer, Py_ssize_t most, int64_t deadline_us):
+    def __init__(self, loop, resume, on_timer, Py_ssize_t most, int64_t deadline_us, timers=None):
         self.loop = loop
         self.call_soon = loop.call_soon
+        self.call_later = (loop if timers is None else timers).call_later
         self.resume = resume
         self.on_timer = on_timer
         self.most = most
@@ -146,7 +148,7 @@ cdef class Waiting:
         if self.timer is not None:
             self.timer.cancel()
         self.timer_at_us = max(at_us, now_us)
-        self.timer = self.loop.call_later(max(at_us - now_us, <int64_t>0) / 1e6, self.on_timer, context=self.context)
+        self.timer = self.call_later(max(at_us - now_us, <int64_t>0) / 1e6, self.on_timer, context=self.context)
         return 0
 
     cdef bint spared(self, int64_t now_us, int64_t first_us, bint serving) except -1:

@@ -15,6 +15,7 @@ import time
 from redis.asyncio.connection import AbstractConnection
 
 from ratethrottle.errors import StorageError, StorageProtocolError, StorageRefused, StorageUnavailable
+from ratethrottle.storage import Timers
 from ratethrottle.storage._shared.batch import Batch
 from ratethrottle.storage._shared.call import Call, CheckCall, ControlCall
 from ratethrottle.storage._shared.context import StorageContext
@@ -25,7 +26,7 @@ from ratethrottle.storage.redis.race import Pace
 from ratethrottle.storage.redis.settings import abort, close
 from ratethrottle.storage.redis.tasks import own_task
 from ratethrottle.storage.redis.topology import Master
-from ratethrottle.storage.redis.wire import Receiver, take_over
+from ratethrottle.storage.redis.wire import Receiver
 
 IN_FLIGHT_MAX = 2
 # How much longer than usual a server may be silent that this process has never heard.
@@ -44,7 +45,7 @@ def closed() -> StorageUnavailable:
 class Connection:
     """Carries the calls of one event loop. Not for other loops or processes.
 
-    Its batch calls `connect`, and the methods from `unsent` on.
+    Its batch calls `connect`, and the methods from `unsent` on. timers: call back by the storage's time; None: the loop does.
     """
 
     def __init__(
@@ -56,9 +57,10 @@ class Connection:
         deadline_s: float,
         connect_timeout_s: float,
         max_waiting: int,
+        timers: Timers | None = None,
     ) -> None:
         self.loop = asyncio.get_running_loop()
-        self.batch = Batch(context, self, self.loop, max_waiting)
+        self.batch = Batch(context, self, self.loop, max_waiting, timers)
         self.process = os.getpid()
         self.master = master  # shared by the connections of this loop
         master.watch(self._moved)
@@ -224,7 +226,7 @@ class Connection:
         self._connected = True
         self._connected_to = reached.connection
         self._receiver = Receiver(self.batch.received, self._lost)
-        wire = take_over(reached.connection, self._receiver)
+        wire = reached.take_over(self._receiver)
         self.batch.connected(wire.write, reached.scripts, reached.run)
 
     def _began(self) -> None:

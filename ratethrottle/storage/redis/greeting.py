@@ -21,7 +21,7 @@ from ratethrottle.errors import StorageUnavailable
 from ratethrottle.storage.redis.aside import Shared
 from ratethrottle.storage.redis.race import Progress
 from ratethrottle.storage.redis.scripts import NAMES, SHEBANG, script
-from ratethrottle.storage.redis.wire import is_fake
+from ratethrottle.storage.redis.wire import Receiver, Wire, is_fake, take_over
 from ratethrottle.storage.redis.words import without
 
 RUN_ID = re.compile(rb"^run_id:([0-9a-f]{1,40})\r?$", re.MULTILINE)
@@ -54,6 +54,10 @@ class Reached:
     def scripts(self) -> dict[str, tuple[bytes, bytes]]:
         """Name -> (sha, text)."""
         return texts(self.shebang)
+
+    def take_over(self, receiver: Receiver) -> Wire:
+        """Let `receiver` hear what comes on the connection; returns what to write to."""
+        return take_over(self.connection, receiver)
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import os
 import re
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, Self
 
 import redis
@@ -21,7 +21,7 @@ from ratethrottle.errors import ConfigurationError, StorageError, StorageUnavail
 from ratethrottle.events import Events
 from ratethrottle.options import check_options
 from ratethrottle.rule import RateThrottleRule
-from ratethrottle.storage import Statistics
+from ratethrottle.storage import Statistics, Timers
 from ratethrottle.storage._shared.batch import Batch
 from ratethrottle.storage._shared.fallback import REPAIRING
 from ratethrottle.storage._shared.keynames import KeyNames
@@ -93,6 +93,7 @@ class RedisStorage(SharedStorage):
     """
 
     table = None
+    _clock_us: Callable[[], int] | None = None  # of a storage of `ratethrottle.testing`
 
     def __init__(
         self,
@@ -122,13 +123,15 @@ class RedisStorage(SharedStorage):
         check_installed()
         names = KeyNames(prefix.encode(), tags, tag_parts or 0)
         shared = SHARING.find(
-            (self._settings.where, prefix, names.layout), self, lambda: Repair(KeyTable(max_bounds, bounds=True), names)
+            (self._settings.where, prefix, names.layout, self._clock_us),
+            self,
+            lambda: Repair(KeyTable(max_bounds, bounds=True, clock_us=self._clock_us), names),
         )
         super().__init__(
             names,
             shared,
             round(deadline * 1_000_000),
-            round(prefilter_ttl * 1_000_000),
+            round(prefilter_ttl * 1_000_000) or -1,  # for 0 not even in the same µs, in which a test's clock may stand
             on_outage,
             expected_processes or 0,
             deny_overload=on_overload == "deny",
@@ -142,6 +145,7 @@ class RedisStorage(SharedStorage):
         self._sent_before = (0, 0)  # script calls and their items, by connections that are gone
         self._without_wait = 0
         self._open: dict[asyncio.AbstractEventLoop, tuple[Connection, ...]] = {}
+        self._between: list[Callable[[topology.Master], topology.Master]] = []  # what tests put between this storage and Redis
         self._closed = False
         # Also what keeps a connection's task alive as long as the storage: a loop holds its tasks weakly.
         weakref.finalize(self, abandon, self._open).atexit = False
@@ -258,7 +262,7 @@ class RedisStorage(SharedStorage):
         await self._clear(whole=True)
 
     async def _clear(self, *, whole: bool) -> None:
-        found = topology.master(self._settings, self._notices.moved)  # not that of the connections, which may be of another loop
+        found = self._master()  # not that of the connections, which may be of another loop
         connect_s = self._settings.connect_timeout_s
         try:
             async with asyncio.timeout(connect_s):
@@ -335,6 +339,20 @@ class RedisStorage(SharedStorage):
                         with contextlib.suppress(RuntimeError):  # the loop is closed
                             loop.call_soon_threadsafe(connection.batch.return_leases, rule)
 
+    def timers(self, loop: asyncio.AbstractEventLoop) -> Timers:
+        """Find what calls back by this storage's time."""
+        return loop
+
+    def _batch_timers(self, loop: asyncio.AbstractEventLoop) -> Timers:
+        return loop
+
+    def _master(self) -> topology.Master:
+        """Make what finds the master, for the running loop."""
+        found = topology.master(self._settings, self._notices.moved)
+        for put_before in self._between:
+            found = put_before(found)
+        return found
+
     def _connections_here(self) -> tuple[Connection, ...]:
         """Find or make the connections of this process and this loop."""
         if self._closed:
@@ -354,7 +372,7 @@ class RedisStorage(SharedStorage):
                 if known is loop or known.is_closed() or old[0].process != os.getpid():
                     self._remember_sent(old)
                     self._open.pop(known, None)
-            found = topology.master(self._settings, self._notices.moved)
+            found = self._master()
             connections = self._open[loop] = tuple(
                 Connection(
                     self.context,
@@ -363,6 +381,7 @@ class RedisStorage(SharedStorage):
                     deadline_s=self._deadline_s,
                     connect_timeout_s=self._settings.connect_timeout_s,
                     max_waiting=self._max_waiting,
+                    timers=self._batch_timers(loop),
                 )
                 for _ in range(self._connections)
             )
