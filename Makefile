@@ -48,7 +48,7 @@ demo: $(BUILT) redis ## Three servers, one Redis, one limit: watch it hold
 check: $(BUILT) $(PEERS) ## Everything static: format, lint, types, stubs, spelling
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy ratethrottle benchmarks tests/typing tools/check_wheel.py
+	$(BIN)/mypy ratethrottle pytest_ratethrottle.py benchmarks tests/typing tools/check_wheel.py
 	$(BIN)/basedpyright --pythonpath $(PY)
 	$(PY) -m mypy.stubtest $(subst /,.,$(basename $(sort $(shell find ratethrottle -name '*.pyx'))))
 	@# It calls pycodestyle by name.

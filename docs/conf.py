@@ -57,10 +57,11 @@ def resolve(app: Sphinx, env: BuildEnvironment, node: pending_xref, shown: TextE
         return make_refnode(app.builder, node["refdoc"], page, "", shown)
     if node.get("refdomain") == "py" and node["reftarget"].startswith("ratethrottle."):
         # A public class is defined in a module that isn't: `ratethrottle._engine.decision.Decision` is `ratethrottle.Decision`.
-        public = "ratethrottle." + node["reftarget"].rpartition(".")[2]
-        found = env.domains.python_domain.objects.get(public)
-        if found is not None and public != node["reftarget"]:
-            return make_refnode(app.builder, node["refdoc"], found.docname, found.node_id, shown)
+        for room in ("ratethrottle.", "ratethrottle.testing."):
+            public = room + node["reftarget"].rpartition(".")[2]
+            found = env.domains.python_domain.objects.get(public)
+            if found is not None and public != node["reftarget"]:
+                return make_refnode(app.builder, node["refdoc"], found.docname, found.node_id, shown)
     return None
 
 

@@ -20,6 +20,9 @@ from ratethrottle.storage.redis.sharing import SHARING
 from tests.kit.servers import RedisServer
 from tests.kit.strategies import STRATEGIES
 
+# Ours is loaded wherever the package is installed; a checkout need not be.
+pytest_plugins = ["pytest_ratethrottle", "pytester"]
+
 # How long an example takes says how busy the machine is.
 settings.register_profile("suite", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")

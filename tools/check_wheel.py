@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import zipfile
 from pathlib import Path
 
 PACKAGE = "ratethrottle"
+PLUGIN = "pytest_ratethrottle.py"  # which pytest loads without the package
 SHIPPED = {".py", ".pyi", ".lua", ".typed"}
 # Built, or built from: of these the wheel takes only the extension module.
 SOURCES = {".pyx", ".pxd", ".c"}
@@ -21,19 +23,22 @@ def problems(wheel: Path, tree: Path) -> list[str]:
         if path.name == "py.typed" or (path.suffix in SHIPPED and "__pycache__" not in path.parts)
     }
     compiled = [path.relative_to(tree).with_suffix("").as_posix() for path in sorted(package.rglob("*.pyx"))]
-    must = {f"{PACKAGE}/__init__.py", f"{PACKAGE}/_core.pyi", f"{PACKAGE}/py.typed"}
+    must = {PLUGIN, f"{PACKAGE}/__init__.py", f"{PACKAGE}/_core.pyi", f"{PACKAGE}/py.typed"}
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
         licenced = any(name.endswith("/LICENSE") for name in archive.namelist())
+        points = "".join(archive.read(name).decode() for name in archive.namelist() if name.endswith("/entry_points.txt"))
     extensions = {name for name in held if name.endswith(".so")}
     found = [f"missing: {name}" for name in sorted((expected | must) - held)]
     found += [f"a source: {name}" for name in sorted(held) if Path(name).suffix in SOURCES]
-    found += [f"unexpected: {name}" for name in sorted(held - expected - extensions) if Path(name).suffix not in SOURCES]
+    found += [f"unexpected: {name}" for name in sorted(held - expected - must - extensions) if Path(name).suffix not in SOURCES]
     for module in compiled:
         if not any(name.startswith(f"{module}.") for name in extensions):
             found.append(f"missing: the compiled {module}")
     if not any(name.endswith(".lua") for name in held):
         found.append("missing: any Lua script")
+    if not re.search(r"^\[pytest11\]\n(?:\w.*\n)*?pytest_ratethrottle ?=", points, re.MULTILINE):
+        found.append("missing: the entry point of the pytest plugin")
     if not licenced:
         found.append("missing: LICENSE")
     return found

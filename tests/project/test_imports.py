@@ -39,7 +39,7 @@ LAYERS = [
     ["ratethrottle.storage._shared"],
     ["ratethrottle.storage"],
     ["ratethrottle.limiter"],
-    ["ratethrottle.integrations", "ratethrottle.cli"],
+    ["ratethrottle.integrations", "ratethrottle.cli", "ratethrottle.testing"],
 ]
 
 

@@ -67,6 +67,8 @@ def test_the_wheel_check_finds_what_is_missing_and_what_is_too_much(tmp_path: Pa
     assert "missing: the compiled ratethrottle/_core" in run.stdout
     assert "missing: the compiled ratethrottle/storage/_shared/batch" in run.stdout
     assert "missing: ratethrottle/py.typed" in run.stdout
+    assert "missing: pytest_ratethrottle.py" in run.stdout
+    assert "missing: the entry point of the pytest plugin" in run.stdout
 
 
 @pytest.mark.parametrize("mode", ["shipp", "Debug", ""])
