@@ -4,11 +4,12 @@
 that came later than 2 ms after its time): on a busy machine nothing in the process ran then, and where its own CPU kept the loop, more
 than 50 ms of that are a problem of their own. Both figures are kept.
 
-**Over** is counted by brackets (tests/kit/intervals.py): only what is certainly too much, whatever the true instants. What Redis granted
-must keep the promise by itself, over all intervals, those that span the fault included: what is admitted while Redis is away is
-charged on return, and what an empty Redis forgot is asserted before it is asked. What `m` of `N` processes admitted by themselves
-must keep m/N of it. Together that is the promise · (1 + m/N) of docs/guarantees.md, and it is stricter than their sum. And what was
-admitted by policy must keep the promise together with what Redis granted after all processes had come back: that it was charged.
+**Over** is counted by brackets (ratethrottle/testing/intervals.py): only what is certainly too much, whatever the true instants.
+What Redis granted must keep the promise by itself, over all intervals, those that span the fault included: what is admitted while
+Redis is away is charged on return, and what an empty Redis forgot is asserted before it is asked. What `m` of `N` processes
+admitted by themselves must keep m/N of it. Together that is the promise · (1 + m/N) of docs/guarantees.md, and it is stricter than
+their sum. And what was admitted by policy must keep the promise together with what Redis granted after all processes had come back:
+that it was charged.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from ratethrottle import RateThrottleRule
+from ratethrottle.testing.intervals import STRETCH, Bracketed, most_in
 from tests.faults.records import ERRORS, Call, Log
-from tests.kit.intervals import STRETCH, Bracketed, most_in
 
 GRACE_US = 50_000
 STEADY_US = 1_000_000  # by so much before the end everything is normal again

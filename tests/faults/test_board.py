@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ratethrottle import RateThrottleRule, create_limiter
+from ratethrottle.testing.intervals import PromiseBrokenError, check_bracketed
 from tests.faults import board, judge
 from tests.faults.board import Row, Run, rows
 from tests.faults.fleet import RULES, Fleet
@@ -24,7 +25,6 @@ from tests.faults.proxy import Proxy
 from tests.faults.records import KINDS, LATE, RECORD, Call, Log, monotonic_us, read_log
 from tests.faults.rows import load
 from tests.faults.worker import SECRET, Noise, Work, Worker
-from tests.kit.intervals import PromiseBrokenError, check_bracketed
 from tests.kit.servers import RedisServer
 
 BUCKET, WINDOW, WIDE = range(3)

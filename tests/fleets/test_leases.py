@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from ratethrottle import RateThrottleRule
+from ratethrottle.testing.intervals import Bracketed, check_bracketed
 from tests.kit.forked import CONTEXT
-from tests.kit.intervals import Bracketed, check_bracketed
 from tests.kit.lessee import START_S, Work, read_log, run_process
 from tests.kit.servers import RedisServer
 from tests.kit.strategies import STRATEGIES

@@ -11,9 +11,9 @@ import pytest
 import redis
 
 from ratethrottle import RateThrottleCore, RateThrottleRule, RedisStorage
+from ratethrottle.testing.intervals import check_bracketed
 from tests.kit.crowd import CHECKS, TASKS, Work, join, monotonic_us, run_process
 from tests.kit.forked import CONTEXT
-from tests.kit.intervals import check_bracketed
 from tests.kit.servers import RedisServer
 from tests.kit.strategies import STRATEGIES, make_rule
 

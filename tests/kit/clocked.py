@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from ratethrottle._engine.decision import read_answer
 from ratethrottle._engine.definitions import CompiledRule
 from ratethrottle.storage.redis.scripts import script
+from ratethrottle.testing.manual import steered
 
-TIME = "call('TIME')"
 EPOCH_KEY = "test:epoch"
 RUN = "0123456789" * 4
 
@@ -24,19 +23,7 @@ def epoch_text(name_us: int, began_us: int = 0) -> str:
 EPOCH = epoch_text(1)  # so long ago that nothing is repaired any more
 
 
-@cache
-def clocked(name: str) -> str:
-    """A script's text, with the test's clock."""
-    text = script(name).text.decode()
-    assert text.count(TIME) == 1
-    text = text.replace(TIME, "{string.sub(test_now, 1, -7), string.sub(test_now, -6)}")
-    # The server would expire keys by its own clock, which stands still for the test's.
-    text = text.replace("call('PSETEX', ", "call('SET', ").replace(", expiry_ms, ", ", ")
-    text = text.replace("call('PTTL', key)", "(call('EXISTS', key) * 1000000000)")
-    return "local test_now = table.remove(ARGV)\n" + text
-
-
-CLOCKED = clocked("decide")
+CLOCKED = steered("decide")
 _loaded: WeakKeyDictionary[Any, dict[str, str]] = WeakKeyDictionary()
 
 
@@ -293,7 +280,7 @@ class ClockedServer:
         self.level_us = 0  # of the process that tells: it has told all
         client.flushall()
         self.decide = ClockedScript(client, epoch=self.epoch)
-        self.scripts = {name: load(client, clocked(name)) for name in ("repair", "reset", "beat")}
+        self.scripts = {name: load(client, steered(name)) for name in ("repair", "reset", "beat")}
 
     def run(self, name: str, keys: list[str], now_us: int, *args: Any) -> list[Any]:
         reply: list[Any] = self.client.evalsha(self.scripts[name], 1 + len(keys), EPOCH_KEY, *keys, "id", *args, now_us)

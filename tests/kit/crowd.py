@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from multiprocessing.synchronize import Barrier
 
 from ratethrottle import RateThrottleCore, RateThrottleRule, RedisStorage
-from tests.kit.intervals import Bracketed
+from ratethrottle.testing.intervals import Bracketed
 
 TASKS, CHECKS = 50, 40
 START_S = 60  # for processes to come up on a busy machine

@@ -14,23 +14,16 @@ from fractions import Fraction
 from math import ceil, floor
 
 from ratethrottle._engine.definitions import CompiledRule
+from ratethrottle.testing.intervals import window_start
 
 Answer = tuple[bool, int, int, int]  # allowed, remaining, retry_us (-1: never), reset_us
 EXACT = 64  # units that a window without slots remembers: its limit is no larger
-WEEK_US = 7 * 86_400 * 10**6
-MONDAY_US = -3 * 86_400 * 10**6  # 1969-12-29
 DRAIN_US_MAX = 2**48  # no bucket takes longer
 
 
 def definition(rule: CompiledRule) -> tuple[str, int, int]:
     """What an account depends on: a rule whose limit or burst alone has changed reads the very same one."""
     return (rule.kind, *((rule.unit_ticks, rule.drain_ticks) if rule.kind == "b" else (rule.window_us, rule.slot_us)))
-
-
-def window_start(window: int, at: int) -> int:
-    """Where the aligned window began that an instant is in; those of whole weeks begin on a Monday, UTC."""
-    monday = 0 if window % WEEK_US else MONDAY_US
-    return monday + (at - monday) // window * window
 
 
 class Account:

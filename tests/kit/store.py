@@ -13,7 +13,8 @@ import redis
 
 from ratethrottle._engine.definitions import CompiledRule
 from ratethrottle.storage.redis.scripts import script
-from tests.kit.clocked import EPOCH, EPOCH_KEY, ClockedScript, clocked, load
+from ratethrottle.testing.manual import steered
+from tests.kit.clocked import EPOCH, EPOCH_KEY, ClockedScript, load
 from tests.kit.oracle import Answer, Oracle
 
 START_US = 1_800_000_000_000_000
@@ -120,7 +121,7 @@ class Store:
     def __init__(self, client: redis.Redis, prefix: bytes, *, oracle: bool) -> None:
         self.client = client
         self.script = ClockedScript(client)
-        self.shas = {name: load(client, clocked(name)) for name in SCRIPTS}
+        self.shas = {name: load(client, steered(name)) for name in SCRIPTS}
         self.prefix = prefix
         client.set(prefix + b":epoch", EPOCH)
         self.accounts: defaultdict[bytes, Oracle] | None = defaultdict(Oracle) if oracle else None

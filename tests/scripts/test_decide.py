@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ratethrottle import RateThrottleRule
 from ratethrottle._engine.definitions import CompiledRule
 from ratethrottle.storage.redis.scripts import SHEBANG, script
+from ratethrottle.testing.manual import KEPT_MS
 from tests.kit.clocked import CLOCKED, EPOCH, EPOCH_KEY, ClockedScript, JointCheck, Lease, Part, make_call, read_state
 from tests.kit.oracle import Oracle
 from tests.kit.strategies import known_rules, random_step
@@ -306,9 +307,8 @@ def replaced(text: str, old: str, new: str) -> str:
 
 
 # With a set of its own for when keys expire, by the test's clock.
-NOTING = replaced(
-    CLOCKED, "call('SET', KEYS[k], states[k])", "call('SET', KEYS[k], states[k]) call('ZADD', 'ends', second, KEYS[k])"
-)
+WRITES = f"call('PSETEX', KEYS[k], string.format('%.0f', expiry_ms + {KEPT_MS}), states[k])"
+NOTING = replaced(CLOCKED, WRITES, f"{WRITES} call('ZADD', 'ends', second, KEYS[k])")
 ALL_THE_SAME_WAY = replaced(
     replaced(NOTING, "local simple, skip, window = consumes and", "local simple, skip, window = false and"),
     "local simple = repair_us == 0",

@@ -13,6 +13,7 @@ import redis
 from ratethrottle import RateThrottleRule, Request, StateUnreadable, create_limiter, events
 from ratethrottle._engine.definitions import CompiledRule
 from ratethrottle.storage.redis.scripts import script
+from ratethrottle.testing.manual import steer
 from tests.kit.clocked import EPOCH, EPOCH_KEY, ClockedScript, ClockedServer, Lease, make_call
 from tests.kit.strategies import START_US, STRATEGIES, make_rule
 
@@ -58,11 +59,7 @@ def next_format(name: str) -> str:
 
 @pytest.mark.parametrize("written", FORMAT_1, ids=lambda written: written["name"])
 def test_the_next_format_has_a_reader_for_this_one(redis_client: redis.Redis, written: dict[str, Any]) -> None:
-    from tests.kit.clocked import TIME
-
-    text = next_format("decide").replace(TIME, "{string.sub(test_now, 1, -7), string.sub(test_now, -6)}")
-    text = text.replace("call('PSETEX', ", "call('SET', ").replace(", expiry_ms, ", ", ")
-    later, today = ClockedScript(redis_client, "local test_now = table.remove(ARGV)\n" + text), ClockedScript(redis_client)
+    later, today = ClockedScript(redis_client, steer(next_format("decide"))), ClockedScript(redis_client)
     redis_client.set(EPOCH_KEY, written["epoch"])
     rules = {letter: make_rule(*facts).compiled for letter, facts in written["rules"].items()}
     for since_us, letter, cost, *expected in written["reads"]:

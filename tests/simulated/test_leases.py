@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ratethrottle import RateThrottleRule
 from ratethrottle._engine.definitions import CompiledRule
 from ratethrottle.storage.redis.wire import written
-from tests.kit import intervals
+from ratethrottle.testing import intervals
 from tests.kit.clocked import RUN, read_state
 from tests.kit.processes import Check, Process, World, running
 from tests.kit.servers import RedisServer

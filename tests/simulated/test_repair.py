@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from ratethrottle import RateThrottleRule
 from ratethrottle.errors import StorageUnavailable
+from ratethrottle.testing.intervals import PromiseBrokenError, check
 from tests.kit.clocked import RUN
-from tests.kit.intervals import PromiseBrokenError, check
 from tests.kit.processes import Check, Connection, Process, World, running
 from tests.kit.store import Request
 from tests.kit.strategies import STRATEGIES

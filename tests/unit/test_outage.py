@@ -19,7 +19,7 @@ from ratethrottle._engine.definitions import CompiledRule
 from ratethrottle._engine.keys import KeyTable
 from ratethrottle.storage._shared.keynames import KeyNames
 from ratethrottle.storage._shared.outage import Shares
-from tests.kit import intervals
+from ratethrottle.testing import intervals
 from tests.kit.oracle import Account, Answer, Oracle, window_start
 from tests.kit.shares import shares_of
 from tests.kit.strategies import START_US, STRATEGIES, known_rules, make_rule, random_step, rules, seeds

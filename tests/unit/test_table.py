@@ -8,24 +8,15 @@ import random
 import pytest
 
 from ratethrottle import InMemoryStorage, RateThrottleCore, RateThrottleRule
+from ratethrottle.testing import ManualClock
 
 BUCKET = RateThrottleRule("rule", 10, 3600, strategy="token_bucket")
 
 
-class Clock:
-    """Integer µs that a test sets."""
-
-    def __init__(self) -> None:
-        self.us = 1_800_000_000_000_000
-
-    def __call__(self) -> int:
-        return self.us
-
-
 def limiter(
     max_keys: int, rule: RateThrottleRule = BUCKET, on_full: str = "evict"
-) -> tuple[RateThrottleCore, InMemoryStorage, Clock]:
-    clock = Clock()
+) -> tuple[RateThrottleCore, InMemoryStorage, ManualClock]:
+    clock = ManualClock()
     storage = InMemoryStorage(max_keys=max_keys, on_full=on_full, clock_us=clock)
     return RateThrottleCore(storage, rules=[rule]), storage, clock
 
@@ -46,7 +37,7 @@ async def test_a_flood_of_ten_times_the_keys_does_not_wash_out_a_blocked_victim(
     core, storage, clock = limiter(3_000, RateThrottleRule("rule", 10, 3600, strategy=strategy))
     assert await core.check("victim", cost=10)
     for i in range(30_000):
-        clock.us += 10
+        clock.advance(0.00001)
         assert await core.check(f"flood:{i}")
     assert len(storage) == 3_000
     assert storage.evictions == 27_001
@@ -58,7 +49,7 @@ async def test_keys_that_are_fresh_again_make_room_and_forget_nothing() -> None:
     for batch in range(20):
         for i in range(900):
             assert await core.check(f"{batch}:{i}")
-        clock.us += 2 * 3600 * 1_000_000
+        clock.advance(2 * 3600)
     assert storage.evictions == 0
     assert len(storage) <= 1_000
 
@@ -71,7 +62,7 @@ async def test_a_full_table_that_may_not_evict_denies_new_keys_until_one_is_fres
     assert not denied
     assert denied.retry_after_us == 360 * 1_000_000
     assert await core.check("key:7"), "a known key goes on"
-    clock.us += denied.retry_after_us
+    clock.advance(denied.retry_after)
     assert await core.check("new")
     assert len(storage) <= 100
     assert storage.evictions == 0

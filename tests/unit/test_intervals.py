@@ -12,7 +12,7 @@ import pytest
 from ratethrottle import InMemoryStorage, RateThrottleCore, RateThrottleRule
 from ratethrottle._engine.decision import Decision, Entry
 from ratethrottle._engine.definitions import CompiledRule
-from tests.kit.intervals import Admission, PromiseBrokenError, check, check_bracketed
+from ratethrottle.testing.intervals import Admission, PromiseBrokenError, check, check_bracketed
 from tests.kit.oracle import window_start
 from tests.kit.strategies import START_US, STRATEGIES, make_rule
 from tests.kit.subjects import Core
