@@ -16,7 +16,7 @@ import uvloop
 
 from ratethrottle import Decision, RateThrottleCore, RateThrottleRule, RedisStorage, Request
 from ratethrottle.errors import StorageError, StorageProtocolError, StorageUnavailable
-from ratethrottle.storage.redis import connection
+from ratethrottle.storage.redis import greeting
 from ratethrottle.storage.redis.wire import take_over
 from tests.kit.recovery import until
 from tests.kit.relay import Relay
@@ -104,7 +104,7 @@ def test_when_all_replies_come_at_once_half_of_the_tasks_are_enough_to_send_agai
             server.resume()
             await asyncio.gather(*tasks)
 
-    monkeypatch.setattr(connection, "take_over", heard)
+    monkeypatch.setattr(greeting, "take_over", heard)
     with RedisServer() as server:
         run(crowd(server))
     assert order == "ww" + 32 * "t" + "w" + 32 * "t" + "w"

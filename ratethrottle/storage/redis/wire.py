@@ -77,10 +77,7 @@ class FakeWire:
                 except redis.ResponseError as error:
                     reply = error
                 self._receiver.data_received(written(reply))
-        except (
-            redis.ConnectionError,
-            AttributeError,
-        ) as error:  # a test has taken the fake server away, or the connection was dropped
+        except (redis.ConnectionError, AttributeError) as error:  # the fake server is away, or the connection was dropped
             self._receiver.connection_lost(redis.ConnectionError(str(error)))
 
 
