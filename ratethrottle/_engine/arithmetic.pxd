@@ -5,6 +5,7 @@ function reads a clock.
 """
 
 from libc.stdint cimport int64_t, uint32_t
+from libc.string cimport memmove
 
 from ratethrottle._engine.pieces cimport piece_free
 from ratethrottle._engine.window cimport (
@@ -15,6 +16,8 @@ from ratethrottle._engine.window cimport (
 cdef extern from *:
     """
     #define RT_LEVEL_MAX 9007199254740991LL  /* 2^53 − 1, the largest integer that Lua holds exactly: no level is above it */
+    #define RT_TICKS_MAX 4503599627370496LL  /* 2^52: no capacity in ticks reaches it */
+    #define RT_CHARGED INT64_MIN
     #ifdef RATETHROTTLE_DEBUG
     #include <stdio.h>
     #include <stdlib.h>
@@ -29,6 +32,8 @@ cdef extern from *:
     #define RT_OVERFLOWS(a, b, product) __builtin_mul_overflow((int64_t)(a), (int64_t)(b), product)
     """
     const int64_t LEVEL_MAX "RT_LEVEL_MAX"
+    const int64_t TICKS_MAX "RT_TICKS_MAX"
+    const int64_t CHARGED "RT_CHARGED"     # instead of the time of a grant: nobody was asked for these units
     enum Kind "rt_kind":
         BUCKET "RT_BUCKET"
         SLIDING "RT_SLIDING"
@@ -88,7 +93,7 @@ cdef struct Outcome:
     bint allowed
     bint in_ticks                          # `settle` still has to divide the numbers below; most callers never need them
     int64_t remaining
-    int64_t retry_us                       # 0 when allowed, NEVER when the cost exceeds the capacity
+    int64_t retry_us                       # 0 when allowed, NEVER when the cost exceeds the capacity; of a charge, until out of debt
     int64_t reset_us                       # until nothing that was used counts any more
 
 cdef inline int64_t ceil_div(int64_t a, int64_t b) noexcept nogil:
@@ -389,7 +394,7 @@ cdef inline int64_t view_reach(const Terms* terms) noexcept nogil:
     return terms.window_us + terms.reach_us if terms.kind == SLIDING else 2 * terms.window_us
 
 
-cdef inline void view_free(View* view) noexcept nogil:
+cdef inline void view_free(const View* view) noexcept nogil:
     if view.terms.kind == SLIDING:
         piece_free(view.amount.window)
 
@@ -487,6 +492,138 @@ cdef inline int decide_views(View* views, int* count, const Terms* terms, int64_
     views[0] = own
     views[1] = other
     count[0] = 2 if has_other else 1
+    return WRITE
+
+
+# Corrections: units that weren't used after all, and units that nobody was asked for. See «Corrections» in docs/arithmetic.md.
+
+cdef inline int64_t view_debt_room(const Terms* terms, const View* view, int64_t total) noexcept nogil:
+    """How many more units a rolled view may be charged: what is free, and a debt of one capacity."""
+    cdef int64_t used = total
+    if terms.kind == BUCKET:
+        used = ceil_div(view.amount.level_ticks, terms.unit_ticks)
+    elif terms.kind != SLIDING:
+        used = view.amount.counts.cur
+    return max(<int64_t>0, 2 * terms.capacity - used)
+
+
+cdef inline int64_t view_debt(const Terms* terms, const View* view, int64_t now_us, uint32_t expired, int64_t total) noexcept nogil:
+    """How long a rolled view is in debt: of a bucket in ticks, else µs. 0 if it isn't."""
+    if terms.kind == BUCKET:
+        return max(<int64_t>0, view.amount.level_ticks - terms.capacity * terms.unit_ticks)
+    if terms.kind == SLIDING:
+        return window_retry(terms, view.amount.window, expired, total, now_us, 0) if total > terms.capacity else 0
+    if terms.kind == COUNTER and counter_room(terms, view, now_us) < 0:
+        return counter_retry(terms, view, now_us, 0)
+    return view.at_us + terms.window_us - now_us if view.amount.counts.cur > terms.capacity else 0
+
+
+cdef inline int64_t view_debit(View* view, const Terms* terms, int64_t now_us, int64_t total, int64_t cost) noexcept nogil:
+    """Charge a rolled view, which holds `total`, with units that nobody was asked for. Returns how many it took, or −1: no memory."""
+    cdef int64_t units = min(cost, view_debt_room(terms, view, total))
+    view.terms = terms
+    return -1 if units and view_charge(view, now_us, units) == NO_MEMORY else units
+
+
+cdef inline int64_t window_refund(Window* window, int64_t at_us, int64_t units) noexcept nogil:
+    """Take units out of the entry at that very time, if there is one. Returns how many."""
+    cdef uint32_t i = window.first, end = window.first + window.count
+    while i < end and window.entries[i].at_us < at_us:
+        i += 1
+    if i == end or window.entries[i].at_us != at_us:
+        return 0
+    units = min(units, window.entries[i].units)
+    window.total -= units
+    window.entries[i].units -= units
+    if window.entries[i].units == 0:
+        memmove(&window.entries[i], &window.entries[i + 1], (end - i - 1) * sizeof(Units))
+        window.count -= 1
+    return units
+
+
+cdef inline bint view_refund(View* view, int64_t now_us, int64_t units, int64_t at_us) noexcept nogil:
+    """Give back units of a grant at `at_us` to a legal view, which it rolls unless it is a sliding window. Whether any came back."""
+    cdef int64_t given, drained_ticks
+    if view.terms.kind == SLIDING:
+        at_us = slot_end(view.terms, at_us)
+        return at_us + view.terms.window_us > now_us and window_refund(view.amount.window, at_us, units) > 0
+    view_roll(view, now_us)
+    if view.terms.kind != BUCKET:
+        given = min(<int64_t>view.amount.counts.cur, units) if window_start(view.terms, at_us) == view.at_us else 0
+        view.amount.counts.cur -= <uint32_t>given
+        return given > 0
+    if RT_OVERFLOWS(max(<int64_t>0, now_us - at_us), view.terms.drain_ticks, &drained_ticks):
+        return False
+    given = min(units, TICKS_MAX // view.terms.unit_ticks) * view.terms.unit_ticks - drained_ticks
+    given = min(view.amount.level_ticks, max(<int64_t>0, given))
+    view.amount.level_ticks -= given
+    return given > 0
+
+
+cdef inline int views_count(const View* views, int count, int64_t now_us) noexcept nogil:
+    """How many of the views to keep: all of them, or none if all are fresh; then they are freed."""
+    if view_fresh_at(views) > now_us or count == 2 and view_fresh_at(&views[1]) > now_us:
+        return count
+    view_free(views)
+    if count == 2:
+        view_free(&views[1])
+    return 0
+
+
+cdef inline int correct_views(View* views, int* count, const Terms* terms, int64_t now_us, int64_t units, int64_t granted_us,
+                              Outcome* out) noexcept nogil:
+    """Give back units that were granted then, or, if that is CHARGED, count units that nobody was asked for.
+
+    What becomes of `views` and `count`, and what is returned, is as in `decide_views`. The outcome is an allowed one.
+    """
+    cdef View own, other
+    cdef bint changed = False, has_other = False, charges = granted_us == CHARGED
+    cdef int i, other_index, own_index = -1
+    cdef uint32_t expired
+    cdef int64_t total
+    for i in range(count[0]):
+        if view_ahead(&views[i], now_us) and view_rebase(&views[i], now_us):
+            changed = True
+        if own_index < 0 and same_definition(views[i].terms, terms):
+            own_index = i
+    other_index = 1 if own_index == 0 else 0
+    if other_index < count[0]:
+        other = views[other_index]
+        has_other = True
+    if own_index >= 0:
+        own = views[own_index]
+        changed |= not charges and view_refund(&own, now_us, units, granted_us)
+    else:                                    # it doesn't hold what was granted under the definition that it is derived from
+        if view_derive(&own, terms, view_fullest(views, count[0], now_us), now_us) == NO_MEMORY:
+            return NO_MEMORY
+        changed |= view_fresh_at(&own) > now_us
+    view_live(&own, now_us, &expired, &total)
+    if not charges or view_debt_room(terms, &own, total) == 0:
+        units = 0
+    if changed or units:
+        if terms.kind == SLIDING:
+            window_drop(own.amount.window, expired, total)
+            expired = 0
+        if units:
+            units = view_debit(&own, terms, now_us, total, units)
+            if units < 0:
+                return NO_MEMORY
+            total = own.amount.window.total if terms.kind == SLIDING else 0
+    out.allowed = True
+    report(terms, &own, now_us, total, out)
+    out.retry_us = view_debt(terms, &own, now_us, expired, total)
+    if not (changed or units):
+        if own_index < 0:
+            view_free(&own)
+        return KEEP
+    if has_other:
+        view_charge_second(&other, units > 0, now_us, units)
+    for i in range(count[0]):
+        if i != own_index and i != other_index:
+            view_free(&views[i])
+    views[0] = own
+    views[1] = other
+    count[0] = views_count(views, 2 if has_other else 1, now_us)
     return WRITE
 
 

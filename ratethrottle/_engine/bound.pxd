@@ -83,7 +83,7 @@ cdef inline bint bound_assertion(const Bound* bound, int64_t now_us, int64_t* nu
     numbers[0] = numbers[1] = numbers[2] = 0
     if terms.kind == BUCKET:
         # A level below zero still says by how much: the store may have begun to drain earlier.
-        past_us = min(past_us, view_reach(terms) + LATE_US)
+        past_us = min(past_us, 2 * view_reach(terms) + LATE_US)  # a debt counts for twice as long
         numbers[0] = known.amount.level_ticks - past_us * terms.drain_ticks
         if numbers[0] <= -LATE_US * terms.drain_ticks:
             return False

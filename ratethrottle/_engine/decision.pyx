@@ -54,8 +54,10 @@ cdef class Decision:
 
     @property
     def over(self):
-        """Whether this would have been denied, but for a rule with `enforce="flag"`. Nothing was consumed then."""
-        return not self.out.allowed and self.compiled.enforcement == FLAG_IT
+        """Whether this would have been denied, but for a rule with `enforce="flag"`; nothing was consumed then. Of a charge: whether the
+        key is in debt now.
+        """
+        return self.out.retry_us != 0 if self.out.allowed else self.compiled.enforcement == FLAG_IT
 
     @property
     def remaining(self):
@@ -91,7 +93,7 @@ cdef class Decision:
     def retry_after(self):
         """Seconds until the same check would be granted if nobody else consumed; 0.0 when granted, inf for never.
 
-        Of a decision that is `over` it says when the next one isn't any more.
+        Of a decision that is `over` it says when the next one isn't any more; of a charge, when the debt is paid.
         Exact if `retry_after_exact` says so. With the source "prefilter" it is the earliest time: Redis wasn't asked. Of a rule with
         leases it is the latest: units that others hold unspent may come back within `lease_ttl`.
         """
@@ -100,7 +102,7 @@ cdef class Decision:
     @property
     def retry_after_exact(self):
         """Whether `retry_after` is exact. It is a bound if Redis wasn't asked, or if others may hold units of a lease."""
-        return self.out.allowed or self.source_index <= REDIS and self.compiled.lease_units == 0
+        return self.out.allowed and not self.out.retry_us or self.source_index <= REDIS and self.compiled.lease_units == 0
 
     @property
     def reset_after(self):

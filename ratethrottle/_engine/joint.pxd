@@ -15,6 +15,11 @@ cdef extern from "<stdint.h>":
 cdef enum:
     PARTS_MAX = 16
 
+cdef enum Correction:                        # what a Joint is, if it is no check
+    NONE
+    CHARGES                                  # units that nobody was asked for are counted
+    SETTLES                                  # so are those used beyond a reservation, and what it didn't use is given back
+
 
 @cython.final
 cdef class Joint:
@@ -31,6 +36,11 @@ cdef class Joint:
     cdef Terms* terms[16]                    # of the rules, which hold them
     cdef Joint whole                         # the check that this is the counted part of; None if all of it is
     cdef uint8_t[16] places                  # and which of its parts each part is
+    cdef bint timed                          # its decision says when it was taken, so that units can be given back
+    cdef Correction corrects
+    cdef uint32_t refunds                    # bit i: part i gives units back
+    cdef readonly int64_t granted_us         # when these were granted, in the time of the store that did
+    cdef readonly int64_t epoch              # and in which epoch of it
 
     cdef Joint twin(self)
     cdef Joint costing_each(self, const int64_t* costs)
@@ -66,6 +76,8 @@ cdef class JointDecision(Decision):
     cdef tuple made                          # the decisions of the parts, once somebody has asked for them
     cdef bint granted                        # all sets were, but for flagged ones
     cdef bint divided                        # not decided at one instant
+    cdef readonly int64_t at_us              # when it was taken, in the time of the store that did
+    cdef readonly int64_t epoch              # and in which epoch of it
 
 
 cdef Decision joint_decision(Joint joint, Source source, const Outcome* outs, const int* reported, int sets, bint allowed)

@@ -10,7 +10,7 @@ from cpython.tuple cimport PyTuple_GET_ITEM
 from libc.stdint cimport int64_t, uint32_t
 from libc.stdlib cimport free, malloc
 
-from ratethrottle._engine.arithmetic cimport Outcome
+from ratethrottle._engine.arithmetic cimport NEVER, Outcome
 from ratethrottle._engine.decision cimport count_decision, Decision, decision_facts, decision_new, outcome_uncounted, rule_named, Source
 from ratethrottle._engine.definitions cimport CompiledRule, FLAG_IT, Tally
 
@@ -78,6 +78,11 @@ cdef class Joint:
         twin.uncounted = self.uncounted
         twin.flagged = self.flagged
         twin.whole = self.whole
+        twin.timed = self.timed
+        twin.corrects = self.corrects
+        twin.refunds = self.refunds
+        twin.granted_us = self.granted_us
+        twin.epoch = self.epoch
         for p in range(self.size):
             twin.costs[p] = self.costs[p]
             twin.terms[p] = self.terms[p]
@@ -142,6 +147,8 @@ cdef class Joint:
             part.costs[<int>i] = self.costs[p]
             part.places[<int>i] = p
         part.priced = self.priced
+        part.timed = self.timed
+        part.corrects = self.corrects        # whose parts are all charged: what is given back was counted
         part.keys = tuple([self.keys[p] for p in kept])
         part.canonicals = tuple([self.canonicals[p] for p in kept])
         part.whole = self
@@ -167,8 +174,11 @@ cdef Joint joint_new(list rules, uint32_t alternatives):
 
 
 cdef Outcome part_uncounted(Joint joint, int p) noexcept:
-    """What a part says under whose rule nothing is counted."""
-    return outcome_uncounted(<CompiledRule>PyTuple_GET_ITEM(joint.rules, p), joint.costs[p])
+    """What a part says under whose rule nothing is counted. All that is charged under a limit of 0 is over it, for ever."""
+    cdef Outcome out = outcome_uncounted(<CompiledRule>PyTuple_GET_ITEM(joint.rules, p), joint.costs[p])
+    if joint.corrects and not out.allowed:
+        out = Outcome(True, False, 0, NEVER, 0)
+    return out
 
 
 cdef class Several:
@@ -218,7 +228,7 @@ cdef class JointDecision(Decision):
         cdef int s, p
         if self.made is None:
             found = []
-            for s in range(self.sets):
+            for s in range(self.sets if self.sets > 1 else 0):
                 p = self.reported[s]
                 key = self.key if joint.keys is None else joint.keys[p]
                 found.append(decision_new(<CompiledRule>joint.rules[p], key, joint.costs[p], self.source_index, &self.outs[s]))
@@ -281,6 +291,8 @@ cdef int joint_fill(JointDecision decision, Joint joint, object key, Source sour
             if binds < 0 or (units_left(joint.terms[p], &outs[p]) * joint.terms[binds].capacity
                              < units_left(joint.terms[binds], &outs[binds]) * joint.terms[p].capacity):
                 binds = p
+            elif joint.corrects and outs[p].retry_us and not outs[binds].retry_us and not units_left(joint.terms[binds], &outs[binds]):
+                binds = p                    # nothing is left of either, but this one is in debt
         elif not (outs[p].allowed or joint.flagged >> p & 1) and (
                 binds < 0 or wait_us(joint.terms[p], &outs[p]) > wait_us(joint.terms[binds], &outs[binds])):
             binds = p
@@ -288,6 +300,7 @@ cdef int joint_fill(JointDecision decision, Joint joint, object key, Source sour
     decision.source_index = source
     decision.granted = allowed
     decision.divided = False
+    decision.at_us = decision.epoch = 0
     decision.out = outs[binds]
     decision.cost = joint.costs[binds]
     # What is dropped here may be the last reference to a key, and run code. By then the numbers of this decision belong together.
@@ -301,7 +314,7 @@ cdef int joint_fill(JointDecision decision, Joint joint, object key, Source sour
 cdef Decision of_sets(Joint joint, Source source, const Outcome* outs, const int* reported, int sets, bint allowed):
     cdef JointDecision decision
     cdef int p = reported[0]
-    if sets == 1:
+    if sets == 1 and not joint.timed:
         return decision_new(<CompiledRule>joint.rules[p], joint.keys[p], joint.costs[p], source, &outs[p])
     decision = joint_blank(sets)
     joint_fill(decision, joint, None, source, outs, reported, allowed)
@@ -348,7 +361,7 @@ cdef void joint_count(Decision decision) noexcept:
         count_decision(decision.compiled, decision.source_index, decision.out.allowed)
         return
     joint = <JointDecision>decision
-    for s in range(joint.sets):
+    for s in range(joint.sets if joint.joint.corrects != SETTLES else 0):
         if joint.granted or not (joint.outs[s].allowed or joint.joint.flagged >> joint.reported[s] & 1):
             rule = <CompiledRule>PyTuple_GET_ITEM(joint.joint.rules, joint.reported[s])
             count_decision(rule, joint.source_index, joint.outs[s].allowed)

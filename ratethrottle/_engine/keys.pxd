@@ -2,6 +2,7 @@
 
 cimport cython
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport free
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from ratethrottle._engine.arithmetic cimport (
@@ -11,7 +12,7 @@ from ratethrottle._engine.bound cimport Bound
 from ratethrottle._engine.decision cimport Entry
 from ratethrottle._engine.definitions cimport CompiledRule, Definitions
 from ratethrottle._engine.joint cimport Joint
-from ratethrottle._engine.table cimport Cell, cell_at, Hash128, Place, RT_PREFETCH, Shard, shard_find, shard_full, siphash
+from ratethrottle._engine.table cimport Cell, cell_at, Hash128, Pair, Place, RT_PREFETCH, Shard, shard_find, shard_full, siphash
 from ratethrottle._engine.window cimport NO_MEMORY, window_drop
 
 
@@ -23,6 +24,19 @@ cdef struct Orphan:                          # what is left of a lease whose bou
     int64_t at_us
     int64_t epoch
     int64_t units
+
+
+cdef enum:
+    REMOVALS_MAX = 1024
+
+cdef struct Removal:                         # of a key that wasn't fresh
+    Hash128 hashed
+    int64_t at_us
+
+cdef struct Removals:
+    Removal[REMOVALS_MAX] ring
+    int64_t count                            # how many there ever were
+    int64_t forgotten_us                     # the newest of those that aren't in the ring any more
 
 
 @cython.final
@@ -39,6 +53,7 @@ cdef class KeyTable:
     cdef object clock
     cdef unsigned forks                      # of this process, when the table was last used
     cdef Definitions definitions
+    cdef Removals* removals                  # keys that were reset or evicted, for units that come back; NULL if none ever may
 
     # Of a table of bounds:
     cdef uint16_t* owing_in                  # of each shard, how many of its keys owe something; NULL in another table
@@ -147,6 +162,36 @@ cdef class KeyTable:
         out[0] = outcome
         view_audit(view, now_us)
         return 0
+
+    cdef inline void write_back(self, Shard* shard, uint32_t index, const Terms* terms, const View* views, int count, Pair* pair,
+                                int64_t now_us) noexcept:
+        """Replace the views of a key by those that a decision has left, or remove it if there are none. `pair` holds two."""
+        cdef Cell* cell = cell_at(shard, index)
+        cdef int i
+        for i in range(count):
+            view_audit(&views[i], now_us)
+        if count == 2:
+            pair.own = views[0]
+            pair.other = views[1]
+            cell.view.terms = NULL
+            cell.view.amount.pair = pair
+            return
+        free(pair)
+        if count == 1:
+            cell.view = views[0]
+        else:
+            cell.view.terms = terms              # its windows have been freed
+            cell.view.amount.window = NULL
+            self.remove(shard, index)
+
+    cdef inline void note_removal(self, const Cell* cell, int64_t now_us) noexcept:
+        """Remember that a key is forgotten which wasn't fresh: nothing of it comes back."""
+        cdef Removal* removal
+        if self.removals != NULL:
+            removal = &self.removals.ring[self.removals.count % REMOVALS_MAX]
+            self.removals.forgotten_us = max(self.removals.forgotten_us, removal.at_us)
+            removal[0] = Removal(Hash128(cell.hash_lo, cell.hash_hi), now_us)
+            self.removals.count += 1
 
     cdef inline int make_room(self, Shard* shard, int64_t now_us) except -1:
         if shard_full(shard):

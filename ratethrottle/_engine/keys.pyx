@@ -13,7 +13,7 @@ from libc.string cimport memcpy, memset
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 
 from ratethrottle._engine.arithmetic cimport (
-    BUCKET, ceil_div, COUNTER, decide_views, FIXED, NEVER, Outcome, report, same_definition, SLIDING, Terms, View, view_ahead, view_audit,
+    BUCKET, ceil_div, COUNTER, decide_views, FIXED, NEVER, Outcome, report, same_definition, SLIDING, Terms, View, view_ahead,
     view_derive, view_free, view_fullest, view_look, view_rebase,
 )
 from ratethrottle._engine.bound cimport Bound
@@ -116,6 +116,7 @@ cdef class KeyTable:
         free(self.emptied)
         free(self.owing_in)
         free(self.orphans)
+        free(self.removals)
 
     def __len__(self):
         return self.used
@@ -351,29 +352,14 @@ cdef class KeyTable:
         cdef Cell* cell = cell_at(shard, index)
         cdef int count = cell_views(cell, views)
         cdef Pair* pair = <Pair*>cell.view.amount.pair if cell.view.terms == NULL else <Pair*>malloc(sizeof(Pair))
-        cdef int status, i
+        cdef int status
         if pair == NULL:
             raise MemoryError
         status = decide_views(views, &count, terms, now_us, cost, out)
         if status == NO_MEMORY:
             raise MemoryError
         if status == WRITE:
-            for i in range(count):
-                view_audit(&views[i], now_us)
-        if status == WRITE and count == 2:
-            pair.own = views[0]
-            pair.other = views[1]
-            cell.view.terms = NULL
-            cell.view.amount.pair = pair
-            return 0
-        if status == WRITE:
-            free(pair)
-            if count == 1:
-                cell.view = views[0]
-            else:
-                cell.view.terms = terms       # its windows have been freed
-                cell.view.amount.window = NULL
-                self.remove(shard, index)
+            self.write_back(shard, index, terms, views, count, pair, now_us)
         elif cell.view.terms != NULL:
             free(pair)
         return 0
@@ -437,6 +423,7 @@ cdef class KeyTable:
             if not self.evict:
                 return earliest_us
             self.evictions += 1
+            self.note_removal(cell_at(shard, victim), now_us)
         self.remove(shard, victim)
         return now_us
 
@@ -617,8 +604,10 @@ cdef class KeyTable:
         """Forget what the key has used under the rule."""
         cdef Place place
         cdef Cell* cell
+        cdef int64_t now_us = self.now_us()
         self.find(entry, &place, &cell)
         if cell != NULL:
+            self.note_removal(cell, now_us)
             self.remove(place.shard, <uint32_t>((<char*>cell - place.shard.cells) // place.shard.cell_bytes))
 
     def dump(self, Entry entry not None):

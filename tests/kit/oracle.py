@@ -124,6 +124,34 @@ class Account:
         """Units that another definition takes over."""
         return ceil(self.held(self.rule)(now)) if self.rule.kind == "b" else int(sum(units for _, units in self.living(now)))
 
+    def in_window(self, now: int) -> int:
+        """Units in the aligned window that stands, however many."""
+        window, start = self.rule.window_us, window_start(self.rule.window_us, max(now, self.stands))
+        return int(sum(units for at, units in self.log if window_start(window, at) == start))
+
+    def give_back(self, now: int, units: int, granted: int) -> bool:
+        """Take units out that were granted at that instant, as far as they count as such; whether there were any."""
+        kind, window = self.rule.kind, self.rule.window_us
+        if kind == "b":
+            held = self.held(self.rule)(now)
+            drained = Fraction(self.rule.drain_ticks * max(0, now - granted), self.rule.unit_ticks)
+            left = held - min(held, max(0, units - drained))
+            if left < held:
+                self.log = [(now, left)] if left else []
+            return left < held
+        if kind == "s":
+            these = [self.slot_end(granted) == at > now - window for at, _ in self.log]
+        else:
+            stands = window_start(window, max(now, self.stands))
+            these = [window_start(window, granted) == window_start(window, at) == stands for at, _ in self.log]
+        log: list[tuple[int, int | Fraction]] = []
+        left = units
+        for (at, held), is_one in zip(self.log, these, strict=True):
+            log.append((at, held - min(held, left) if is_one else held))
+            left -= min(held, left) if is_one else 0
+        self.log = [(at, held) for at, held in log if held]
+        return left < units
+
     def write(self, now: int) -> None:
         """Drop what no longer counts, for good: a clock that steps back later doesn't bring it back."""
         self.log, self.seen = self.living(now), max(now, self.stands) if self.rule.kind in ("c", "f") else now
@@ -161,31 +189,69 @@ class Oracle:
     def __init__(self) -> None:
         self.accounts: list[Account] = []
 
-    def check(self, rule: CompiledRule, now: int, cost: int, *, consume: bool = True) -> Answer:
-        """Decide at `now`; consume if allowed."""
+    def look(self, rule: CompiledRule, now: int) -> tuple[Account, list[Account], bool, bool]:
+        """The account of the rule's definition at `now`, the other one, whether they changed by that, and whether the own is derived."""
         accounts = [Account(account.rule, account.log, account.seen) for account in self.accounts]
         changed = [account.rebase(now) for account in accounts]
         own = next((account for account in accounts if definition(account.rule) == definition(rule)), None)
         others = [account for account in accounts if account is not own][:1]
-        if own is None:
-            own = derive(rule, max(accounts, key=lambda account: account.used(now), default=None), now)
-            changed.append(own.held(rule)(now) > 0)
+        if own is not None:
+            return own, others, any(changed), False
+        own = derive(rule, max(accounts, key=lambda account: account.used(now), default=None), now)
+        return own, others, any(changed) or own.held(rule)(now) > 0, True
+
+    def count(self, own: Account, others: list[Account], rule: CompiledRule, now: int, units: int) -> None:
+        """Write what has changed, and count units."""
+        self.accounts = [own, *others]
+        for account in self.accounts:
+            account.write(now)
+        if units:
+            own.rule = rule
+            own.add(own.counts_from(now), units)
+            for account in others:
+                account.add(account.counts_from(now), from_other(account, now, units))
+
+    def check(self, rule: CompiledRule, now: int, cost: int, *, consume: bool = True) -> Answer:
+        """Decide at `now`; consume if allowed."""
+        own, others, changed, _ = self.look(rule, now)
         held, room, instants = own.held(rule), rule.capacity - cost, own.instants(now)
         allowed, retry = held(now) <= room, -1
         if room >= 0:
             retry = instants[bisect_left(instants, True, key=lambda t: held(t) <= room)] - now
-        if consume and (allowed or any(changed)):
-            self.accounts = [own, *others]
-            for account in self.accounts:
-                account.write(now)
-            if allowed:
-                own.rule = rule
-                own.add(own.counts_from(now), cost)
-                for account in others:
-                    account.add(account.counts_from(now), from_other(account, now, cost))
-                held, instants = own.held(rule), own.instants(now)
+        if consume and (allowed or changed):
+            self.count(own, others, rule, now, cost if allowed else 0)
+            held, instants = own.held(rule), own.instants(now)
         reset = instants[bisect_left(instants, True, key=lambda t: held(t) == 0)] - now
         return allowed, max(0, floor(rule.capacity - held(now))), retry, reset
+
+    def charge(self, rule: CompiledRule, now: int, cost: int) -> Answer:
+        """Count units that nobody was asked for, up to a debt of one capacity. The third number says how long the key is in debt."""
+        own, others, changed, _ = self.look(rule, now)
+        used = own.in_window(now) if rule.kind in ("c", "f") else ceil(own.held(rule)(now))
+        units = min(cost, max(0, 2 * rule.capacity - used))
+        if changed or units:
+            self.count(own, others, rule, now, units)
+        return self.corrected(own, rule, now)
+
+    def refund(self, rule: CompiledRule, now: int, units: int, granted: int) -> Answer:
+        """Give back units that were granted at that instant."""
+        own, others, changed, derived = self.look(rule, now)
+        if (not derived and own.give_back(now, units, granted)) or changed:
+            self.count(own, others, rule, now, 0)
+            if not any(account.used(now) for account in self.accounts):
+                self.accounts = []  # nobody can tell it from a key that was never used
+        return self.corrected(own, rule, now)
+
+    def corrected(self, own: Account, rule: CompiledRule, now: int) -> Answer:
+        held, instants = own.held(rule), own.instants(now)
+
+        def in_debt(t: int) -> bool:
+            # A counter counts no window as more than full; its debt is what that leaves out.
+            return held(t) > rule.capacity or (rule.kind == "c" and own.in_window(t) > rule.capacity)
+
+        debt = instants[bisect_left(instants, True, key=lambda t: not in_debt(t))] - now
+        reset = instants[bisect_left(instants, True, key=lambda t: held(t) == 0)] - now
+        return True, max(0, floor(rule.capacity - held(now))), debt, reset
 
 
 def from_other(account: Account, now: int, cost: int) -> int | Fraction:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from ratethrottle._core import Limiter
-from ratethrottle._engine.decision import Entry
+from ratethrottle._engine import corrections
+from ratethrottle._engine.decision import Decision, Entry
 from ratethrottle._engine.definitions import CompiledRule
 from ratethrottle._engine.keys import KeyTable
 from tests.kit.clocked import ClockedScript, View, read_state
@@ -46,6 +47,21 @@ class Core:
         decision = self.table.decide(entry) if consume else self.table.peek(entry)
         retry_us = decision.retry_after_us
         return decision.allowed, decision.remaining, -1 if retry_us == NEVER_US else retry_us, decision.reset_after_us
+
+    def charge(self, rule: CompiledRule, now_us: int, cost: int) -> Answer:
+        """Count units that nobody was asked for."""
+        self.now_us = now_us
+        return self.corrected(corrections.charge(self.table, self.entry(rule, 1).costing(cost)))
+
+    def refund(self, rule: CompiledRule, now_us: int, units: int, granted_us: int) -> Answer:
+        """Give back units that were granted then."""
+        self.now_us = now_us
+        return self.corrected(corrections.refund(self.table, self.entry(rule, 1).costing(units), granted_us))
+
+    def corrected(self, decision: Decision) -> Answer:
+        assert decision.allowed
+        assert decision.over == (decision.retry_after_us > 0)
+        return True, decision.remaining, decision.retry_after_us, decision.reset_after_us
 
     def state(self, rule: CompiledRule) -> list[View] | None:
         """What the key's state holds."""
