@@ -16,18 +16,21 @@ from libc.string cimport memcpy
 from ratethrottle._core cimport Backend, CHECK, JOINT, MADE, Mode, NEW, Parts, PendingDecision
 from ratethrottle._engine.arithmetic cimport Outcome
 from ratethrottle._engine.bound cimport Bound, bound_covers, bound_guess, bound_verdict, DENIED, LEASED, OPEN
-from ratethrottle._engine.decision cimport Entry, entry_new, LEASE, MEMORY, PREFILTER, rule_named, Source, units_of
+from ratethrottle._engine.decision cimport (
+    COST_MAX, decision_new, Entry, entry_new, LEASE, MEMORY, PREFILTER, rule_named, Source, units_of,
+)
 from ratethrottle._engine.definitions cimport CompiledRule, DENY_IT, Tally
 from ratethrottle._engine.joint cimport (
-    Joint, joint_blank, joint_count, joint_decision, joint_fill, joint_new, joint_outcome, JointDecision, part_uncounted, PARTS_MAX,
-    Several,
+    CHARGES, Joint, joint_blank, joint_count, joint_decision, joint_fill, joint_new, joint_outcome, JointDecision, part_uncounted,
+    PARTS_MAX, SETTLES, Several,
 )
 from ratethrottle._engine.keys cimport forks, KeyTable
 from ratethrottle._engine.table cimport cell_at, Place, shard_find
 
 from collections.abc import Mapping
+from operator import index as whole_number
 
-from ratethrottle.errors import InvalidRequest
+from ratethrottle.errors import InvalidRequest, shown
 from ratethrottle.rule import FirstOf, RateThrottleRule
 
 
@@ -40,6 +43,16 @@ cdef enum:
     KNOWN_MOST = 1024                        # what was named, before all of it is forgotten; and likewise names of rules of callers
 
 FORMS = ("the name (str) of a rule, a RateThrottleRule, a tuple or list of them, a mapping of them to their costs, or FirstOf(...)")
+
+
+@cython.final
+cdef class Timed:
+    """Rules of a check, in any form, whose decision has to say when it was taken: it is a JointDecision, even on a single rule."""
+
+    cdef readonly object rules
+
+    def __init__(self, rules):
+        self.rules = rules
 
 
 @cython.final
@@ -100,10 +113,15 @@ cdef class SeveralRules(Several):
 
     cdef object meaning(self, object named):
         """What it means, remembered by value. A list or a mapping may change, so that it isn't remembered itself."""
+        cdef Joint plan
         if isinstance(named, list):
             return self.find(tuple(named))
         if isinstance(named, Mapping):
             return self.priced(named)
+        if isinstance(named, Timed):
+            plan = self.plan_of((<Timed>named).rules)
+            plan.timed = True
+            return plan
         if not isinstance(named, (tuple, FirstOf, RateThrottleRule)):
             advice = "; the order of several rules matters, so that a set isn't taken" if isinstance(named, (set, frozenset)) else ""
             raise InvalidRequest(f"rule is a {type(named).__name__}; it is {FORMS}{advice}")
@@ -119,6 +137,11 @@ cdef class SeveralRules(Several):
         self.known[named] = meant
         self.known_by_id[PyLong_FromVoidPtr(<void*>named)] = meant
         return meant
+
+    cdef Joint plan_of(self, object named):
+        """A plan of its own of what is named, be it a single rule."""
+        found = rule_named(self.rules, named) if named is None or isinstance(named, str) else self.find(named)
+        return (<Joint>found).twin() if isinstance(found, Joint) else joint_new([found], 0)
 
     cdef CompiledRule adopted(self, object rule):
         """The rule of the limiter that this one equals, or one of the caller's own: it shares the tally of its name."""
@@ -243,6 +266,20 @@ cdef class SeveralRules(Several):
             joint.costs[p] = costs[p]
         return joint
 
+    def charging(self, key, rule, cost=1):
+        """A validated charge of one key: a Joint that isn't limited by capacities. Raises InvalidRequest."""
+        cdef Joint plan = self.plan_of(tuple(rule) if isinstance(rule, Mapping) else rule)
+        cdef int p
+        if plan.alternatives:
+            raise InvalidRequest("a charge counts what was used, so that there is nothing to choose from; name one rule instead of FirstOf")
+        if isinstance(rule, Mapping) and cost is not 1:
+            raise InvalidRequest("cost is given beside a mapping, which has the cost of each rule; leave cost out")
+        costs = list(rule.values()) if isinstance(rule, Mapping) else [cost] * plan.size
+        for p in range(plan.size):
+            plan.costs[p] = units_used("the cost", costs[p], 1, COST_MAX)
+        plan.corrects = CHARGES
+        return for_storage(keyed(plan, key))
+
     # Decisions:
 
     cdef object decide(self, object key, Joint joint):
@@ -259,7 +296,7 @@ cdef class SeveralRules(Several):
         if self.backend is not None:
             return self.bounded(key, joint, places, now_us)
         allowed = self.table.decide_joint(joint, places, now_us, outs, reported)
-        return self.decided(key, joint, MEMORY, outs, reported, allowed)
+        return self.decided(key, joint, MEMORY, outs, reported, allowed, now_us)
 
     cdef inline bint is_last(self, Joint joint) noexcept:
         """Whether the check before had this plan, and `last_places` still holds."""
@@ -288,10 +325,11 @@ cdef class SeveralRules(Several):
         self.last_plan = joint
         return joint
 
-    cdef object decided(self, object key, Joint joint, Source source, const Outcome* outs, const int* reported, bint allowed):
+    cdef object decided(self, object key, Joint joint, Source source, const Outcome* outs, const int* reported, bint allowed,
+                        int64_t at_us):
         """A decision on a joint check, counted. Up to the point at which it has its reference, no Python code runs."""
         cdef JointDecision decision
-        if joint.sets == 1:
+        if joint.sets == 1 and not joint.timed:
             single = joint_decision(joint if joint.keys is not None else keyed(joint, key), source, outs, reported, 1, allowed)
             joint_count(single)
             return single
@@ -299,6 +337,7 @@ cdef class SeveralRules(Several):
             self.spare = joint_blank(joint.sets)
         decision = self.spare
         joint_fill(decision, joint, key, source, outs, reported, allowed)
+        decision.at_us = at_us
         joint_count(decision)
         return decision
 
@@ -320,7 +359,7 @@ cdef class SeveralRules(Several):
         elif verdict == DENIED and not joint.denies():
             source = PREFILTER
         joint_outcome(joint, outs, reported, &sets)
-        return self.decided(key, joint, source, outs, reported, verdict == LEASED)
+        return self.decided(key, joint, source, outs, reported, verdict == LEASED, now_us)
 
     cdef int look(self, Joint joint, const Place* places, int64_t now_us, Outcome* outs, int* verdicts) except -1:
         """Say of each part what its bound does, and spend nothing. A part that isn't denied hears what would be left at least."""
@@ -340,7 +379,8 @@ cdef class SeveralRules(Several):
             if found < 0:
                 continue
             bound = <Bound*>cell_at(places[p].shard, <uint32_t>found)
-            if rule.lease_units and bound_covers(bound, places[p].terms, now_us, joint.costs[p]):
+            # What a lease pays for can't be given back to where it came from, so that a reservation asks.
+            if rule.lease_units and not joint.timed and bound_covers(bound, places[p].terms, now_us, joint.costs[p]):
                 verdicts[p] = LEASED
             else:
                 verdicts[p] = bound_verdict(bound, places[p].terms, False, now_us, joint.costs[p], self.backend.ttl_us, &outs[p])
@@ -404,6 +444,76 @@ cdef Joint keyed(Joint plan, object key):
     """The joint check that a plan is of a key, which is validated. Raises InvalidRequest."""
     cdef Entry entry = entry_new(<CompiledRule>plan.rules[0], key, 1, 0)
     return plan.with_keys((key,) * plan.size, (entry.canonical,) * plan.size)
+
+
+cdef int64_t units_used(str what, object units, int64_t least, int64_t most) except -1:
+    """Validate how many units were used. Raises InvalidRequest."""
+    try:
+        found = whole_number(units)
+    except TypeError:
+        found = None
+    if found is None or isinstance(units, bool):
+        raise InvalidRequest(f"{what} is {units if isinstance(units, bool) else 'a ' + type(units).__name__}; "
+                             "it is a whole number (int) of units")
+    if not least <= found <= most:
+        raise InvalidRequest(f"{what} is {shown(found)}; it is from {least} to {most:,} units")
+    return found
+
+
+cdef int64_t used_most(CompiledRule rule) noexcept:
+    """What may have been used of a reservation: the capacity, and as much debt."""
+    return 2 * rule.terms.capacity if rule.counted else COST_MAX
+
+
+def reserved(JointDecision decision not None):
+    """Of each limit of a granted reservation: which rules may pay, which one does, its units, and the most that may have been used."""
+    cdef Joint joint = decision.joint
+    cdef CompiledRule rule
+    cdef list found = [], names = []
+    cdef int p, s = 0
+    for p in range(joint.size):
+        names.append((<CompiledRule>joint.rules[p]).name)
+        if not joint.alternatives >> p + 1 & 1:
+            rule = <CompiledRule>joint.rules[decision.reported[s]]
+            found.append((tuple(names), rule.name, joint.costs[decision.reported[s]], used_most(rule)))
+            names, s = [], s + 1
+    return tuple(found)
+
+
+def told(JointDecision decision not None):
+    """The decision as the caller of a check would have got it."""
+    if decision.sets > 1:
+        return decision
+    return decision_new(decision.compiled, decision.key, decision.cost, decision.source_index, &decision.out)
+
+
+def settlement(JointDecision decision not None, tuple used not None):
+    """What to charge and to give back, if these units were used of each limit; None if that is nothing. Raises InvalidRequest."""
+    cdef Joint joint = decision.joint, part
+    cdef list parts = []
+    cdef int64_t units
+    cdef int s, p, i
+    for s in range(decision.sets):
+        p = decision.reported[s]
+        units = units_used(f"what was used under rule {joint.rules[p].name!r}", used[s], 0, used_most(joint.rules[p]))
+        # Nothing was taken under a rule that is off, or by which the check was over.
+        if units != joint.costs[p] and decision.outs[s].allowed and not joint.uncounted >> p & 1:
+            parts.append((p, units - joint.costs[p]))
+    if not parts:
+        return None
+    if joint.keys is None:
+        joint = keyed(joint, decision.key)
+    part = joint_new([joint.rules[<int>one] for one, _ in parts], 0).with_keys(
+        tuple([joint.keys[<int>one] for one, _ in parts]), tuple([joint.canonicals[<int>one] for one, _ in parts]))
+    for i in range(part.size):
+        units = parts[i][1]
+        part.costs[i] = abs(units)
+        part.refunds |= <uint32_t>(units < 0) << i
+    part.timed = True
+    part.corrects = SETTLES
+    part.granted_us = decision.at_us
+    part.epoch = decision.epoch
+    return part
 
 
 cdef Joint for_storage(Joint joint):

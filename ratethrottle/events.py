@@ -204,6 +204,23 @@ class Refused(Event):
         return f"checks fail: {self.reason}"
 
 
+@dataclass(frozen=True, slots=True)
+class UnsettledReservation(Event):
+    """A block of `limiter.reserve(...)` ended without `settle`, so that its estimate stays counted. Once for each place.
+
+    place: file and line that called `reserve`.
+    """
+
+    kind: ClassVar[str] = "unsettled_reservation"
+    every_s: ClassVar[float] = 0.0
+    place: str
+
+    @property
+    def message(self) -> str:
+        """What happened and what to look at, in one line."""
+        return f"a reservation made at {self.place} was never settled, and its estimate stays counted; call settle(used) in its block"
+
+
 Callback = Callable[[Event], object]
 
 

@@ -24,6 +24,7 @@ from ratethrottle.rule import RateThrottleRule
 from ratethrottle.storage import Outcomes, Statistics, Storage
 from ratethrottle.storage.memory import InMemoryStorage
 from ratethrottle.storage.redis import RedisStorage
+from ratethrottle.waiting.reservations import OnError, Reservation, Reservations, Rules
 
 Key = str | tuple[str | int, ...]
 
@@ -53,7 +54,7 @@ class RateThrottleCore(Patchable, Limiter):
     """
 
     # Without an instance dict the interpreter finds `check` without looking there first; see `Patchable`.
-    __slots__ = ("__weakref__", "_by_name", "_by_several", "_require_storage")
+    __slots__ = ("__weakref__", "_by_name", "_by_several", "_require_storage", "_reservations")
 
     def __init__(
         self, storage: Storage | None = None, *, rules: Iterable[RateThrottleRule] = (), require_storage: bool = False
@@ -69,6 +70,7 @@ class RateThrottleCore(Patchable, Limiter):
         super().__init__(storage)
         self._several = self._by_several = SeveralRules(self._rules, storage)
         self._require_storage = require_storage
+        self._reservations = Reservations()
         self._by_name: dict[str, RateThrottleRule] = {}
         if isinstance(rules, (RateThrottleRule, str)) or not isinstance(rules, Iterable):
             raise ConfigurationError(f"rules is a {type(rules).__name__}; it is an iterable of rules, such as [rule]")
@@ -165,6 +167,38 @@ class RateThrottleCore(Patchable, Limiter):
     async def reset(self, key: Key, rule: str | None = None) -> None:
         """Forget what the key has used under the rule. Raises what `check` raises."""
         await self._storage.reset(self._entry(key, rule))
+
+    async def charge(self, key: Key, rule: Rules | None = None, *, cost: int = 1) -> Decision:
+        """Count `cost` units that were used without asking. It is never refused, and may take the key into debt.
+
+        A debt is at most one capacity; what goes beyond that isn't counted. The decision is allowed: `over` says whether the key is
+        in debt now, and `retry_after` for how long. rule: also several, or a mapping of rules to costs, but no FirstOf. A rule that
+        only flags is charged like any other.
+
+        Raises what `check` raises, but costs may be above the capacity.
+        """
+        if self._closed:
+            raise LimiterClosed
+        charge = self._by_several.charging(key, rule, cost)
+        if charge.counted:
+            decision: Decision = await self._storage.charge(charge)
+            return decision
+        await checkpoint()
+        return self._by_several.decide_here(charge, checks=True)
+
+    def reserve(self, key: Key, rule: Rules | None = None, *, cost: int = 1, on_error: OnError = "keep") -> Reservation:
+        """Take an estimate before a block, and settle by what was used: `async with limiter.reserve(...) as r: ...; r.settle(used)`.
+
+        It checks as `check` does, with the same arguments; `r.decision` is the decision. `r.settle(used)` says how many units
+        were used, at most twice the capacity. When the block ends, the difference is charged or given back. What comes back is less
+        the older it is, as the limit would have let it go by then.
+
+        Without `settle` the estimate stays counted, which is warned of once for each place that calls `reserve`. So it does after a
+        crash. on_error: what an exception does with an estimate that isn't settled: "keep" or "refund".
+
+        Raises `InvalidRequest` at once for a bad `on_error`; in `async with` what `check` raises, and `RateLimitExceeded` if denied.
+        """
+        return self._reservations.make(self, key, rule, cost, on_error)
 
     def on_event(self, callback: Callback) -> Callable[[], None]:
         """Call `callback(event)` for each of `ratethrottle.events` from now on; returns a function that ends that.

@@ -9,7 +9,7 @@ from libc.stdlib cimport calloc, free, malloc
 
 from ratethrottle._engine.arithmetic cimport CHARGED, correct_views, Outcome, View
 from ratethrottle._engine.decision cimport Entry, MEMORY
-from ratethrottle._engine.joint cimport CHARGES, Joint, joint_decision, joint_new, part_uncounted, PARTS_MAX
+from ratethrottle._engine.joint cimport CHARGES, Joint, joint_count, joint_decision, joint_new, part_uncounted, PARTS_MAX
 from ratethrottle._engine.keys cimport KeyTable, Removal, Removals, REMOVALS_MAX
 from ratethrottle._engine.table cimport Cell, cell_at, cell_views, Hash128, Pair, Place, Shard, shard_find, shard_place
 from ratethrottle._engine.window cimport NO_MEMORY, WRITE
@@ -103,7 +103,9 @@ def correct(KeyTable table not None, Joint joint not None):
             outs[p] = part_uncounted(joint, p)
         else:
             correct_place(table, &places[p], now_us, joint.costs[p], joint.granted_us if joint.refunds >> p & 1 else CHARGED, &outs[p])
-    return joint_decision(joint, MEMORY, outs, reported, joint.sets, True)
+    decision = joint_decision(joint, MEMORY, outs, reported, joint.sets, True)
+    joint_count(decision)
+    return decision
 
 
 def charge(KeyTable table not None, Entry entry not None):

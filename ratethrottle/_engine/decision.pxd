@@ -7,6 +7,9 @@ from ratethrottle._engine.arithmetic cimport NEVER, Outcome, settle
 from ratethrottle._engine.definitions cimport CompiledRule, OFF
 
 
+cdef enum:
+    COST_MAX = 1_000_000_000                 # of a charge, or under a rule that counts nothing
+
 cdef enum Source:
     MEMORY
     REDIS

@@ -22,9 +22,6 @@ cdef extern from "Python.h":
     long long PyLong_AsLongLongAndOverflow(object, int* overflow) except? -1
 
 
-cdef enum:
-    COST_MAX = 1_000_000_000                 # under a rule that counts nothing
-
 cdef tuple SOURCES = ("memory", "redis", "prefilter", "lease", "outage", "overload")
 
 

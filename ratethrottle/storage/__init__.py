@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from asyncio import AbstractEventLoop
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from ratethrottle._engine.decision import Decision, Entry
+from ratethrottle._engine.joint import Joint
 from ratethrottle._engine.keys import KeyTable
 from ratethrottle.events import Events
 
@@ -106,6 +107,15 @@ class Storage(Protocol):
 
     async def reset(self, entry: Entry) -> None:
         """Forget what the entry's key has used under its rule."""
+
+    async def charge(self, charge: Joint, /) -> Decision:
+        """Count what was used without asking."""
+
+    def expect_refunds(self) -> None:
+        """Prepare for settlements of what is granted from now on."""
+
+    def settle(self, settlement: Joint, /) -> Awaitable[object] | None:
+        """Begin to settle a reservation, which goes on whether or not somebody awaits what this returns. None: it is done."""
 
     async def open(self, required: bool = False) -> None:
         """Take up the storage before the first check needs it; if it is required, wait for it, and raise if it isn't there."""

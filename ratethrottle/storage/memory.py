@@ -8,7 +8,9 @@ from typing import Any, Literal
 
 from anyio.lowlevel import checkpoint
 
+from ratethrottle._engine.corrections import correct, expect_refunds
 from ratethrottle._engine.decision import Decision, Entry
+from ratethrottle._engine.joint import Joint
 from ratethrottle._engine.keys import KeyTable
 from ratethrottle.events import Events
 from ratethrottle.options import check_options
@@ -77,6 +79,19 @@ class InMemoryStorage:
     async def reset(self, entry: Entry) -> None:
         """Forget what the key has used under the rule."""
         self.table.reset(entry)
+
+    async def charge(self, charge: Joint) -> Decision:
+        """Count what was used without asking."""
+        await self._let_others_run(1)
+        return correct(self.table, charge)
+
+    def expect_refunds(self) -> None:
+        """Remember from now on which keys are forgotten: what was granted before that must not come back."""
+        expect_refunds(self.table)
+
+    def settle(self, settlement: Joint) -> None:
+        """Count what was used beyond a reservation, and take back what was not used of it."""
+        correct(self.table, settlement)
 
     async def _let_others_run(self, decisions: int) -> None:
         """Give the loop a turn at least every 128 decisions, before anything is decided: a loop of calls must not freeze it."""

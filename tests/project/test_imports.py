@@ -19,7 +19,18 @@ CYTHON_IMPORT = re.compile(r"^\s*(?:from\s+(\S+)\s+c?import\s|c?import\s+(\S+))"
 COMPILED = (
     *(
         f"_engine.{part}"
-        for part in ("pieces", "window", "arithmetic", "table", "bound", "definitions", "decision", "joint", "keys")
+        for part in (
+            "pieces",
+            "window",
+            "arithmetic",
+            "table",
+            "bound",
+            "definitions",
+            "decision",
+            "joint",
+            "keys",
+            "corrections",
+        )
     ),
     *("_coroutine", "_method", "_core", "_several"),
     *(
@@ -38,6 +49,7 @@ LAYERS = [
     ["ratethrottle._several"],
     ["ratethrottle.storage._shared"],
     ["ratethrottle.storage"],
+    ["ratethrottle.waiting"],
     ["ratethrottle.limiter"],
     ["ratethrottle.integrations", "ratethrottle.cli", "ratethrottle.testing"],
 ]

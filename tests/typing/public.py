@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol, assert_type
 
 from ratethrottle import (
     Decision,
+    FirstOf,
     InMemoryStorage,
     RateLimitExceeded,
     RateThrottleCore,
@@ -34,6 +35,21 @@ async def calls(limiter: RateThrottleCore) -> None:
     assert_type(limiter.rules, Mapping[str, RateThrottleRule])
     async with limiter as opened:
         assert_type(opened, RateThrottleCore)
+
+
+async def reservations(limiter: RateThrottleCore) -> None:
+    """What is counted afterwards."""
+    plan = RateThrottleRule("plan", 10, 1)
+    assert_type(await limiter.charge("key", cost=3), Decision)
+    assert_type(await limiter.charge(("user", 42), {"requests": 1, "tokens": 5}), Decision)
+    assert_type(await limiter.charge("key", ("requests", plan)), Decision)
+    assert_type((await limiter.charge("key", [plan])).over, bool)
+    async with limiter.reserve("key", FirstOf("included", "credits"), cost=2, on_error="refund") as reservation:
+        assert_type(reservation.decision, Decision)
+        assert_type(reservation.settle(5), None)
+        reservation.settle({"tokens": 5, plan: 3})
+        reservation.settle("five")  # type: ignore[arg-type]  # not units
+    limiter.reserve("key", on_error="ignore")  # type: ignore[arg-type]  # neither of the two
 
 
 class Checks(Protocol):

@@ -16,6 +16,7 @@ import redis
 from ratethrottle._core import Limiter
 from ratethrottle._engine.decision import Decision, Entry
 from ratethrottle._engine.definitions import CompiledRule
+from ratethrottle._engine.joint import Joint
 from ratethrottle._engine.keys import KeyTable
 from ratethrottle.errors import ConfigurationError, StorageError, StorageUnavailable
 from ratethrottle.events import Events
@@ -59,6 +60,9 @@ def breaker_of(connections: Iterable[Connection]) -> Literal["closed", "open", "
     if not apart:
         return "closed"
     return "half_open" if any(connection.probing for connection in apart) else "open"
+
+
+NOT_YET = "charge and reserve work in memory only so far; on Redis use check, and check again for what is used beyond it"
 
 
 class RedisStorage(SharedStorage):
@@ -221,6 +225,18 @@ class RedisStorage(SharedStorage):
                 await asyncio.sleep(ASK_AGAIN_S)
             else:
                 return
+
+    async def charge(self, _charge: Joint) -> Decision:
+        """Refuse: the script knows no charges yet."""
+        raise ConfigurationError(NOT_YET)
+
+    def expect_refunds(self) -> None:
+        """Refuse: the script knows no settlements yet."""
+        raise ConfigurationError(NOT_YET)
+
+    def settle(self, _settlement: Joint) -> None:
+        """Refuse, as it was refused to reserve."""
+        raise ConfigurationError(NOT_YET)
 
     async def _together(self, entries: Sequence[Entry], mode: Literal["check", "peek", "reset"]) -> list[Decision]:
         try:

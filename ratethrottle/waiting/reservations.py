@@ -1,0 +1,174 @@
+"""`limiter.reserve(...)`: units that are taken before a block, and settled by what it has really used."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, Protocol, Self, cast
+
+from ratethrottle._engine.decision import Decision
+from ratethrottle._engine.joint import JointDecision
+from ratethrottle._several import Timed, reserved, settlement, told
+from ratethrottle.errors import InvalidRequest, RateLimitExceeded, listed, shown
+from ratethrottle.events import UnsettledReservation
+from ratethrottle.rule import FirstOf, RateThrottleRule
+
+Key = str | tuple[str | int, ...]
+OnError = Literal["keep", "refund"]
+OneRule = str | RateThrottleRule
+Rules = OneRule | FirstOf | Sequence[OneRule | FirstOf] | Mapping[Any, int]
+
+PLACES_MAX = 1000  # that are warned of
+
+BEFORE, WITHIN, AFTER = range(3)
+
+
+class Reserves(Protocol):
+    """A limiter, as far as reservations need it."""
+
+    @property
+    def _closed(self) -> bool: ...
+
+    @property
+    def _storage(self) -> Any: ...
+
+    def check(self, key: Key, rule: Any = None, *, cost: int = 1) -> Coroutine[Any, Any, Decision]:
+        """Decide."""
+
+
+class Reservations:
+    """The reservations of one limiter."""
+
+    __slots__ = ("_warned",)
+
+    def __init__(self) -> None:
+        self._warned: set[tuple[str, int]] = set()
+
+    def make(self, limiter: Reserves, key: Key, rule: Any, cost: int, on_error: OnError) -> Reservation:
+        """Make one for the caller of the caller. Raises InvalidRequest."""
+        frame = sys._getframe(2)
+        if on_error not in ("keep", "refund"):
+            raise InvalidRequest(f'on_error is {shown(on_error)}; it is "keep" or "refund"')
+        limiter._storage.expect_refunds()
+        return Reservation(self, limiter, (key, rule, cost), on_error, (frame.f_code.co_filename, frame.f_lineno))
+
+    def warn(self, limiter: Reserves, place: tuple[str, int]) -> None:
+        """Say once for each place that its reservations aren't settled."""
+        if place not in self._warned and len(self._warned) < PLACES_MAX:
+            self._warned.add(place)
+            limiter._storage.events.emit(UnsettledReservation(f"{place[0]}:{place[1]}"))
+
+
+class Reservation:
+    """What `limiter.reserve(...)` returns: `async with` it, once.
+
+    decision: what the check at its beginning said. settle: say how many units were really used.
+    """
+
+    __slots__ = ("_ask", "_decision", "_limiter", "_limits", "_of", "_on_error", "_place", "_stage", "_used")
+
+    def __init__(
+        self,
+        of: Reservations,
+        limiter: Reserves,
+        ask: tuple[Key, Any, int],
+        on_error: OnError,
+        place: tuple[str, int],
+    ) -> None:
+        self._of = of
+        self._limiter = limiter
+        self._ask = ask
+        self._on_error = on_error
+        self._place = place  # that made it
+        self._stage = BEFORE
+        self._decision: JointDecision | None = None
+        self._limits: tuple[tuple[tuple[str, ...], str, int, int], ...] = ()
+        self._used: tuple[int, ...] | None = None
+
+    @property
+    def decision(self) -> Decision:
+        """The decision that granted it."""
+        if self._decision is None:
+            raise InvalidRequest("nothing is reserved yet: write `async with limiter.reserve(...) as reservation:`")
+        return told(self._decision)
+
+    def settle(self, used: int | Mapping[Any, int]) -> None:
+        """Say how many units were really used, once it is known. That is sent when the block ends.
+
+        used: units of each limit, or a mapping of rules to units; limits that it doesn't name keep their estimate. A FirstOf stands for
+        the rule that has paid. At most twice the capacity can have been used.
+
+        To say the same again does nothing. Raises InvalidRequest for other numbers than before, and outside the block.
+        """
+        if self._stage != WITHIN or self._decision is None:
+            raise InvalidRequest(
+                f"settle is called {'after' if self._stage == AFTER else 'before'} the block; call it within `async with`"
+            )
+        units = tuple(self._named(used) if isinstance(used, Mapping) else self._single(used))
+        settlement(self._decision, units)  # raises what is wrong with them
+        if self._used is not None and self._used != units:
+            raise InvalidRequest("the reservation was settled with other units before; settle it once, with all that was used")
+        self._used = units
+
+    async def __aenter__(self) -> Self:
+        if self._stage != BEFORE:
+            raise InvalidRequest("a reservation is entered once; call limiter.reserve(...) for each block")
+        key, rule, cost = self._ask
+        decision = cast(JointDecision, await self._limiter.check(key, Timed(rule), cost=cost))
+        if not decision:
+            raise RateLimitExceeded(told(decision))
+        self._decision = decision
+        self._limits = reserved(decision)
+        self._stage = WITHIN
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        used, self._stage = self._used, AFTER
+        if used is None and error is None:
+            self._of.warn(self._limiter, self._place)
+        if used is None and error is not None and self._on_error == "refund":
+            used = (0,) * len(self._limits)
+        if used is None or self._decision is None:
+            return
+        difference = settlement(self._decision, used)
+        if difference is None or self._limiter._closed:
+            return
+        waits = self._limiter._storage.settle(difference)
+        # A coroutine that is closed can't wait any more. What was begun goes on.
+        if waits is not None and not isinstance(error, GeneratorExit):
+            await waits
+
+    def __repr__(self) -> str:
+        # Without the key, as everywhere.
+        stage = ("not entered yet", "open", "ended")[self._stage]
+        return f"<Reservation {stage}{'' if self._used is None else ' settled'}>"
+
+    def _single(self, used: object) -> Iterable[Any]:
+        if isinstance(self._ask[1], Mapping) and len(self._limits) > 1:
+            raise InvalidRequest(
+                f"settle got one number for {len(self._limits)} limits that have costs of their own; pass a mapping of "
+                f"{listed([payer for _, payer, _, _ in self._limits])} to units"
+            )
+        return [used] * len(self._limits)
+
+    def _named(self, used: Mapping[Any, int]) -> Iterable[Any]:
+        places = {name: i for i, (names, _, _, _) in enumerate(self._limits) for name in names}
+        units: list[Any] = [estimate for _, _, estimate, _ in self._limits]
+        named: set[int] = set()
+        for rule, count in used.items():
+            name = _name(rule)
+            if name not in places:
+                raise InvalidRequest(f"settle names a rule that nothing is reserved of; reserved are {listed(places)}")
+            if places[name] in named:
+                raise InvalidRequest("settle names two rules of one FirstOf; name the one that has paid, or the FirstOf")
+            named.add(places[name])
+            units[places[name]] = count
+        return units
+
+
+def _name(rule: object) -> object:
+    """Name a rule, or one of a FirstOf."""
+    if isinstance(rule, FirstOf):
+        return _name(rule.rules[0])
+    return rule.name if isinstance(rule, RateThrottleRule) else rule
