@@ -11,15 +11,15 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from ratethrottle._coroutine cimport (
     Py_DECREF, Py_INCREF, Py_REFCNT, Py_TYPE, Py_XDECREF, PY_VECTORCALL_ARGUMENTS_OFFSET, PyContext_Enter, PyContext_Exit,
-    PyDict_GetItemWithError, PyErr_Clear, PYGEN_ERROR, PYGEN_NEXT, PYGEN_RETURN, PyObject_GC_UnTrack, PyObject_Vectorcall, PySendResult,
-    PyUnicode_Check, PyUnicode_CheckExact, rt_drop_stop_value, rt_free_pending, rt_raise_set, rt_set_method, rt_set_slots,
-    rt_set_stop, rt_utf8, rt_warn_unawaited,
+    PyDict_GetItemWithError, PyErr_Clear, PYGEN_ERROR, PYGEN_NEXT, PYGEN_RETURN, PyObject_GC_UnTrack, PyObject_Vectorcall,
+    PySendResult, PyUnicode_Check, PyUnicode_CheckExact, rt_drop_stop_value, rt_free_pending, rt_raise_set, rt_set_method,
+    rt_set_slots, rt_set_stop, rt_utf8, rt_warn_unawaited,
 )
 from ratethrottle._engine.arithmetic cimport Outcome
 from ratethrottle._engine.bound cimport Bound, bound_verdict, DENIED, LEASED, OPEN, STALE
 from ratethrottle._engine.decision cimport (
-    count_decision, Decision, decisions_counted, Entry, entry_new, LEASE, MEMORY, outcome_uncounted, PREFILTER, rule_named, Source,
-    units_of,
+    count_decision, Decision, decision_blank, decisions_counted, Entry, entry_new, LEASE, MEMORY, outcome_uncounted, PREFILTER,
+    rule_named, Source, units_of,
 )
 from ratethrottle._engine.definitions cimport ALLOW, CompiledRule, OF_STORAGE
 from ratethrottle._engine.joint cimport Joint, Several
@@ -410,7 +410,9 @@ cdef class Limiter:
 
     def check(self, key, rule=None, *, cost=1):
         """Check a call, as `RateThrottleCore.check` says."""
-        return check_by(self, <PyObject*>key, <PyObject*>rule, <PyObject*>cost)
+        if rule is not None or self.only is None or self._closed:
+            return check_by(self, <PyObject*>key, <PyObject*>rule, <PyObject*>cost)
+        return self.checked(<PyObject*>key, self.only, 1 if cost is 1 else units_of(cost, self.only, 1))
 
     def _check_joint(self, Joint joint not None):
         """Check several keys together. The limiter isn't closed."""
@@ -544,7 +546,7 @@ cdef class Limiter:
     cdef inline Outcome* blank_outcome(self) except NULL:
         """The outcome to fill in next: of the last decision made if nobody has kept it, else of a new one."""
         if Py_REFCNT(<PyObject*>self.spare_decision) != 1:
-            self.spare_decision = Decision.__new__(Decision)
+            self.spare_decision = decision_blank()
         return &self.spare_decision.out
 
     cdef inline PendingDecision completed(self, CompiledRule rule, PyObject* key, int64_t units, Source source):
@@ -616,8 +618,7 @@ cdef PendingDecision check_by(Limiter limiter, PyObject* given, PyObject* named,
     return limiter.checked(given, rule, units) if rule.counted else limiter.at_once(rule, <object>given, units)
 
 
-# NULL with an exception, if they raise.
-cdef KeyCall check_fast = <KeyCall><void*>check_only
+cdef KeyCall check_fast = <KeyCall><void*>check_only     # NULL with an exception, if they raise
 cdef RuleCall check_named = <RuleCall><void*>check_by
 
 

@@ -50,6 +50,7 @@ cdef inline Outcome outcome_uncounted(CompiledRule rule, int64_t cost) noexcept:
     return Outcome(cost == 0, False, 0, 0 if cost == 0 else NEVER, 0)
 
 
+cdef Decision decision_blank()
 cdef Decision decision_new(CompiledRule rule, object key, int64_t cost, Source source, const Outcome* out)
 cdef dict decisions_counted(dict rules, object outcomes)
 

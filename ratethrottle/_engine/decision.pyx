@@ -3,6 +3,7 @@
 
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING
+from cpython.object cimport PyObject, PyTypeObject
 from cpython.unicode cimport PyUnicode_AsUTF8String
 from libc.stdint cimport int64_t
 
@@ -16,11 +17,27 @@ from ratethrottle.errors import CostExceedsLimit, InvalidRequest, listed
 
 
 cdef extern from "Python.h":
+    PyTypeObject* Py_TYPE(PyObject*)
     bint PyUnicode_Check(object)
     bint PyBool_Check(object)
     object PyNumber_Index(object)
     long long PyLong_AsLongLongAndOverflow(object, int* overflow) except? -1
 
+
+cdef extern from *:
+    """
+    static destructor rt_free_decision;
+    static void rt_set_decision_dealloc(PyTypeObject *type, destructor dealloc) {
+        rt_free_decision = type->tp_dealloc;
+        type->tp_dealloc = dealloc;
+    }
+    """
+    void free_decision "rt_free_decision"(PyObject*) noexcept
+    void set_decision_dealloc "rt_set_decision_dealloc"(PyTypeObject* type, void (*dealloc)(PyObject*) noexcept)
+
+
+cdef enum:
+    SPARES_MAX = 256
 
 cdef tuple SOURCES = ("memory", "redis", "prefilter", "lease", "outage", "overload")
 
@@ -32,7 +49,6 @@ cdef object seconds_up(int64_t us):
     return seconds if numerator * 1_000_000 >= us * denominator else nextafter(seconds, _inf)
 
 
-@cython.freelist(256)
 @cython.no_gc
 cdef class Decision:
     """The outcome of a check: true when allowed. Durations are seconds from the decision, rounded up to the µs.
@@ -155,8 +171,37 @@ cdef class Decision:
                 f"reset_after={self.reset_after} source={self.source!r}>")
 
 
+# Those without references, for the next ones. Cython would keep them too, but asks more about a type that has subclasses.
+cdef PyObject* spares[SPARES_MAX]
+cdef int spare_count = 0
+
+
+cdef void decision_dealloc(PyObject* this) noexcept:
+    global spare_count
+    if Py_TYPE(this) == <PyTypeObject*>Decision:
+        (<Decision>this).compiled = None
+        (<Decision>this).key = None          # may run code, and that may drop decisions
+        if spare_count < SPARES_MAX:
+            spares[spare_count] = this
+            spare_count += 1
+            return
+    free_decision(this)
+
+
+set_decision_dealloc(<PyTypeObject*>Decision, decision_dealloc)
+
+
+cdef Decision decision_blank():
+    """A decision that is to be filled in."""
+    global spare_count
+    if spare_count == 0:
+        return Decision.__new__(Decision)
+    spare_count -= 1
+    return <Decision>spares[spare_count]     # this is its only reference
+
+
 cdef Decision decision_new(CompiledRule rule, object key, int64_t cost, Source source, const Outcome* out):
-    cdef Decision decision = Decision.__new__(Decision)
+    cdef Decision decision = decision_blank()
     decision.out = out[0]
     decision.compiled = rule
     decision.key = key
