@@ -376,8 +376,7 @@ cdef class Limiter:
         cdef CompiledRule before = self._rules.get(rule.name)
         if rule.tally is not None and rule is not before:    # another limiter counts there, or did
             rule = CompiledRule(*rule.facts())
-        rule.tally = self._several.tally_of(rule.name) if before is None else before.tally
-        rule.counts = rule.tally.counts
+        self._several.count_in(rule, before)
         self._rules[rule.name] = rule
         self._uncounted += (not rule.counted) - (before is not None and not before.counted)
         if before is not None and self.backend is not None:

@@ -19,7 +19,7 @@ from ratethrottle._engine.bound cimport Bound, bound_covers, bound_guess, bound_
 from ratethrottle._engine.decision cimport (
     COST_MAX, decision_new, Entry, entry_new, LEASE, MEMORY, PREFILTER, rule_named, Source, units_of,
 )
-from ratethrottle._engine.definitions cimport CompiledRule, DENY_IT, Tally
+from ratethrottle._engine.definitions cimport CompiledRule, DENY_IT
 from ratethrottle._engine.joint cimport (
     CHARGES, Joint, joint_blank, joint_count, joint_decision, joint_fill, joint_new, joint_outcome, JointDecision, part_uncounted,
     PARTS_MAX, SETTLES, Several,
@@ -86,9 +86,8 @@ cdef class SeveralRules(Several):
 
     # What a call names:
 
-    cdef Tally tally_of(self, str name):
-        own = self.own.get(name)
-        return Tally.__new__(Tally) if own is None else (<CompiledRule>own).tally
+    cdef int count_in(self, CompiledRule rule, CompiledRule before) except -1:
+        return Several.count_in(self, rule, self.own.get(rule.name) if before is None else before)
 
     cdef dict counted(self):
         return {**self.own, **self.rules} if self.own else self.rules
@@ -114,15 +113,17 @@ cdef class SeveralRules(Several):
     cdef object meaning(self, object named):
         """What it means, remembered by value. A list or a mapping may change, so that it isn't remembered itself."""
         cdef Joint plan
+        if isinstance(named, dict):
+            return self.priced(<dict>named)
         if isinstance(named, list):
             return self.find(tuple(named))
-        if isinstance(named, Mapping):
-            return self.priced(named)
         if isinstance(named, Timed):
             plan = self.plan_of((<Timed>named).rules)
             plan.timed = True
             return plan
         if not isinstance(named, (tuple, FirstOf, RateThrottleRule)):
+            if isinstance(named, Mapping):
+                return self.priced(dict(named))
             advice = "; the order of several rules matters, so that a set isn't taken" if isinstance(named, (set, frozenset)) else ""
             raise InvalidRequest(f"rule is a {type(named).__name__}; it is {FORMS}{advice}")
         try:
@@ -153,8 +154,7 @@ cdef class SeveralRules(Several):
             self.own.clear()
             self.renew()
         compiled = CompiledRule(*compiled.facts())   # another limiter may count under the rule's
-        compiled.tally = named.tally if named is not None else self.tally_of(compiled.name)
-        compiled.counts = compiled.tally.counts
+        self.count_in(compiled, named)
         self.own.setdefault(compiled.name, compiled)
         self.uncounted = self.uncounted or not compiled.counted
         return compiled
@@ -194,16 +194,16 @@ cdef class SeveralRules(Several):
             names.add(rule.name)
         return joint_new(rules, alternatives)
 
-    cdef Joint priced(self, object costs):
+    cdef Joint priced(self, dict costs):
         """What a mapping means, with the cost of each rule."""
-        cdef dict given = dict(costs)
-        cdef Joint plan = (<Joint?>self.find(tuple(given))).twin()
-        cdef int p = -1
+        cdef tuple named = tuple(costs)
+        cdef Joint plan = (<Joint?>self.find(named)).twin()
+        cdef int p, i = 0
         plan.priced = True
-        values = iter(given.values())
         for p in range(plan.size):
             if not plan.alternatives >> p & 1:
-                cost = next(values)
+                cost = costs[named[i]]
+                i += 1
             plan.costs[p] = units_of(cost, <CompiledRule>plan.rules[p], 1)
         return plan
 
@@ -329,8 +329,10 @@ cdef class SeveralRules(Several):
                         int64_t at_us):
         """A decision on a joint check, counted. Up to the point at which it has its reference, no Python code runs."""
         cdef JointDecision decision
+        cdef int p = reported[0]
         if joint.sets == 1 and not joint.timed:
-            single = joint_decision(joint if joint.keys is not None else keyed(joint, key), source, outs, reported, 1, allowed)
+            single = decision_new(<CompiledRule>joint.rules[p], key if joint.keys is None else joint.keys[p], joint.costs[p], source,
+                                  &outs[p])
             joint_count(single)
             return single
         if Py_REFCNT(<PyObject*>self.spare) != 1 or self.spare.room < joint.sets:

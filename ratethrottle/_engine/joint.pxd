@@ -5,7 +5,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t
 
 from ratethrottle._engine.arithmetic cimport BUCKET, ceil_div, NEVER, Outcome, Terms
 from ratethrottle._engine.decision cimport Decision, Source
-from ratethrottle._engine.definitions cimport CompiledRule, Tally
+from ratethrottle._engine.definitions cimport CompiledRule
 
 
 cdef extern from "<stdint.h>":
@@ -58,7 +58,7 @@ cdef class Several:
 
     cdef dict rules                          # of the limiter: name -> CompiledRule
 
-    cdef Tally tally_of(self, str name)
+    cdef int count_in(self, CompiledRule rule, CompiledRule before) except -1
     cdef dict counted(self)
     cdef int renew(self) except -1
     cdef object find(self, object named)

@@ -18,6 +18,8 @@ from ratethrottle._engine.decision import _restore_decision
 
 
 @cython.final
+@cython.freelist(16)
+@cython.no_gc
 cdef class Joint:
     """What a joint check names, validated. A plan has no keys yet: it is what a tuple of rules means, for any key."""
 
@@ -185,9 +187,11 @@ cdef class Several:
     def __init__(self, dict rules not None):
         self.rules = rules
 
-    cdef Tally tally_of(self, str name):
-        """The tally of the caller's own rules of that name; a new one if there are none."""
-        return Tally.__new__(Tally)
+    cdef int count_in(self, CompiledRule rule, CompiledRule before) except -1:
+        """Have what is decided under it counted with the rule `before` it, or with those of the caller's own, of its name."""
+        rule.tally = Tally.__new__(Tally) if before is None else before.tally
+        rule.counts = rule.tally.counts
+        return 0
 
     cdef dict counted(self):
         """The rules that statistics tell of, by name."""
@@ -265,7 +269,7 @@ cdef class JointDecision(Decision):
         return _restore_joint, (_restore_decision(*decision_facts(self)), self.parts, self.atomic)
 
     def __repr__(self):
-        return f"{Decision.__repr__(self)[:-1]} parts={len(self.parts)}>"
+        return f"{Decision.__repr__(self).removesuffix('>')} parts={len(self.parts)}>"
 
 
 cdef JointDecision joint_blank(int sets):
