@@ -135,7 +135,7 @@ cdef class ControlCall(Call):
     cdef bytes packed_args
     cdef int arg_count
     cdef list last_args                      # of an assertion: which process tells it, and how far it has come
-    cdef object telling                      # the Assertions that it is a part of; None unless it asserts
+    cdef object assertions                   # the Assertions that it is a part of; None unless it asserts
     cdef int first                           # item to begin with; the store has taken those before it
     cdef readonly object done                # called with the numbers of the reply, unless it is None
     cdef list owed                           # what it charges, of ages at `owed_us`

@@ -270,7 +270,8 @@ cdef class ControlCall(Call):
         """Another one of the same, while the first is still in some connection's hands."""
         cdef ControlCall twin = ControlCall(self.script, self.key_list, self.args)
         twin.packed_keys, twin.key_count = self.packed_keys, self.key_count
-        twin.packed_args, twin.arg_count, twin.telling, twin.first = self.packed_args, self.arg_count, self.telling, self.first
+        twin.packed_args, twin.arg_count = self.packed_args, self.arg_count
+        twin.assertions, twin.first = self.assertions, self.first
         twin.owed, twin.owed_us, twin.marker = self.owed, self.owed_us, self.marker
         return twin
 

@@ -198,7 +198,7 @@ cdef class Assertions:
             free(keys.bytes)
             free(args.bytes)
         if call is not None:
-            call.telling = self
+            call.assertions = self
         return call
 
     cdef ControlCall build(self, Buffer* keys, Buffer* args, int rows_max, int64_t ahead_us, int64_t now_us):
@@ -399,8 +399,8 @@ cdef class Repair:
         if call is None and asserts and self.assertions is not None:
             call = self.assertions.next_call(rows_max, self.ahead_us, now_us)
         if call is not None:
-            if call.telling is not None:
-                call.last_args = [self.process_id, b"%d" % (<Assertions>call.telling).level(), b"%d" % call.first]
+            if call.assertions is not None:
+                call.last_args = [self.process_id, b"%d" % (<Assertions>call.assertions).level(), b"%d" % call.first]
             call.deadline_us = now_us
             self.out.add(call)
         return call
@@ -417,9 +417,9 @@ cdef class Repair:
         return 0
 
     cdef int put_back(self, ControlCall call) except -1:
-        if call.telling is None:
+        if call.assertions is None:
             self.calls.append(call)
-        elif call.telling is self.assertions:  # else another epoch has assertions of its own
+        elif call.assertions is self.assertions:  # else another epoch has assertions of its own
             self.assertions.again.append(call)
         return 0
 
@@ -431,17 +431,17 @@ cdef class Repair:
                 self.out.discard(call)
                 # Another one, since the first is still in that connection's hands.
                 twin = call.twin()
-                if call.telling is not None and call in (<Assertions>call.telling).out:
-                    (<Assertions>call.telling).out[twin] = (<Assertions>call.telling).out.pop(call)
+                if call.assertions is not None and call in (<Assertions>call.assertions).out:
+                    (<Assertions>call.assertions).out[twin] = (<Assertions>call.assertions).out.pop(call)
                 self.put_back(twin)
         return 0
 
     cdef int heard(self, ControlCall call, int64_t server_us) except -1:
         """The store has answered a call."""
         self.out.discard(call)
-        if call.telling is not None:
-            (<Assertions>call.telling).heard(call)
-            if call.telling is self.assertions and self.assertions.over:
+        if call.assertions is not None:
+            (<Assertions>call.assertions).heard(call)
+            if call.assertions is self.assertions and self.assertions.over:
                 self.told_us = server_us
                 self.assertions = None
         return 0
@@ -449,7 +449,7 @@ cdef class Repair:
     cdef int deferred(self, ControlCall call, int first) except -1:
         """The store has taken in the items before `first`. The others would have held it for too long: another call has them."""
         self.out.discard(call)
-        if call in (<Assertions>call.telling).out:
+        if call in (<Assertions>call.assertions).out:
             call.first = first
             self.put_back(call)
         return 0

@@ -113,7 +113,7 @@ cdef class Session:
         cdef ControlCall call
         cdef Repair repair = self.context.repair
         cdef int64_t now_us = self.context.bounds.now_us()
-        cdef int telling = 0
+        cdef int asserting = 0
         cdef bint others = False
         if not self.link.is_open() or self.heartbeat.epoch == 0:
             return 0
@@ -122,21 +122,21 @@ cdef class Session:
             return self.beat()
         repair.take_over(now_us)
         for sent in self.exchange.in_flight:
-            telling += isinstance(sent, ControlCall) and (<ControlCall>sent).telling is not None
+            asserting += isinstance(sent, ControlCall) and (<ControlCall>sent).assertions is not None
         while self.exchange.has_room():
             # While checks are sent, one assertion at a time: several would make each check wait longer.
-            call = repair.next_call(now_us, self.rows_max(), telling == 0 or self.link.state != SERVING)
+            call = repair.next_call(now_us, self.rows_max(), asserting == 0 or self.link.state != SERVING)
             if call is None:
                 break
-            telling += call.telling is not None
+            asserting += call.assertions is not None
             self.exchange.send(call)
-        if telling == 0 and repair.assertions is not None and repair.assertions.waits() and not self.advancing:
+        if asserting == 0 and repair.assertions is not None and repair.assertions.waits() and not self.advancing:
             self.advancing = True
             self.waiting.call_soon(self._advance_on, context=self.waiting.context)
-        # Checks wait for charges of other connections; those of this one come before them anyway. They don't wait for assertions: the
-        # store decides no key of which it may have to hear more.
+        # Checks wait for charges of other connections; those of this one come before them anyway. They don't wait for assertions:
+        # the store decides no key of which it may have to hear more.
         for call in repair.out:
-            others = others or (call.telling is None and call not in self.exchange.in_flight)
+            others = others or (call.assertions is None and call not in self.exchange.in_flight)
         if now_us < repair.learning_until_us:
             self.link.enter(LEARNING)
             self.fallback.decide_waiting(repairing())
@@ -182,7 +182,7 @@ cdef class Session:
             self.free_emptied()
 
     cdef int rows_max(self) noexcept:
-        """How many keys an assertion has: those of all processes together must not hold the store for longer than a check can wait."""
+        """How many keys an assertion has: those of all processes must not hold the store for longer than a check can wait."""
         cdef int64_t processes = max(<int64_t>1, self.context.repair.fleet.processes)
         return <int>max(<int64_t>ROWS_MIN, min(<int64_t>CALL_ITEMS_MAX, self.context.deadline_us // (ROW_US * processes)))
 
@@ -195,7 +195,7 @@ cdef class Session:
         cdef int first = 0
         if call.script == "repair":
             first = self.tell_refusals(call, numbers, count)
-        if first and call.telling is not None:
+        if first and call.assertions is not None:
             repair.deferred(call, first)
         else:
             repair.heard(call, numbers[0] if count else 0)
