@@ -66,8 +66,11 @@ def test_a_loop_that_stands_still_with_a_control_call_keeps_nobody_away(
     still.run_until_complete(some(1))  # it hears of the loss, begins to tell what it knows, and isn't run any more
     assert other.run_until_complete(asyncio.wait_for(until_redis(), 5)) < 2
 
+    storage = limiter._storage
+    assert isinstance(storage, RedisStorage)
+
     async def answered() -> bool:
-        return limiter.statistics().in_flight == 0
+        return storage._open[still][0].batch.calls_in_flight == 0
 
     still.run_until_complete(until(answered))
     for loop in loops:
