@@ -311,13 +311,13 @@ WRITES = f"call('PSETEX', KEYS[k], string.format('%.0f', expiry_ms + {KEPT_MS}),
 NOTING = replaced(CLOCKED, WRITES, f"{WRITES} call('ZADD', 'ends', second, KEYS[k])")
 ALL_THE_SAME_WAY = replaced(
     replaced(NOTING, "local simple, skip, window = consumes and", "local simple, skip, window = false and"),
-    "local simple = repair_us == 0",
-    "local simple = false",
+    "local simple, kept, takes, rule_of, units_of = not repairing,",
+    "local simple, kept, takes, rule_of, units_of = false,",
 )
 
 
 # Each example sets the keys of the fixture's server, which serves them all, before it looks at them.
-@settings(max_examples=35, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32))
 def test_simple_entries_are_decided_as_the_way_for_all_would(redis_client: redis.Redis, seed: int) -> None:
     """To the byte: what is answered, what is left behind, and until when."""

@@ -121,7 +121,7 @@ if not rules then return refuse(wrong) end
 local entered = enter(states, ARGV[3])
 if entered == nil then return {request, -1} end
 if not entered then return refuse('RATETHROTTLE the epoch is malformed') end
-local ends, resets, numbers, places, attempt = {nil}, {nil}, nil, nil, decide
+local ends, resets, numbers, places, attempt, check_parts = {nil}, {nil}, nil, nil, decide, nil
 numbers, places = {unpack(ends, 1, key_count + 1)}, {unpack(ends, 1, key_count + 1)}
 if part_count > 0 then
   -- include joint.lua
@@ -132,6 +132,8 @@ local fine, reply, partly, filled, _, generations = pcall(attempt, states, ends,
   untold_us, now, request, room, key_count, rule_count, run_count, lease_count, at, ARGV, number, refuse, format, match, sub, find, floor, min, max,
   unpack)
 if not fine then
+  local wrong = check_parts and check_parts()
+  if wrong then return refuse(wrong) end
   -- Now each state is looked at whole: are the entries of its sliding windows digits that ascend, and is the sum theirs?
   local read_again = call('MGET', unpack(KEYS))
   enter(read_again, ARGV[3])
