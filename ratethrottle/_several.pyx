@@ -17,7 +17,7 @@ from ratethrottle._core cimport Backend, CHECK, JOINT, MADE, Mode, NEW, Parts, P
 from ratethrottle._engine.arithmetic cimport Outcome
 from ratethrottle._engine.bound cimport Bound, bound_covers, bound_guess, bound_verdict, DENIED, LEASED, OPEN
 from ratethrottle._engine.decision cimport (
-    COST_MAX, decision_new, Entry, entry_new, LEASE, MEMORY, PREFILTER, rule_named, Source, units_of,
+    COST_MAX, Decision, decision_new, Entry, entry_new, LEASE, MEMORY, PREFILTER, rule_named, Source, units_of,
 )
 from ratethrottle._engine.definitions cimport CompiledRule, DENY_IT
 from ratethrottle._engine.joint cimport (
@@ -63,7 +63,7 @@ cdef class SeveralRules(Several):
     cdef Backend backend                     # or asks a shared store; then the table holds its bounds
     # What was named: a tuple, FirstOf or rule -> its plan, or its CompiledRule. Also by the identity of just these objects: to hash a
     # rule takes as long as a few checks.
-    cdef dict known
+    cdef readonly dict known
     cdef dict known_by_id
     cdef object last_named                   # the one before
     cdef object last_meant
@@ -233,10 +233,12 @@ cdef class SeveralRules(Several):
 
     def entries(self, key, rule):
         """Validated resets of a key under each rule that is named. Raises InvalidRequest."""
-        cdef CompiledRule compiled
-        named = self.find(rule)
-        rules = (<Joint>named).rules if isinstance(named, Joint) else (named,)
-        return [entry_new(compiled, key, 1, 0) for compiled in rules]
+        cdef Joint plan = self.plan_of(rule)
+        cdef int p
+        found = []
+        for p in range(plan.size):
+            found.append(entry_new(<CompiledRule>plan.rules[p], key, 1, 1))
+        return found
 
     def together(self, requests):
         """A validated check of several keys: (key, rule, cost) of each. Raises InvalidRequest or CostExceedsLimit."""
@@ -306,6 +308,7 @@ cdef class SeveralRules(Several):
         """Locate the keys of all parts. Returns the joint check: a plan only if its key is a str, which is remembered."""
         cdef const char* data
         cdef Py_ssize_t length
+        cdef uint64_t home
         cdef int p
         if joint.keys is not None or not PyUnicode_CheckExact(key) or not key:
             joint = joint if joint.keys is not None else keyed(joint, key)
@@ -316,13 +319,15 @@ cdef class SeveralRules(Several):
         except UnicodeEncodeError:
             keyed(joint, key)                    # raises what there is to say of it
             raise
-        self.last_plan = None                    # meeting a rule may run other code
+        self.last_plan = None
+        home = self.table.secret[2]
         for p in range(joint.size):
             self.table.locate(<CompiledRule>joint.rules[p], False, data, length, &places[p])
-        memcpy(self.last_places, places, joint.size * sizeof(Place))
-        self.last_home = self.table.secret[2]
-        self.last_key = key
-        self.last_plan = joint
+        if home == self.table.secret[2]:         # else the first rules are to be met anew
+            memcpy(self.last_places, places, joint.size * sizeof(Place))
+            self.last_home = home
+            self.last_key = key
+            self.last_plan = joint
         return joint
 
     cdef object decided(self, object key, Joint joint, Source source, const Outcome* outs, const int* reported, bint allowed,
@@ -415,13 +420,16 @@ cdef class SeveralRules(Several):
         cdef int p
         for p in range(part.size):
             asked[p] = places[part.places[p] if part.whole is not None else p]
-        pending = pending_joint(part, asked, CHECK)
+        pending = pending_joint(part, asked, CHECK) if part.is_joint() else pending_part(part, 0, asked, CHECK)
         pending.stage = NEW
         pending.backend = self.backend
         return pending
 
-    def decide_here(self, Joint joint not None, bint checks):
-        """The decision on a joint check that isn't counted as a whole. Statistics count it if it `checks`."""
+    def decide_here(self, entry not None, bint checks):
+        """The decision on a check that isn't `counted`. Statistics count it if it `checks`."""
+        return (<Entry>entry).uncounted(checks) if isinstance(entry, Entry) else self.decided_here(entry, checks)
+
+    cdef Decision decided_here(self, Joint joint, bint checks):
         cdef Place[PARTS_MAX] places
         cdef Outcome[PARTS_MAX] outs
         cdef int[PARTS_MAX] reported
@@ -518,9 +526,10 @@ def settlement(JointDecision decision not None, tuple used not None):
     return part
 
 
-cdef Joint for_storage(Joint joint):
-    """What a storage is asked of it, if anything is counted."""
-    return joint.counted_part() if joint.counted else joint
+cdef object for_storage(Joint joint):
+    """What a storage is asked of it, if anything is counted; an Entry if that is a single check."""
+    cdef Joint part = joint.counted_part() if joint.counted else joint
+    return part if part.is_joint() else entry_new(<CompiledRule>part.rules[0], part.keys[0], part.costs[0], 0)
 
 
 cdef int sets_verdict(Joint joint, const Outcome* outs, const int* verdicts) noexcept:

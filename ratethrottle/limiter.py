@@ -9,22 +9,23 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType, TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, overload
 
 from anyio.lowlevel import checkpoint
 
 from ratethrottle._core import Limiter, compiled_check
 from ratethrottle._engine.decision import Decision, Entry
+from ratethrottle._engine.joint import Joint
 from ratethrottle._patching import Patchable
 from ratethrottle._several import SeveralRules
 from ratethrottle.errors import ConfigurationError, InvalidRequest, LimiterClosed, few, listed, more, shown
 from ratethrottle.events import Callback
 from ratethrottle.options import OPTIONS
-from ratethrottle.rule import RateThrottleRule
+from ratethrottle.rule import Costs, RateThrottleRule, Rules
 from ratethrottle.storage import Outcomes, Statistics, Storage
 from ratethrottle.storage.memory import InMemoryStorage
 from ratethrottle.storage.redis import RedisStorage
-from ratethrottle.waiting.reservations import OnError, Reservation, Reservations, Rules
+from ratethrottle.waiting.reservations import OnError, Reservation, Reservations
 
 Key = str | tuple[str | int, ...]
 
@@ -33,10 +34,10 @@ STORAGES: Final = ("memory", "redis")
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One check of `check_many`: a key, the rule's name (None: the only rule) and a cost in units."""
+    """One check of `check_many` or `check_all`: a key, and the rule and the cost in units, as `check` takes them."""
 
     key: Key = field(repr=False)  # keys are addresses and accounts, and a repr ends up in logs
-    rule: str | None = None
+    rule: Rules | Costs | None = None
     cost: int = 1
 
 
@@ -110,9 +111,18 @@ class RateThrottleCore(Patchable, Limiter):
         del self._by_name[name]
         self._uninstall(name)
 
+    @overload
+    async def check(self, key: Key, rule: Rules | None = None, *, cost: int = 1) -> Decision: ...
+    @overload
+    async def check(self, key: Key, rule: Costs) -> Decision: ...
     @compiled_check
-    async def check(self, key: Key, rule: str | None = None, *, cost: int = 1) -> Decision:
+    async def check(self, key: Key, rule: Rules | Costs | None = None, *, cost: int = 1) -> Decision:
         """Decide whether `key` may use `cost` units under `rule` now, and consume them if so. Await the result.
+
+        rule: the name of one, or a `RateThrottleRule`, which need not have been added; None: the only one. Several make a joint
+        decision: all of them grant it, or nothing is consumed. They are a tuple or list, or a mapping of each to its own cost.
+        `FirstOf(...)` stands for several of which the first that allows pays. At most 16 in all. `decision.parts` has a decision for
+        each limit, and the decision itself reports the one that binds.
 
         It never waits for capacity: a denial is a `Decision` that is false. In memory the call itself decides and consumes, as it
         does by a lease or by what Redis said last. Redis decides once the check is awaited. A check that is cancelled before it
@@ -127,6 +137,14 @@ class RateThrottleCore(Patchable, Limiter):
         """
         raise NotImplementedError  # never run: `_core.pyx` holds what is called
 
+    async def check_all(self, requests: Iterable[Key | Request]) -> Decision:
+        """Decide on several keys at once: all of them are granted, or nothing is consumed. At most 16, counting each rule of each.
+
+        `decision.parts` has a decision for each, and the decision itself reports the one that binds. Raises what `check` raises, also
+        for the same key under the same rule twice.
+        """
+        return await self._check_joint(self._by_several.together(map(_asked, self._requests("check_all", requests))))
+
     async def check_many(self, requests: Iterable[Key | Request]) -> list[Decision]:
         """Decide several checks in order; each consumes on its own. Returns their decisions in order.
 
@@ -137,38 +155,39 @@ class RateThrottleCore(Patchable, Limiter):
         consumed nothing; the others were decided and stay consumed. With `StorageUnavailable` and other errors of the storage, what
         was decided before stays consumed, and what was sent may have been.
         """
-        if self._closed:
-            raise LimiterClosed
-        if isinstance(requests, (str, Request)) or not isinstance(requests, Iterable):
-            raise InvalidRequest(
-                f"check_many takes an iterable of keys or Requests, not a {type(requests).__name__}; for one there is check(key)"
-            )
-        entries = [self._request(request) for request in requests]
-        if not self._uncounted:
+        entries = [self._entry_of(*_asked(request)) for request in self._requests("check_many", requests)]
+        if not (self._uncounted or self._by_several.uncounted):
             return await self._storage.decide(entries) if entries else []
-        asked = [entry for entry in entries if entry.rule.counted]
+        asked = [entry for entry in entries if entry.counted]
         if not asked:
             await checkpoint()
         decided = iter(await self._storage.decide(asked) if asked else [])
-        return [next(decided) if entry.rule.counted else entry.uncounted(checks=True) for entry in entries]
+        return [next(decided) if entry.counted else self._by_several.decide_here(entry, checks=True) for entry in entries]
 
-    async def peek(self, key: Key, rule: str | None = None, *, cost: int = 1) -> Decision:
+    @overload
+    async def peek(self, key: Key, rule: Rules | None = None, *, cost: int = 1) -> Decision: ...
+    @overload
+    async def peek(self, key: Key, rule: Costs) -> Decision: ...
+    async def peek(self, key: Key, rule: Rules | Costs | None = None, *, cost: int = 1) -> Decision:
         """Say what `check` would decide now, and consume nothing. `remaining` is what is left now. Raises what `check` raises.
 
-        With a cost of 0 it only asks, and is always allowed.
+        With a cost of 0 it only asks, and is always allowed. Of a FirstOf it then reports the rule that would pay for one unit.
         """
-        entry = self._entry(key, rule, cost, 0)
-        if not entry.rule.counted:
+        entry = self._entry_of(key, rule, cost, 0)
+        if not entry.counted:
             await checkpoint()
-            return entry.uncounted(checks=False)
+            return self._by_several.decide_here(entry, checks=False)
         decision: Decision = await self._storage.peek(entry if entry.cost else entry.costing(1))
         return decision if entry.cost else entry.asked(decision)
 
-    async def reset(self, key: Key, rule: str | None = None) -> None:
-        """Forget what the key has used under the rule. Raises what `check` raises."""
-        await self._storage.reset(self._entry(key, rule))
+    async def reset(self, key: Key, rule: Rules | None = None) -> None:
+        """Forget what the key has used under the rule, or under each of several, one after the other. Raises what `check` raises."""
+        if self._closed:
+            raise LimiterClosed
+        for entry in self._by_several.entries(key, rule):
+            await self._storage.reset(entry)
 
-    async def charge(self, key: Key, rule: Rules | None = None, *, cost: int = 1) -> Decision:
+    async def charge(self, key: Key, rule: Rules | Costs | None = None, *, cost: int = 1) -> Decision:
         """Count `cost` units that were used without asking. It is never refused, and may take the key into debt.
 
         A debt is at most one capacity; what goes beyond that isn't counted. The decision is allowed: `over` says whether the key is
@@ -186,7 +205,7 @@ class RateThrottleCore(Patchable, Limiter):
         await checkpoint()
         return self._by_several.decide_here(charge, checks=True)
 
-    def reserve(self, key: Key, rule: Rules | None = None, *, cost: int = 1, on_error: OnError = "keep") -> Reservation:
+    def reserve(self, key: Key, rule: Rules | Costs | None = None, *, cost: int = 1, on_error: OnError = "keep") -> Reservation:
         """Take an estimate before a block, and settle by what was used: `async with limiter.reserve(...) as r: ...; r.settle(used)`.
 
         It checks as `check` does, with the same arguments; `r.decision` is the decision. `r.settle(used)` says how many units
@@ -234,10 +253,26 @@ class RateThrottleCore(Patchable, Limiter):
         rules = f"rules={few(self._by_name)}{more(self._by_name)}"
         return f"<RateThrottleCore {type(self._storage).__name__} {rules}{' closed' if self._closed else ''}>"
 
-    def _request(self, request: Key | Request) -> Entry:
-        if isinstance(request, Request):
-            return self._entry(request.key, request.rule, request.cost)
-        return self._entry(request)
+    def _requests(self, method: str, requests: Iterable[Key | Request]) -> Iterable[Key | Request]:
+        if self._closed:
+            raise LimiterClosed
+        if isinstance(requests, (str, Request)) or not isinstance(requests, Iterable):
+            raise InvalidRequest(
+                f"{method} takes an iterable of keys or Requests, not a {type(requests).__name__}; for one there is check(key)"
+            )
+        return requests
+
+    def _entry_of(self, key: Key, rule: Rules | Costs | None = None, cost: int = 1, least: int = 1) -> Entry | Joint:
+        """Validate a check; `least` is the lowest cost. Raises InvalidRequest, CostExceedsLimit or LimiterClosed."""
+        if rule is None or isinstance(rule, str):
+            return self._entry(key, rule, cost, least)
+        if self._closed:
+            raise LimiterClosed
+        return self._by_several.entry(key, rule, cost, least)
+
+
+def _asked(request: Key | Request) -> tuple[Key, Rules | Costs | None, int]:
+    return (request.key, request.rule, request.cost) if isinstance(request, Request) else (request, None, 1)
 
 
 def create_limiter(

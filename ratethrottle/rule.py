@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from fractions import Fraction
@@ -302,6 +303,11 @@ class FirstOf:
     def __repr__(self) -> str:
         names = (rule if isinstance(rule, str) else rule.name for rule in self.rules)
         return f"FirstOf({', '.join(repr(str(name)) for name in names)})"
+
+
+OneRule = str | RateThrottleRule | FirstOf
+Rules = OneRule | Sequence[OneRule]
+Costs = Mapping[Any, int]  # the cost of each OneRule; Any, since a Mapping[str, int] is no Mapping[OneRule, int] to type checkers
 
 
 def fitting_rate(limit: int, window_us: int, capacity: int) -> Fraction | None:

@@ -267,6 +267,11 @@ cdef class Entry:
     def __init__(self):
         raise TypeError("entries are made by a limiter")
 
+    @property
+    def counted(self):
+        """Whether what was used decides."""
+        return self.rule.counted
+
     cdef inline bint joined(self):
         return PyBytes_AS_STRING(self.canonical)[0] == c"("
 

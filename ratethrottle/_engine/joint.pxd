@@ -47,6 +47,7 @@ cdef class Joint:
     cdef Joint with_keys(self, tuple keys, tuple canonicals)
     cdef Joint counted_part(self)
     cdef bint denies(self) noexcept
+    cdef bint is_joint(self) noexcept
 
 
 cdef Joint joint_new(list rules, uint32_t alternatives)

@@ -128,6 +128,10 @@ cdef class Joint:
                 return True
         return False
 
+    cdef bint is_joint(self) noexcept:
+        """Whether it is more than a plain check of its only part."""
+        return self.size > 1 or self.whole is not None or self.timed or self.corrects
+
     cdef Joint counted_part(self):
         """What a storage is asked: the check without the parts that are decided without their state. There is one that isn't."""
         cdef Joint part

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self, cast
 
@@ -16,8 +16,6 @@ from ratethrottle.rule import FirstOf, RateThrottleRule
 
 Key = str | tuple[str | int, ...]
 OnError = Literal["keep", "refund"]
-OneRule = str | RateThrottleRule
-Rules = OneRule | FirstOf | Sequence[OneRule | FirstOf] | Mapping[Any, int]
 
 PLACES_MAX = 1000  # that are warned of
 

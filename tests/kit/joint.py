@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any, Protocol
 
 from tests.kit.clocked import NEVER_US, JointAnswer, Part
@@ -30,6 +31,16 @@ def check_jointly(keys: Mapping[str, Decides], sets: list[list[Part]], now_us: i
                 part = sets[s][which]
                 told[s] = which, keys[part.key].check(part.rule, now_us, part.cost)
     return allowed, told
+
+
+def binding(sets: list[list[Part]], heard: JointAnswer) -> int:
+    """Which set the decision itself reports: allowed, the one with the least share left; denied, the one with the longest wait."""
+    allowed, told = heard
+    parts = [parts[which] for (which, _), parts in zip(told, sets, strict=True)]
+    if allowed:
+        return min(range(len(told)), key=lambda s: Fraction(told[s][1][1], parts[s].rule.capacity))
+    denying = [s for s, (_, answer) in enumerate(told) if not (answer[0] or parts[s].flagged)]
+    return max(denying, key=lambda s: told[s][1][2] % NEVER_US)
 
 
 def comparable(sets: list[list[Part]], heard: JointAnswer) -> JointAnswer:

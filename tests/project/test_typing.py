@@ -16,7 +16,7 @@ import ratethrottle
 FORGOTTEN = {
     "async def f(core: RateThrottleCore) -> None:\n    core.check('key')\n": ("unused-coroutine", "reportUnusedCoroutine"),
     "def f(core: RateThrottleCore) -> None:\n    core.check('key').remaining\n": ("attr-defined", "reportAttributeAccessIssue"),
-    "async def f(core: RateThrottleCore) -> None:\n    await core.check(5)\n": ("arg-type", "reportArgumentType"),
+    "async def f(core: RateThrottleCore) -> None:\n    await core.check(5)\n": ("call-overload", "reportArgumentType"),
     "def f() -> None:\n    RateThrottleRule('a', 1, 60, 'token_bucket')\n": ("call-arg|misc", "reportCallIssue"),
 }
 

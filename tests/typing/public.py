@@ -52,6 +52,29 @@ async def reservations(limiter: RateThrottleCore) -> None:
     limiter.reserve("key", on_error="ignore")  # type: ignore[arg-type]  # neither of the two
 
 
+async def several(limiter: RateThrottleCore, names: list[str], costs: dict[str, int]) -> None:
+    """Every form that names limits."""
+    plan = RateThrottleRule("plan", 500, 60)
+    assert_type(await limiter.check("key", plan), Decision)
+    assert_type(await limiter.check("key", ("per_second", "per_day"), cost=2), Decision)
+    assert_type(await limiter.check("key", ["per_second", plan, FirstOf("included", plan)]), Decision)
+    assert_type(await limiter.check("key", names), Decision)
+    assert_type(await limiter.check("key", {"requests": 1, "tokens": 1200}), Decision)
+    assert_type(await limiter.check("key", costs), Decision)
+    assert_type(await limiter.check("key", {plan: 1, "tokens": 1200, FirstOf("a", "b"): 2}), Decision)
+    assert_type(await limiter.check("key", FirstOf("included", "credits")), Decision)
+    assert_type(await limiter.check_all([Request("user:7", "user"), Request(("org", 3), ("org", plan), 5), "key"]), Decision)
+    assert_type(await limiter.check_many([Request("key", {"requests": 1})]), list[Decision])
+    assert_type(await limiter.peek("key", costs), Decision)
+    assert_type(await limiter.peek("key", ("per_second", plan), cost=0), Decision)
+    assert_type(await limiter.reset("key", names), None)
+    assert_type((await limiter.check("key", names)).parts, tuple[Decision, ...])
+    await limiter.check("key", costs, cost=2)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
+    await limiter.check("key", {"per_second", "per_day"})  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
+    limiter.check("key", 5)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
+    FirstOf("included", 5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
 class Checks(Protocol):
     """What an application's own code may ask of a limiter, so that a test can pass something else."""
 
