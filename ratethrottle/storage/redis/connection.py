@@ -46,6 +46,7 @@ class Connection:
     """Carries the calls of one event loop. Not for other loops or processes.
 
     Its batch calls `connect`, and the methods from `unsent` on. timers: call back by the storage's time; None: the loop does.
+    patience_s: how long checks wait for a connection that is being made; None: deadline_s.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Connection:
         connect_timeout_s: float,
         max_waiting: int,
         timers: Timers | None = None,
+        patience_s: float | None = None,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.batch = Batch(context, self, self.loop, max_waiting, timers)
@@ -68,6 +70,7 @@ class Connection:
         self._connected = False  # ever
         self._backoff = backoff
         self._deadline_s = deadline_s
+        self._patience_s = deadline_s if patience_s is None else patience_s
         self._connect_timeout_s = connect_timeout_s
         self._woken = asyncio.Event()  # wakes the owner
         self._retry_at_once = (
@@ -203,7 +206,7 @@ class Connection:
         self._begun_s = self._tried_s
         asked = self.master.credentials_asked
         # An attempt is patient; checks aren't. Without a check that waits, there is no outage to announce yet.
-        self._allow(self._deadline_s)
+        self._allow(self._patience_s)
         try:
             async with asyncio.timeout(self._connect_timeout_s) as self._patience:
                 reached = await self.master.reach(Pace(self._turn, self._began))
@@ -291,7 +294,7 @@ class Connection:
         # A refusal stays one: a server that is far away is slow to repeat it.
         batch = self.batch
         if not batch.open and not batch.away and not batch.refused and not batch.ended:
-            batch.begin_outage(no_connection(self._deadline_s))
+            batch.begin_outage(no_connection(self._patience_s))
 
     def _no_room(self) -> StorageUnavailable:
         return StorageUnavailable(

@@ -97,7 +97,9 @@ class RedisStorage(SharedStorage):
     """
 
     table = None
-    _clock_us: Callable[[], int] | None = None  # of a storage of `ratethrottle.testing`
+    # Of a storage of `ratethrottle.testing`, whose deadlines go by a test's clock:
+    _clock_us: Callable[[], int] | None = None
+    _patience_s: float | None = None  # how long checks wait for a connection, which takes real time
 
     def __init__(
         self,
@@ -398,6 +400,7 @@ class RedisStorage(SharedStorage):
                     connect_timeout_s=self._settings.connect_timeout_s,
                     max_waiting=self._max_waiting,
                     timers=self._batch_timers(loop),
+                    patience_s=self._patience_s,
                 )
                 for _ in range(self._connections)
             )
