@@ -101,13 +101,13 @@ def _entries(log: Iterable[Sequence[Any]], rule: RateThrottleRule, times: int, u
     read = []
     for number, given in enumerate(log):
         try:
-            read.append(_entry(number, given, times, unit))
+            read.append(_entry(number, given, rule, times, unit))
         except ConfigurationError as error:
             raise ConfigurationError(f"entry {number} of the log is {shown_value(given)}: {error}") from None
     return read
 
 
-def _entry(number: int, given: Sequence[Any], times: int, unit: Unit) -> Entry:
+def _entry(number: int, given: Sequence[Any], rule: RateThrottleRule, times: int, unit: Unit) -> Entry:
     form = "(time, " if times == 1 else "(before, after, "
     if isinstance(given, (str, bytes)) or not isinstance(given, Sequence) or not times < len(given) <= times + 2:
         raise ConfigurationError(f"it is {form}cost), {form}cost, allowed) or {form}decision)")
@@ -118,12 +118,21 @@ def _entry(number: int, given: Sequence[Any], times: int, unit: Unit) -> Entry:
     if isinstance(what, Decision):
         if allowed:
             raise ConfigurationError("a decision says itself whether it was allowed")
-        return Entry(number, times_us, what.cost, what.allowed and not what.over)
+        return Entry(number, times_us, *_charged(what, rule))
     if isinstance(what, bool) or not isinstance(what, int) or what < 1:
         raise ConfigurationError(f"its cost is {shown_value(what)}; it is a whole number from 1 on, or a Decision")
     if allowed and not isinstance(allowed[0], bool):
         raise ConfigurationError(f"whether it was allowed is {shown_value(allowed[0])}; it is True or False")
     return Entry(number, times_us, what, all(allowed))
+
+
+def _charged(decision: Decision, rule: RateThrottleRule) -> tuple[int, bool]:
+    """Find what a decision cost under the rule, and whether it was charged: of a joint one the part with the rule's name."""
+    parts = decision.parts or (decision,)
+    if not decision.parts and decision.rule != rule.name:
+        raise ConfigurationError(f"the decision is of rule {decision.rule!r}, not of {rule.name!r}")
+    part = next((part for part in parts if part.rule == rule.name), None)  # an alternative may have paid instead
+    return (part.cost, decision.allowed and not part.over) if part is not None else (0, False)
 
 
 def _micros(time: Time, unit: Unit) -> int:

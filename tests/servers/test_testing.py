@@ -157,6 +157,31 @@ async def test_fifty_faults_in_a_row_leave_one_connection(redis_server: RedisSer
     await limiter.aclose()
 
 
+async def test_all_connections_of_a_storage_fail_together(limiter_of: Callable[..., RateThrottleCore]) -> None:
+    limiter = limiter_of(RateThrottleRule("api", 100, 60), on_outage="raise", connections=4)
+    keys = [f"key {number}" for number in range(40)]
+    assert {await tried(limiter, key) for key in keys} == {"redis"}
+    faults = Faults(limiter)
+    async with faults.refuse():
+        assert {await tried(limiter, key) for key in keys} == {StorageRefused}
+    async with faults.outage():
+        assert all([issubclass(await tried(limiter, key), StorageError) for key in keys])
+    assert {await tried(limiter, key) for key in keys} == {"redis"}
+    await limiter.aclose()
+
+
+async def test_checks_in_flight_get_what_a_lost_connection_means(redis_url: str) -> None:
+    """None is lost, and none is decided twice."""
+    limiter = RateThrottleCore(RedisStorage.from_url(redis_url, on_outage="allow", deadline=5.0), rules=[RULE])
+    await limiter.check("ann")
+    faults = Faults(limiter)
+    checks = [asyncio.create_task(limiter.check(f"{number}")) for number in range(500)]
+    await asyncio.sleep(0)
+    async with faults.outage():
+        assert {decision.source for decision in await asyncio.gather(*checks)} <= {"redis", "outage"}
+    await limiter.aclose()
+
+
 async def test_behind_sentinels_it_is_the_same(ratethrottle_clock: ManualClock) -> None:
     with SentinelTopology() as topology:
         where: dict[str, Any] = {
@@ -190,3 +215,44 @@ async def test_a_real_load_keeps_its_promise_within_brackets(redis_url: str) -> 
     assert_promise_between(log, rule)
     with pytest.raises(AssertionError, match="breaks its promise"):
         assert_promise_between([*log, *(entry for entry in log if entry[2])], rule)
+
+
+async def test_a_fault_that_begins_while_a_connection_is_made_counts(redis_url: str) -> None:
+    limiter = RateThrottleCore(RedisStorage.from_url(redis_url, on_outage="deny", deadline=5.0), rules=[RULE])
+    faults = Faults(limiter)
+    asking = asyncio.create_task(limiter.check("ann"))
+    while not limiter.statistics().attempts:  # noqa: ASYNC110  # a count has no event
+        await asyncio.sleep(0)
+    with faults.outage():
+        assert (await asking).source == "outage"
+    await limiter.aclose()
+
+
+async def test_what_was_slow_comes_at_the_end_of_it(redis_url: str) -> None:
+    limiter = RateThrottleCore(RedisStorage.from_url(redis_url, on_outage="raise", deadline=50.0), rules=[RULE])
+    await limiter.check("ann")
+    faults, began_s = Faults(limiter), time.monotonic()
+    async with faults.slow(40):
+        asking = asyncio.create_task(limiter.check("bob"))
+        while not limiter.statistics().in_flight:  # noqa: ASYNC110  # likewise
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.05)  # until the reply is held back; if it comes later, it isn't held at all
+    assert (await asking).source == "redis"
+    assert time.monotonic() - began_s < 20
+    await limiter.aclose()
+
+
+async def test_time_elapses_only_once_the_server_has_answered(redis_url: str, ratethrottle_clock: ManualClock) -> None:
+    limiter = RateThrottleCore(ManualRedisStorage.from_url(redis_url, clock=ratethrottle_clock, deadline=60.0), rules=[RULE])
+    began_us, decided = ratethrottle_clock(), []
+
+    async def handler() -> None:
+        for number in range(20):
+            await limiter.check(f"{number}")
+            decided.append(ratethrottle_clock())
+
+    task = asyncio.create_task(handler())
+    await ratethrottle_clock.elapse(5)
+    assert decided == [began_us] * 20
+    await task
+    await limiter.aclose()
