@@ -20,6 +20,7 @@ SHOWN = {
         r"deny\n.*\n  decided by outage: denied",
         r"raised: Storage",
     ),
+    "testing": (r"passed: test_the_fourth.*\npassed: test_without_redis",),
     "shared_limit": (r"20 allowed, 10 denied", r"decided by prefilter, again in (59|60) s"),
 }
 
