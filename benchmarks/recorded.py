@@ -11,6 +11,7 @@ from typing import Any
 from ratethrottle import RateThrottleRule
 from ratethrottle._core import Limiter
 from ratethrottle._engine.keys import KeyTable
+from ratethrottle._several import SeveralRules
 from ratethrottle.errors import StorageError, StorageUnavailable
 from ratethrottle.storage._shared.batch import Batch
 from ratethrottle.storage._shared.keynames import KeyNames
@@ -48,6 +49,9 @@ class Connection:
             # A lease comes last: key, rule, cost, count, the units that it asks for, and what is given back.
             leases = [int(words[-3])] if words[8 + keys] == b"1" else []
             reply += (keys - 1) * [*self.answer, *leases]
+        elif mode == b"check_joint":
+            # Parts of joint checks that are all different: each has paid for as many as it has granted.
+            reply += int(words[9 + keys]) * [self.answer[0], *self.answer]
         else:
             reply += [EPOCH_US, 0, 0, 1, 0, 0, 0, 0, 0, 10_000_000]
         self.replies.call_soon(self.batch.received, written(reply))
@@ -90,12 +94,17 @@ class RecordedStorage(SharedStorage):
         return (self.connection.batch,)
 
 
-def recorded_limiter(rule: RateThrottleRule, *, granted: bool) -> Limiter:
-    """Make a limiter whose checks of a token bucket are all granted, or all denied. A lease is granted as it was asked for."""
+def recorded_limiter(*rules: RateThrottleRule, granted: bool) -> Limiter:
+    """Make a limiter whose checks of token buckets are all granted, or all denied. A lease is granted as it was asked for.
+
+    rules: of equal limits.
+    """
     storage = RecordedStorage()
-    compiled = rule.compiled
+    compiled = rules[0].compiled
     level = compiled.unit_ticks if granted else compiled.capacity * compiled.unit_ticks
     storage.connection.answer = [int(granted), level]
     limiter = Limiter(storage)
-    limiter._install(compiled)
+    limiter._several = SeveralRules(limiter._rules, storage)
+    for rule in rules:
+        limiter._install(rule.compiled)
     return limiter

@@ -23,6 +23,8 @@ cdef enum Mode:
     PEEK
     RESET
     GIVE_BACK                                # units of a lease, with no check
+    CHECK_JOINT                              # several limits at once; also of a call with such checks
+    PEEK_JOINT
 
 
 cdef enum:                                   # marks, beside those that keys have in Redis
@@ -87,6 +89,7 @@ cdef class Parts:
 
     cdef readonly Joint joint
     cdef list members                        # a PendingDecision for each part, which nobody awaits
+    cdef bint deferred                       # the store has put it off once, since it was busy with others
 
 
 cdef class Backend:

@@ -5,4 +5,5 @@ from ratethrottle._engine.joint cimport Joint
 from ratethrottle._engine.table cimport Place
 
 
+cdef int sets_verdict(Joint joint, const int* verdicts) noexcept
 cdef PendingDecision pending_joint(Joint joint, const Place* places, Mode mode)

@@ -13,9 +13,9 @@ from cpython.unicode cimport PyUnicode_AsUTF8AndSize
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
-from ratethrottle._core cimport Backend, CHECK, JOINT, MADE, Mode, NEW, Parts, PendingDecision
+from ratethrottle._core cimport Backend, CHECK, CHECK_JOINT, JOINT, MADE, Mode, NEW, Parts, PendingDecision
 from ratethrottle._engine.arithmetic cimport Outcome
-from ratethrottle._engine.bound cimport Bound, bound_covers, bound_guess, bound_verdict, DENIED, LEASED, OPEN
+from ratethrottle._engine.bound cimport Bound, bound_guess, bound_look, bound_verdict, DENIED, LEASED, OPEN, STALE
 from ratethrottle._engine.decision cimport (
     COST_MAX, Decision, decision_new, Entry, entry_new, LEASE, MEMORY, PREFILTER, rule_named, Source, units_of,
 )
@@ -358,9 +358,10 @@ cdef class SeveralRules(Several):
         cdef int sets, verdict
         cdef Source source = MEMORY
         self.look(joint, places, now_us, outs, verdicts)
-        verdict = sets_verdict(joint, outs, verdicts)
+        verdict = sets_verdict(joint, verdicts)
         if verdict == OPEN:
-            return self.to_ask(key, joint, places)
+            return self.to_ask(key, joint, places, verdicts)
+        self.guess(joint, places, now_us, outs, verdicts)
         if verdict == LEASED and self.spend(joint, places, now_us, outs, verdicts):
             source = LEASE
         elif verdict == DENIED and not joint.denies():
@@ -369,32 +370,26 @@ cdef class SeveralRules(Several):
         return self.decided(key, joint, source, outs, reported, verdict == LEASED, now_us)
 
     cdef int look(self, Joint joint, const Place* places, int64_t now_us, Outcome* outs, int* verdicts) except -1:
-        """Say of each part what its bound does, and spend nothing. A part that isn't denied hears what would be left at least."""
+        """Say of each part what its bound does, and spend nothing."""
         cdef CompiledRule rule
-        cdef Bound* bound
-        cdef int64_t found
         cdef int p
         for p in range(joint.size):
-            rule = <CompiledRule>joint.rules[p]
-            verdicts[p] = OPEN
             if joint.uncounted >> p & 1:
                 outs[p] = part_uncounted(joint, p)
                 verdicts[p] = LEASED if outs[p].allowed else DENIED
                 continue
-            outs[p] = Outcome(True, False, rule.terms.capacity, 0, 0)
-            found = shard_find(places[p].shard, places[p].hashed)
-            if found < 0:
-                continue
-            bound = <Bound*>cell_at(places[p].shard, <uint32_t>found)
+            rule = <CompiledRule>joint.rules[p]
             # What a lease pays for can't be given back to where it came from, so that a reservation asks.
-            if rule.lease_units and not joint.timed and bound_covers(bound, places[p].terms, now_us, joint.costs[p]):
-                verdicts[p] = LEASED
-            else:
-                verdicts[p] = bound_verdict(bound, places[p].terms, False, now_us, joint.costs[p], self.backend.ttl_us, &outs[p])
-                if verdicts[p] == DENIED and self.table.away and self.backend.allows(rule):
-                    verdicts[p] = OPEN
-            if verdicts[p] != DENIED:
-                bound_guess(bound, places[p].terms, now_us, joint.costs[p], &outs[p])
+            verdicts[p] = bound_look(bound_at(&places[p]), places[p].terms, rule.lease_units > 0 and not joint.timed, now_us,
+                                     joint.costs[p], self.backend.ttl_us, self.table.away and self.backend.allows(rule), &outs[p])
+        return 0
+
+    cdef int guess(self, Joint joint, const Place* places, int64_t now_us, Outcome* outs, const int* verdicts) except -1:
+        """Say of each part that its bound doesn't deny what would be left at most."""
+        cdef int p
+        for p in range(joint.size):
+            if verdicts[p] != DENIED and not joint.uncounted >> p & 1:
+                bound_guess(bound_at(&places[p]), places[p].terms, now_us, joint.costs[p], &outs[p])
         return 0
 
     cdef bint spend(self, Joint joint, const Place* places, int64_t now_us, Outcome* outs, const int* verdicts) except -1:
@@ -406,14 +401,12 @@ cdef class SeveralRules(Several):
         for s in range(sets):
             p = reported[s]
             if verdicts[p] == LEASED and not joint.uncounted >> p & 1:
-                bound_verdict(<Bound*>cell_at(places[p].shard, <uint32_t>shard_find(places[p].shard, places[p].hashed)),
-                              places[p].terms, True, now_us, joint.costs[p], self.backend.ttl_us, &outs[p])
+                bound_verdict(bound_at(&places[p]), places[p].terms, True, now_us, joint.costs[p], self.backend.ttl_us, &outs[p])
                 leased = True
         return leased
 
-    cdef PendingDecision to_ask(self, object key, Joint joint, const Place* places):
+    cdef PendingDecision to_ask(self, object key, Joint joint, const Place* places, const int* verdicts):
         """An awaitable that asks the store about all parts that are counted."""
-        raise NotImplementedError("a joint check can't ask Redis yet")  # until shared storages take Parts
         cdef Place[PARTS_MAX] asked
         cdef PendingDecision pending
         cdef Joint part = (joint if joint.keys is not None else keyed(joint, key)).counted_part()
@@ -423,6 +416,8 @@ cdef class SeveralRules(Several):
         pending = pending_joint(part, asked, CHECK) if part.is_joint() else pending_part(part, 0, asked, CHECK)
         pending.stage = NEW
         pending.backend = self.backend
+        for p in range(joint.size):
+            pending.stale = pending.stale or verdicts[p] == STALE
         return pending
 
     def decide_here(self, entry not None, bint checks):
@@ -441,6 +436,7 @@ cdef class SeveralRules(Several):
         now_us = self.table.now_us()
         if self.backend is not None:
             self.look(joint, places, now_us, outs, verdicts)
+            self.guess(joint, places, now_us, outs, verdicts)
         else:
             self.table.look_joint(joint, places, now_us, outs)
         allowed = joint_outcome(joint, outs, reported, &sets)
@@ -532,7 +528,13 @@ cdef object for_storage(Joint joint):
     return part if part.is_joint() else entry_new(<CompiledRule>part.rules[0], part.keys[0], part.costs[0], 0)
 
 
-cdef int sets_verdict(Joint joint, const Outcome* outs, const int* verdicts) noexcept:
+cdef inline Bound* bound_at(const Place* place) noexcept:
+    """The bound of a located key, or NULL."""
+    cdef int64_t found = shard_find(place.shard, place.hashed)
+    return <Bound*>cell_at(place.shard, <uint32_t>found) if found >= 0 else NULL
+
+
+cdef int sets_verdict(Joint joint, const int* verdicts) noexcept:
     """DENIED if a set is; LEASED if each has a part that a lease covers, and that pays; else OPEN."""
     cdef int p = 0
     cdef bint covered = True, denied, pays, is_open
@@ -586,5 +588,6 @@ cdef PendingDecision pending_joint(Joint joint, const Place* places, Mode mode):
     pending.text = parts
     pending.mark = JOINT
     pending.data = NULL
-    pending.size = 0
+    pending.size = -1                        # it is the members that are addressed
+    pending.mode = <Mode>(CHECK_JOINT + mode)
     return pending

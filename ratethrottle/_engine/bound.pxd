@@ -132,6 +132,21 @@ cdef inline int bound_verdict(Bound* bound, const Terms* terms, bint leases, int
     return DENIED if now_us - bound.sent_us <= ttl_us else STALE
 
 
+cdef inline int bound_look(const Bound* bound, const Terms* terms, bint leases, int64_t now_us, int64_t units, int64_t ttl_us,
+                           bint admits, Outcome* out) noexcept nogil:
+    """Say what `bound_verdict` would, and spend nothing. `out` is filled in if that is DENIED.
+
+    bound: NULL where nothing is known. admits: the store is away, and every check is admitted meanwhile, so that no bound may deny.
+    """
+    cdef int verdict
+    if bound == NULL:
+        return OPEN
+    if leases and bound_covers(bound, terms, now_us, units):
+        return LEASED
+    verdict = bound_verdict(<Bound*>bound, terms, False, now_us, units, ttl_us, out)
+    return OPEN if admits and verdict == DENIED else verdict
+
+
 cdef inline bint bound_covers(const Bound* bound, const Terms* terms, int64_t now_us, int64_t units) noexcept nogil:
     """Whether a lease has the units: whether `bound_verdict` would spend them."""
     if bound.cell.view.terms != terms and not same_definition(bound.cell.view.terms, terms):
@@ -140,13 +155,15 @@ cdef inline bint bound_covers(const Bound* bound, const Terms* terms, int64_t no
 
 
 cdef inline void bound_guess(const Bound* bound, const Terms* terms, int64_t now_us, int64_t units, Outcome* out) noexcept nogil:
-    """Of units that the bound doesn't deny: say that they would be granted, and what would be left at most."""
-    cdef View view = bound.cell.view
-    cdef int64_t then_us = aged(bound, now_us), total
+    """Of units that the bound doesn't deny: say that they would be granted, and what would be left at most. bound: or NULL."""
+    cdef View view
+    cdef int64_t then_us, total
     cdef uint32_t expired
     out[0] = Outcome(True, False, terms.capacity, 0, 0)
-    if view.terms != terms and not same_definition(view.terms, terms):
+    if bound == NULL or bound.cell.view.terms != terms and not same_definition(bound.cell.view.terms, terms):
         return
+    view = bound.cell.view
+    then_us = aged(bound, now_us)
     view_live(&view, then_us, &expired, &total)
     report(terms, &view, then_us, total, out)
     if out.in_ticks:

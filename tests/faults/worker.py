@@ -124,7 +124,7 @@ class Worker:
         return RateThrottleCore(RedisStorage(client, **self.work.options), rules=self.work.rules)
 
     async def client(self, limiter: RateThrottleCore) -> None:
-        """One task. Every fourth check is under the rule that never denies."""
+        """One task. Of four checks one is under the rule that never denies, and one under both of the others at once."""
         rules = [rule.name for rule in self.work.rules]
         turn = self.random.randrange(4)
         while not self.ended:
@@ -133,18 +133,21 @@ class Worker:
             turn += 1
             rule = WIDE if turn % 4 == 0 else self.random.randrange(WIDE)
             key = self.random.choices(range(KEYS), cum_weights=self.weights)[0]
-            allowed, before_us = False, monotonic_us()
+            named: Any = tuple(rules[:WIDE]) if turn % 4 == 2 else rules[rule]
+            allowed, paid, before_us = False, [rule], monotonic_us()
             try:
-                decision = await limiter.check(self.keys[key], rules[rule])
+                decision = await limiter.check(self.keys[key], named)
                 kind, allowed = decision.source, decision.allowed
+                paid = [rules.index(part.rule) for part in decision.parts if allowed] or [rules.index(decision.rule)]
             except RateThrottleError as error:
                 kind = type(error).__name__
                 self.noise.tell(f"{error!r} {error} {error.__cause__!r}")
             except Exception as error:  # noqa: BLE001  # an error that isn't ours is what this looks for
                 kind = "other error"
                 self.noise.noise.append(f"check raised {error!r}")
-            known = kind if kind in KINDS else "other error"
-            self.write(KINDS.index(known), before_us, monotonic_us(), allowed=allowed, rule=rule, key=key)
+            known, after_us = KINDS.index(kind if kind in KINDS else "other error"), monotonic_us()
+            for one in paid:
+                self.write(known, before_us, after_us, allowed=allowed, rule=one, key=key)
 
     async def watch_loop(self) -> None:
         """Write down when a timer was late by more than 2 ms: what a call took beyond that is not the loop's fault."""

@@ -15,14 +15,16 @@ from asyncio.events import _get_running_loop, _set_running_loop
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import redis
 
+from ratethrottle import FirstOf
 from ratethrottle._core import Limiter, PendingDecision
 from ratethrottle._engine.decision import Decision
 from ratethrottle._engine.definitions import CompiledRule
 from ratethrottle._engine.keys import KeyTable
+from ratethrottle._several import SeveralRules
 from ratethrottle.errors import StorageError, StorageUnavailable
 from ratethrottle.storage._shared.batch import Batch
 from ratethrottle.storage._shared.keynames import KeyNames
@@ -30,7 +32,9 @@ from ratethrottle.storage._shared.repair import Repair
 from ratethrottle.storage._shared.shared import SharedStorage
 from ratethrottle.storage.redis.wire import written
 from tests.kit.clocked import RUN
-from tests.kit.store import SCRIPTS, START_US, Item, Request, Store
+from tests.kit.store import SCRIPTS, START_US, Item, JointItem, Part, Request, Store
+
+Set = tuple[str, Sequence[CompiledRule], int]  # key, rules, cost
 
 prefixes = itertools.count()
 
@@ -102,8 +106,12 @@ class Check:
         self.decision: Decision | None = None
         self.error: BaseException | None = None
         self.ended_us = 0
-        self.item: Item | None = None  # what it was sent in, and as which one
+        self.item: Item | JointItem | None = None  # what it was sent in, and as which one
         self.position = 0
+
+    @property
+    def state_keys(self) -> list[bytes]:
+        return [self.state_key]
 
     @property
     def over(self) -> bool:
@@ -143,6 +151,21 @@ class Check:
         self.pending.close()
 
 
+class JointCheck(Check):
+    """A check of several limits: of each set a key, its rules, of which the first that allows pays, and a cost."""
+
+    def __init__(self, process: Process, sets: Sequence[Set]) -> None:
+        super().__init__(process, sets[0][0], sets[0][1][0], sets[0][2])
+        self.sets = [[Part(rule, process.state_key(key, rule), cost) for rule in rules] for key, rules, cost in sets]
+
+    @property
+    def state_keys(self) -> list[bytes]:
+        return [part.key for parts in self.sets for part in parts]
+
+
+AnyCheck = TypeVar("AnyCheck", bound=Check)
+
+
 class Connection:
     """A transport of a batch with nothing but queues behind it."""
 
@@ -173,7 +196,7 @@ class Connection:
         """What the store refused for want of the script waits again."""
         for request in [request for request in self.unsettled if request.refused][:1]:
             self.unsettled.remove(request)
-            for item in request.items:
+            for item in (*request.items, *request.joints):
                 for check in item.members:
                     check.item = None
 
@@ -257,6 +280,7 @@ class Process(SharedStorage):
         self.loop = FakeLoop(self.now_us)
         self.connection = Connection(self, self.loop)
         self.limiter = Limiter(self)
+        self.limiter._several = self.several = SeveralRules(self.limiter._rules, self)
         self.checks: list[Check] = []
         self.queues: defaultdict[bytes, list[Check]] = defaultdict(list)  # by key, in the order in which they entered
         self.blind_until_us: dict[bytes, int] = {}
@@ -268,31 +292,54 @@ class Process(SharedStorage):
     def _batches_here(self) -> tuple[Batch, ...]:
         return (self.connection.batch,)
 
-    def state_key(self, key: str, rule: CompiledRule) -> bytes:
+    def _install(self, rule: CompiledRule) -> str:
         if self.limiter._rules.get(rule.name) != rule:
             self.limiter._install(rule)
-        return self.names.state_key(self.limiter._entry(key, rule.name, 1))
+        return rule.name
+
+    def state_key(self, key: str, rule: CompiledRule) -> bytes:
+        return self.names.state_key(self.limiter._entry(key, self._install(rule), 1))
 
     def check(self, key: str, rule: CompiledRule, cost: int = 1) -> Check:
         """Begin a check. One that needs no answer is over when this returns."""
-        check = Check(self, key, rule, cost)
+        return self._begin(Check(self, key, rule, cost), lambda: self.limiter.check(key, rule.name, cost=cost))
+
+    def check_jointly(self, *sets: Set) -> JointCheck:
+        """Begin a check of several limits."""
+        check = JointCheck(self, sets)
+        joint = self.joint_of(sets)
+        return self._begin(check, lambda: self.limiter._check_joint(joint))
+
+    def joint_of(self, sets: Sequence[Set]) -> Any:
+        """What a check of several limits gives to a storage."""
+        named = [[self._install(rule) for rule in rules] for _, rules, _ in sets]
+        return self.several.together(
+            [
+                (key, names[0] if len(names) == 1 else FirstOf(*names), cost)
+                for (key, _, cost), names in zip(sets, named, strict=True)
+            ]
+        )
+
+    def _begin(self, check: AnyCheck, begin: Callable[[], PendingDecision]) -> AnyCheck:
         with running(self.loop):
-            check.pending = self.limiter.check(key, rule.name, cost=cost)
+            check.pending = begin()
             check.go_on()
         self.checks.append(check)
         if check.entered:
-            self.queues[check.state_key].append(check)
+            for key in check.state_keys:
+                self.queues[key].append(check)
         else:
             self.world.ended(check)
         return check
 
-    def ask(self, entries: Sequence[tuple[str, CompiledRule, int]], mode: str) -> Any:
-        """Begin a `check_many`, or a peek or reset. Returns the group."""
-        for _, rule, _ in entries:
-            if self.limiter._rules.get(rule.name) != rule:
-                self.limiter._install(rule)
+    def ask(self, entries: Sequence[tuple[str, CompiledRule, int] | list[Set]], mode: str) -> Any:
+        """Begin a `check_many`, or a peek or reset; a list of sets is a check of several limits. Returns the group."""
+        asked = [
+            self.joint_of(entry) if isinstance(entry, list) else self.limiter._entry(entry[0], self._install(entry[1]), entry[2])
+            for entry in entries
+        ]
         with running(self.loop):
-            return self._ask_together([self.limiter._entry(key, rule.name, cost) for key, rule, cost in entries], mode)
+            return self._ask_together(asked, mode)
 
     def turn(self) -> None:
         """Let the loop run what is due."""

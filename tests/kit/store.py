@@ -14,7 +14,8 @@ import redis
 from ratethrottle._engine.definitions import CompiledRule
 from ratethrottle.storage.redis.scripts import script
 from ratethrottle.testing.manual import steered
-from tests.kit.clocked import EPOCH, EPOCH_KEY, ClockedScript, load
+from tests.kit.clocked import BITS, EPOCH, EPOCH_KEY, ClockedScript, JointAnswer, load
+from tests.kit.joint import check_jointly
 from tests.kit.oracle import Answer, Oracle
 
 START_US = 1_800_000_000_000_000
@@ -61,6 +62,31 @@ class Item:
     answers: list[Answer] = field(default_factory=list)  # by the oracle, when the store has run it
 
 
+@dataclass(frozen=True)
+class Part:
+    """A limit that a joint check names."""
+
+    rule: CompiledRule
+    key: bytes
+    cost: int
+    flagged: bool = False
+
+
+@dataclass
+class JointItem:
+    """Equal joint checks of a call: their sets of alternatives."""
+
+    sets: list[list[Part]]
+    count: int
+    served_us: int = 0
+    members: list[Any] = field(default_factory=list)
+    answers: list[JointAnswer] = field(default_factory=list)
+
+    @property
+    def parts(self) -> list[Part]:
+        return [part for parts in self.sets for part in parts]
+
+
 class Request:
     """A call as it was written."""
 
@@ -69,6 +95,7 @@ class Request:
         self.by_value = words[0] == b"EVAL"
         self.loads = words[0] == b"SCRIPT"
         self.items: list[Item] = []
+        self.joints: list[JointItem] = []
         self.mode = ""
         self.refused = False
         if self.loads:
@@ -83,9 +110,9 @@ class Request:
         if self.script != "decide":
             self.mode = self.script
             return
-        self.mode = rest[0].decode()
-        rules, runs, leases = map(int, rest[2:5])
-        rest = rest[5:]
+        self.mode, _, joint = rest[0].decode().partition("_")
+        rules, runs, leases, parts, *_ = map(int, rest[2:6] if joint else [*rest[2:5], b"0"])
+        rest = rest[6:] if joint else rest[5:]
         known = [rule_of(*rest[8 * i : 8 * i + 8]) for i in range(rules)]
         rest = rest[8 * rules :]
         for i in range(runs):
@@ -95,8 +122,20 @@ class Request:
         for i in range(leases):
             key, rule, cost, count, ahead, back, _ = map(int, rest[7 * i : 7 * i + 7])
             self.items.append(Item(keys[key - 1], known[rule - 1], cost, count, ahead, back, leases=True))
-        assert len(rest) == 7 * leases
-        assert len(self.items) <= 128
+        rest = rest[7 * leases :]
+        for i in range(parts):
+            key, rule, cost, count, bits = map(int, rest[5 * i : 5 * i + 5])
+            part = Part(known[rule - 1], keys[key - 1], cost, bool(bits & BITS["flagged"]))
+            if not bits & BITS["joined"]:
+                self.joints.append(JointItem([], count))
+            assert self.joints[-1].count == count
+            if bits & BITS["alternative"]:
+                self.joints[-1].sets[-1].append(part)
+            else:
+                self.joints[-1].sets.append([part])
+        assert bool(joint) == bool(parts)
+        assert len(rest) == 5 * parts
+        assert len(self.items) + parts <= 128
 
     def say_nothing(self) -> None:
         """Leave out of an assertion all that it tells, but for how far the process has come."""
@@ -147,6 +186,13 @@ class Store:
                 account = self.accounts[item.key]
                 consume = request.mode == "check"
                 item.answers = [account.check(item.rule, now_us, item.cost, consume=consume) for _ in range(item.count)]
+        for joint in request.joints:
+            joint.served_us = now_us
+            for part in joint.parts:
+                self.note(Item(part.key, part.rule, part.cost, joint.count))
+            if self.accounts is not None:
+                consume = request.mode == "check"
+                joint.answers = [check_jointly(self.accounts, joint.sets, now_us, consume=consume) for _ in range(joint.count)]
         try:
             return self.client.execute_command("EVALSHA", self.shas[request.script], *request.words[2:], now_us)
         except redis.ResponseError as error:

@@ -37,7 +37,10 @@ COMPILED = (
         f"storage._shared.{part}"
         for part in ("resp", "queue", "waiting", "keynames", "parts", "outage", "fleet", "request", "reply")
     ),
-    *(f"storage._shared.{part}" for part in ("call", "repair", "context", "known", "link", "heartbeat", "exchange", "late")),
+    *(
+        f"storage._shared.{part}"
+        for part in ("item", "joint", "call", "repair", "context", "known", "link", "heartbeat", "exchange", "late")
+    ),
     *(f"storage._shared.{part}" for part in ("fallback", "settle", "session", "batch", "shared")),
 )
 # A layer may import itself and what stands above it in this list. The engine raises the errors, and an error carries a decision: those

@@ -32,6 +32,7 @@ cdef class Batch:
     cdef int schedule(self) except -1
     cdef int fill(self, CheckCall call, int most) except -1
     cdef int fill_from(self, CheckCall call, Queue* queue, int most, int rules_most, int64_t now_us) except -1
+    cdef bint fill_joint(self, CheckCall call, Queue* queue, PendingDecision pending, int* most, int* rules_most) except -1
     cdef int look_at_charged(self) except -1
     cdef int64_t first_deadline_us(self) except -1
     cdef int arm_again(self, int64_t now_us) except -1

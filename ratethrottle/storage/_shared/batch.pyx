@@ -9,16 +9,19 @@ cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport int64_t, uint16_t
 
-from ratethrottle._core cimport CHECK, GIVE_BACK, Group, Mode, PEEK, PendingDecision, RESET, SENT, Waiter, WHOLE
+from ratethrottle._core cimport (
+    CHECK, CHECK_JOINT, GIVE_BACK, Group, Mode, Parts, PEEK, PendingDecision, RESET, SENT, Waiter, WHOLE,
+)
 from ratethrottle._engine.definitions cimport CompiledRule
 from ratethrottle._engine.table cimport Hash128
 from ratethrottle.storage._shared.call cimport (
-    Call, CALL_RULES_MAX, CallIndex, CallItem, CheckCall, ControlCall, LoadCall, MarkCall, was_moved,
+    Call, CALL_RULES_MAX, CallIndex, CheckCall, ControlCall, LoadCall, MarkCall, was_moved,
 )
 from ratethrottle.storage._shared.context cimport StorageContext
 from ratethrottle.storage._shared.exchange cimport Exchange
 from ratethrottle.storage._shared.fallback cimport Fallback, repairing
 from ratethrottle.storage._shared.heartbeat cimport BEAT_US
+from ratethrottle.storage._shared.item cimport CallItem, PART
 from ratethrottle.storage._shared.keynames cimport pending_for
 from ratethrottle.storage._shared.known cimport KnownKeys
 from ratethrottle.storage._shared.late cimport late_replies_new
@@ -274,9 +277,8 @@ cdef class Batch:
             call = CheckCall.__new__(CheckCall)
             try:
                 self.fill(call, min(<Py_ssize_t>CALL_ITEMS_MAX, (waiting.asking.count + 1) // 2) if halved else CALL_ITEMS_MAX)
-                if call.size:
-                    self.last_size = call.size
-                    self.exchange.send(call)
+                if call.size or call.parts:
+                    self.last_size = self.exchange.send(call)
                     if call.sent_us - self.session.heartbeat.beaten_us >= self.context.repair.fleet.pace_us(BEAT_US):
                         self.session.beat()
             except BaseException:
@@ -291,9 +293,9 @@ cdef class Batch:
         if self.waiting.timer is not None:   # it fires after this
             self.waiting.excuse(now_us, self.link.state == SERVING)
         self.fill_from(call, &self.waiting.asking, most - min(<int>min(own, <Py_ssize_t>OWN_MIN), most // 4), CALL_RULES_MAX, now_us)
-        if own and (call.size == 0 or call.mode == CHECK):
-            self.fill_from(call, &self.waiting.own, most, CALL_RULES_MAX + OWN_MIN, now_us)
-        if call.size:
+        if own and (call.size == 0 or not call.mode & PEEK and call.mode != RESET):
+            self.fill_from(call, &self.waiting.own, min(most, CALL_ITEMS_MAX - call.parts), CALL_RULES_MAX + OWN_MIN, now_us)
+        if call.size or call.parts:
             call.sent_us = now_us
             call.epoch = self.session.heartbeat.epoch
             self.known.plan_leases(call)
@@ -310,9 +312,6 @@ cdef class Batch:
         cdef bint asked = False
         while queue.first != NULL:
             pending = <PendingDecision>queue.first
-            mode = CHECK if pending.mode == GIVE_BACK else pending.mode
-            if call.size and mode != call.mode:
-                break
             if is_gone(pending):
                 self.waiting.drop(pending)
                 continue
@@ -321,16 +320,24 @@ cdef class Batch:
                 take(queue, pending)
                 self.fallback.run_out(pending, now_us)
                 continue
+            mode = pending.mode
+            if mode >= GIVE_BACK:
+                if mode != GIVE_BACK:
+                    if not self.fill_joint(call, queue, pending, &most, &rules_most):
+                        break
+                    continue
+                mode = CHECK
+            if mode != call.mode and not call.takes(mode):
+                break
             place = self.index.find(call, pending.hashed)
             item = &call.items[self.index.places[place] - 1] if self.index.places[place] else NULL
             # Units that this process holds by now go first: a call would give them back.
             if pending.rule.lease_units and item == NULL and self.known.decide(pending, now_us, self.link.why & AWAY, &asked):
                 take(queue, pending)
                 continue
-            call.mode = mode
-            # Of a key's items the newest decides whether this one is equal to it: their order is kept.
+            # Of a key's items the newest decides whether this one is equal to it: their order is kept. Parts are decided last.
             if item == NULL or not call.joins(item, pending):
-                if call.size == most or len(call.rules) >= rules_most:
+                if call.size >= most or len(call.rules) >= rules_most or (item != NULL and item.role == PART):
                     break
                 item = call.add_item(pending, item.key_index if item != NULL else call.keys + 1)
                 self.index.places[place] = <uint16_t>call.size
@@ -340,6 +347,35 @@ cdef class Batch:
             if call.deadline_us == 0:
                 call.deadline_us = pending.deadline_us
         return 0
+
+    cdef bint fill_joint(self, CheckCall call, Queue* queue, PendingDecision pending, int* most, int* rules_most) except -1:
+        """Take the first of a queue, a joint check, with the call; False if it has to wait for the next one.
+
+        most: items that aren't parts. Of half the checks that wait, each joint one is one, however many parts it has.
+        """
+        cdef Parts parts = <Parts>pending.text
+        cdef int size = parts.joint.size, room = CALL_ITEMS_MAX - (OWN_MIN if self.waiting.own.count else 0)
+        cdef CallItem* item = NULL
+        if (call.size or call.parts) and call.mode != pending.mode and call.mode != pending.mode - CHECK_JOINT:
+            return False
+        if call.parts:
+            item = self.index.find_joint(call, parts)
+        if item == NULL:
+            # What was deferred is not decided behind others again.
+            if (call.size >= most[0] or call.size + call.parts + size > room or parts.deferred and call.size
+                    or not call.has_rules_for(parts.joint.rules)):
+                return False
+            call.mode = pending.mode
+            item = self.index.add_joint(call, parts)
+            most[0] = min(most[0] - 1, room - call.parts)
+            if parts.deferred:
+                rules_most[0] = 0
+        take_over(queue, &item.waiters, pending)
+        item.count += pending.mode == CHECK_JOINT
+        pending.stage = SENT
+        if call.deadline_us == 0:
+            call.deadline_us = pending.deadline_us
+        return True
 
     cdef int look_at_charged(self) except -1:
         """Ask what the store says of some keys that were charged, so that this too is known if it loses them."""

@@ -4,11 +4,11 @@ from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint16_t
 from libc.string cimport memset
 
-from ratethrottle._core cimport CHECK, GIVE_BACK, Mode, PendingDecision, RESET
+from ratethrottle._core cimport GIVE_BACK, Mode, Parts, PEEK, PendingDecision, RESET
 from ratethrottle._engine.arithmetic cimport answer_length, BUCKET, SLIDING, Terms, view_reach
 from ratethrottle._engine.definitions cimport CompiledRule
 from ratethrottle._engine.table cimport Hash128
-from ratethrottle.storage._shared.queue cimport Queue
+from ratethrottle.storage._shared.item cimport ASKS, CallItem, JOINED
 from ratethrottle.storage._shared.reply cimport CALL_ITEMS_MAX
 from ratethrottle.storage._shared.request cimport Writer
 
@@ -17,26 +17,6 @@ cdef enum:
     CALL_RULES_MAX = 32                      # of which a call makes no more items: each takes as long as three of them
     PLACES = 512                             # of a CallIndex: a power of two, at least twice CALL_ITEMS_MAX
     MOVED = -1                               # instead of numbers: nothing was run, this is another epoch than was expected
-
-
-cdef enum AnswerKind:                        # instead of how many checks were granted
-    UNREADABLE = -2                          # the state can't be read, and stays as it is
-    UNSURE = -3                              # somebody may still tell of more that was used
-    DEFERRED = -4                            # it would have held the store for too long: it is asked anew
-
-
-cdef struct CallItem:                        # equal checks of one key, decided as one
-    Hash128 hashed
-    PyObject* rule                           # held by the call
-    int rule_index
-    int key_index
-    int64_t cost
-    int64_t count
-    int64_t ahead                            # units to take in advance, for a lease
-    int64_t back                             # units of a lease to give back, and when the store counted them
-    int64_t back_us
-    bint returns                             # it only gives back units that no bound holds any more
-    Queue waiters
 
 
 cdef struct Answers:                         # where a reading of a call's answers is
@@ -60,33 +40,57 @@ cdef class Call:
 
 
 cdef class CheckCall(Call):
-    cdef CallItem* items
-    cdef int size
+    cdef CallItem* items                     # those of parts stand from CALL_ITEMS_MAX on: they are decided last
+    cdef int size                            # how many there are, without parts
+    cdef int parts
     cdef int keys
-    cdef Mode mode
+    cdef Mode mode                           # with parts CHECK_JOINT or PEEK_JOINT
     cdef list rules
     cdef int64_t epoch                       # that it is sent in
     cdef int answers                         # how many numbers the answers have in the reply that was read
+    cdef int other_answers                   # and those of them that aren't to parts
 
     cdef int rule_index(self, CompiledRule rule) except -1
     cdef CallItem* add_item(self, PendingDecision pending, int key_index) except NULL
+    cdef CallItem* add_part(self, PendingDecision member, int key_index, int bits) except NULL
+    cdef bint takes(self, Mode mode) noexcept
+    cdef bint has_rules_for(self, tuple rules) except -1
     cdef int fits(self, const int64_t* numbers, int count) noexcept
+    cdef int fits_reset(self, const int64_t* numbers, int count) noexcept
+    cdef int fits_to_end(self, const int64_t* numbers, int count, const int64_t* at) noexcept
+    cdef int write_other(self, Writer writer) except -1
     cdef int write_keys(self, Writer writer) except -1
+    cdef int write_keys_of_all(self, Writer writer) except -1
     cdef int write_reset(self, Writer writer) except -1
     cdef int write_rules(self, Writer writer) except -1
     cdef int write_items(self, Writer writer) except -1
+    cdef int write_parts(self, Writer writer) except -1
+
+    cdef inline CallItem* item_at(self, int i) noexcept:
+        """One of all items, those of parts last, by its number from 0."""
+        return &self.items[i if i < self.size else CALL_ITEMS_MAX + i - self.size]
+
+    cdef inline CallItem* part_at(self, int i) noexcept:
+        return &self.items[CALL_ITEMS_MAX + i]
+
+    cdef inline int joint_size(self, int first) noexcept:
+        """How many parts the joint check has that begins with part `first`."""
+        cdef int size = 1
+        while first + size < self.parts and self.part_at(first + size).bits & JOINED:
+            size += 1
+        return size
 
     cdef inline bint joins(self, const CallItem* item, PendingDecision pending) noexcept:
         """Whether it asks the same as an item of its key."""
-        if self.mode == RESET or pending.mode == GIVE_BACK and pending.key is None and not item.returns:
+        if self.mode == RESET or pending.mode == GIVE_BACK and pending.key is None and item.role == ASKS:
             return True
-        if pending.mode == GIVE_BACK or item.returns:
+        if pending.mode == GIVE_BACK or item.role != ASKS:
             return False
         return item.cost == pending.units and item.rule == <PyObject*>pending.rule
 
     cdef inline int64_t count_of(self, const CallItem* item) noexcept:
         """How many checks the store hears of. A peek charges nothing, so that one stands for all."""
-        return item.count if self.mode == CHECK else 1
+        return 1 if self.mode & PEEK else item.count
 
     cdef inline bint next_answer(self, Answers* answers) noexcept:
         """Go to the next answer; False after the last, or if there are fewer numbers than it has (`item` isn't NULL then)."""
@@ -158,6 +162,9 @@ cdef class LoadCall(Call):
 
 cdef class CallIndex:
     cdef uint16_t* places
+
+    cdef CallItem* find_joint(self, CheckCall call, Parts parts) noexcept
+    cdef CallItem* add_joint(self, CheckCall call, Parts parts) except NULL
 
     cdef inline void clear(self) noexcept:
         memset(self.places, 0, PLACES * sizeof(uint16_t))

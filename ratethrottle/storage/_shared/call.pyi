@@ -1,7 +1,9 @@
-from collections.abc import Callable
-from typing import final
+from collections.abc import Callable, Iterable
+from typing import Literal, final
 
 from typing_extensions import disjoint_base
+
+from ratethrottle._engine.definitions import CompiledRule
 
 __pyx_capi__: dict[str, object]
 
@@ -37,3 +39,12 @@ class LoadCall(Call): ...
 
 @final
 class CallIndex: ...
+
+def parse(
+    kind: Literal["beat", "check", "peek", "reset", "check_joint", "peek_joint"],
+    data: bytes,
+    request: bytes,
+    *,
+    items: Iterable[tuple[CompiledRule, int, int, int | None]] = (),
+    epoch: int = 0,
+) -> tuple[list[int], int] | Literal["incomplete", "broken"]: ...

@@ -5,17 +5,24 @@ cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint16_t
-from libc.stdlib cimport calloc, free, malloc
+from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memset
 
-from ratethrottle._core cimport GIVE_BACK, PEEK, PendingDecision, RESET
-from ratethrottle._engine.arithmetic cimport BUCKET, COUNTER, LEVEL_MAX, NEVER, SLIDING, Terms
+from ratethrottle._core cimport CHECK, CHECK_JOINT, GIVE_BACK, Mode, Parts, PEEK, PEEK_JOINT, PendingDecision, RESET
+from ratethrottle._engine.arithmetic cimport LEVEL_MAX, Outcome, Terms
 from ratethrottle._engine.definitions cimport CompiledRule
-from ratethrottle._engine.window cimport UNITS_MAX
+from ratethrottle._engine.joint cimport Joint, PARTS_MAX
+from ratethrottle.storage._shared.item cimport (
+    ALTERNATIVE, ASKS, CallItem, DEFERRED, FLAGGED, JOINED, PART, possible_numbers, RETURNS, UNREADABLE, UNSURE,
+)
+from ratethrottle.storage._shared.joint cimport allowed_of, PartAnswer, possible_parts, read_parts, take_looks, take_payers
+from ratethrottle.storage._shared.keynames cimport pending_for
 from ratethrottle.storage._shared.queue cimport drain
-from ratethrottle.storage._shared.reply cimport MARK_NUMBERS, possible_beat, read_loaded, read_mark, read_numbers, YEAR_US
+from ratethrottle.storage._shared.reply cimport (
+    MARK_NUMBERS, possible_beat, read_loaded, read_mark, read_numbers, REPLY_NUMBERS_MAX, YEAR_US,
+)
 from ratethrottle.storage._shared.request cimport EPOCH_BYTES, Writer
-from ratethrottle.storage._shared.resp cimport BROKEN, put_bulk, put_head
+from ratethrottle.storage._shared.resp cimport BROKEN, INCOMPLETE, put_bulk, put_head
 
 
 cdef class Call:
@@ -46,6 +53,8 @@ cdef class CheckCall(Call):
         cdef int i
         for i in range(self.size):
             drain(&self.items[i].waiters)
+        for i in range(self.parts):
+            drain(&self.part_at(i).waiters)
         free(self.items)
 
     cdef inline int rule_index(self, CompiledRule rule) except -1:
@@ -68,17 +77,55 @@ cdef class CheckCall(Call):
         item.rule = <PyObject*>pending.rule
         item.key_index = key_index
         item.cost = pending.units
-        item.returns = pending.mode == GIVE_BACK and pending.key is not None
+        item.role = RETURNS if pending.mode == GIVE_BACK and pending.key is not None else ASKS
         self.keys = max(self.keys, key_index)
         self.size += 1
         return item
 
+    cdef CallItem* add_part(self, PendingDecision member, int key_index, int bits) except NULL:
+        """Add an item for a part of a joint check. There is room for it."""
+        cdef CallItem* item
+        cdef void* larger
+        if self.parts == 0:
+            larger = realloc(self.items, 2 * CALL_ITEMS_MAX * sizeof(CallItem))
+            if larger == NULL:
+                raise MemoryError
+            self.items = <CallItem*>larger
+        item = self.part_at(self.parts)
+        memset(item, 0, sizeof(CallItem))
+        item.rule_index = self.rule_index(member.rule)
+        item.hashed = member.hashed
+        item.rule = <PyObject*>member.rule
+        item.key_index = key_index
+        item.cost = member.units
+        item.role = PART
+        item.bits = bits
+        self.keys = max(self.keys, key_index)
+        self.parts += 1
+        return item
+
+    cdef bint takes(self, Mode mode) noexcept:
+        """Whether it may hold a check of another mode than its own; an empty one becomes a call of that mode."""
+        if self.size == 0 and self.parts == 0:
+            self.mode = mode
+            return True
+        return self.mode == CHECK_JOINT + mode
+
+    cdef bint has_rules_for(self, tuple rules) except -1:
+        """Whether it may hold items of these rules too."""
+        cdef int more = 0
+        if len(self.rules) + len(rules) > CALL_RULES_MAX:
+            for rule in rules:
+                more += rule not in self.rules
+        return len(self.rules) == 0 or len(self.rules) + more <= CALL_RULES_MAX
+
     # How it is written:
 
     cdef int write(self, Writer writer) except -1:
+        """Write it; returns how many items it has."""
         cdef int i, runs = 0, leases = 0
-        if self.mode == RESET:
-            return self.write_reset(writer)
+        if self.mode >= RESET:
+            return self.write_other(writer)
         for i in range(self.size):
             if (<CompiledRule>self.items[i].rule).lease_units:
                 leases += 1
@@ -94,6 +141,28 @@ cdef class CheckCall(Call):
         self.write_rules(writer)
         return self.write_items(writer)
 
+    cdef int write_other(self, Writer writer) except -1:
+        """Write resets, or a call with parts."""
+        cdef int i, runs = 0, leases = 0
+        if self.mode == RESET:
+            return self.write_reset(writer)
+        for i in range(self.size):
+            if (<CompiledRule>self.items[i].rule).lease_units:
+                leases += 1
+            else:
+                runs += not self.continues(i)
+        writer.begin_decide(1 + self.keys + 1 + 7 + 8 * len(self.rules) + 5 * runs + 7 * leases + 5 * self.parts)
+        self.write_keys_of_all(writer)
+        put_bulk(&writer.buffer, "peek_joint" if self.mode == PEEK_JOINT else "check_joint", 10 if self.mode == PEEK_JOINT else 11)
+        put_bulk(&writer.buffer, PyBytes_AS_STRING(writer.epoch_text), EPOCH_BYTES)
+        writer.put_int(len(self.rules))
+        writer.put_int(runs)
+        writer.put_int(leases)
+        writer.put_int(self.parts)
+        self.write_rules(writer)
+        self.write_items(writer)
+        return self.write_parts(writer)
+
     cdef int write_keys(self, Writer writer) except -1:
         cdef int i, known = 0
         self.request = writer.next_id()
@@ -107,6 +176,30 @@ cdef class CheckCall(Call):
         put_bulk(&writer.buffer, PyBytes_AS_STRING(self.request), PyBytes_GET_SIZE(self.request))
         return 0
 
+    cdef int write_keys_of_all(self, Writer writer) except -1:
+        """As `write_keys`, where parts name keys too."""
+        cdef PyObject* named[CALL_ITEMS_MAX]      # of each key an addressed check
+        cdef CallItem* item
+        cdef list members = None
+        cdef int i, p = 0
+        for i in range(self.size):
+            named[self.items[i].key_index - 1] = self.items[i].waiters.first
+        for i in range(self.parts):
+            item = self.part_at(i)
+            if not item.bits & JOINED:
+                members = (<Parts>(<PendingDecision>item.waiters.first).text).members
+                p = 0
+            named[item.key_index - 1] = <PyObject*>members[p]
+            p += 1
+        self.request = writer.next_id()
+        writer.put_int(self.keys + 1)
+        put_bulk(&writer.buffer, PyBytes_AS_STRING(writer.names.epoch_key), PyBytes_GET_SIZE(writer.names.epoch_key))
+        for i in range(self.keys):
+            writer.names.put_key(&writer.buffer, <PendingDecision>named[i])
+        writer.room(1024)
+        put_bulk(&writer.buffer, PyBytes_AS_STRING(self.request), PyBytes_GET_SIZE(self.request))
+        return 0
+
     cdef int write_reset(self, Writer writer) except -1:
         cdef int i
         writer.begin("reset", 1 + self.keys + 1 + 2 + self.keys)
@@ -115,7 +208,7 @@ cdef class CheckCall(Call):
         writer.room(32 * self.size)
         for i in range(self.size):           # each of a key of its own
             writer.put_int(reset_reach(&(<CompiledRule>self.items[i].rule).terms) // 1000 + 1)
-        return 0
+        return self.size
 
     cdef int write_rules(self, Writer writer) except -1:
         cdef CompiledRule rule
@@ -153,7 +246,23 @@ cdef class CheckCall(Call):
                 writer.put_int(item.ahead)
                 writer.put_int(item.back)
                 writer.put_int(item.back_us)
-        return 0
+        return self.size
+
+    cdef int write_parts(self, Writer writer) except -1:
+        cdef CallItem* item
+        cdef int64_t count = 1
+        cdef int i
+        for i in range(self.parts):
+            item = self.part_at(i)
+            if not item.bits & JOINED:
+                count = self.count_of(item)
+            writer.room(256)
+            writer.put_int(item.key_index)
+            writer.put_int(item.rule_index)
+            writer.put_int(item.cost)
+            writer.put_int(count)
+            writer.put_int(item.bits)
+        return self.size + self.parts
 
     # How its reply is read:
 
@@ -168,27 +277,50 @@ cdef class CheckCall(Call):
     cdef int fits(self, const int64_t* numbers, int count) noexcept:
         """How many numbers the answers have; −1 if the script can't have given this reply: none of it is taken in."""
         cdef Answers answers = answers_in(numbers, count)
-        cdef const int64_t* pair
-        cdef int i
         # No clock is a year off. What a generation says is asserted, and would outlast the reply that made it up.
         if count < 1 or not max(<int64_t>0, self.epoch - YEAR_US) <= numbers[0] <= LEVEL_MAX:
             return -1
-        if self.mode == RESET:
-            for i in range(1, count):
-                if not 0 <= numbers[i] <= numbers[0] + YEAR_US:
-                    return -1
-            return self.size if count == 1 + self.size else -1
+        if self.mode >= RESET:
+            if self.mode == RESET:
+                return self.fits_reset(numbers, count)
+            if count < 1 + 2 * self.parts:
+                return -1
+            answers.end -= 2 * self.parts    # so much is said of parts at least
         while self.next_answer(&answers):
             if not possible_answer(&answers, self.count_of(answers.item)):
                 return -1
-        if answers.item != NULL or (answers.end - answers.numbers) % 2:
+        if answers.item != NULL:
             return -1
-        pair = answers.numbers               # pairs of an answer's number and a generation
-        while pair < answers.end:
-            if not (1 <= pair[0] <= self.size and 0 <= pair[1] <= numbers[0] + YEAR_US):
+        if answers.numbers < numbers + count:
+            return self.fits_to_end(numbers, count, answers.numbers)
+        return count - 1
+
+    cdef int fits_reset(self, const int64_t* numbers, int count) noexcept:
+        cdef int i
+        for i in range(1, count):
+            if not 0 <= numbers[i] <= numbers[0] + YEAR_US:
                 return -1
-            pair += 2
-        return <int>(answers.numbers - numbers - 1)
+        return self.size if count == 1 + self.size else -1
+
+    cdef int fits_to_end(self, const int64_t* numbers, int count, const int64_t* at) noexcept:
+        """As `fits`, from where all but parts are answered."""
+        cdef const int64_t* end = numbers + count
+        cdef const int64_t* answered
+        cdef PartAnswer[PARTS_MAX] found
+        cdef int first = 0, size
+        self.other_answers = <int>(at - numbers - 1)
+        while first < self.parts:
+            size = self.joint_size(first)
+            at = read_parts(self.part_at(first), size, at, end, found)
+            if at == NULL or not possible_parts(self.part_at(first), size, self.mode == CHECK_JOINT, found):
+                return -1
+            first += size
+        answered = at
+        while at < end:                      # pairs of an answer's number and a generation
+            if end - at < 2 or not (1 <= at[0] <= self.size + self.parts and 0 <= at[1] <= numbers[0] + YEAR_US):
+                return -1
+            at += 2
+        return <int>(answered - numbers - 1)
 
 
 cdef tuple rule_words(const Terms* terms, int64_t lead_us):
@@ -205,32 +337,17 @@ cdef bytes packed_rule(CompiledRule rule):
 cdef bint possible_answer(const Answers* answers, int64_t count) noexcept:
     """Whether the script may say this of so many checks."""
     cdef const int64_t* numbers = answers.numbers
-    cdef const Terms* terms = &(<CompiledRule>answers.item.rule).terms
     if numbers[0] < 0:
         return numbers[0] in (UNREADABLE, UNSURE, DEFERRED)
-    if numbers[0] > count or numbers[1] < 0 or answers.leases and not 0 <= answers.ahead <= answers.item.ahead:
+    if numbers[0] > count or answers.leases and not 0 <= answers.ahead <= answers.item.ahead:
         return False
-    if terms.kind == BUCKET:
-        return numbers[1] <= LEVEL_MAX       # ticks of a level
-    return possible_window(terms, numbers, answers.length)
+    return possible_numbers(&(<CompiledRule>answers.item.rule).terms, numbers, answers.length)
 
 
-cdef bint possible_window(const Terms* terms, const int64_t* numbers, int length) noexcept:
-    """Whether the script may say this of a rule that has windows: units counted, and µs that end with two windows and an eighth."""
-    cdef bint counted = terms.kind != SLIDING
-    cdef int64_t least, most = max(<int64_t>UNITS_MAX, 3 * terms.window_us)
-    cdef int j, last = length - 1
-    if numbers[1] > (UNITS_MAX if counted else LEVEL_MAX):
-        return False
-    for j in range(2, length):
-        least = 0
-        if not counted and j == 4:
-            least = NEVER
-        elif counted and j == last:
-            least = -terms.window_us         # it begins only then, by a clock that has stepped back
-        if not least <= numbers[j] <= most:
-            return False
-    return not (terms.kind == COUNTER and numbers[2] > UNITS_MAX or counted and numbers[last] >= terms.window_us)
+cdef inline int part_bits(Joint joint, int p) noexcept:
+    """What a part of it is to the others."""
+    return ((JOINED if p else 0) | (ALTERNATIVE if joint.alternatives >> p & 1 else 0)
+            | (FLAGGED if joint.flagged >> p & 1 else 0))
 
 
 @cython.final
@@ -244,6 +361,36 @@ cdef class CallIndex:
 
     def __dealloc__(self):
         free(self.places)
+
+    cdef CallItem* find_joint(self, CheckCall call, Parts parts) noexcept:
+        """The first item of an equal joint check, if nothing else was asked of its keys since; else NULL."""
+        cdef Joint joint = parts.joint
+        cdef PendingDecision member
+        cdef CallItem* item
+        cdef int p, first = self.places[self.find(call, (<PendingDecision>parts.members[0]).hashed)] - 1
+        if first < CALL_ITEMS_MAX or call.joint_size(first - CALL_ITEMS_MAX) != joint.size:
+            return NULL
+        for p in range(joint.size):
+            member = <PendingDecision>parts.members[p]
+            item = &call.items[first + p]
+            if (self.places[self.find(call, member.hashed)] != first + p + 1 or item.bits != part_bits(joint, p)
+                    or item.cost != member.units or item.rule != <PyObject*>member.rule):
+                return NULL
+        return &call.items[first]
+
+    cdef CallItem* add_joint(self, CheckCall call, Parts parts) except NULL:
+        """Add an item for each part of a joint check. There is room for them."""
+        cdef Joint joint = parts.joint
+        cdef PendingDecision member
+        cdef uint16_t place
+        cdef int p, key_index, first = call.parts
+        for p in range(joint.size):
+            member = <PendingDecision>parts.members[p]
+            place = self.find(call, member.hashed)
+            key_index = call.items[self.places[place] - 1].key_index if self.places[place] else call.keys + 1
+            call.add_part(member, key_index, part_bits(joint, p))
+            self.places[place] = <uint16_t>(CALL_ITEMS_MAX + call.parts)
+        return call.part_at(first)
 
 
 # ------------------------------------------------------------------------------------------------------ control calls
@@ -344,3 +491,59 @@ cdef class LoadCall(Call):
     cdef Py_ssize_t read(self, bytes data, Py_ssize_t at, int64_t* numbers, int* count) except -3:
         count[0] = 0
         return read_loaded(PyBytes_AS_STRING(data), at, PyBytes_GET_SIZE(data))
+
+
+# --------------------------------------------------------------------------------------------------------------- tests
+
+cdef dict MODES = {"check": CHECK, "peek": PEEK, "reset": RESET, "check_joint": CHECK_JOINT, "peek_joint": PEEK_JOINT}
+
+
+def parse(str kind not None, bytes data not None, bytes request not None, *, items=(), int64_t epoch=0):
+    """Read the reply to one call, for tests: (its numbers, how many bytes it has), "incomplete" or "broken".
+
+    kind: `beat`, or what a call of checks asks. items: (rule, how many checks, units to take ahead, bits of a part or None) each.
+    """
+    cdef int64_t[REPLY_NUMBERS_MAX] numbers
+    cdef Call call = ControlCall("beat", [], []) if kind == "beat" else CheckCall.__new__(CheckCall)
+    cdef CheckCall checks
+    cdef CallItem* item
+    cdef PendingDecision asked
+    cdef Py_ssize_t at
+    cdef int count = 0
+    call.request = request
+    if kind != "beat":
+        checks = <CheckCall>call
+        checks.mode = <Mode><int>MODES[kind]
+        checks.epoch = epoch
+        for rule, checked, ahead, bits in items:
+            asked = pending_for(rule, "key", c"=", 0, CHECK)
+            item = checks.add_item(asked, checks.keys + 1) if bits is None else checks.add_part(asked, checks.keys + 1, bits)
+            item.count = checked
+            item.ahead = ahead
+    at = call.read(data, 0, numbers, &count)
+    if at < 0:
+        return "incomplete" if at == INCOMPLETE else "broken"
+    if kind == "check_joint" and not was_moved(numbers, count):
+        hear_joints(<CheckCall>call, numbers, count)
+    return [numbers[i] for i in range(count)], at
+
+
+cdef int hear_joints(CheckCall call, const int64_t* numbers, int count) noexcept:
+    """Have some of the joint checks hear what the reply says, as in `settle`."""
+    cdef const int64_t* at = numbers + 1 + call.other_answers
+    cdef PartAnswer[PARTS_MAX] found
+    cdef Outcome[PARTS_MAX] outs
+    cdef int[PARTS_MAX] pays
+    cdef CallItem* parts
+    cdef int64_t allowed
+    cdef int first = 0, size, position
+    while first < call.parts:
+        parts, size = call.part_at(first), call.joint_size(first)
+        at = read_parts(parts, size, at, numbers + count, found)
+        allowed = allowed_of(parts, size, parts.count, found)
+        for position in range(<int>min(allowed, <int64_t>9)):
+            take_payers(parts, size, found, position, outs, pays)
+        if 0 <= allowed < parts.count:
+            take_looks(parts, size, found, outs)
+        first += size
+    return 0

@@ -39,21 +39,22 @@ cdef class Exchange:
         return in_flight
 
     cdef int send(self, Call call) except -1:
-        """Send a call, and expect its reply."""
+        """Send a call, and expect its reply. Returns how many items it has."""
         cdef int64_t now_us
+        cdef int items
         if not isinstance(call, CheckCall):  # else it was filled just now
             now_us = self.context.bounds.now_us()
             call.sent_us = now_us
             call.deadline_us = now_us + self.context.deadline_us
             self.waiting.arm_timer(now_us, self.waiting.tick_us(now_us))
-        call.write(self.writer)
+        items = call.write(self.writer)
         # First: a call that could not be written must not stand in the way of the next one's reply.
         self.write(self.writer.written())
         self.in_flight.append(call)
         if isinstance(call, CheckCall):
             self.sent_calls += 1
-            self.sent_items += (<CheckCall>call).size
-        return 0
+            self.sent_items += items
+        return items
 
     cdef int64_t first_deadline_us(self) except -1:
         """When the next call, or a check in it, has waited for too long; NEVER_US if none is in flight."""

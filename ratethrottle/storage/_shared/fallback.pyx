@@ -4,15 +4,16 @@
 cimport cython
 from libc.stdint cimport int64_t
 
-from ratethrottle._core cimport CHECK, GIVE_BACK, PEEK, PendingDecision, WAITING
+from ratethrottle._core cimport CHECK_JOINT, GIVE_BACK, Parts, PEEK, PendingDecision, RESET, WAITING
 from ratethrottle._engine.arithmetic cimport Outcome
 from ratethrottle._engine.decision cimport decision_new, OUTAGE, OVERLOAD
-from ratethrottle._engine.definitions cimport ALLOW, DENY, Policy, RAISE
+from ratethrottle._engine.definitions cimport ALLOW, CompiledRule, DENY, Policy, RAISE
+from ratethrottle._engine.joint cimport joint_outcome, PARTS_MAX
 from ratethrottle.storage._shared.context cimport StorageContext
 from ratethrottle.storage._shared.known cimport KnownKeys
 from ratethrottle.storage._shared.link cimport AWAY, ENDED, Link, REFUSED, SERVING
 from ratethrottle.storage._shared.repair cimport Repair
-from ratethrottle.storage._shared.waiting cimport complete, complete_with, twin_of, Waiting
+from ratethrottle.storage._shared.waiting cimport complete, complete_joint, complete_with, twin_of, Waiting
 
 from ratethrottle.errors import StorageRefused, StorageUnavailable
 
@@ -41,35 +42,75 @@ cdef class Fallback:
     cdef int decide(self, PendingDecision pending, error, int64_t now_us) except -1:
         """Decide by the outage policy; an error for what is no check, and if the policy is to raise."""
         cdef Policy policy = self.context.policy_for(pending.rule)
+        cdef bint everything = policy == ALLOW
         cdef Repair repair = self.context.repair
         cdef Outcome out
         cdef int64_t retry_us
-        cdef bint ended = self.link.state == ENDED
+        if pending.mode > PEEK:
+            return self.decide_other(pending, error, now_us)
         if pending.mode == PEEK and pending.group is None:
             return complete(pending, error)  # our own look at what was charged
-        if pending.mode == GIVE_BACK and pending.stage == WAITING and not ended:
-            self.known.return_later(pending, now_us)
-        if policy == RAISE or (pending.mode != CHECK and pending.mode != PEEK) or ended or isinstance(error, StorageRefused):
+        if policy == RAISE or self.raises(error):
             return complete(pending, twin_of(error))
-        retry_us = max(self.link.transport.retry_us(), repair.learning_until_us - now_us, 1)
+        retry_us = self.retry_us(now_us)
         if policy == DENY:
             out = Outcome(False, False, 0, retry_us, retry_us)
         else:
-            repair.shares.decide(pending, now_us, now_us + repair.ahead_us, retry_us, policy == ALLOW, &out)
+            repair.shares.decide(pending, repair.shares.share_of(pending.rule, everything), now_us, now_us + repair.ahead_us,
+                                 retry_us, everything, &out)
         self.context.by_policy += 1
         return complete_with(pending, decision_new(pending.rule, pending.key, pending.units, OUTAGE, &out))
 
+    cdef inline bint raises(self, error) except -1:
+        """Whether no policy decides."""
+        return self.link.state == ENDED or isinstance(error, StorageRefused)
+
+    cdef inline int64_t retry_us(self, int64_t now_us) except -1:
+        """When the store may serve again."""
+        return max(self.link.transport.retry_us(), self.context.repair.learning_until_us - now_us, 1)
+
+    cdef int decide_other(self, PendingDecision pending, error, int64_t now_us) except -1:
+        """Decide what isn't about one key: a joint check. What is no check at all gets the error."""
+        cdef Parts parts
+        cdef Policy[PARTS_MAX] policies
+        cdef Outcome[PARTS_MAX] outs
+        cdef int[PARTS_MAX] reported
+        cdef Repair repair = self.context.repair
+        cdef bint raises = pending.mode < CHECK_JOINT or self.raises(error), allowed
+        cdef int p, sets = 0
+        if pending.mode == GIVE_BACK and pending.stage == WAITING and self.link.state != ENDED:
+            self.known.return_later(pending, now_us)
+        if not raises:
+            parts = <Parts>pending.text
+            for p in range(parts.joint.size):
+                policies[p] = self.context.policy_for(<CompiledRule>parts.joint.rules[p])
+                raises = raises or policies[p] == RAISE
+        if raises:
+            return complete(pending, twin_of(error))
+        allowed = repair.shares.decide_joint(parts, policies, pending.mode == CHECK_JOINT, now_us, now_us + repair.ahead_us,
+                                             self.retry_us(now_us), outs, reported, &sets)
+        self.context.by_policy += 1
+        return complete_joint(pending, OUTAGE, outs, reported, sets, allowed)
+
     cdef int overload(self, PendingDecision pending, words) except -1:
         """Decide what this process asks faster than it is answered: that is its own load, and no outage."""
-        cdef Outcome out
+        cdef Outcome out = Outcome(False, False, 0, self.context.deadline_us, self.context.deadline_us)
+        cdef Outcome[PARTS_MAX] outs
+        cdef int[PARTS_MAX] reported
+        cdef int p, sets = 0
+        cdef bint allowed
         self.context.overloads += 1
-        if not self.context.deny_overload or (pending.mode != CHECK and pending.mode != PEEK):
+        if not self.context.deny_overload or pending.mode == RESET or pending.mode == GIVE_BACK:
             return complete(pending, StorageUnavailable(
                 f"{words}; that is this process's load, not an outage: raise `connections`, use leases for busy keys, set a longer "
                 "`deadline`, or check fewer at once"
             ))
-        out = Outcome(False, False, 0, self.context.deadline_us, self.context.deadline_us)
-        return complete_with(pending, decision_new(pending.rule, pending.key, pending.units, OVERLOAD, &out))
+        if pending.mode < CHECK_JOINT:
+            return complete_with(pending, decision_new(pending.rule, pending.key, pending.units, OVERLOAD, &out))
+        for p in range(PARTS_MAX):
+            outs[p] = out
+        allowed = joint_outcome((<Parts>pending.text).joint, outs, reported, &sets)  # as all of its rules may only flag
+        return complete_joint(pending, OVERLOAD, outs, reported, sets, allowed)
 
     cdef int run_out(self, PendingDecision pending, int64_t now_us) except -1:
         """Decide what wasn't sent in time: the connection was too busy, if there is one."""

@@ -2,7 +2,7 @@
 
 from libc.stdint cimport uint32_t
 
-from ratethrottle._core cimport Mode, PendingDecision
+from ratethrottle._core cimport Mode, Parts, PendingDecision
 from ratethrottle._engine.decision cimport Entry
 from ratethrottle._engine.definitions cimport CompiledRule
 from ratethrottle.storage._shared.resp cimport Buffer
@@ -20,6 +20,7 @@ cdef class KeyNames:
     cdef readonly bytes layout
 
     cdef int address(self, PendingDecision pending) except -1
+    cdef int address_parts(self, Parts parts) except -1
     cdef int put_key(self, Buffer* buffer, PendingDecision pending) except -1
     cdef str rule_of(self, bytes name)
     cdef bytes name(self, PendingDecision pending)

@@ -7,7 +7,7 @@ from libc.stdint cimport int64_t, uint32_t
 from libc.stdlib cimport free
 from libc.string cimport memchr, memcpy, memset
 
-from ratethrottle._core cimport CHECK, MADE, Mode, PendingDecision, WHOLE
+from ratethrottle._core cimport CHECK, JOINT, MADE, Mode, Parts, PendingDecision, WHOLE
 from ratethrottle._engine.decision cimport Entry
 from ratethrottle._engine.definitions cimport CompiledRule
 from ratethrottle._engine.pieces cimport piece_new
@@ -141,17 +141,25 @@ cdef class KeyNames:
         self.layout = b"tags=%d,parts=%d" % (tags, tag_parts)
 
     cdef int address(self, PendingDecision pending) except -1:
-        """Find the key's tag; digest a long key."""
+        """Find the key's tag; digest a long key. Of a joint check, whose size is −1, do so for each part."""
         cdef Py_ssize_t size = pending.size
         if self.tag_parts and pending.mark == c"(":
             size = parts_end(pending.data, size, self.tag_parts)
         pending.tag = crc32(pending.data, size) % self.tags
-        if pending.size > KEY_BYTES_MAX:
+        if <size_t>pending.size > KEY_BYTES_MAX:
+            if pending.mark == JOINT:
+                return self.address_parts(<Parts>pending.text)
             whole = (b"=" if pending.mark == c"=" else b"(") + pending.data[:pending.size]
             pending.text = blake2b(whole, digest_size=16).hexdigest().encode()
             pending.data = PyBytes_AS_STRING(pending.text)
             pending.size = PyBytes_GET_SIZE(pending.text)
             pending.mark = c"#"
+        return 0
+
+    cdef int address_parts(self, Parts parts) except -1:
+        cdef PendingDecision member
+        for member in parts.members:
+            self.address(member)
         return 0
 
     cdef int put_key(self, Buffer* buffer, PendingDecision pending) except -1:

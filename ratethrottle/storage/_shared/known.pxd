@@ -6,10 +6,12 @@ from ratethrottle._core cimport Group, PendingDecision
 from ratethrottle._engine.arithmetic cimport Terms
 from ratethrottle._engine.bound cimport Bound
 from ratethrottle._engine.definitions cimport CompiledRule
+from ratethrottle._engine.joint cimport Joint
 from ratethrottle._engine.keys cimport KeyTable
 from ratethrottle._engine.table cimport Hash128, Shard
-from ratethrottle.storage._shared.call cimport Answers, CallItem, CheckCall
+from ratethrottle.storage._shared.call cimport Answers, CheckCall
 from ratethrottle.storage._shared.context cimport StorageContext
+from ratethrottle.storage._shared.item cimport CallItem
 from ratethrottle.storage._shared.repair cimport Repair
 from ratethrottle.storage._shared.waiting cimport Waiting
 
@@ -26,12 +28,15 @@ cdef class KnownKeys:
 
     cdef Bound* bound_of(self, Hash128 hashed, Shard** shard, uint32_t* index) noexcept
     cdef bint decide(self, PendingDecision pending, int64_t now_us, bint away, bint* asked) except -1
+    cdef bint decide_joint(self, PendingDecision pending, int64_t now_us, bint away, bint* asked) except -1
+    cdef bint is_asked(self, Joint joint, Bound** bounds, const int* verdicts, int64_t now_us) noexcept
     cdef int learn(self, CheckCall call, CallItem* item, PendingDecision sample, const Answers* answers, int64_t server_us,
                    int64_t now_us) except -1
     cdef int unanswered(self, const CallItem* item) noexcept
     cdef int forget(self, Hash128 hashed) except -1
     cdef int forget_used(self, CallItem* item, int64_t generation, int64_t server_us, int64_t now_us) except -1
     cdef int plan_leases(self, CheckCall call) except -1
+    cdef int note_asked(self, CheckCall call, const CallItem* part) noexcept
     cdef int plan_lease(self, CheckCall call, CallItem* item, CompiledRule rule) except -1
     cdef int take_lease(self, Bound* bound, const Terms* terms, CheckCall call, PendingDecision sample, CompiledRule rule,
                         const Answers* answers, int64_t server_us) except -1

@@ -8,18 +8,23 @@ cimport cython
 from libc.stdint cimport int64_t, uint32_t
 from libc.string cimport memset
 
-from ratethrottle._core cimport CHECK, GIVE_BACK, Group, PendingDecision
+from ratethrottle._core cimport CHECK, CHECK_JOINT, GIVE_BACK, Group, Parts, PendingDecision
 from ratethrottle._engine.arithmetic cimport COUNTER, FIXED, Outcome, same_definition, Terms, view_free, view_fresh_at
-from ratethrottle._engine.bound cimport Bound, bound_fresh_at, bound_learn, bound_verdict, DENIED, DRIFT_SHARE, LEASED, OPEN
+from ratethrottle._engine.bound cimport (
+    Bound, bound_fresh_at, bound_guess, bound_learn, bound_look, bound_verdict, DENIED, DRIFT_SHARE, LEASED, OPEN, STALE,
+)
 from ratethrottle._engine.decision cimport decision_new, LEASE, PREFILTER
 from ratethrottle._engine.definitions cimport ALLOW, CompiledRule
+from ratethrottle._engine.joint cimport Joint, joint_outcome, PARTS_MAX
 from ratethrottle._engine.pieces cimport piece_free
 from ratethrottle._engine.table cimport Hash128, Shard
 from ratethrottle._engine.window cimport KEEP
+from ratethrottle._several cimport sets_verdict
 from ratethrottle.storage._shared.call cimport lead_us
 from ratethrottle.storage._shared.context cimport StorageContext
+from ratethrottle.storage._shared.item cimport CallItem, RETURNS
 from ratethrottle.storage._shared.keynames cimport pending_for
-from ratethrottle.storage._shared.waiting cimport complete_with, NEVER_US, Waiting
+from ratethrottle.storage._shared.waiting cimport complete_joint, complete_with, NEVER_US, Waiting
 
 from heapq import heapify, heappop, heappush
 
@@ -53,7 +58,9 @@ cdef class KnownKeys:
         cdef Bound* bound = self.bound_of(pending.hashed, &shard, &index)
         cdef int verdict
         asked[0] = False
-        if bound == NULL or pending.mode != CHECK:
+        if pending.mode != CHECK:
+            return pending.mode == CHECK_JOINT and self.decide_joint(pending, now_us, away, asked)
+        if bound == NULL:
             return False
         verdict = bound_verdict(bound, terms, pending.rule.lease_units > 0, now_us, pending.units, self.context.ttl_us, &out)
         if verdict == DENIED and away and self.context.policy_for(pending.rule) == ALLOW:
@@ -63,6 +70,59 @@ cdef class KnownKeys:
                                                 LEASE if verdict == LEASED else PREFILTER, &out))
             return True
         asked[0] = verdict != OPEN and bound.asked_by == <void*>self and now_us - bound.asked_us < self.context.deadline_us
+        return False
+
+    cdef bint decide_joint(self, PendingDecision pending, int64_t now_us, bint away, bint* asked) except -1:
+        """As `decide`: denied if the bounds of all parts of a set deny, and spent from leases if each set has one that covers it."""
+        cdef Parts parts = <Parts>pending.text
+        cdef Joint joint = parts.joint
+        cdef Bound* bounds[PARTS_MAX]
+        cdef const Terms* terms[PARTS_MAX]
+        cdef Outcome[PARTS_MAX] outs
+        cdef int[PARTS_MAX] verdicts
+        cdef int[PARTS_MAX] reported
+        cdef CompiledRule rule
+        cdef Shard* shard
+        cdef uint32_t index
+        cdef int p, s, verdict, sets = 0
+        for p in range(joint.size):
+            self.bounds.terms_of(<CompiledRule>joint.rules[p])  # it may run other code, which must not come later
+        for p in range(joint.size):
+            rule = <CompiledRule>joint.rules[p]
+            terms[p] = self.bounds.terms_of(rule)
+            bounds[p] = self.bound_of((<PendingDecision>parts.members[p]).hashed, &shard, &index)
+            verdicts[p] = bound_look(bounds[p], terms[p], rule.lease_units > 0 and not joint.timed, now_us,
+                                     joint.costs[p], self.context.ttl_us,
+                                     away and self.context.policy_for(rule) == ALLOW, &outs[p])
+        verdict = sets_verdict(joint, verdicts)
+        if verdict == OPEN:
+            asked[0] = self.is_asked(joint, bounds, verdicts, now_us)
+            return False
+        for p in range(joint.size):
+            if verdicts[p] != DENIED:
+                bound_guess(bounds[p], terms[p], now_us, joint.costs[p], &outs[p])
+        joint_outcome(joint, outs, reported, &sets)
+        for s in range(sets if verdict == LEASED else 0):
+            p = reported[s]
+            if verdicts[p] == LEASED:        # else it only flags, and is over
+                bound_verdict(bounds[p], terms[p], True, now_us, joint.costs[p], self.context.ttl_us, &outs[p])
+        complete_joint(pending, LEASE if verdict == LEASED else PREFILTER, outs, reported, sets, verdict == LEASED)
+        return True
+
+    cdef bint is_asked(self, Joint joint, Bound** bounds, const int* verdicts, int64_t now_us) noexcept:
+        """Whether all parts of a set deny by their bounds, and others are asking again about those that are too old."""
+        cdef int p = 0
+        cdef bint asked
+        while p < joint.size:
+            asked = not joint.flagged >> p & 1
+            while True:
+                asked &= (verdicts[p] == DENIED or verdicts[p] == STALE and bounds[p].asked_by == <void*>self
+                          and now_us - bounds[p].asked_us < self.context.deadline_us)
+                p += 1
+                if not joint.alternatives >> p & 1:
+                    break
+            if asked:
+                return True
         return False
 
     # What the store says:
@@ -151,6 +211,22 @@ cdef class KnownKeys:
         if call.mode == CHECK:
             for i in range(call.size):
                 self.plan_lease(call, &call.items[i], <CompiledRule>call.items[i].rule)
+        elif call.mode == CHECK_JOINT:
+            call.mode = CHECK
+            self.plan_leases(call)
+            call.mode = CHECK_JOINT
+            for i in range(call.parts):
+                self.note_asked(call, call.part_at(i))
+        return 0
+
+    cdef int note_asked(self, CheckCall call, const CallItem* part) noexcept:
+        """Note that the key of a part is asked about. What is leased of it stays so."""
+        cdef Shard* shard
+        cdef uint32_t index
+        cdef Bound* bound = self.bound_of(part.hashed, &shard, &index)
+        if bound != NULL:
+            bound.asked_us = call.sent_us
+            bound.asked_by = <void*>self
         return 0
 
     cdef int plan_lease(self, CheckCall call, CallItem* item, CompiledRule rule) except -1:
@@ -158,12 +234,12 @@ cdef class KnownKeys:
         cdef uint32_t index
         cdef Bound* bound
         cdef int64_t size, spent, epoch, wanted = item.count * item.cost
-        if item.returns:
+        if item.role == RETURNS:
             _, item.back, item.back_us, epoch = (<PendingDecision>item.waiters.first).key
             if epoch != self.epoch:          # it was lost there, which is known only since it was queued
                 item.back = 0
         bound = self.bound_of(item.hashed, &shard, &index)
-        if item.returns:
+        if item.role == RETURNS:
             if bound != NULL and item.back:
                 bound.returned_us = call.sent_us
             return 0
@@ -230,7 +306,7 @@ cdef class KnownKeys:
         cdef Bound* bound = self.bound_of(item.hashed, &shard, &index)
         if bound != NULL:
             bound.leasing = bound.leasing and item.ahead == 0
-        if item.back == 0 or item.returns:
+        if item.back == 0 or item.role == RETURNS:
             return 0
         if bound == NULL or bound.lease_units:
             if sample is not None:

@@ -2,10 +2,10 @@
 
 from libc.stdint cimport int64_t, uint32_t
 
-from ratethrottle._core cimport PendingDecision
+from ratethrottle._core cimport Parts, PendingDecision
 from ratethrottle._engine.arithmetic cimport Outcome, Terms
 from ratethrottle._engine.bound cimport Bound
-from ratethrottle._engine.definitions cimport CompiledRule
+from ratethrottle._engine.definitions cimport CompiledRule, Policy
 from ratethrottle._engine.keys cimport KeyTable
 from ratethrottle._engine.table cimport Account, Shard
 from ratethrottle.storage._shared.keynames cimport KeyNames
@@ -30,8 +30,10 @@ cdef class Shares:
     cdef Share last_share
     cdef uint32_t hand                       # the shard that is looked through next for what is owed
 
-    cdef int decide(self, PendingDecision pending, int64_t table_us, int64_t now_us, int64_t retry_us, bint everything,
+    cdef int decide(self, PendingDecision pending, Share share, int64_t table_us, int64_t now_us, int64_t retry_us, bint everything,
                     Outcome* out) except -1
+    cdef bint decide_joint(self, Parts parts, const Policy* policies, bint consumes, int64_t table_us, int64_t now_us, int64_t retry_us,
+                           Outcome* outs, int* reported, int* sets) except -1
     cdef Share bring(self, Account* account, Share share, const Bound* bound, bint lasting, int64_t table_us, int64_t now_us)
     cdef Account* keep(self, const Account* fresh, PendingDecision pending, int64_t table_us, Bound** bound,
                        Shard** shard) except NULL

@@ -11,13 +11,14 @@ from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint32_t
 from libc.string cimport memset
 
-from ratethrottle._core cimport CHECK, PEEK, PendingDecision
+from ratethrottle._core cimport CHECK, Parts, PEEK, PendingDecision
 from ratethrottle._engine.arithmetic cimport (
     BUCKET, COUNTER, FIXED, LEVEL_MAX, Outcome, report, RT_OVERFLOWS, same_definition, settle, SLIDING, Terms, View,
     view_ahead, view_audit, view_charge_other, view_derive, view_free, view_look, view_rebase,
 )
 from ratethrottle._engine.bound cimport aged_late, Bound, bound_learn
-from ratethrottle._engine.definitions cimport CompiledRule
+from ratethrottle._engine.definitions cimport ALLOW, CompiledRule, DENY, Policy
+from ratethrottle._engine.joint cimport Joint, joint_outcome
 from ratethrottle._engine.keys cimport KeyTable
 from ratethrottle._engine.pieces cimport piece_free, piece_new
 from ratethrottle._engine.table cimport Account, cell_at, fingerprints_of, Place, Shard
@@ -290,16 +291,14 @@ cdef class Shares:
         """A new outage begins: at its next check each key's account is charged up to its part of what is known by then."""
         self.outage += 1
 
-    cdef int decide(self, PendingDecision pending, int64_t table_us, int64_t now_us, int64_t retry_us, bint everything,
+    cdef int decide(self, PendingDecision pending, Share share, int64_t table_us, int64_t now_us, int64_t retry_us, bint everything,
                     Outcome* out) except -1:
         """Decide on a check or a peek that has its hash and address; count and owe what a check is granted. `out` is settled.
 
         table_us, now_us: the time in the table of bounds, and in the store. What the store said of the key stands in for it, so it
         ages from when it came. retry_us: what a denial says that no waiting for the share ends. everything: admit however
-        much it is.
+        much it is, by a share of everything.
         """
-        cdef CompiledRule rule = pending.rule
-        cdef Share share = self.share_of(rule, everything)
         cdef Account* account
         cdef Account fresh
         cdef Bound* bound
@@ -311,7 +310,7 @@ cdef class Shares:
         if share.terms.capacity == 0:
             deny(out, retry_us)
             return 0
-        self.bounds.terms_of(rule)           # it may run other code, which must not come later
+        self.bounds.terms_of(pending.rule)   # it may run other code, which must not come later
         # From here on no Python code runs, so that this is one step to other threads.
         bound = self.bounds.bound_of(pending.hashed, &shard, &index)
         account = bound.account if bound != NULL else NULL
@@ -350,6 +349,36 @@ cdef class Shares:
             if not lasting and fresh.share != NULL:
                 view_free(&fresh.held)
                 view_free(&fresh.owed)
+
+    cdef bint decide_joint(self, Parts parts, const Policy* policies, bint consumes, int64_t table_us, int64_t now_us, int64_t retry_us,
+                           Outcome* outs, int* reported, int* sets) except -1:
+        """Decide on a joint check, each part by its policy: whether it is allowed. Then its payers are counted, or nothing is."""
+        cdef Joint joint = parts.joint
+        cdef PendingDecision member
+        cdef CompiledRule rule
+        cdef list shares = []
+        cdef int p, s
+        for p in range(joint.size):
+            rule = <CompiledRule>joint.rules[p]
+            self.bounds.terms_of(rule)
+            shares.append(self.share_of(rule, policies[p] == ALLOW))
+        # From here on no other code runs: whatever the looks said is still so when the payers are counted.
+        for p in range(joint.size):
+            member = <PendingDecision>parts.members[p]
+            if policies[p] == DENY:
+                deny(&outs[p], retry_us)
+            else:
+                member.mode = PEEK
+                self.decide(member, <Share>shares[p], table_us, now_us, retry_us, policies[p] == ALLOW, &outs[p])
+        if not joint_outcome(joint, outs, reported, sets):
+            return False
+        for s in range(sets[0] if consumes else 0):
+            p = reported[s]
+            if outs[p].allowed:              # else it only flags, and is over
+                member = <PendingDecision>parts.members[p]
+                member.mode = CHECK
+                self.decide(member, <Share>shares[p], table_us, now_us, retry_us, policies[p] == ALLOW, &outs[p])
+        return True
 
     cdef Share bring(self, Account* account, Share share, const Bound* bound, bint lasting, int64_t table_us, int64_t now_us):
         """Bring an account to its share, and up to its part of what is known. lasting: it is the bound's own.
@@ -547,5 +576,5 @@ cdef class Shares:
                 raise MemoryError
         elif bound != NULL:
             bound.heard = False
-        self.decide(pending, table_us, now_us, retry_us, everything, &out)
+        self.decide(pending, self.share_of(rule, everything), table_us, now_us, retry_us, everything, &out)
         return out.allowed, out.remaining, out.retry_us, out.reset_us

@@ -6,20 +6,21 @@ from cpython.object cimport PyObject
 from libc.stdint cimport int64_t
 from libc.string cimport memset
 
-from ratethrottle._core cimport CHECK, COMPLETE, GIVE_BACK, PARKED, PendingDecision, RESET, WAITING
+from ratethrottle._core cimport CHECK, CHECK_JOINT, COMPLETE, GIVE_BACK, Mode, PARKED, Parts, PendingDecision, RESET, WAITING
 from ratethrottle._engine.arithmetic cimport Outcome, take_answer
 from ratethrottle._engine.decision cimport decision_new, REDIS
 from ratethrottle._engine.definitions cimport CompiledRule
-from ratethrottle.storage._shared.call cimport (
-    Answers, answers_in, Call, CallItem, CheckCall, ControlCall, DEFERRED, UNREADABLE,
-)
+from ratethrottle._engine.joint cimport joint_outcome, PARTS_MAX
+from ratethrottle.storage._shared.call cimport Answers, answers_in, Call, CheckCall, ControlCall
 from ratethrottle.storage._shared.context cimport StorageContext
 from ratethrottle.storage._shared.fallback cimport Fallback, repairing
+from ratethrottle.storage._shared.item cimport CallItem, DEFERRED, UNREADABLE, UNSURE
+from ratethrottle.storage._shared.joint cimport allowed_of, PartAnswer, read_parts, take_looks, take_payers
 from ratethrottle.storage._shared.known cimport KnownKeys
 from ratethrottle.storage._shared.link cimport AWAY, Link
 from ratethrottle.storage._shared.queue cimport merge, push, Queue, take, take_over
 from ratethrottle.storage._shared.repair cimport Repair
-from ratethrottle.storage._shared.waiting cimport complete, complete_with, is_gone, NEVER_US, twin_of, Waiting
+from ratethrottle.storage._shared.waiting cimport complete, complete_joint, complete_with, is_gone, NEVER_US, twin_of, Waiting
 
 from ratethrottle.errors import StateUnreadable, StorageTimeout
 
@@ -49,14 +50,16 @@ cdef class Settlement:
         if not self.context.bounds.owing:    # what was admitted here is as old as this process's clock says
             repair.ahead_us = numbers[0] - now_us
         repair.newest_us = max(repair.newest_us, numbers[0])
-        if call.mode == RESET:
+        if call.mode >= RESET:
+            if call.mode != RESET:
+                return self.settle_with_parts(call, numbers, count, now_us)
             for i in range(call.size):
                 self.known.forget_used(&call.items[i], numbers[call.items[i].key_index], numbers[0], now_us)
                 self.settle_item(call, &call.items[i], NULL, 0)
             return 0
         while call.next_answer(&answer):
             if answer.numbers[0] < 0:
-                self.settle_undecided(call, answer.item, answer.numbers[0], now_us)
+                self.settle_undecided(call, answer.item, <CompiledRule>answer.item.rule, answer.numbers[0], now_us)
                 continue
             sample = <PendingDecision>answer.item.waiters.first
             self.settle_item(call, answer.item, answer.numbers, answer.ahead)
@@ -86,13 +89,13 @@ cdef class Settlement:
                 complete_with(pending, decision_new(rule, pending.key, pending.units, REDIS, &out))
         return 0
 
-    cdef int settle_undecided(self, CheckCall call, CallItem* item, int64_t kind, int64_t now_us) except -1:
-        """Settle an item that the store has not decided."""
+    cdef int settle_undecided(self, CheckCall call, CallItem* item, CompiledRule rule, int64_t kind, int64_t now_us) except -1:
+        """Settle an item that the store has not decided, as of that rule."""
         cdef PendingDecision pending
         if kind == DEFERRED:
             return self.take_item_back(call, item)
         # Only the checks of this key get an error: its state can't be read.
-        error = StateUnreadable((<CompiledRule>item.rule).name) if kind == UNREADABLE else None
+        error = StateUnreadable(rule.name) if kind == UNREADABLE else None
         self.known.unanswered(item)          # only now: to make an error runs other code, which may move the bound
         while item.waiters.first != NULL:
             pending = <PendingDecision>item.waiters.first
@@ -105,6 +108,98 @@ cdef class Settlement:
                 complete(pending, None if pending.mode == GIVE_BACK else twin_of(error))
         if error is not None:
             self.link.notice("state_unreadable", error.rule)
+        return 0
+
+    # Joint checks:
+
+    cdef int settle_with_parts(self, CheckCall call, const int64_t* numbers, int count, int64_t now_us) except -1:
+        """As `settle`, and then settle the joint checks."""
+        cdef const int64_t* at = numbers + 1 + call.other_answers
+        cdef const int64_t* end = numbers + count
+        cdef const int64_t* generations = numbers + 1 + call.answers
+        cdef PartAnswer[PARTS_MAX] found
+        cdef Parts parts
+        cdef int first = 0, size
+        cdef int64_t p
+        call.mode = <Mode>(call.mode - CHECK_JOINT)
+        self.settle(call, numbers, count, now_us)
+        call.mode = <Mode>(call.mode + CHECK_JOINT)
+        while first < call.parts:
+            size = call.joint_size(first)
+            at = read_parts(call.part_at(first), size, at, end, found)
+            parts = <Parts>(<PendingDecision>call.part_at(first).waiters.first).text
+            if allowed_of(call.part_at(first), size, 0, found) < 0:
+                self.settle_undecided_joint(call, first, size, found, now_us)
+            else:
+                self.settle_joint(call, first, size, found)
+                self.learn_parts(call, first, parts, found, numbers[0], now_us)
+            while generations < end and generations[0] <= call.size + first + size:
+                p = generations[0] - call.size - first - 1
+                if p >= 0:
+                    self.context.repair.note_generation(<PendingDecision>parts.members[p], generations[1], numbers[0], now_us)
+                generations += 2
+            first += size
+        return 0
+
+    cdef int settle_joint(self, CheckCall call, int first, int size, const PartAnswer* found) except -1:
+        """Give equal joint checks their decisions: the first ones are allowed, and the others hear what the next one would."""
+        cdef CallItem* item = call.part_at(first)
+        cdef PendingDecision pending
+        cdef Outcome[PARTS_MAX] outs
+        cdef Outcome[PARTS_MAX] looks
+        cdef int[PARTS_MAX] pays
+        cdef int[PARTS_MAX] reported
+        cdef bint consumes = call.mode == CHECK_JOINT, allows = False
+        cdef int64_t allowed = allowed_of(item, size, item.count, found) if consumes else 0, position = 0
+        cdef int sets = 0
+        if not consumes or allowed < item.count:
+            take_looks(item, size, found, looks)
+            allows = joint_outcome((<Parts>(<PendingDecision>item.waiters.first).text).joint, looks, reported, &sets)
+        while item.waiters.first != NULL:
+            pending = <PendingDecision>item.waiters.first
+            take(&item.waiters, pending)
+            if pending.stage == COMPLETE:    # it gave up, but its place in the count is its own
+                position += consumes
+            elif position < allowed:
+                sets = take_payers(item, size, found, position, outs, pays)
+                position += 1
+                complete_joint(pending, REDIS, outs, pays, sets, True)
+            else:
+                complete_joint(pending, REDIS, looks, reported, sets, allows)
+        return 0
+
+    cdef int settle_undecided_joint(self, CheckCall call, int first, int size, const PartAnswer* found, int64_t now_us) except -1:
+        """Settle joint checks of which the store hasn't decided some part: an error, asked anew, or by the policies, in this order."""
+        cdef PyObject* waiter = call.part_at(first).waiters.first
+        cdef int64_t kind = UNSURE
+        cdef int p, culprit = 0
+        for p in range(size):
+            if kind != UNREADABLE and found[p].numbers[0] in (UNREADABLE, DEFERRED):
+                kind = found[p].numbers[0]
+                culprit = p
+        if kind != DEFERRED:
+            for p in range(1, size):
+                self.known.unanswered(call.part_at(first + p))
+        while kind == DEFERRED and waiter != NULL:
+            (<Parts>(<PendingDecision>waiter).text).deferred = True
+            waiter = (<PendingDecision>waiter).after
+        return self.settle_undecided(call, call.part_at(first), <CompiledRule>call.part_at(first + culprit).rule, kind, now_us)
+
+    cdef int learn_parts(self, CheckCall call, int first, Parts parts, const PartAnswer* found, int64_t server_us,
+                         int64_t now_us) except -1:
+        """Take up the answers to the parts of a joint check that is settled."""
+        cdef Answers answer
+        cdef CallItem* item
+        cdef int p
+        memset(&answer, 0, sizeof(Answers))
+        for p in range(parts.joint.size):
+            item = call.part_at(first + p)
+            if found[p].numbers[0] < 0:      # nobody needed it
+                self.known.unanswered(item)
+                continue
+            item.count = 1                   # that it was refused to one it says, and until when
+            answer.numbers = found[p].numbers
+            self.known.learn(call, item, <PendingDecision>parts.members[p], &answer, server_us, now_us)
         return 0
 
     cdef int unpark(self) except -1:
@@ -133,8 +228,6 @@ cdef class Settlement:
     cdef int fail(self, Call sent, error, bint whatever=False) except -1:
         """Give everybody in a call what the outage policy says, or an error, `whatever` that is. A control call is sent again later."""
         cdef CheckCall call
-        cdef CallItem* item
-        cdef PendingDecision pending
         cdef int64_t now_us = self.context.bounds.now_us()
         cdef int i
         if isinstance(sent, ControlCall):
@@ -142,25 +235,29 @@ cdef class Settlement:
         if not isinstance(sent, CheckCall):
             return 0
         call = <CheckCall>sent
-        for i in range(call.size):
-            item = &call.items[i]
-            self.known.unanswered(item)
-            while item.waiters.first != NULL:
-                pending = <PendingDecision>item.waiters.first
-                take(&item.waiters, pending)
-                if pending.stage == COMPLETE:
-                    continue
-                if whatever:
-                    complete(pending, twin_of(error))
-                else:
-                    self.fallback.decide(pending, error, now_us)
+        for i in range(call.size + call.parts):
+            self.fail_item(call.item_at(i), error, whatever, now_us)
+        return 0
+
+    cdef int fail_item(self, CallItem* item, error, bint whatever, int64_t now_us) except -1:
+        cdef PendingDecision pending
+        self.known.unanswered(item)
+        while item.waiters.first != NULL:
+            pending = <PendingDecision>item.waiters.first
+            take(&item.waiters, pending)
+            if pending.stage == COMPLETE:
+                continue
+            if whatever:
+                complete(pending, twin_of(error))
+            else:
+                self.fallback.decide(pending, error, now_us)
         return 0
 
     cdef int take_back(self, CheckCall call) except -1:
         """What was not run waits again, each where it was."""
         cdef int i
-        for i in range(call.size):
-            self.take_item_back(call, &call.items[i])
+        for i in range(call.size + call.parts):
+            self.take_item_back(call, call.item_at(i))
         return 0
 
     cdef int take_item_back(self, CheckCall call, CallItem* item) except -1:
@@ -190,8 +287,8 @@ cdef class Settlement:
         cdef int64_t deadline_us = self.context.deadline_us
         cdef bint answered = heard_us > call.sent_us and 2 * (now_us - heard_us) < deadline_us
         call.deadline_us = NEVER_US
-        for i in range(call.size):
-            waiter = call.items[i].waiters.first
+        for i in range(call.size + call.parts):
+            waiter = call.item_at(i).waiters.first
             while waiter != NULL:
                 pending = <PendingDecision>waiter
                 waiter = pending.after

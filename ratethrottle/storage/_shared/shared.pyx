@@ -4,7 +4,10 @@
 from libc.stdint cimport int64_t, uint64_t
 
 from ratethrottle._core cimport Backend, CHECK, Group, Mode, PARKED, PEEK, PendingDecision, RESET, WAITING
-from ratethrottle._engine.table cimport Hash128
+from ratethrottle._engine.decision cimport Entry
+from ratethrottle._engine.joint cimport Joint, PARTS_MAX
+from ratethrottle._engine.table cimport Hash128, Place
+from ratethrottle._several cimport pending_joint
 from ratethrottle.storage._shared.batch cimport Batch
 from ratethrottle.storage._shared.context cimport StorageContext
 from ratethrottle.storage._shared.keynames cimport KeyNames, pending_of
@@ -95,6 +98,17 @@ cdef class SharedStorage(Backend):
             (<Waiting>pending.place).drop(pending)
         return 0
 
+    cdef PendingDecision entered(self, entry, Mode mode):
+        """What an Entry asks, or a Joint."""
+        cdef PendingDecision pending
+        cdef Place[PARTS_MAX] places
+        if not isinstance(entry, Entry):
+            self.bounds.locate_joint(<Joint?>entry, places)
+            return pending_joint(<Joint>entry, places, mode)
+        pending = pending_of(<Entry>entry, mode)
+        pending.hashed = self.bounds.hash_entry(<Entry>entry)
+        return pending
+
     def _ask_together(self, entries, str mode not None):
         """Enter checks (or peeks, or resets) one after the other; returns the Group whose future says that all are decided."""
         cdef Group group = Group.__new__(Group)
@@ -102,13 +116,12 @@ cdef class SharedStorage(Backend):
         cdef Mode kind = PEEK if mode == "peek" else RESET if mode == "reset" else CHECK
         group.future = loop_here().create_future()
         group.deadline_us = self.bounds.now_us() + self.context.deadline_us
-        group.members = [pending_of(entry, kind) for entry in entries]
+        group.members = [self.entered(entry, kind) for entry in entries]
         group.left = len(group.members) + 1
         try:
-            for pending, entry in zip(group.members, entries):
+            for pending in group.members:
                 pending.backend = self
                 pending.group = group
-                pending.hashed = self.bounds.hash_entry(entry)
                 self.batch_of(pending.hashed).enter(pending)
         except BaseException:
             group.leave()

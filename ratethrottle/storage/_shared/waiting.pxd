@@ -4,7 +4,8 @@ from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint64_t
 
 from ratethrottle._core cimport CHECK, COMPLETE, Group, PARKED, PendingDecision, Waiter, WAITING
-from ratethrottle._engine.decision cimport count_decision, Decision
+from ratethrottle._engine.arithmetic cimport Outcome
+from ratethrottle._engine.decision cimport count_decision, Decision, Source
 from ratethrottle.storage._shared.queue cimport push, Py_INCREF, Queue
 
 
@@ -120,3 +121,7 @@ cdef inline bint is_gone(PendingDecision pending) except -1:
 
 
 cdef object twin_of(object error)
+
+
+cdef int complete_joint(PendingDecision pending, Source source, const Outcome* outs, const int* reported, int sets,
+                        bint allowed) except -1

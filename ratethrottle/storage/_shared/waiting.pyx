@@ -8,7 +8,10 @@ cimport cython
 from cpython.object cimport PyObject
 from libc.stdint cimport int64_t
 
-from ratethrottle._core cimport COMPLETE, PARKED, PendingDecision, WAITING
+from ratethrottle._core cimport CHECK_JOINT, COMPLETE, PARKED, Parts, PendingDecision, WAITING
+from ratethrottle._engine.arithmetic cimport Outcome
+from ratethrottle._engine.decision cimport Decision, Source
+from ratethrottle._engine.joint cimport Joint, joint_count, joint_decision
 from ratethrottle.storage._shared.queue cimport drain, merge, push, Queue, take
 
 from contextvars import Context
@@ -26,6 +29,16 @@ cdef object twin_of(object error):
     twin = type(error)(*error.args)
     twin.__cause__ = error.__cause__
     return twin
+
+
+cdef int complete_joint(PendingDecision pending, Source source, const Outcome* outs, const int* reported, int sets,
+                        bint allowed) except -1:
+    """Complete a joint check. outs: of each part; reported: the part that each set reports."""
+    cdef Joint joint = (<Parts>pending.text).joint
+    cdef Decision decision = joint_decision(joint, source, outs, reported, sets, allowed)
+    if pending.mode == CHECK_JOINT:
+        joint_count(decision)
+    return complete_with(pending, decision)
 
 
 @cython.final

@@ -203,11 +203,11 @@ class RedisStorage(SharedStorage):
         """What this process knows of Redis, and what it owes. Shared with the process's other storages of the same keys."""
         return self.repair
 
-    async def decide(self, entries: Sequence[Entry]) -> list[Decision]:
+    async def decide(self, entries: Sequence[Entry | Joint]) -> list[Decision]:
         """Decide in order, all within one deadline. When one of several calls fails, what the others granted stays granted."""
         return await self._together(entries, "check")
 
-    async def peek(self, entry: Entry) -> Decision:
+    async def peek(self, entry: Entry | Joint) -> Decision:
         """Decide without consuming."""
         return (await self._together([entry], "peek"))[0]
 
@@ -240,7 +240,7 @@ class RedisStorage(SharedStorage):
         """Refuse, as it was refused to reserve."""
         raise ConfigurationError(NOT_YET)
 
-    async def _together(self, entries: Sequence[Entry], mode: Literal["check", "peek", "reset"]) -> list[Decision]:
+    async def _together(self, entries: Sequence[Entry | Joint], mode: Literal["check", "peek", "reset"]) -> list[Decision]:
         try:
             group = self._ask_together(entries, mode)
         except StorageUnavailable:  # more waits already than may
