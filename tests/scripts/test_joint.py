@@ -6,6 +6,7 @@ import random
 from collections import defaultdict
 from typing import Any
 
+import fakeredis
 import pytest
 import redis
 from hypothesis import HealthCheck, given, settings
@@ -448,6 +449,17 @@ def test_128_items_are_the_most_parts_included(redis_client: redis.Redis) -> Non
         with pytest.raises(redis.ResponseError, match="RATETHROTTLE there are more than 128 entries"):
             clocked.send(redis_client, NOW_US, call)
         assert clocked.state("k0") == before
+
+
+def test_fakeredis_runs_joint_checks_too(redis_client: redis.Redis, fake_server: fakeredis.FakeServer) -> None:
+    told = []
+    for client in (redis_client, fakeredis.FakeRedis(server=fake_server)):
+        clocked, rules = ClockedScript(client), [rule(strategy, 5) for strategy in STRATEGIES]
+        sets = joint([Part(rules[0], "a", 2), Part(rules[1], "b")], *(Part(each, each.strategy) for each in rules[2:]), count=3)
+        flagged = joint(Part(rules[0], "a", flagged=True), Part(rules[3], "c"))
+        told.append([ask(clocked, sets, flagged, mode=mode, now_us=NOW_US + i) for i in range(4) for mode in ("check", "peek")])
+        told[-1].append([clocked.state(key) for key in ("a", "b", "c", *STRATEGIES[2:])])
+    assert told[0] == told[1]
 
 
 def test_every_counting_key_expires(redis_client: redis.Redis) -> None:
