@@ -128,9 +128,9 @@ if part_count > 0 then
 end
 local room = 4 * key_count + part_count
 at = at + 8 * rule_count
-local fine, reply, partly, filled, _, generations = pcall(attempt, states, ends, resets, numbers, places, long_way, rules, consumes, repair_us > 0,
-  untold_us, now, request, room, key_count, rule_count, run_count, lease_count, at, ARGV, number, refuse, format, match, sub, find, floor, min, max,
-  unpack)
+local fine, reply, partly, filled, _, generations = pcall(attempt, states, ends, resets, numbers, places, long_way, rules, consumes,
+  repair_us > 0, untold_us, now, request, room, key_count, rule_count, run_count, lease_count, at, ARGV, number, refuse, format, match, sub,
+  find, floor, min, max, unpack)
 if not fine then
   local wrong = check_parts and check_parts()
   if wrong then return refuse(wrong) end
@@ -152,8 +152,9 @@ if not fine then
     end
   end
   ends, resets, numbers, places = {nil}, {nil}, {nil}, {nil}
-  reply, partly, filled, _, generations = attempt(states, ends, resets, numbers, places, long_way, rules, consumes, repair_us > 0, untold_us, now,
-    request, room, key_count, rule_count, run_count, lease_count, at, ARGV, number, refuse, format, match, sub, find, floor, min, max, unpack)
+  reply, partly, filled, _, generations = attempt(states, ends, resets, numbers, places, long_way, rules, consumes, repair_us > 0, untold_us,
+    now, request, room, key_count, rule_count, run_count, lease_count, at, ARGV, number, refuse, format, match, sub, find, floor, min, max,
+    unpack)
 end
 if reply.err then return reply end
 for i = 1, generations and #generations or 0 do reply[filled + i] = generations[i] end

@@ -136,7 +136,8 @@ local function long_way(states, resets, numbers, reply, repairing, untold_us, no
       return filled + 1, 2
     end
     -- A view that was derived just now doesn't hold the lease's units as such, nor one that was reset since they were taken.
-    if wanted and back > 0 and not derived and not (h and h.generation >= back_us) and give_back(own, rule.lead, back, back_us) then changed = true end
+    local gives = wanted and back > 0 and not derived and not (h and h.generation >= back_us)
+    if gives and give_back(own, rule.lead, back, back_us) then changed = true end
 
     local work, free, granted, ahead, units = 4 + 5 * (pushed or 0), free_of(own, rule), count, 0, count * cost
     if units > free then

@@ -133,13 +133,13 @@ end
 -- Decides joint checks that consume, in one pass over their parts. Returns what `decide` does, as far as it is used. Raises an error if a
 -- part is malformed. Tables have room for all parts at once: to set something behind the end of one, even nil, takes as long as to count
 -- all that it holds.
-local function decide_parts(part_count, from, settling, window_start, reply, partly, filled, entries, generations, decide_entry, work, states, ends,
-    resets, numbers, places, _, rules, _, repairing, _, now, _, _, _, rule_count, _, _, _, ARGV, number, _, format, match, sub, find, floor, min,
-    _, unpack)
+local function decide_parts(part_count, from, settling, window_start, reply, partly, filled, entries, generations, decide_entry, work,
+    states, ends, resets, numbers, places, _, rules, _, repairing, _, now, _, _, _, rule_count, _, _, _, ARGV, number, _, format, match, sub,
+    find, floor, min, _, unpack)
   local EXACT_MAX, UNITS_MAX, SUM_MAX, SECOND, SKIPPED = 9007199254740991, 4000000000, 512000000000, 1000000, -5
   local simple, kept, takes, rule_of, units_of = not repairing, {unpack({}, 1, 3 * part_count)}, {unpack({}, 1, part_count)}, {}, {['1'] = 1}
-  local first, begun, left, whole, fine, flagged, together, decide_long, settle, note, _ = 1, filled, 0, true, true, true, nil, nil, nil, nil, nil
-  generations = generations or {nil}
+  local first, begun, left, whole, fine, flagged = 1, filled, 0, true, true, true
+  local together, decide_long, settle, note, _
   for i = 1, part_count + 1 do
     local bits = ARGV[from + 5]
     if bits ~= '3' then
@@ -197,7 +197,6 @@ end
 -- Looks at all parts of joint checks, and charges nothing. Returns the same.
 local function look_parts(reply, partly, filled, entries, generations, decide_entry, work)
   local takes, first, fine, look, note, _ = {nil}, 1, nil, nil, nil, nil
-  generations = generations or {nil}
   _, _, look, note = settling({nil}, takes, reply, entries, generations, decide_entry, work)
   for i = 1, part_count do
     local following = ARGV[parts_at + 5 * (i + 1)]
@@ -216,6 +215,7 @@ function attempt(...)
   local reply, partly, filled, entries, generations, decide_entry, work = decide(...)
   if reply.err then return reply end
   if entries + part_count > 128 then return refuse('RATETHROTTLE there are more than 128 entries') end
+  generations = generations or {nil}
   if consumes then
     return decide_parts(part_count, parts_at, settling, window_start, reply, partly, filled, entries, generations, decide_entry, work, ...)
   end

@@ -115,9 +115,11 @@ local function read_rules(at, rule_count, keeps)
     if not (cap and window) then
       if not keeps then return nil, 'RATETHROTTLE a number of a rule is out of range' end
     elseif kind == 'b' then
+      -- Each table has room for all that it will hold: to grow takes as long as to fill it.
       unit, drain = number(unit, 1, TICKS), number(drain, 1, 1000000000)
       if unit and drain and cap * unit < TICKS and q == '0' and coarse == '0' and lead == '0' then
-        rule = {kind = 'b', cap = cap, unit = unit, drain = drain, name = format('b%d,%d,%d,', unit, drain, cap), level = 0, t = 0}
+        rule = {kind = 'b', cap = cap, unit = unit, drain = drain, name = format('b%d,%d,%d,', unit, drain, cap), level = 0, t = 0,
+          alone = '', place = ''}
       end
     elseif unit ~= '0' or drain ~= '0' then
       rule = nil
@@ -135,7 +137,8 @@ local function read_rules(at, rule_count, keeps)
           prev = 0, began = window_start(window, now)}
       end
     elseif kind == 'f' and q == '0' and coarse == '0' and lead == '0' then
-      rule = {kind = 'f', cap = cap, window = window, name = format('f%d,', window), start = 0, cur = 0, prev = 0, began = window_start(window, now)}
+      rule = {kind = 'f', cap = cap, window = window, name = format('f%d,', window), start = 0, cur = 0, prev = 0,
+        began = window_start(window, now), place = ''}
     end
     if rule then
       -- How a state begins that is this view alone; behind how many bytes (as text, which SETRANGE takes) its numbers stand; and such
@@ -386,8 +389,8 @@ local function views()
     local unit, drain, units, name_end, level, t, after = match(state, '^b([0-9]+),([0-9]+),([0-9]+),()([0-9]+),([0-9]+);()', at)
     if not after then return nil end
     unit, drain, units, level, t = unit + 0, drain + 0, units + 0, level + 0, t + 0
-    if not (unit >= 1 and drain >= 1 and drain <= 1000000000 and units >= 1 and units <= 1000000000 and units * unit < TICKS) then return nil end
-    if not (level <= EXACT_MAX and t <= EXACT_MAX) then return nil end
+    if not (unit >= 1 and drain >= 1 and drain <= 1000000000 and level <= EXACT_MAX and t <= EXACT_MAX) then return nil end
+    if not (units >= 1 and units <= 1000000000 and units * unit < TICKS) then return nil end
     return {kind = 'b', unit = unit, drain = drain, cap = units, level = level, t = t}, name_end, after
   end
 
@@ -457,8 +460,8 @@ local function views()
     return used > 0, 0
   end
 
-  -- Reads a state. Returns its header, the own view, the other one (rolled) or nil,
-  -- whether there is something to write already, whether the own one was derived, and of how many entries; nothing if the state can't be read. It raises
+  -- Reads a state. Returns its header, the own view, the other one (rolled) or nil, whether there is something to write already, whether
+  -- the own one was derived, and of how many entries; nothing if the state can't be read. It raises
   -- an error where entries of a sliding window aren't digits, or aren't what their sum says: to look through them all would take too
   -- long. All other numbers are in the ranges that rules and views have.
   function read(state, rule)
