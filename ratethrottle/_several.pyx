@@ -289,6 +289,7 @@ cdef class SeveralRules(Several):
         cdef Outcome[PARTS_MAX] outs
         cdef int[PARTS_MAX] reported
         cdef int64_t now_us
+        cdef int sets
         cdef bint allowed
         if key is not None and key is self.last_key and self.is_last(joint):
             memcpy(places, self.last_places, joint.size * sizeof(Place))
@@ -297,7 +298,11 @@ cdef class SeveralRules(Several):
         now_us = self.table.now_us()
         if self.backend is not None:
             return self.bounded(key, joint, places, now_us)
-        allowed = self.table.decide_joint(joint, places, now_us, outs, reported)
+        if joint.is_joint() or joint.uncounted:
+            allowed = self.table.decide_joint(joint, places, now_us, outs, reported)
+        else:                                    # a plain check writes where the clock was set back to, even if it is denied
+            self.table.decide_place(places, now_us, joint.costs[0], outs)
+            allowed = joint_outcome(joint, outs, reported, &sets)
         return self.decided(key, joint, MEMORY, outs, reported, allowed, now_us)
 
     cdef inline bint is_last(self, Joint joint) noexcept:

@@ -1,8 +1,9 @@
+from collections.abc import Sequence
 from typing import Any, Never, final
 
 from typing_extensions import disjoint_base
 
-from ratethrottle._engine.decision import Decision, _Key
+from ratethrottle._engine.decision import Decision, Entry, _Key
 from ratethrottle._engine.definitions import CompiledRule
 
 __pyx_capi__: dict[str, object]
@@ -35,6 +36,7 @@ class Joint:
     def costing(self, units: int) -> Joint: ...
     def asked(self, decision: Decision) -> Decision: ...
 
+def joint_of(entries: Sequence[Entry], alternatives: int = 0) -> Joint: ...
 @final
 class JointDecision(Decision):
     @property

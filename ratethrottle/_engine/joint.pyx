@@ -179,6 +179,18 @@ cdef Joint joint_new(list rules, uint32_t alternatives):
     return joint
 
 
+def joint_of(entries, uint32_t alternatives=0):
+    """The joint check of validated checks, at most PARTS_MAX; bit i of `alternatives`: that one is an alternative to the one before."""
+    cdef Joint joint = joint_new([entry.rule for entry in entries], alternatives)
+    cdef int p = 0
+    joint.keys = tuple([entry.key for entry in entries])
+    joint.canonicals = tuple([entry.canonical for entry in entries])
+    for entry in entries:
+        joint.costs[p] = entry.cost
+        p += 1
+    return joint
+
+
 cdef Outcome part_uncounted(Joint joint, int p) noexcept:
     """What a part says under whose rule nothing is counted. All that is charged under a limit of 0 is over it, for ever."""
     cdef Outcome out = outcome_uncounted(<CompiledRule>PyTuple_GET_ITEM(joint.rules, p), joint.costs[p])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import cache
+from itertools import accumulate
 from typing import Any, Protocol
 
 from ratethrottle._core import Limiter
 from ratethrottle._engine import corrections
 from ratethrottle._engine.decision import Decision, Entry
 from ratethrottle._engine.definitions import CompiledRule
+from ratethrottle._engine.joint import joint_of
 from ratethrottle._engine.keys import KeyTable
-from tests.kit.clocked import ClockedScript, View, read_state
+from tests.kit.clocked import ClockedScript, JointAnswer, Part, View, read_state
+from tests.kit.joint import binding
 from tests.kit.oracle import Answer, Oracle
 
 NEVER_US = 2**63 - 1
@@ -25,6 +29,18 @@ class Subject(Protocol):
 class _Storage:
     def __init__(self, table: KeyTable) -> None:
         self.table = table
+
+
+def answer_of(decision: Decision) -> Answer:
+    """What it says, as the oracle says it."""
+    retry_us = decision.retry_after_us
+    return decision.allowed, decision.remaining, -1 if retry_us == NEVER_US else retry_us, decision.reset_after_us
+
+
+@cache
+def flagging(rule: CompiledRule) -> CompiledRule:
+    """The same rule, which only flags."""
+    return CompiledRule(*rule.__reduce__()[1][:-1], enforce="flag")
 
 
 class Core:
@@ -44,9 +60,26 @@ class Core:
         """Decide. Raises CostExceedsLimit, where the others deny for ever."""
         self.now_us = now_us
         entry = self.entry(rule, cost, key)
-        decision = self.table.decide(entry) if consume else self.table.peek(entry)
-        retry_us = decision.retry_after_us
-        return decision.allowed, decision.remaining, -1 if retry_us == NEVER_US else retry_us, decision.reset_after_us
+        return answer_of(self.table.decide(entry) if consume else self.table.peek(entry))
+
+    def check_jointly(self, sets: list[list[Part]], now_us: int, *, consume: bool = True) -> JointAnswer:
+        """Decide on a joint check."""
+        self.now_us = now_us
+        parts = [part for alternatives in sets for part in alternatives]
+        entries = [self.entry(flagging(part.rule) if part.flagged else part.rule, part.cost, part.key) for part in parts]
+        firsts = list(accumulate((len(alternatives) for alternatives in sets), initial=0))
+        joint = joint_of(entries, sum(1 << i for i in range(len(parts)) if i not in firsts))
+        decision = self.table.decide(joint) if consume else self.table.peek(joint)
+        told = [
+            (
+                [part.key for part in alternatives].index(str(heard.key)),
+                (heard.allowed and not heard.over, *answer_of(heard)[1:]),
+            )
+            for heard, alternatives in zip(decision.parts or (decision,), sets, strict=True)
+        ]
+        which = binding(sets, (decision.allowed, told))
+        assert (decision.parts or (decision,))[which].key == decision.key
+        return decision.allowed, told
 
     def charge(self, rule: CompiledRule, now_us: int, cost: int) -> Answer:
         """Count units that nobody was asked for."""

@@ -68,17 +68,6 @@ class Key:
         return self.oracle.check(rule, now_us, cost, consume=consume)
 
 
-@dataclass
-class CoreKey:
-    """A key of a compiled core."""
-
-    core: Core
-    name: str
-
-    def check(self, rule: CompiledRule, now_us: int, cost: int, *, consume: bool = True) -> Answer:
-        return self.core.check(rule, now_us, cost, consume=consume, key=self.name)
-
-
 def random_rule(rng: random.Random) -> RateThrottleRule:
     """A rule of any size, mostly such that a test has time to fill it."""
     while True:
@@ -183,7 +172,7 @@ class World:
     def joint_checks(self, consume: bool) -> Iterator[tuple[JointCheck, list[JointAnswer]]]:
         """Decide on joint checks of this instant, likewise. Each comes with what its equal checks hear."""
         rng = self.rng
-        keys, core = {key.name: key for key in self.keys}, {key.name: CoreKey(self.core, key.name) for key in self.keys}
+        keys = {key.name: key for key in self.keys}
         for _ in range(rng.choice((0, rng.randint(1, JOINTS)))):
             sets: list[list[Part]] = []
             for key in rng.sample(self.keys, rng.randint(1, KEYS - 1)):
@@ -196,7 +185,7 @@ class World:
             told = []
             for _ in range(count := rng.randint(1, 4)):
                 told.append(check_jointly(keys, sets, self.now_us, consume=consume))
-                by_core = check_jointly(core, sets, self.now_us, consume=consume)
+                by_core = self.core.check_jointly(sets, self.now_us, consume=consume)
                 if by_core != told[-1]:
                     raise DifferenceError(joint_difference("core", self.now_us, sets, told[-1], by_core))
             yield JointCheck(sets, count), told
