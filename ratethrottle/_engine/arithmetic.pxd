@@ -627,6 +627,29 @@ cdef inline int correct_views(View* views, int* count, const Terms* terms, int64
     return WRITE
 
 
+cdef inline void take_correction(const Terms* terms, const int64_t* numbers, Outcome* out) noexcept nogil:
+    """Fill in what the script's answer says to a charge or a refund. It is always granted; `numbers` say 0 if the key is in debt."""
+    cdef View view
+    cdef int64_t now_us = terms.window_us
+    out.allowed = True
+    if terms.kind == SLIDING:
+        out.in_ticks = False
+        out.remaining = max(<int64_t>0, terms.capacity - numbers[1])
+        out.retry_us = 0 if numbers[0] else max(<int64_t>1, numbers[4])
+        out.reset_us = numbers[3]
+        return
+    view.terms = terms
+    view.at_us = 0
+    if terms.kind == BUCKET:
+        view.amount.level_ticks = numbers[1]
+    else:                                    # a window that is ahead of the clock begins at most one window after now
+        view.at_us = terms.window_us
+        view.amount.counts = Counts(<uint32_t>numbers[1], <uint32_t>numbers[2] if terms.kind == COUNTER else 0)
+        now_us += numbers[3 if terms.kind == COUNTER else 2]
+    report(terms, &view, now_us, 0, out)
+    out.retry_us = view_debt(terms, &view, now_us, 0, 0)
+
+
 # The script's answer to n equal checks; see «Answers» in docs/arithmetic.md.
 
 cdef inline int answer_length(const Terms* terms, int64_t granted, int64_t count) noexcept nogil:

@@ -7,7 +7,7 @@ from cpython.object cimport PyObject, PyTypeObject
 from cpython.unicode cimport PyUnicode_AsUTF8String
 from libc.stdint cimport int64_t
 
-from ratethrottle._engine.arithmetic cimport answer_length, ceil_div, Outcome, settle, take_answer
+from ratethrottle._engine.arithmetic cimport answer_length, ceil_div, Outcome, settle, take_answer, take_correction
 from ratethrottle._engine.definitions cimport CompiledRule, FLAG_IT
 
 from math import inf as _inf
@@ -232,6 +232,21 @@ def read_answer(CompiledRule rule not None, numbers, int64_t cost, int64_t posit
     for i in range(len(numbers)):
         raw[i] = numbers[i]
     take_answer(&rule.terms, raw, raw[len(numbers) - 1] if rule.lease_units else 0, cost, position, &out)
+    if out.in_ticks:
+        settle(&rule.terms, &out)
+    return out.allowed, out.remaining, out.retry_us, out.reset_us
+
+
+def read_correction(CompiledRule rule not None, numbers):
+    """Read what the script answers to a charge or a refund: True, remaining, how long the key is in debt in µs, and reset_us."""
+    cdef int64_t[6] raw
+    cdef Outcome out
+    cdef int i
+    if not numbers or len(numbers) != answer_length(&rule.terms, numbers[0], 1):
+        raise ValueError("the answer has another length than its rule's kind asks for")
+    for i in range(len(numbers)):
+        raw[i] = numbers[i]
+    take_correction(&rule.terms, raw, &out)
     if out.in_ticks:
         settle(&rule.terms, &out)
     return out.allowed, out.remaining, out.retry_us, out.reset_us

@@ -72,6 +72,15 @@ class JointCheck(NamedTuple):
     count: int = 1
 
 
+class Correction(NamedTuple):
+    """Units that nobody was asked for, or, if it is known when they were granted, that are given back."""
+
+    rule: CompiledRule
+    key: str
+    units: int
+    granted_us: int | None = None
+
+
 class PartAnswer(NamedTuple):
     """How many of the equal checks a part has paid for, and the numbers of its answer: a code alone if there is none."""
 
@@ -210,6 +219,25 @@ def make_call(
     told = [(rules[rule_index - 1], cost, count) for _, rule_index, cost, count in items]
     told += [(lease.rule, lease.cost, lease.count) for lease in leases]
     return Call(keys, args, told, mode, len(leases), joints)
+
+
+def make_settlement(corrections: Sequence[Correction]) -> Call:
+    """A call with corrections that belong together."""
+    keys, rules = [list(dict.fromkeys(each)) for each in ([one.key for one in corrections], [one.rule for one in corrections])]
+    args: list[Any] = ["check_joint", EPOCH, len(rules), 0, 0, len(corrections)]
+    for rule in rules:
+        args += (getattr(rule, word) for word in script("decide").header["rule"])
+    for i, (rule, key, units, granted_us) in enumerate(corrections):
+        bits = BITS["joined"] * (i > 0) + BITS["charge" if granted_us is None else "refund"]
+        args += (keys.index(key) + 1, rules.index(rule) + 1, units, 1 if granted_us is None else granted_us, bits)
+    return Call(keys, args, [], "check_joint", 0)
+
+
+def settled(corrections: Sequence[Correction], reply: list[Any]) -> tuple[list[PartAnswer], list[tuple[int, int]]]:
+    """What each correction of such a call answers, and pairs of item and generation."""
+    joint = JointCheck([[Part(one.rule, one.key, one.units)] for one in corrections])
+    _, ((*answers,),), generations = Call([], [], [], "check_joint", 0, [joint]).split(reply)
+    return [answer for (answer,) in answers], generations
 
 
 def read_state(state: bytes | None) -> list[View] | None:

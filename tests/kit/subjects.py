@@ -8,11 +8,11 @@ from typing import Any, Protocol
 
 from ratethrottle._core import Limiter
 from ratethrottle._engine import corrections
-from ratethrottle._engine.decision import Decision, Entry
+from ratethrottle._engine.decision import Decision, Entry, read_correction
 from ratethrottle._engine.definitions import CompiledRule
 from ratethrottle._engine.joint import joint_of
 from ratethrottle._engine.keys import KeyTable
-from tests.kit.clocked import ClockedScript, JointAnswer, Part, View, read_state
+from tests.kit.clocked import ClockedScript, Correction, JointAnswer, Part, View, make_settlement, read_state, settled
 from tests.kit.joint import binding
 from tests.kit.oracle import Answer, Oracle
 
@@ -115,6 +115,19 @@ class Lua:
     def check(self, rule: CompiledRule, now_us: int, cost: int, *, consume: bool = True) -> Answer:
         """Decide."""
         return self.script.call(now_us, [(rule, self.key, cost)], "check" if consume else "peek")[0]
+
+    def charge(self, rule: CompiledRule, now_us: int, cost: int) -> Answer:
+        """Count units that nobody was asked for."""
+        return self.correct(now_us, Correction(rule, self.key, cost))
+
+    def refund(self, rule: CompiledRule, now_us: int, units: int, granted_us: int) -> Answer:
+        """Give back units that were granted then."""
+        return self.correct(now_us, Correction(rule, self.key, units, granted_us))
+
+    def correct(self, now_us: int, correction: Correction) -> Answer:
+        (answer,), _ = settled([correction], self.script.send(self.script.client, now_us, make_settlement([correction])))
+        assert answer.took == 1
+        return read_correction(correction.rule, answer.numbers)
 
     def state(self, rule: CompiledRule) -> list[View] | None:
         """What the key's state holds."""

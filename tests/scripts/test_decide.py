@@ -311,8 +311,8 @@ WRITES = f"call('PSETEX', KEYS[k], string.format('%.0f', expiry_ms + {KEPT_MS}),
 NOTING = replaced(CLOCKED, WRITES, f"{WRITES} call('ZADD', 'ends', second, KEYS[k])")
 ALL_THE_SAME_WAY = replaced(
     replaced(NOTING, "local simple, skip, window = consumes and", "local simple, skip, window = false and"),
-    "local simple, kept, takes, rule_of, units_of = not repairing,",
-    "local simple, kept, takes, rule_of, units_of = false,",
+    "false, filled + 1, together and not repairing",
+    "false, filled + 1, false",
 )
 
 

@@ -6,7 +6,7 @@
 --- run: key_index key_count rule_index cost count
 --- lease: key_index rule_index cost count ahead back back_us
 --- part: key_index rule_index cost count bits
---- bits: joined=1 alternative=2 flagged=4
+--- bits: joined=1 alternative=2 flagged=4 charge=8 refund=16
 --- reply: request server_us answer... generation_pair...
 --- joint_reply: request server_us answer... part_answer... generation_pair...
 --- part_answer: took answer
@@ -34,6 +34,9 @@
 -- of `count` are granted, a part answers as an entry would, with `took` for `granted`; one that wasn't needed answers `skipped`. Otherwise,
 -- and in a peek, it answers what one more check would hear. It has retry_us only if nothing is granted. If a part can't be decided,
 -- nothing of its joint check is charged, and the other parts answer `skipped`.
+-- Parts that `charge` or `refund` stand among themselves. They count units that nobody was asked for, up to a debt of one capacity, with a
+-- `count` of 1; and give units back, with the server's time of their grant for `count`. Each is taken (`took` 1), and answers as one check
+-- that is granted, unless the key is in debt: then as one of no units that is denied until that is over.
 
 -- Decides runs and leases. Writes nothing. By place in KEYS: `states` as text, false if there is none; `ends`, the second in which what
 -- was read ends, where that is known; `resets`, for what is to be written, how long it counts. Of some states only numbers change, to

@@ -1,7 +1,7 @@
 -- The long way to decide an entry, for decide.lua: any state and any entry, step by step as docs/arithmetic.md has it. The loader puts it
 -- in front of that. simple.lua is its twin for most entries. What this makes, few calls need.
 
--- Makes what only such entries need, for one reading of a call's states. Returns `decide_entry`.
+-- Makes what only such entries need, for one reading of a call's states. Returns `decide_entry` and `correct_entry`.
 local function long_way(states, resets, numbers, reply, repairing, untold_us, now, sub, floor, min, max)
   local TICKS, UNITS_MAX, PLAIN, UNREADABLE, UNSURE = 4503599627370496, 4000000000, '1;', -2, -3
   local read, roll, push, read_header, print_header, print_state, units_of, at_of, place_of, set_units = views()
@@ -120,26 +120,95 @@ local function long_way(states, resets, numbers, reply, repairing, untold_us, no
     return filled, work
   end
 
-  -- Decides `count` checks of the key at k, whose state is given, and charges for them if it `consumes`. Of a lease, `wanted` is how many
-  -- units it would take ahead (nil: it is none), and `back` how many of those of back_us it gives back. Puts the answer behind `filled`
-  -- numbers of the reply. Returns how many there are then, about how many us this took, and when the key was reset, if it was.
-  local function decide_entry(k, state, rule, cost, count, consumes, filled, wanted, back, back_us)
-    local head, own, other, changed, derived, pushed, h, generation = PLAIN, rule, nil, false, false, 0, nil, nil
+  -- Reads a state and brings it to now. Returns the text of its header, the own view and the other one, whether there is something to write
+  -- already, whether the own one was derived, and of how many entries, and the header if it says anything. If it can't be decided, nil and
+  -- the code that says so.
+  local function open(state, rule)
+    local head, own, other, changed, derived, pushed, h = PLAIN, rule, nil, false, false, 0, nil
     if state then head, own, other, changed, derived, pushed = read(state, rule) else begin(rule) end
     if head and roll(own) then changed = true end
     if head and (repairing or head ~= PLAIN) then
       h = read_header(head, own, other)
-      head, generation = h and head, h and h.generation > 0 and h.generation
+      head = h and head
     end
-    if not head or h and h.told < untold_us then
-      reply[filled + 1] = head and UNSURE or UNREADABLE
+    if not head or h and h.told < untold_us then return nil, head and UNSURE or UNREADABLE end
+    return head, own, other, changed, derived, pushed or 0, h
+  end
+
+  -- Has the state of the key at k written. Returns about how many us that takes.
+  local function keep(k, head, own, other, h)
+    local reset, text = print_state(h and print_header(h) or head, own, other)
+    if h and h.keep > reset then reset = h.keep end
+    states[k], resets[k], numbers[k] = reset > 0 and text, reset, nil
+    return (own.kind == 's' and own.n / 8 or 0) + (other and 1 + (other.kind == 's' and other.n / 4 or 0) or 0)
+  end
+
+  -- Puts an answer behind `filled` numbers of the reply. Returns how many there are then, and how much work that was.
+  local function answer(own, rule, cost, granted, denied, filled)
+    local kind, work = rule.kind, 0
+    filled = filled + 1
+    reply[filled] = granted
+    if kind == 'b' then
+      filled = filled + 1
+      reply[filled] = own.level
+    elseif kind == 's' then
+      filled, work = answer_window(own, rule.cap, cost, denied, filled)
+    elseif kind == 'f' then
+      reply[filled + 1], reply[filled + 2], filled = own.cur, now - own.start, filled + 2
+    else
+      reply[filled + 1], reply[filled + 2], reply[filled + 3], filled = own.cur, own.prev, now - own.start, filled + 3
+    end
+    return filled, work
+  end
+
+  -- Charges a key in all its views, under a rule.
+  local function charge_all(own, other, h, rule, units, ahead)
+    charge(own, units, ahead)
+    if other then charge_other(other, units, ahead) end
+    if h then h.granted = min(h.granted + units + ahead, UNITS_MAX) end
+    own.name = rule.name
+  end
+
+  -- Charges the key at k for units that nobody was asked for, up to a debt of one capacity; or, if it is known when they were granted,
+  -- gives them back. Answers as of one check, which is granted unless the key is in debt, and says how long that lasts. Returns what
+  -- decide_entry does.
+  local function correct_entry(k, state, rule, units, granted_us, filled)
+    local head, own, other, changed, derived, pushed, h = open(state, rule)
+    if not head then
+      reply[filled + 1] = own
+      return filled + 1, 2
+    end
+    if not granted_us then
+      local room = rule.kind == 'c' and 2 * rule.cap - own.cur or rule.cap + free_of(own, rule)
+      units = min(units, max(0, room))
+      if units > 0 then
+        charge_all(own, other, h, rule, units, 0)
+        changed = true
+      end
+    elseif not derived and not (h and h.generation >= granted_us) and give_back(own, 0, units, granted_us) then
+      changed = true
+    end
+    local work, more = 4 + 5 * pushed, 0
+    if changed then work = work + keep(k, head, own, other, h) end
+    local owes = free_of(own, rule) < 0 or rule.kind == 'c' and own.cur > rule.cap
+    filled, more = answer(own, rule, 0, owes and 0 or 1, owes, filled)
+    return filled, work + more, h and h.generation > 0 and h.generation
+  end
+
+  -- Decides `count` checks of the key at k, whose state is given, and charges for them if it `consumes`. Of a lease, `wanted` is how many
+  -- units it would take ahead (nil: it is none), and `back` how many of those of back_us it gives back. Puts the answer behind `filled`
+  -- numbers of the reply. Returns how many there are then, about how many us this took, and when the key was reset, if it was.
+  local function decide_entry(k, state, rule, cost, count, consumes, filled, wanted, back, back_us)
+    local head, own, other, changed, derived, pushed, h = open(state, rule)
+    if not head then
+      reply[filled + 1] = own
       return filled + 1, 2
     end
     -- A view that was derived just now doesn't hold the lease's units as such, nor one that was reset since they were taken.
     local gives = wanted and back > 0 and not derived and not (h and h.generation >= back_us)
     if gives and give_back(own, rule.lead, back, back_us) then changed = true end
 
-    local work, free, granted, ahead, units = 4 + 5 * (pushed or 0), free_of(own, rule), count, 0, count * cost
+    local work, free, granted, ahead, units, more = 4 + 5 * pushed, free_of(own, rule), count, 0, count * cost, 0
     if units > free then
       granted = free > 0 and floor(free / cost) or 0
       units = granted * cost
@@ -147,40 +216,20 @@ local function long_way(states, resets, numbers, reply, repairing, untold_us, no
     if consumes then
       if wanted and wanted > 0 and granted == count then ahead = min(wanted, max(0, floor((free - units) / 8))) end
       if units + ahead > 0 then
-        charge(own, units, ahead)
-        if other then charge_other(other, units, ahead) end
-        if h then h.granted = min(h.granted + units + ahead, UNITS_MAX) end
-        own.name, changed = rule.name, true
+        charge_all(own, other, h, rule, units, ahead)
+        changed = true
       end
-      if changed then
-        local reset, text = print_state(h and print_header(h) or head, own, other)
-        if h and h.keep > reset then reset = h.keep end
-        states[k], resets[k], numbers[k] = reset > 0 and text, reset, nil
-        work = work + (own.kind == 's' and own.n / 8 or 0) + (other and 1 + (other.kind == 's' and other.n / 4 or 0) or 0)
-      end
+      if changed then work = work + keep(k, head, own, other, h) end
     else
       granted = min(granted, 1)
     end
-
-    local kind, more = rule.kind, 0
-    filled = filled + 1
-    reply[filled] = granted
-    if kind == 'b' then
-      filled = filled + 1
-      reply[filled] = own.level
-    elseif kind == 's' then
-      filled, more = answer_window(own, rule.cap, cost, granted < count, filled)
-    elseif kind == 'f' then
-      reply[filled + 1], reply[filled + 2], filled = own.cur, now - own.start, filled + 2
-    else
-      reply[filled + 1], reply[filled + 2], reply[filled + 3], filled = own.cur, own.prev, now - own.start, filled + 3
-    end
+    filled, more = answer(own, rule, cost, granted, granted < count, filled)
     if wanted then
       filled = filled + 1
       reply[filled] = ahead
     end
-    return filled, work + more, generation
+    return filled, work + more, h and h.generation > 0 and h.generation
   end
 
-  return decide_entry
+  return decide_entry, correct_entry
 end

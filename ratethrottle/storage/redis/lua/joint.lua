@@ -3,15 +3,29 @@
 -- less than was asked, the states are put back. It is known then how many of the equal checks all sets grant: just these are charged.
 local parts_at = right - 5 * part_count
 
+-- The bits of a part of a check. Another one corrects.
+local checks = {['0'] = true, ['1'] = true, ['3'] = true, ['4'] = true, ['5'] = true}
+
+-- Returns how many equal ones a part stands for, or, if it gives back, when its units were granted.
+local function count_of(text, bits)
+  if bits == '16' or bits == '17' then return number(text, 0, 9007199254740991) end
+  return number(text, 1, checks[bits] and 1000000 or 1)
+end
+
 -- Returns what is wrong with the parts, or nothing. `decide_parts` raises an error where something is, but can't say what.
 function check_parts()
   local from, count, before = parts_at, nil, '4'
   for _ = 1, part_count do
     local k, rule, cost = number(ARGV[from + 1], 1, key_count), number(ARGV[from + 2], 1, rule_count), number(ARGV[from + 3], 1, 1000000000)
-    local together, bits = number(ARGV[from + 4], 1, 1000000), ARGV[from + 5]
+    local bits = ARGV[from + 5]
+    local together = count_of(ARGV[from + 4], bits)
     if not (k and rule and cost and together) then return 'RATETHROTTLE a number of a part is out of range' end
     if bits == '0' or bits == '4' then
       count = together
+    elseif consumes and (bits == '8' or bits == '16') then
+      count = false
+    elseif bits == '9' or bits == '17' then
+      if count ~= false then return 'RATETHROTTLE a part does not fit the one before' end
     elseif not (bits == '1' or bits == '5' or bits == '3' and before ~= '4' and before ~= '5') or together ~= count then
       return 'RATETHROTTLE a part does not fit the one before'
     end
@@ -25,8 +39,10 @@ local function settling(kept, takes, reply, entries, generations, decide_entry, 
   local SKIPPED, DEFERRED, WORK_MAX = -5, -4, 700
   -- By number of the part: why it can't be decided, and when its key was reset. Of the joint check that begins with the part `current`,
   -- whether those parts have to be asked anew that aren't simple.
-  local codes, resets_at, current, busy = {nil}, {nil}, 0, false
-  decide_entry = decide_entry or long_way(states, resets, numbers, reply, repair_us > 0, untold_us, now, sub, floor, min, max)
+  local codes, resets_at, current, busy, correct_entry = {nil}, {nil}, 0, false, nil
+  if not decide_entry then
+    decide_entry, correct_entry = long_way(states, resets, numbers, reply, repair_us > 0, untold_us, now, sub, floor, min, max)
+  end
 
   local function key_of(i)
     return ARGV[parts_at + 5 * i - 4] + 1
@@ -61,9 +77,31 @@ local function settling(kept, takes, reply, entries, generations, decide_entry, 
     end
   end
 
+  -- Charges or gives back, in its turn. Returns where the answer ends, how many were taken, and whether it could be.
+  local function correct(first, i, bits, filled)
+    if first ~= current then current, busy = first, work > WORK_MAX end
+    local at, place, took, back = parts_at + 5 * i, filled + 1, 0, bits == '16' or bits == '17'
+    local count = count_of(ARGV[at - 1], bits)
+    local known, begins = back or bits == '8' or bits == '9', bits == '8' or bits == '16'
+    if not (count and known) or begins ~= (i == first) then error('a part is malformed') end
+    if busy then
+      reply[place], filled = DEFERRED, place
+    else
+      if not correct_entry then
+        decide_entry, correct_entry = long_way(states, resets, numbers, reply, repair_us > 0, untold_us, now, sub, floor, min, max)
+      end
+      local k, rule = key_of(i), rules[ARGV[at - 3] + 0]
+      filled, took, resets_at[i] = correct_entry(k, states[k], rule, ARGV[at - 2] + 0, back and count, filled)
+    end
+    work = work + took
+    if reply[place] < 0 then codes[i] = reply[place] end
+    return filled, codes[i] and 0 or 1, not codes[i]
+  end
+
   -- Decides a part that isn't simple, in its turn. Returns where its answer ends, how many were granted, and whether it could be decided.
   local function decide_long(first, i, kind, count, filled)
-    local granted
+    local bits, granted = ARGV[parts_at + 5 * i], nil
+    if not (checks[bits] and checks[ARGV[parts_at + 5 * first]]) then return correct(first, i, bits, filled) end
     filled, granted = decide_part(first, i, count, true, filled)
     -- If it takes nothing, nothing is written, not even that the clock was set back.
     if granted <= 0 then put_back(i, i) end
@@ -137,7 +175,7 @@ local function decide_parts(part_count, from, settling, window_start, reply, par
     states, ends, resets, numbers, places, _, rules, _, repairing, _, now, _, _, _, rule_count, _, _, _, ARGV, number, _, format, match, sub,
     find, floor, min, _, unpack)
   local EXACT_MAX, UNITS_MAX, SUM_MAX, SECOND, SKIPPED = 9007199254740991, 4000000000, 512000000000, 1000000, -5
-  local simple, kept, takes, rule_of, units_of = not repairing, {unpack({}, 1, 3 * part_count)}, {unpack({}, 1, part_count)}, {}, {['1'] = 1}
+  local kept, takes, rule_of, units_of = {unpack({}, 1, 3 * part_count)}, {unpack({}, 1, part_count)}, {}, {['1'] = 1, [false] = 1}
   local first, begun, left, whole, fine, flagged = 1, filled, 0, true, true, true
   local together, decide_long, settle, note, _
   for i = 1, part_count + 1 do
@@ -145,7 +183,7 @@ local function decide_parts(part_count, from, settling, window_start, reply, par
     if bits ~= '3' then
       -- The set before ends, and maybe its joint check.
       if left > 0 and not flagged then whole = false end
-      if bits ~= '1' and bits ~= '5' then
+      if bits ~= '1' and bits ~= '5' and (together or bits ~= '9' and bits ~= '17') then
         if not (whole and fine) then
           if not settle then decide_long, settle, _, note = settling(kept, takes, reply, entries, generations, decide_entry, work) end
           filled, fine = settle(first, i - 1, begun, filled, fine)
@@ -155,7 +193,7 @@ local function decide_parts(part_count, from, settling, window_start, reply, par
         first, begun, whole, fine, together = i, filled, true, true, (bits == '0' or bits == '4') and ARGV[from + 4]
         units_of[together] = units_of[together] or number(together, 1, 1000000)
       end
-      left, flagged = units_of[together], bits == '4' or bits == '5'
+      left, flagged = units_of[together], bits ~= '0' and bits ~= '1'
     end
     local k, rule, cost = ARGV[from + 1] + 1, rule_of[ARGV[from + 2]], units_of[ARGV[from + 3]]
     if not (rule and cost) then
@@ -164,15 +202,15 @@ local function decide_parts(part_count, from, settling, window_start, reply, par
     end
     local kind, cap, alone, fresh, window = rule.kind, rule.cap, rule.alone, rule.fresh, rule.window
     local unit, drain, q, digits, modulus = rule.unit, rule.drain, rule.q, rule.digits, rule.modulus
-    local skip, state, done, place = #alone, states[k], false, filled + 1
-    if state == nil or k == 1 or ARGV[from + 4] ~= together or bits == '3' and flagged then error('a part is malformed') end
+    local skip, state, done, place, simple = #alone, states[k], false, filled + 1, together and not repairing
+    local count = ARGV[from + 4]
+    if state == nil or k == 1 or count ~= (together or flagged and count) or bits == '3' and flagged then error('a part is malformed') end
     if partly and numbers[k] then
       state = sub(state, 1, places[k]) .. numbers[k] .. sub(state, places[k] + #numbers[k] + 1)
       states[k] = state
     end
-    kept[i] = state
     if resets[k] or numbers[k] then kept[part_count + i], kept[2 * part_count + i] = resets[k], numbers[k] end
-    filled, from = place, from + 5
+    kept[i], filled, from = state, place, from + 5
     if left == 0 then
       -- The alternatives before it pay for all.
       reply[place], reply[place + 1], takes[i], filled = 0, SKIPPED, 0, place + 1
