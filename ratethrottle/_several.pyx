@@ -17,7 +17,7 @@ from ratethrottle._core cimport Backend, CHECK, CHECK_JOINT, JOINT, MADE, Mode, 
 from ratethrottle._engine.arithmetic cimport Outcome
 from ratethrottle._engine.bound cimport Bound, bound_guess, bound_look, bound_verdict, DENIED, LEASED, OPEN, STALE
 from ratethrottle._engine.decision cimport (
-    COST_MAX, Decision, decision_new, Entry, entry_new, LEASE, MEMORY, PREFILTER, rule_named, Source, units_of,
+    COST_MAX, Decision, decision_new, Entry, entry_new, LEASE, MEMORY, OUTAGE, PREFILTER, rule_named, Source, units_of,
 )
 from ratethrottle._engine.definitions cimport CompiledRule, DENY_IT
 from ratethrottle._engine.joint cimport (
@@ -524,6 +524,7 @@ def settlement(JointDecision decision not None, tuple used not None):
     part.corrects = SETTLES
     part.granted_us = decision.at_us
     part.epoch = decision.epoch
+    part.granted_here = decision.source_index == OUTAGE
     return part
 
 

@@ -187,6 +187,10 @@ class RateThrottleCore(Patchable, Limiter):
         for entry in self._by_several.entries(key, rule):
             await self._storage.reset(entry)
 
+    @overload
+    async def charge(self, key: Key, rule: Rules | None = None, *, cost: int = 1) -> Decision: ...
+    @overload
+    async def charge(self, key: Key, rule: Costs) -> Decision: ...
     async def charge(self, key: Key, rule: Rules | Costs | None = None, *, cost: int = 1) -> Decision:
         """Count `cost` units that were used without asking. It is never refused, and may take the key into debt.
 
@@ -205,6 +209,10 @@ class RateThrottleCore(Patchable, Limiter):
         await checkpoint()
         return self._by_several.decide_here(charge, checks=True)
 
+    @overload
+    def reserve(self, key: Key, rule: Rules | None = None, *, cost: int = 1, on_error: OnError = "keep") -> Reservation: ...
+    @overload
+    def reserve(self, key: Key, rule: Costs, *, on_error: OnError = "keep") -> Reservation: ...
     def reserve(self, key: Key, rule: Rules | Costs | None = None, *, cost: int = 1, on_error: OnError = "keep") -> Reservation:
         """Take an estimate before a block, and settle by what was used: `async with limiter.reserve(...) as r: ...; r.settle(used)`.
 

@@ -41,11 +41,13 @@ cdef class Joint:
     cdef uint32_t refunds                    # bit i: part i gives units back
     cdef readonly int64_t granted_us         # when these were granted, in the time of the store that did
     cdef readonly int64_t epoch              # and in which epoch of it
+    cdef bint granted_here                   # or by this process, while the store was away
 
     cdef Joint twin(self)
     cdef Joint costing_each(self, const int64_t* costs)
     cdef Joint with_keys(self, tuple keys, tuple canonicals)
     cdef Joint counted_part(self)
+    cdef Joint charges_alone(self)
     cdef bint denies(self) noexcept
     cdef bint is_joint(self) noexcept
 

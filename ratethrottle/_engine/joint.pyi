@@ -37,6 +37,7 @@ class Joint:
     def asked(self, decision: Decision) -> Decision: ...
 
 def joint_of(entries: Sequence[Entry], alternatives: int = 0) -> Joint: ...
+
 @final
 class JointDecision(Decision):
     @property

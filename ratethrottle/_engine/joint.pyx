@@ -85,6 +85,7 @@ cdef class Joint:
         twin.refunds = self.refunds
         twin.granted_us = self.granted_us
         twin.epoch = self.epoch
+        twin.granted_here = self.granted_here
         for p in range(self.size):
             twin.costs[p] = self.costs[p]
             twin.terms[p] = self.terms[p]
@@ -158,6 +159,20 @@ cdef class Joint:
         part.keys = tuple([self.keys[p] for p in kept])
         part.canonicals = tuple([self.canonicals[p] for p in kept])
         part.whole = self
+        return part
+
+    cdef Joint charges_alone(self):
+        """A settlement without what it gives back; None if that is all."""
+        cdef Joint part
+        cdef list kept = [p for p in range(self.size) if not self.refunds >> <int>p & 1]
+        if not kept:
+            return None
+        part = joint_new([self.rules[p] for p in kept], 0).with_keys(
+            tuple([self.keys[p] for p in kept]), tuple([self.canonicals[p] for p in kept]))
+        for i, p in enumerate(kept):
+            part.costs[<int>i] = self.costs[<int>p]
+        part.timed = True
+        part.corrects = self.corrects
         return part
 
 

@@ -99,7 +99,8 @@ def checks_reply(rng: random.Random) -> Reply:
     if mode == "reset":
         answers = [[NOW_US] for _ in items]
     for _ in range(rng.randint(1, 4) if mode.endswith("_joint") else 0):
-        asked, told = joint_reply(rng, consumes=mode == "check_joint")
+        corrects = mode == "check_joint" and rng.random() < 0.3
+        asked, told = settlement_reply(rng) if corrects else joint_reply(rng, consumes=mode == "check_joint")
         items += asked
         answers += told
     numbers = [NOW_US, *(number for answer in answers for number in answer)]
@@ -127,6 +128,19 @@ def joint_reply(rng: random.Random, *, consumes: bool) -> tuple[list[ItemAsked],
             else:
                 told.append([took, *numbers_of(rule, 0 if s == refuses else rng.randint(0, 1), 1, rng)])
             left -= took
+    if rng.random() < 0.1:
+        told = [[0, rng.choice((*CODES, SKIPPED))] for _ in told]
+    return items, told
+
+
+def settlement_reply(rng: random.Random) -> tuple[list[ItemAsked], list[list[int]]]:
+    """Charges and refunds that belong together, and what is said of each."""
+    items: list[ItemAsked] = []
+    told: list[list[int]] = []
+    for i in range(rng.randint(1, 4)):
+        rule = rng.choice(RULES)
+        items.append((rule, 1, 0, 1 * (i > 0) | rng.choice((8, 16))))
+        told.append([1, *numbers_of(rule, rng.randint(0, 1), 1, rng)])
     if rng.random() < 0.1:
         told = [[0, rng.choice((*CODES, SKIPPED))] for _ in told]
     return items, told

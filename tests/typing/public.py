@@ -48,8 +48,11 @@ async def reservations(limiter: RateThrottleCore) -> None:
         assert_type(reservation.decision, Decision)
         assert_type(reservation.settle(5), None)
         reservation.settle({"tokens": 5, plan: 3})
-        reservation.settle("five")  # type: ignore[arg-type]  # not units
-    limiter.reserve("key", on_error="ignore")  # type: ignore[arg-type]  # neither of the two
+        reservation.settle("five")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    async with limiter.reserve("key", {"requests": 1, "tokens": 5}) as reservation:
+        reservation.settle({"tokens": 5})
+    await limiter.charge("key", {"requests": 1}, cost=2)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
+    limiter.reserve("key", on_error="ignore")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 async def several(limiter: RateThrottleCore, names: list[str], costs: dict[str, int]) -> None:

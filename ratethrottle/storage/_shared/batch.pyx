@@ -366,7 +366,7 @@ cdef class Batch:
                     or not call.has_rules_for(parts.joint.rules)):
                 return False
             call.mode = pending.mode
-            item = self.index.add_joint(call, parts)
+            item = self.index.add_joint(call, parts, self.session.heartbeat.epoch)
             most[0] = min(most[0] - 1, room - call.parts)
             if parts.deferred:
                 rules_most[0] = 0

@@ -164,7 +164,7 @@ cdef class CallIndex:
     cdef uint16_t* places
 
     cdef CallItem* find_joint(self, CheckCall call, Parts parts) noexcept
-    cdef CallItem* add_joint(self, CheckCall call, Parts parts) except NULL
+    cdef CallItem* add_joint(self, CheckCall call, Parts parts, int64_t epoch) except NULL
 
     cdef inline void clear(self) noexcept:
         memset(self.places, 0, PLACES * sizeof(uint16_t))

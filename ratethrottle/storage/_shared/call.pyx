@@ -13,9 +13,12 @@ from ratethrottle._engine.arithmetic cimport LEVEL_MAX, Outcome, Terms
 from ratethrottle._engine.definitions cimport CompiledRule
 from ratethrottle._engine.joint cimport Joint, PARTS_MAX
 from ratethrottle.storage._shared.item cimport (
-    ALTERNATIVE, ASKS, CallItem, DEFERRED, FLAGGED, JOINED, PART, possible_numbers, RETURNS, UNREADABLE, UNSURE,
+    ALTERNATIVE, ASKS, CallItem, CHARGE, DEFERRED, FLAGGED, JOINED, PART, possible_numbers, REFUND, RETURNS, UNASKED, UNREADABLE,
+    UNSURE,
 )
-from ratethrottle.storage._shared.joint cimport allowed_of, PartAnswer, possible_parts, read_parts, take_looks, take_payers
+from ratethrottle.storage._shared.joint cimport (
+    allowed_of, PartAnswer, possible_parts, read_parts, take_corrections, take_looks, take_payers,
+)
 from ratethrottle.storage._shared.keynames cimport pending_for
 from ratethrottle.storage._shared.queue cimport drain
 from ratethrottle.storage._shared.reply cimport (
@@ -260,7 +263,7 @@ cdef class CheckCall(Call):
             writer.put_int(item.key_index)
             writer.put_int(item.rule_index)
             writer.put_int(item.cost)
-            writer.put_int(count)
+            writer.put_int(item.back_us if item.bits & REFUND else count)
             writer.put_int(item.bits)
         return self.size + self.parts
 
@@ -346,6 +349,8 @@ cdef bint possible_answer(const Answers* answers, int64_t count) noexcept:
 
 cdef inline int part_bits(Joint joint, int p) noexcept:
     """What a part of it is to the others."""
+    if joint.corrects:
+        return (JOINED if p else 0) | (REFUND if joint.refunds >> p & 1 else CHARGE)
     return ((JOINED if p else 0) | (ALTERNATIVE if joint.alternatives >> p & 1 else 0)
             | (FLAGGED if joint.flagged >> p & 1 else 0))
 
@@ -368,7 +373,7 @@ cdef class CallIndex:
         cdef PendingDecision member
         cdef CallItem* item
         cdef int p, first = self.places[self.find(call, (<PendingDecision>parts.members[0]).hashed)] - 1
-        if first < CALL_ITEMS_MAX or call.joint_size(first - CALL_ITEMS_MAX) != joint.size:
+        if joint.corrects or first < CALL_ITEMS_MAX or call.joint_size(first - CALL_ITEMS_MAX) != joint.size:
             return NULL
         for p in range(joint.size):
             member = <PendingDecision>parts.members[p]
@@ -378,9 +383,10 @@ cdef class CallIndex:
                 return NULL
         return &call.items[first]
 
-    cdef CallItem* add_joint(self, CheckCall call, Parts parts) except NULL:
-        """Add an item for each part of a joint check. There is room for them."""
+    cdef CallItem* add_joint(self, CheckCall call, Parts parts, int64_t epoch) except NULL:
+        """Add an item for each part of a joint check, which is sent in that epoch. There is room for them."""
         cdef Joint joint = parts.joint
+        cdef CallItem* item
         cdef PendingDecision member
         cdef uint16_t place
         cdef int p, key_index, first = call.parts
@@ -388,7 +394,9 @@ cdef class CallIndex:
             member = <PendingDecision>parts.members[p]
             place = self.find(call, member.hashed)
             key_index = call.items[self.places[place] - 1].key_index if self.places[place] else call.keys + 1
-            call.add_part(member, key_index, part_bits(joint, p))
+            item = call.add_part(member, key_index, part_bits(joint, p))
+            # What was granted in another life of the store's data may be lost there: units granted at 0 don't count any more.
+            item.back_us = joint.granted_us if joint.epoch == epoch else 0
             self.places[place] = <uint16_t>(CALL_ITEMS_MAX + call.parts)
         return call.part_at(first)
 
@@ -541,6 +549,11 @@ cdef int hear_joints(CheckCall call, const int64_t* numbers, int count) noexcept
         parts, size = call.part_at(first), call.joint_size(first)
         at = read_parts(parts, size, at, numbers + count, found)
         allowed = allowed_of(parts, size, parts.count, found)
+        if parts.bits & UNASKED:
+            if allowed >= 0:
+                take_corrections(parts, size, found, outs, pays)
+            first += size
+            continue
         for position in range(<int>min(allowed, <int64_t>9)):
             take_payers(parts, size, found, position, outs, pays)
         if 0 <= allowed < parts.count:

@@ -18,6 +18,7 @@ cdef class Fallback:
     cdef bint applies(self, int64_t now_us) noexcept
     cdef int decide(self, PendingDecision pending, error, int64_t now_us) except -1
     cdef int decide_other(self, PendingDecision pending, error, int64_t now_us) except -1
+    cdef int correct(self, PendingDecision pending, error, int64_t now_us) except -1
     cdef bint raises(self, error) except -1
     cdef int64_t retry_us(self, int64_t now_us) except -1
     cdef int overload(self, PendingDecision pending, words) except -1

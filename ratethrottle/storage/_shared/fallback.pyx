@@ -8,7 +8,7 @@ from ratethrottle._core cimport CHECK_JOINT, GIVE_BACK, Parts, PEEK, PendingDeci
 from ratethrottle._engine.arithmetic cimport Outcome
 from ratethrottle._engine.decision cimport decision_new, OUTAGE, OVERLOAD
 from ratethrottle._engine.definitions cimport ALLOW, CompiledRule, DENY, Policy, RAISE
-from ratethrottle._engine.joint cimport joint_outcome, PARTS_MAX
+from ratethrottle._engine.joint cimport CHARGES, Joint, joint_outcome, PARTS_MAX
 from ratethrottle.storage._shared.context cimport StorageContext
 from ratethrottle.storage._shared.known cimport KnownKeys
 from ratethrottle.storage._shared.link cimport AWAY, ENDED, Link, REFUSED, SERVING
@@ -80,6 +80,8 @@ cdef class Fallback:
         cdef int p, sets = 0
         if pending.mode == GIVE_BACK and pending.stage == WAITING and self.link.state != ENDED:
             self.known.return_later(pending, now_us)
+        if pending.mode == CHECK_JOINT and (<Parts>pending.text).joint.corrects:
+            return self.correct(pending, error, now_us)
         if not raises:
             parts = <Parts>pending.text
             for p in range(parts.joint.size):
@@ -90,7 +92,33 @@ cdef class Fallback:
         allowed = repair.shares.decide_joint(parts, policies, pending.mode == CHECK_JOINT, now_us, now_us + repair.ahead_us,
                                              self.retry_us(now_us), outs, reported, &sets)
         self.context.by_policy += 1
-        return complete_joint(pending, OUTAGE, outs, reported, sets, allowed)
+        return complete_joint(pending, OUTAGE, outs, reported, sets, allowed, now_us + repair.ahead_us)
+
+    cdef int correct(self, PendingDecision pending, error, int64_t now_us) except -1:
+        """Count what is charged, to be owed to the store, whatever the share. What comes back stays counted.
+
+        By the policy `raise` it is an error, and not counted, unless it settles a reservation: nobody would hear of that.
+        """
+        cdef Joint joint = (<Parts>pending.text).joint
+        cdef Policy[PARTS_MAX] policies
+        cdef Outcome[PARTS_MAX] outs
+        cdef int[PARTS_MAX] reported
+        cdef Repair repair = self.context.repair
+        cdef bint raises = self.raises(error)
+        cdef int p
+        for p in range(joint.size):
+            policies[p] = self.context.policy_for(<CompiledRule>joint.rules[p])
+            raises = raises or policies[p] == RAISE and joint.corrects == CHARGES
+        if raises:
+            return complete(pending, twin_of(error))
+        for p in range(joint.size):
+            reported[p] = p
+            outs[p] = Outcome(True, False, 0, 0, 0)
+            if not joint.refunds >> p & 1:
+                repair.shares.charge(<PendingDecision>(<Parts>pending.text).members[p], policies[p], now_us, now_us + repair.ahead_us,
+                                     self.retry_us(now_us), &outs[p])
+        self.context.by_policy += 1
+        return complete_joint(pending, OUTAGE, outs, reported, joint.size, True)
 
     cdef int overload(self, PendingDecision pending, words) except -1:
         """Decide what this process asks faster than it is answered: that is its own load, and no outage."""
@@ -100,6 +128,8 @@ cdef class Fallback:
         cdef int p, sets = 0
         cdef bint allowed
         self.context.overloads += 1
+        if pending.mode == CHECK_JOINT and (<Parts>pending.text).joint.corrects:
+            return self.correct(pending, StorageUnavailable(words), self.context.bounds.now_us())
         if not self.context.deny_overload or pending.mode == RESET or pending.mode == GIVE_BACK:
             return complete(pending, StorageUnavailable(
                 f"{words}; that is this process's load, not an outage: raise `connections`, use leases for busy keys, set a longer "

@@ -26,6 +26,9 @@ cdef enum:                                   # what a part is to others, as the 
     JOINED = 1                               # it belongs to the same joint check as the part before
     ALTERNATIVE = 2                          # it may pay where the part before doesn't
     FLAGGED = 4                              # it never vetoes
+    CHARGE = 8                               # it is no check: units are counted that nobody was asked for
+    REFUND = 16                              # nor this: units are given back
+    UNASKED = CHARGE | REFUND
 
 
 cdef struct CallItem:                        # equal checks of one key, decided as one; or a part of equal joint checks
@@ -37,7 +40,7 @@ cdef struct CallItem:                        # equal checks of one key, decided 
     int64_t count                            # of a joint check, that of its first part
     int64_t ahead                            # units to take in advance, for a lease
     int64_t back                             # units of a lease to give back, and when the store counted them
-    int64_t back_us
+    int64_t back_us                          # or the units of a part that gives back
     Role role
     int bits                                 # of a part
     Queue waiters                            # of a joint check, those of its first part

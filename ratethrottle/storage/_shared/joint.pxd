@@ -20,4 +20,5 @@ cdef const int64_t* read_parts(const CallItem* parts, int size, const int64_t* a
 cdef bint possible_parts(const CallItem* parts, int size, bint consumes, const PartAnswer* found) noexcept
 cdef int64_t allowed_of(const CallItem* parts, int size, int64_t most, const PartAnswer* found) noexcept
 cdef int take_payers(const CallItem* parts, int size, const PartAnswer* found, int64_t position, Outcome* outs, int* pays) noexcept
+cdef int take_corrections(const CallItem* parts, int size, const PartAnswer* found, Outcome* outs, int* reported) noexcept
 cdef int take_looks(const CallItem* parts, int size, const PartAnswer* found, Outcome* outs) noexcept

@@ -9,10 +9,10 @@ what the script says of its key: after that, or, unless all n were allowed, what
 from libc.stdint cimport int64_t
 from libc.string cimport memcpy
 
-from ratethrottle._engine.arithmetic cimport answer_length, Outcome, take_answer, Terms
+from ratethrottle._engine.arithmetic cimport answer_length, Outcome, take_answer, take_correction, Terms
 from ratethrottle._engine.definitions cimport CompiledRule
 from ratethrottle.storage._shared.item cimport (
-    ALTERNATIVE, CallItem, DEFERRED, FLAGGED, possible_numbers, SKIPPED, UNREADABLE, UNSURE,
+    ALTERNATIVE, CallItem, DEFERRED, FLAGGED, possible_numbers, SKIPPED, UNASKED, UNREADABLE, UNSURE,
 )
 
 
@@ -48,6 +48,8 @@ cdef bint possible_parts(const CallItem* parts, int size, bint consumes, const P
     allowed = allowed_of(parts, size, most, found)
     if allowed < 0:
         return all_undecided(size, found)
+    if parts.bits & UNASKED:
+        return possible_corrections(parts, size, consumes, found)
     whole = consumes and allowed == most
     for p in range(size):
         if not possible_part(&parts[p], &found[p], whole):
@@ -63,6 +65,17 @@ cdef bint possible_parts(const CallItem* parts, int size, bint consumes, const P
                 return False
             refused = refused or refuses and not parts[p].bits & FLAGGED
     return whole or refused or not consumes
+
+
+cdef bint possible_corrections(const CallItem* parts, int size, bint consumes, const PartAnswer* found) noexcept:
+    """Whether the script may say this of charges and refunds: it has taken each, and whether the key is in debt."""
+    cdef int p
+    for p in range(size):
+        if found[p].took != consumes or found[p].numbers[0] > 1:
+            return False
+        if not possible_numbers(terms_of(&parts[p]), found[p].numbers, found[p].length):
+            return False
+    return True
 
 
 cdef bint possible_part(const CallItem* part, const PartAnswer* found, bint whole) noexcept:
@@ -92,7 +105,7 @@ cdef int64_t allowed_of(const CallItem* parts, int size, int64_t most, const Par
         if found[p].numbers[0] < 0 and found[p].numbers[0] != SKIPPED:
             return -1
     p = 0
-    while p < size and parts[p].bits & FLAGGED:
+    while p < size and parts[p].bits & (FLAGGED | UNASKED):
         p += 1
     if p == size:
         return most
@@ -138,6 +151,15 @@ cdef int take_paid(const CallItem* part, const PartAnswer* found, int64_t within
         numbers = alone
     take_answer(terms, numbers, 0, part.cost, within, out)
     return 0
+
+
+cdef int take_corrections(const CallItem* parts, int size, const PartAnswer* found, Outcome* outs, int* reported) noexcept:
+    """What is said of charges and refunds. Each is a set of its own."""
+    cdef int p
+    for p in range(size):
+        take_correction(terms_of(&parts[p]), found[p].numbers, &outs[p])
+        reported[p] = p
+    return size
 
 
 cdef int take_looks(const CallItem* parts, int size, const PartAnswer* found, Outcome* outs) noexcept:

@@ -85,6 +85,8 @@ cdef class KnownKeys:
         cdef Shard* shard
         cdef uint32_t index
         cdef int p, s, verdict, sets = 0
+        if joint.corrects:                   # nothing is denied
+            return False
         for p in range(joint.size):
             self.bounds.terms_of(<CompiledRule>joint.rules[p])  # it may run other code, which must not come later
         for p in range(joint.size):

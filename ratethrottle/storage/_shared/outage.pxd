@@ -30,8 +30,10 @@ cdef class Shares:
     cdef Share last_share
     cdef uint32_t hand                       # the shard that is looked through next for what is owed
 
-    cdef int decide(self, PendingDecision pending, Share share, int64_t table_us, int64_t now_us, int64_t retry_us, bint everything,
+    cdef int decide(self, PendingDecision pending, Share share, int64_t table_us, int64_t now_us, int64_t retry_us, int everything,
                     Outcome* out) except -1
+    cdef int charge(self, PendingDecision member, Policy policy, int64_t table_us, int64_t now_us, int64_t retry_us, Outcome* out) except -1
+    cdef int give_back(self, PendingDecision member, int64_t now_us, int64_t granted_us) except -1
     cdef bint decide_joint(self, Parts parts, const Policy* policies, bint consumes, int64_t table_us, int64_t now_us, int64_t retry_us,
                            Outcome* outs, int* reported, int* sets) except -1
     cdef Share bring(self, Account* account, Share share, const Bound* bound, bint lasting, int64_t table_us, int64_t now_us)

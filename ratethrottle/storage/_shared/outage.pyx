@@ -14,10 +14,10 @@ from libc.string cimport memset
 from ratethrottle._core cimport CHECK, Parts, PEEK, PendingDecision
 from ratethrottle._engine.arithmetic cimport (
     BUCKET, COUNTER, FIXED, LEVEL_MAX, Outcome, report, RT_OVERFLOWS, same_definition, settle, SLIDING, Terms, View,
-    view_ahead, view_audit, view_charge_other, view_derive, view_free, view_look, view_rebase,
+    view_ahead, view_audit, view_charge_other, view_derive, view_free, view_look, view_rebase, view_refund,
 )
 from ratethrottle._engine.bound cimport aged_late, Bound, bound_learn
-from ratethrottle._engine.definitions cimport ALLOW, CompiledRule, DENY, Policy
+from ratethrottle._engine.definitions cimport ALLOW, CompiledRule, DENY, LOCAL, Policy
 from ratethrottle._engine.joint cimport Joint, joint_outcome
 from ratethrottle._engine.keys cimport KeyTable
 from ratethrottle._engine.pieces cimport piece_free, piece_new
@@ -35,6 +35,7 @@ cdef extern from "Python.h":
 
 
 cdef enum:
+    UNASKED = 2                              # of `everything`
     SHARES_MAX = 1024
     SHARDS_TAKEN = 16                        # looked through for what is owed: a millisecond at most
 
@@ -291,13 +292,13 @@ cdef class Shares:
         """A new outage begins: at its next check each key's account is charged up to its part of what is known by then."""
         self.outage += 1
 
-    cdef int decide(self, PendingDecision pending, Share share, int64_t table_us, int64_t now_us, int64_t retry_us, bint everything,
+    cdef int decide(self, PendingDecision pending, Share share, int64_t table_us, int64_t now_us, int64_t retry_us, int everything,
                     Outcome* out) except -1:
         """Decide on a check or a peek that has its hash and address; count and owe what a check is granted. `out` is settled.
 
         table_us, now_us: the time in the table of bounds, and in the store. What the store said of the key stands in for it, so it
         ages from when it came. retry_us: what a denial says that no waiting for the share ends. everything: admit however
-        much it is, by a share of everything.
+        much it is, by a share of everything; or UNASKED: by any share, and say when that would have granted it.
         """
         cdef Account* account
         cdef Account fresh
@@ -328,7 +329,7 @@ cdef class Shares:
             view_look(&held, &share.terms, now_us, units, &expired, &total, out)
             if everything:
                 out.allowed = True
-                out.retry_us = 0
+                out.retry_us = out.retry_us if everything == UNASKED else 0
             if consume and out.allowed:
                 if account_charge(account, now_us, units) == NO_MEMORY:
                     raise MemoryError
@@ -342,13 +343,42 @@ cdef class Shares:
             report(&share.terms, &held, now_us, total, out)
             if out.in_ticks:
                 settle(&share.terms, out)
-            if not out.allowed and units > share.terms.capacity:
+            if out.retry_us and units > share.terms.capacity:
                 out.retry_us = retry_us
             return 0
         finally:
             if not lasting and fresh.share != NULL:
                 view_free(&fresh.held)
                 view_free(&fresh.owed)
+
+    cdef int charge(self, PendingDecision member, Policy policy, int64_t table_us, int64_t now_us, int64_t retry_us,
+                    Outcome* out) except -1:
+        """Count what nobody was asked for, and owe it. `out` says when the share would have granted it."""
+        cdef Share share = self.share_of(member.rule, policy != LOCAL)
+        if share.terms.capacity == 0:        # nobody knows how large it is
+            share = self.share_of(member.rule, True)
+        member.mode = CHECK
+        return self.decide(member, share, table_us, now_us, retry_us, UNASKED, out)
+
+    cdef int give_back(self, PendingDecision member, int64_t now_us, int64_t granted_us) except -1:
+        """Owe less, by units that were granted here then, unless the store has heard of them. What is held of the share stays.
+
+        What is held may be what was known instead, of which nothing comes back.
+        """
+        cdef Shard* shard
+        cdef uint32_t index
+        cdef Bound* bound
+        cdef Account* account
+        self.bounds.terms_of(member.rule)
+        bound = self.bounds.bound_of(member.hashed, &shard, &index)
+        account = bound.account if bound != NULL else NULL
+        if account == NULL or not account.owes or account.taken_ticks or not same_definition(&(<Share>account.share).rule.terms,
+                                                                                             &member.rule.terms):
+            return 0
+        roll(&account.owed, now_us)
+        view_refund(&account.owed, now_us, member.units, granted_us)
+        view_audit(&account.owed, now_us)
+        return 0
 
     cdef bint decide_joint(self, Parts parts, const Policy* policies, bint consumes, int64_t table_us, int64_t now_us, int64_t retry_us,
                            Outcome* outs, int* reported, int* sets) except -1:

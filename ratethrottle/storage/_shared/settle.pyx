@@ -14,8 +14,8 @@ from ratethrottle._engine.joint cimport joint_outcome, PARTS_MAX
 from ratethrottle.storage._shared.call cimport Answers, answers_in, Call, CheckCall, ControlCall
 from ratethrottle.storage._shared.context cimport StorageContext
 from ratethrottle.storage._shared.fallback cimport Fallback, repairing
-from ratethrottle.storage._shared.item cimport CallItem, DEFERRED, UNREADABLE, UNSURE
-from ratethrottle.storage._shared.joint cimport allowed_of, PartAnswer, read_parts, take_looks, take_payers
+from ratethrottle.storage._shared.item cimport CallItem, DEFERRED, UNASKED, UNREADABLE, UNSURE
+from ratethrottle.storage._shared.joint cimport allowed_of, PartAnswer, read_parts, take_corrections, take_looks, take_payers
 from ratethrottle.storage._shared.known cimport KnownKeys
 from ratethrottle.storage._shared.link cimport AWAY, Link
 from ratethrottle.storage._shared.queue cimport merge, push, Queue, take, take_over
@@ -131,7 +131,7 @@ cdef class Settlement:
             if allowed_of(call.part_at(first), size, 0, found) < 0:
                 self.settle_undecided_joint(call, first, size, found, now_us)
             else:
-                self.settle_joint(call, first, size, found)
+                self.settle_joint(call, first, size, found, numbers[0])
                 self.learn_parts(call, first, parts, found, numbers[0], now_us)
             while generations < end and generations[0] <= call.size + first + size:
                 p = generations[0] - call.size - first - 1
@@ -141,7 +141,7 @@ cdef class Settlement:
             first += size
         return 0
 
-    cdef int settle_joint(self, CheckCall call, int first, int size, const PartAnswer* found) except -1:
+    cdef int settle_joint(self, CheckCall call, int first, int size, const PartAnswer* found, int64_t server_us) except -1:
         """Give equal joint checks their decisions: the first ones are allowed, and the others hear what the next one would."""
         cdef CallItem* item = call.part_at(first)
         cdef PendingDecision pending
@@ -152,7 +152,11 @@ cdef class Settlement:
         cdef bint consumes = call.mode == CHECK_JOINT, allows = False
         cdef int64_t allowed = allowed_of(item, size, item.count, found) if consumes else 0, position = 0
         cdef int sets = 0
-        if not consumes or allowed < item.count:
+        if item.bits & UNASKED:
+            allowed = 0                      # nobody is refused: all hear the same
+            allows = True
+            sets = take_corrections(item, size, found, looks, reported)
+        elif not consumes or allowed < item.count:
             take_looks(item, size, found, looks)
             allows = joint_outcome((<Parts>(<PendingDecision>item.waiters.first).text).joint, looks, reported, &sets)
         while item.waiters.first != NULL:
@@ -163,7 +167,7 @@ cdef class Settlement:
             elif position < allowed:
                 sets = take_payers(item, size, found, position, outs, pays)
                 position += 1
-                complete_joint(pending, REDIS, outs, pays, sets, True)
+                complete_joint(pending, REDIS, outs, pays, sets, True, server_us, call.epoch)
             else:
                 complete_joint(pending, REDIS, looks, reported, sets, allows)
         return 0
@@ -198,6 +202,8 @@ cdef class Settlement:
                 self.known.unanswered(item)
                 continue
             item.count = 1                   # that it was refused to one it says, and until when
+            if item.bits & UNASKED:          # in debt, it would refuse any
+                item.cost = 1
             answer.numbers = found[p].numbers
             self.known.learn(call, item, <PendingDecision>parts.members[p], &answer, server_us, now_us)
         return 0

@@ -3,7 +3,7 @@
 
 from libc.stdint cimport int64_t, uint64_t
 
-from ratethrottle._core cimport Backend, CHECK, Group, Mode, PARKED, PEEK, PendingDecision, RESET, WAITING
+from ratethrottle._core cimport Backend, CHECK, Group, Mode, PARKED, Parts, PEEK, PendingDecision, RESET, WAITING
 from ratethrottle._engine.decision cimport Entry
 from ratethrottle._engine.joint cimport Joint, PARTS_MAX
 from ratethrottle._engine.table cimport Hash128, Place
@@ -108,6 +108,23 @@ cdef class SharedStorage(Backend):
         pending = pending_of(<Entry>entry, mode)
         pending.hashed = self.bounds.hash_entry(<Entry>entry)
         return pending
+
+    def _settle(self, Joint settlement not None):
+        """Begin to settle a reservation. Returns the Group whose future says that it is settled, or None if it is."""
+        cdef Place[PARTS_MAX] places
+        cdef int64_t now_us
+        cdef int p
+        if settlement.granted_here:
+            self.bounds.locate_joint(settlement, places)
+            members = (<Parts>pending_joint(settlement, places, CHECK).text).members
+            now_us = self.bounds.now_us() + self.context.repair.ahead_us
+            for p in range(settlement.size):
+                if settlement.refunds >> p & 1:
+                    self.context.repair.shares.give_back(<PendingDecision>members[p], now_us, settlement.granted_us)
+            settlement = settlement.charges_alone()
+            if settlement is None:
+                return None
+        return self._ask_together([settlement], "check")
 
     def _ask_together(self, entries, str mode not None):
         """Enter checks (or peeks, or resets) one after the other; returns the Group whose future says that all are decided."""

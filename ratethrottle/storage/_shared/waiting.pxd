@@ -124,4 +124,4 @@ cdef object twin_of(object error)
 
 
 cdef int complete_joint(PendingDecision pending, Source source, const Outcome* outs, const int* reported, int sets,
-                        bint allowed) except -1
+                        bint allowed, int64_t at_us=*, int64_t epoch=*) except -1

@@ -11,7 +11,7 @@ from libc.stdint cimport int64_t
 from ratethrottle._core cimport CHECK_JOINT, COMPLETE, PARKED, Parts, PendingDecision, WAITING
 from ratethrottle._engine.arithmetic cimport Outcome
 from ratethrottle._engine.decision cimport Decision, Source
-from ratethrottle._engine.joint cimport Joint, joint_count, joint_decision
+from ratethrottle._engine.joint cimport Joint, joint_count, joint_decision, JointDecision
 from ratethrottle.storage._shared.queue cimport drain, merge, push, Queue, take
 
 from contextvars import Context
@@ -32,10 +32,13 @@ cdef object twin_of(object error):
 
 
 cdef int complete_joint(PendingDecision pending, Source source, const Outcome* outs, const int* reported, int sets,
-                        bint allowed) except -1:
-    """Complete a joint check. outs: of each part; reported: the part that each set reports."""
+                        bint allowed, int64_t at_us=0, int64_t epoch=0) except -1:
+    """Complete a joint check. outs: of each part; reported: the part that each set reports. at_us, epoch: when the store granted it."""
     cdef Joint joint = (<Parts>pending.text).joint
     cdef Decision decision = joint_decision(joint, source, outs, reported, sets, allowed)
+    if isinstance(decision, JointDecision):
+        (<JointDecision>decision).at_us = at_us
+        (<JointDecision>decision).epoch = epoch
     if pending.mode == CHECK_JOINT:
         joint_count(decision)
     return complete_with(pending, decision)

@@ -62,9 +62,6 @@ def breaker_of(connections: Iterable[Connection]) -> Literal["closed", "open", "
     return "half_open" if any(connection.probing for connection in apart) else "open"
 
 
-NOT_YET = "charge and reserve work in memory only so far; on Redis use check, and check again for what is used beyond it"
-
-
 class RedisStorage(SharedStorage):
     """Keep the state in Redis (≥ 7, or Valkey ≥ 7.2), decided there by script calls in the server's own time.
 
@@ -146,6 +143,7 @@ class RedisStorage(SharedStorage):
         self._deadline_s = deadline
         self._connections = connections
         self._max_waiting = max_waiting
+        self._settling: set[asyncio.Future[None]] = set()
         self.events = Events()
         self.context.noticed = self._notices = EventSource(self.events, on_outage)
         self._sent_before = (0, 0)  # script calls and their items, by connections that are gone
@@ -228,17 +226,25 @@ class RedisStorage(SharedStorage):
             else:
                 return
 
-    async def charge(self, _charge: Joint) -> Decision:
-        """Refuse: the script knows no charges yet."""
-        raise ConfigurationError(NOT_YET)
+    async def charge(self, charge: Joint) -> Decision:
+        """Count what was used without asking. While Redis is away it is counted here, and Redis hears of it later."""
+        return (await self._together([charge], "check"))[0]
 
     def expect_refunds(self) -> None:
-        """Refuse: the script knows no settlements yet."""
-        raise ConfigurationError(NOT_YET)
+        """Nothing to prepare: a state says when it was reset."""
 
-    def settle(self, _settlement: Joint) -> None:
-        """Refuse, as it was refused to reserve."""
-        raise ConfigurationError(NOT_YET)
+    def settle(self, settlement: Joint) -> asyncio.Future[None] | None:
+        """Begin to settle a reservation; it goes on if the caller is cancelled. The future is done within the deadline."""
+        try:
+            group = self._settle(settlement)
+        except StorageError:  # the estimate stays
+            return None
+        if group is None or group.future.done():
+            return None
+        settled: asyncio.Future[None] = group.future
+        self._settling.add(settled)
+        settled.add_done_callback(self._settling.discard)
+        return asyncio.shield(settled)
 
     async def _together(self, entries: Sequence[Entry | Joint], mode: Literal["check", "peek", "reset"]) -> list[Decision]:
         try:
@@ -330,8 +336,20 @@ class RedisStorage(SharedStorage):
                     return
 
     async def aclose(self) -> None:
-        """Close our connections for good, those of other loops too. The client that was passed in stays as it is."""
+        """Close our connections for good, those of other loops too. The client that was passed in stays as it is.
+
+        What is being settled in this loop is waited for, the deadline at most.
+        """
         self._closed = True
+        loop = asyncio.get_running_loop()
+        settling = [settled for settled in self._settling if settled.get_loop() is loop and not settled.done()]
+        try:
+            if settling:
+                await asyncio.wait(settling, timeout=self._deadline_s)
+        finally:
+            await self._end()
+
+    async def _end(self) -> None:
         self.repair.users.discard(self)
         self._forget_here()
         for known in list(self._open.values()):
