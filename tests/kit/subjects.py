@@ -81,15 +81,15 @@ class Core:
         assert (decision.parts or (decision,))[which].key == decision.key
         return decision.allowed, told
 
-    def charge(self, rule: CompiledRule, now_us: int, cost: int) -> Answer:
+    def charge(self, rule: CompiledRule, now_us: int, cost: int, *, key: str = "key") -> Answer:
         """Count units that nobody was asked for."""
         self.now_us = now_us
-        return self.corrected(corrections.charge(self.table, self.entry(rule, 1).costing(cost)))
+        return self.corrected(corrections.charge(self.table, self.entry(rule, 1, key).costing(cost)))
 
-    def refund(self, rule: CompiledRule, now_us: int, units: int, granted_us: int) -> Answer:
+    def refund(self, rule: CompiledRule, now_us: int, units: int, granted_us: int, *, key: str = "key") -> Answer:
         """Give back units that were granted then."""
         self.now_us = now_us
-        return self.corrected(corrections.refund(self.table, self.entry(rule, 1).costing(units), granted_us))
+        return self.corrected(corrections.refund(self.table, self.entry(rule, 1, key).costing(units), granted_us))
 
     def corrected(self, decision: Decision) -> Answer:
         assert decision.allowed

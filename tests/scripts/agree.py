@@ -1,8 +1,8 @@
 """Oracle, core and script over random steps, to the unit: `python -m tests.scripts.agree --steps 1000000 [--seed N] [--no-redis]`.
 
 Worlds of a few keys share a clock that steps both ways and stops at the very instants that denials have promised. The script
-decides a world's checks of one instant in one call, mostly with equal ones as one item, and often joint checks with them. Ends
-at the first difference, with a vector for tests/vectors, and 1.
+decides a world's checks of one instant in one call, mostly with equal ones as one item, and often joint checks with them. Some keys are
+charged then, or given back to. Ends at the first difference, with a vector for tests/vectors, and 1.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ import fakeredis
 import redis
 
 from ratethrottle import ConfigurationError, RateThrottleRule
+from ratethrottle._engine.decision import read_correction
 from ratethrottle._engine.definitions import CompiledRule
 from ratethrottle.cli.processes import NoRedis, server_program
-from tests.kit.clocked import Call, ClockedScript, JointAnswer, JointCheck, Part, make_call
+from tests.kit.clocked import Call, ClockedScript, Correction, JointAnswer, JointCheck, Part, make_call, make_settlement, settled
 from tests.kit.joint import check_jointly, comparable
 from tests.kit.oracle import Answer
 from tests.kit.servers import RedisServer
@@ -35,6 +36,7 @@ from tests.kit.subjects import Core, Oracle
 CHUNK_STEPS = 12_000
 KEYS, CHECKS, INSTANTS = 6, 10, 40
 JOINTS = 3  # at most, in every other call
+CORRECTED = 0.2  # of the keys, after every call
 FAKE_STEPS = 1_500  # fakeredis runs Lua, but takes about fifty times as long
 EARLIEST_US, LATEST_US = START_US // 2, START_US * 2  # a state has 16 digits for an instant
 
@@ -54,6 +56,7 @@ class Key:
     current: int = 0
     oracle: Oracle = field(default_factory=Oracle)
     history: list[Step] = field(default_factory=list)
+    corrected: bool = False  # what happened is not all in its history
 
     def turn(self, rng: random.Random, turns: float) -> RateThrottleRule:
         """The rule of a check that comes now."""
@@ -190,6 +193,35 @@ class World:
                     raise DifferenceError(joint_difference("core", self.now_us, sets, told[-1], by_core))
             yield JointCheck(sets, count), told
 
+    def settlement(self) -> tuple[list[Correction], list[Answer]]:
+        """Charge some keys now, and give back to others, likewise. What comes back was granted, or asked for in vain."""
+        rng = self.rng
+        settlement: list[Correction] = []
+        expected: list[Answer] = []
+        for key in self.keys:
+            if rng.random() >= CORRECTED:
+                continue
+            at_us, rule, cost, _ = rng.choice(key.history[-12:] or [(self.now_us, key.rules[key.current], 1, True)])
+            backs, facts = rng.random() < 0.6, (rule.compiled, self.now_us)
+            units = rng.randint(1, cost) if backs else min(10**9, cost * rng.choice((1, 1, 1, 2, 30)))
+            key.corrected = True
+            if backs:
+                answer, core = key.oracle.refund(*facts, units, at_us), self.core.refund(*facts, units, at_us, key=key.name)
+            else:
+                answer, core = key.oracle.charge(*facts, units), self.core.charge(*facts, units, key=key.name)
+            settlement.append(Correction(rule.compiled, key.name, units, at_us if backs else None))
+            expected.append(answer)
+            if core != answer:
+                raise DifferenceError(correction_difference("core", self.now_us, settlement[-1], answer, core))
+            if answer[2] > 0:
+                self.promised.append(self.now_us + answer[2])
+        return settlement, expected
+
+
+def correction_difference(who: str, now_us: int, correction: Correction, oracle: Answer, theirs: Answer) -> str:
+    """What there is to say of a charge or a refund: the seed repeats it."""
+    return f"the oracle says {oracle}, the {who} {theirs}, at {now_us} of {correction}"
+
 
 def joint_difference(who: str, now_us: int, sets: list[list[Part]], oracle: JointAnswer, theirs: JointAnswer) -> str:
     """What there is to say of a joint check: the seed repeats it."""
@@ -199,6 +231,8 @@ def joint_difference(who: str, now_us: int, sets: list[list[Part]], oracle: Join
 
 def difference(who: str, key: Key, length: int, oracle: Answer, theirs: Answer) -> str:
     """A vector of the key's steps up to the difference, replayed on an oracle for what each should give."""
+    if key.corrected:
+        return f"the oracle says {oracle}, the {who} {theirs}, to {key.history[length - 1]}, of a key that was corrected before"
     steps = key.history[:length]
     rules = list(dict.fromkeys(rule for _, rule, _, _ in steps))
     replay = Oracle()
@@ -222,6 +256,7 @@ class Scripts:
         self.who, self.client = who, client
         self.script = ClockedScript(client)
         self.queued: list[tuple[Call, list[tuple[Key, int]], list[Answer], int, list[list[JointAnswer]]]] = []
+        self.corrections: list[tuple[int, list[Correction], list[Answer]]] = []
         self.pipeline = client.pipeline(transaction=False)
 
     def queue(
@@ -236,17 +271,47 @@ class Scripts:
         self.script.send(self.pipeline, now_us, call)
         self.queued.append((call, marks, expected, now_us, jointly))
 
+    def queue_settlement(self, now_us: int, settlement: list[Correction], expected: list[Answer]) -> None:
+        """Take up the corrections that come after a call, if there are any."""
+        if settlement:
+            self.script.send(self.pipeline, now_us, make_settlement(settlement))
+        self.corrections.append((now_us, settlement, expected))
+
     def compare(self) -> None:
         """Send what is queued and hold the answers against the oracle's."""
-        for (call, marks, expected, now_us, jointly), reply in zip(self.queued, self.pipeline.execute(), strict=True):
-            for (key, length), ours, theirs in zip(marks, expected, call.answers(reply), strict=True):
-                if ours != theirs:
-                    raise DifferenceError(difference(self.who, key, length, ours, theirs))
-            for joint, ours, theirs in zip(call.joints, jointly, call.heard(reply), strict=True):
-                for one, other in zip(ours, theirs, strict=True):
-                    if comparable(joint.sets, one) != comparable(joint.sets, other):
-                        raise DifferenceError(joint_difference(self.who, now_us, joint.sets, one, other))
+        replies = iter(self.pipeline.execute())
+        for queued, corrections in zip(self.queued, self.corrections, strict=True):
+            self.compare_checks(*queued, next(replies))
+            if corrections[1]:
+                self.compare_corrections(*corrections, next(replies))
+        assert not list(replies)
         self.queued.clear()
+        self.corrections.clear()
+
+    def compare_corrections(self, now_us: int, settlement: list[Correction], expected: list[Answer], reply: list[Any]) -> None:
+        """Hold what the script answers to corrections against the oracle's answers."""
+        for correction, ours, told in zip(settlement, expected, settled(settlement, reply)[0], strict=True):
+            theirs = read_correction(correction.rule, told.numbers)
+            if ours != theirs or told.took != 1:
+                raise DifferenceError(correction_difference(self.who, now_us, correction, ours, theirs))
+
+    def compare_checks(
+        self,
+        call: Call,
+        marks: list[tuple[Key, int]],
+        expected: list[Answer],
+        now_us: int,
+        jointly: list[list[JointAnswer]],
+        reply: list[Any],
+    ) -> None:
+        """Hold the answers to checks against the oracle's."""
+        for (key, length), ours, theirs in zip(marks, expected, call.answers(reply), strict=True):
+            if ours != theirs:
+                raise DifferenceError(difference(self.who, key, length, ours, theirs))
+        for joint, oracles, scripts in zip(call.joints, jointly, call.heard(reply), strict=True):
+            for one, other in zip(oracles, scripts, strict=True):
+                if comparable(joint.sets, one) != comparable(joint.sets, other):
+                    raise DifferenceError(joint_difference(self.who, now_us, joint.sets, one, other))
 
 
 def marks_of(checks: list[tuple[Key, RateThrottleRule, int]]) -> list[tuple[Key, int]]:
@@ -274,12 +339,14 @@ def run(seed: int, chunk: int, steps: int, url: str | None) -> tuple[int, int]:
             merge, marks = rng.random() < 0.7, marks_of(checks)
             decided = list(world.joint_checks(consume))
             joints, jointly = [joint for joint, _ in decided], [told for _, told in decided]
-            done += CHECKS + sum(map(len, jointly))
+            settlement, corrected = world.settlement()
+            done += CHECKS + sum(map(len, jointly)) + len(settlement)
             allowed += sum(answer[0] for answer in expected) + sum(told[0] for each in jointly for told in each)
             told = [(rule.compiled, key.name, cost) for key, rule, cost in checks]
             call = make_call(told, "check" if consume else "peek", merge=merge, joints=joints)
             for subject in subjects:
                 subject.queue(world.now_us, call, marks, expected, jointly)
+                subject.queue_settlement(world.now_us, settlement, corrected)
         for subject in subjects:
             subject.compare()
             subject.client.delete(*(key.name for key in world.keys))
