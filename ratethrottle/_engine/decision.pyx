@@ -37,7 +37,7 @@ cdef extern from *:
 
 
 cdef enum:
-    SPARES_MAX = 256
+    SPARE_DECISIONS_MAX = 256
 
 cdef tuple SOURCES = ("memory", "redis", "prefilter", "lease", "outage", "overload")
 
@@ -172,7 +172,7 @@ cdef class Decision:
 
 
 # Those without references, for the next ones. Cython would keep them too, but asks more about a type that has subclasses.
-cdef PyObject* spares[SPARES_MAX]
+cdef PyObject* spares[SPARE_DECISIONS_MAX]
 cdef int spare_count = 0
 
 
@@ -181,7 +181,7 @@ cdef void decision_dealloc(PyObject* this) noexcept:
     if Py_TYPE(this) == <PyTypeObject*>Decision:
         (<Decision>this).compiled = None
         (<Decision>this).key = None          # may run code, and that may drop decisions
-        if spare_count < SPARES_MAX:
+        if spare_count < SPARE_DECISIONS_MAX:
             spares[spare_count] = this
             spare_count += 1
             return
