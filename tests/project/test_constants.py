@@ -111,13 +111,13 @@ def test_the_keys_of_an_epoch_and_of_a_count_have_the_sizes_that_are_read() -> N
 
 def test_what_stands_instead_of_an_answer_is_what_the_header_says() -> None:
     core, header = compiled(), script("decide").header
-    assert {name: int(header[name][0]) for name in ("unreadable", "unsure", "deferred")} == {
-        name.lower(): value(core, name) for name in ("UNREADABLE", "UNSURE", "DEFERRED")
-    }
+    codes = {name: value(core, name) for name in ("UNREADABLE", "UNSURE", "DEFERRED", "SKIPPED")}
+    assert {name: int(header[name.lower()][0]) for name in codes} == codes
+    bits = dict(word.split("=") for word in header["bits"])
+    assert bits == {name.lower(): str(value(core, name)) for name in ("JOINED", "ALTERNATIVE", "FLAGGED", "CHARGE", "REFUND")}
     texts = {path.name: path.read_text() for path in LUA.glob("*.lua")}
-    for name in ("unreadable", "unsure", "deferred", "skipped"):
-        found = {int(number) for text in texts.values() for number in named(text, name.upper())}
-        assert found == {int(header[name][0])}, name
+    for name, code in codes.items():
+        assert {int(number) for text in texts.values() for number in named(text, name)} == {code}, name
     why = dict(word.split("=") for word in script("repair").header["why"])
     assert {name: int(why[name]) for name in ("unreadable", "deferred")} == {
         name: value(core, f"REFUSED_{name.upper()}") for name in ("unreadable", "deferred")
