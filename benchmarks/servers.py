@@ -25,12 +25,13 @@ from benchmarks.redis_suite import BATCH, full_batches
 from benchmarks.server import Meter, own_server
 from benchmarks.strategies import YEAR_S
 from benchmarks.timing import machine, progress, table
-from ratethrottle import RateThrottleRule, create_limiter
+from ratethrottle import RateThrottleCore, RateThrottleRule, create_limiter
 from ratethrottle.cli.processes import PROGRAM, NoRedis, server_program
 
 # Windows in which no slot ends, nor does the second change in which a state expires: then a decision takes longer.
 STRATEGIES = {"sliding_window": YEAR_S, "token_bucket": 3_600, "fixed_window": YEAR_S}
 KEYS, REPEATS = 8 * BATCH, 3
+JOINT_KEYS = 8 * (BATCH // 3)  # each of a joint check of three rules, of which a call has so many
 STATE = "1;f3600000000,1795968000000000,17;"
 TEXTS = """
 local text, n, match, format, sub = '1;f3600000000,1795968000000000,17;', 0, string.match, string.format, string.sub
@@ -58,6 +59,13 @@ class Subject:
     times: int
 
 
+async def joint_batches(limiter: RateThrottleCore, rules: tuple[str, ...], keys: list[str]) -> None:
+    """Check each key by all rules, in script calls that are as full as they can be."""
+    for start in range(0, len(keys), BATCH // len(rules)):
+        decisions = await asyncio.gather(*(limiter.check(key, rules) for key in keys[start : start + BATCH // len(rules)]))
+        assert all(decisions), "a check was denied, so that it may not have reached the server"
+
+
 async def scripted(meter: Meter, sha: str) -> None:
     """Run a script over a batch of keys, again and again."""
     for _ in range(REPEATS):
@@ -73,6 +81,18 @@ async def subjects(meter: Meter) -> dict[str, Subject]:
         limiter = create_limiter("redis", redis_url=meter.url, rules=[rule], deadline=60)  # under valgrind it takes long
         await full_batches(meter, limiter, keys, 2)
         found[f"a decision, {strategy}"] = Subject(partial(full_batches, meter, limiter, keys, 1), KEYS)
+    for strategy in ("sliding_window", "token_bucket"):
+        rules = [
+            RateThrottleRule(f"{strategy}-{n}", 1_000_000 + n, STRATEGIES[strategy] + n, strategy=strategy) for n in range(3)
+        ]
+        limiter, names = (
+            create_limiter("redis", redis_url=meter.url, rules=rules, deadline=60),
+            tuple(rule.name for rule in rules),
+        )
+        await joint_batches(limiter, names, keys[:JOINT_KEYS])
+        found[f"a joint decision of three rules, {strategy}"] = Subject(
+            partial(joint_batches, limiter, names, keys[:JOINT_KEYS]), JOINT_KEYS
+        )
     for number in range(BATCH):
         meter.client.set(f"part:{number}", STATE)
     for name, (script, times) in PARTS.items():
