@@ -10,7 +10,9 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from fractions import Fraction
 from typing import Any, Final, Literal, cast
+from zoneinfo import available_timezones
 
+from ratethrottle._engine.dates import MEAN_US, zone_of
 from ratethrottle._engine.definitions import CompiledRule
 from ratethrottle._engine.terms import drain_rate, steps
 from ratethrottle.errors import ConfigurationError, InvalidRequest, shown
@@ -30,6 +32,7 @@ STRATEGIES: Final = {
 }
 ON_OUTAGE: Final = ("local", "allow", "deny", "raise")
 ENFORCE: Final = ("deny", "flag", "off")
+ANCHORS: Final = {"week": 7, "month": 31}  # the last day that such a window may begin on
 MAX_NAME = 128
 NAME = re.compile(r"[A-Za-z0-9_.-]+\Z")
 # No more digits than any limit or window has: what follows is computed exactly, and must stay cheap and finite.
@@ -71,6 +74,11 @@ class RateThrottleRule:
     A fixed window, or that of a counter, begins at a multiple of its length since 1970-01-01 00:00 UTC. A day begins at midnight
     UTC, and a window of whole weeks on a Monday.
 
+    A fixed window may also be "day", "week" or "month": one by the calendar. It begins at midnight in `timezone`, the IANA name of a
+    time zone, so that a day has 23 or 25 hours when the clocks change. anchor: the day that it begins on, of the week (1, the
+    default, is Monday, and 7 Sunday) or of the month (1 to 31; in a shorter month its last day). `window_us` is the mean length
+    then. Such a rule takes no leases.
+
     lease: lets a busy process take units in advance from Redis, and spend them without asking. True, or the most units at once.
     lease_ttl: how many seconds a lease lasts, 0.005 to 1. It is never longer than a quarter of the window (of a sliding one, an
     eighth), or of the time in which a burst comes back. Units not spent by then go back. A bucket with leases grants less than
@@ -87,13 +95,15 @@ class RateThrottleRule:
 
     name: str
     limit: int
-    window: float | timedelta
+    window: float | timedelta | Literal["day", "week", "month"]
     strategy: str = field(default="sliding_window", kw_only=True)
     burst: int | None = field(default=None, kw_only=True)
     lease: bool | int = field(default=False, kw_only=True)
     lease_ttl: float = field(default=0.1, kw_only=True)
     on_outage: Literal["local", "allow", "deny", "raise"] | None = field(default=None, kw_only=True)
     enforce: Literal["deny", "flag", "off"] = field(default="deny", kw_only=True)
+    timezone: str = field(default="UTC", kw_only=True)
+    anchor: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not NAME.match(self.name):
@@ -126,7 +136,9 @@ class RateThrottleRule:
             )
         if not isinstance(self.enforce, str) or self.enforce not in ENFORCE:
             raise ConfigurationError(f"rule {self.name!r}: enforce is {shown(self.enforce)}; it is deny, flag or off")
-        object.__setattr__(self, "_compiled", self._compile(_window_us(self.name, self.window)))
+        calendar = self._calendar()
+        window_us = MEAN_US[calendar[0]] if calendar else _window_us(self.name, self.window)
+        object.__setattr__(self, "_compiled", self._compile(window_us, calendar))
 
     @classmethod
     def parse(cls, name: str, rate: str, **options: Any) -> RateThrottleRule:
@@ -177,7 +189,7 @@ class RateThrottleRule:
 
     @property
     def window_us(self) -> int:
-        """The window in µs."""
+        """The window in µs; of one by the calendar its mean length, such as 30.436875 days of a month."""
         return self.compiled.window_us
 
     @property
@@ -199,11 +211,32 @@ class RateThrottleRule:
         return hash(self.compiled)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        options = ("strategy", "burst", "lease", "lease_ttl", "on_outage", "enforce")
+        options = ("strategy", "burst", "lease", "lease_ttl", "on_outage", "enforce", "timezone", "anchor")
         return _restore, (self.name, self.limit, self.window, {name: getattr(self, name) for name in options})
 
-    def _compile(self, window_us: int) -> CompiledRule:
-        kind = STRATEGIES[self.strategy]
+    def _calendar(self) -> tuple[str, str, int] | None:
+        """Return the unit, the time zone and the anchor of a window by the calendar."""
+        name, unit = self.name, self.window
+        if not isinstance(unit, str):
+            if self.timezone != "UTC" or self.anchor is not None:
+                raise ConfigurationError(f'rule {name!r}: timezone and anchor belong to window="day", "week" or "month"')
+            return None
+        if unit not in MEAN_US:
+            raise ConfigurationError(
+                f"rule {name!r}: window is {shown(unit)}; it is seconds (int or float), a timedelta, or by the calendar "
+                '"day", "week" or "month"'
+            )
+        if self.strategy != "fixed_window":
+            raise ConfigurationError(
+                f'rule {name!r}: window="{unit}" is by the calendar, which takes strategy="fixed_window"; a {self.strategy} has a '
+                "length, in seconds"
+            )
+        if self.lease is not False:
+            raise ConfigurationError(f"rule {name!r}: a window by the calendar takes no leases; leave lease out")
+        return str.__str__(unit), _timezone(name, self.timezone), _anchor(name, unit, self.anchor)
+
+    def _compile(self, window_us: int, calendar: tuple[str, str, int] | None) -> CompiledRule:
+        kind = STRATEGIES[self.strategy] if calendar is None else "d"
         if self.limit == 0:
             # Denied before anything is counted; what was used under another limit is kept as one of 1 would keep it.
             return replace(self, limit=1, lease=False).compiled.blocking()
@@ -231,6 +264,7 @@ class RateThrottleRule:
             lease_units,
             None if self.on_outage is None else ON_OUTAGE[ON_OUTAGE.index(self.on_outage)],  # of a subclass of str: its text
             ENFORCE[ENFORCE.index(self.enforce)],
+            calendar,
         )
 
     def _most(self) -> int:
@@ -344,6 +378,38 @@ def _check_units(name: str, what: str, value: object) -> None:
         raise ConfigurationError(f"rule {name!r}: {what} is {shown(value)}; it is from 1 to {MAX_UNITS:,} units")
 
 
+def _timezone(name: str, timezone: object) -> str:
+    """Check the name of a time zone."""
+    if not isinstance(timezone, str):
+        raise ConfigurationError(f'rule {name!r}: timezone is {shown(timezone)}; it is an IANA name, such as "Europe/Berlin"')
+    try:
+        zone_of(str.__str__(timezone))
+    except (LookupError, ValueError, OSError):  # it isn't known, or is no name of a file
+        known = available_timezones()
+        if not known:
+            raise ConfigurationError(
+                f"rule {name!r}: this machine has no time zones, so that timezone is UTC; for {shown(timezone)} pip install tzdata"
+            ) from None
+        near = difflib.get_close_matches(timezone, known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else 'it is an IANA name, such as "Europe/Berlin"'
+        raise ConfigurationError(f"rule {name!r}: there is no time zone {shown(timezone)}; {hint}") from None
+    return str.__str__(timezone)
+
+
+def _anchor(name: str, unit: str, anchor: object) -> int:
+    """Check the day that a window begins on. That of a day has none."""
+    if unit == "day":
+        if anchor is not None:
+            raise ConfigurationError(f'rule {name!r}: anchor belongs to window="week" or "month"; a day begins at midnight')
+        return 0
+    if anchor is None:
+        return 1
+    if isinstance(anchor, bool) or not isinstance(anchor, int) or not 1 <= anchor <= ANCHORS[unit]:
+        days = "1 (Monday) to 7 (Sunday)" if unit == "week" else "1 to 31, in a shorter month its last day"
+        raise ConfigurationError(f"rule {name!r}: anchor is {shown(anchor)}; of a {unit} it is {days}")
+    return int(anchor)
+
+
 def _check_limit(name: str, limit: object) -> None:
     if limit is None or (isinstance(limit, float) and limit == math.inf):
         raise ConfigurationError(
@@ -361,7 +427,10 @@ def _rate_advice(rate: object, unit: str) -> str:
     """Say what to write instead of what isn't a rate."""
     days = NOT_FIXED.get(unit.removesuffix("s"))
     if days:
-        return f"a {unit.removesuffix('s')} has no fixed length: write it in days, such as {days}d"
+        named = unit.startswith("month")
+        return f"a {unit.removesuffix('s')} has no fixed length: write it in days, such as {days}d" + (
+            ', or say window="month" with strategy="fixed_window"' if named else ""
+        )
     if isinstance(rate, str) and re.search(r"\d,\d", rate):
         return "a number has no commas: write 1000/s or 1_000/s"
     if isinstance(rate, str) and re.search("[;,]", rate):
@@ -404,5 +473,5 @@ def _window_us(name: str, window: object) -> int:
     return whole_us
 
 
-def _restore(name: str, limit: int, window: float | timedelta, options: dict[str, Any]) -> RateThrottleRule:
+def _restore(name: str, limit: int, window: Any, options: dict[str, Any]) -> RateThrottleRule:
     return RateThrottleRule(name, limit, window, **options)

@@ -7,6 +7,7 @@ function reads a clock.
 from libc.stdint cimport int64_t, uint32_t
 from libc.string cimport memmove
 
+from ratethrottle._engine.calendar cimport Boundaries, span_at
 from ratethrottle._engine.pieces cimport piece_free
 from ratethrottle._engine.window cimport (
     EXACT_UNITS, KEEP, NO_MEMORY, Units, UNITS_MAX, Window, window_drop, window_live, window_new, window_push, WRITE,
@@ -54,10 +55,12 @@ cdef struct Terms:                         # what a rule compiles to; see docs/a
     int64_t passed_us                      # of the aligned window that 1970 began in
     int64_t unit_ticks
     int64_t drain_ticks                    # per µs
-    int64_t slot_us
+    int64_t slot_us                        # of a calendar its number
     int64_t coarse_us
     int64_t span                           # of a counter: the window in coarse time, ceil_div(window_us, coarse_us)
     int64_t reach_us                       # of a sliding window: units that count from further ahead of now are too far ahead
+    Boundaries* calendar                   # of a fixed window that is a calendar's: see `dated.pxd`; NULL of all others
+    Terms* kept                            # of a rule with a calendar in memory: what its views refer to, see `KeyTable.intern_rule`
 
 
 cdef inline bint same_definition(const Terms* a, const Terms* b) noexcept nogil:
@@ -72,6 +75,11 @@ cdef inline bint same_definition(const Terms* a, const Terms* b) noexcept nogil:
 cdef inline int64_t window_start(const Terms* terms, int64_t at_us) noexcept nogil:
     """Return the start of the aligned window that contains an instant."""
     return at_us - (at_us + terms.passed_us) % terms.window_us
+
+
+cdef inline int64_t dated_start(const Terms* terms, int64_t at_us) noexcept nogil:
+    """Return where a window of the mean length would have begun that ends with the calendar's window that contains an instant."""
+    return span_at(terms.calendar, at_us).until_us - terms.window_us
 
 
 cdef struct Counts:
@@ -421,7 +429,7 @@ cdef inline void view_audit(const View* view, int64_t now_us) noexcept nogil:
         RT_INVARIANT(total == window.total)
         RT_INVARIANT(before_us <= reach_end(view.terms, now_us))
     else:
-        RT_INVARIANT(view.at_us == window_start(view.terms, view.at_us))
+        RT_INVARIANT(view.terms.calendar != NULL or view.at_us == window_start(view.terms, view.at_us))
         RT_INVARIANT(view.at_us - now_us <= view.terms.window_us)
         RT_INVARIANT(view.amount.counts.cur <= UNITS_MAX and view.amount.counts.prev <= UNITS_MAX)
 
@@ -543,13 +551,14 @@ cdef inline int64_t window_refund(Window* window, int64_t at_us, int64_t units) 
 
 cdef inline bint view_refund(View* view, int64_t now_us, int64_t units, int64_t at_us) noexcept nogil:
     """Give back units of a grant at `at_us` to a legal view, which it rolls unless it is a sliding window. Whether any came back."""
-    cdef int64_t given, drained_ticks
+    cdef int64_t given, drained_ticks, start_us
     if view.terms.kind == SLIDING:
         at_us = slot_end(view.terms, at_us)
         return at_us + view.terms.window_us > now_us and window_refund(view.amount.window, at_us, units) > 0
     view_roll(view, now_us)
     if view.terms.kind != BUCKET:
-        given = min(<int64_t>view.amount.counts.cur, units) if window_start(view.terms, at_us) == view.at_us else 0
+        start_us = window_start(view.terms, at_us) if view.terms.calendar == NULL else dated_start(view.terms, at_us)
+        given = min(<int64_t>view.amount.counts.cur, units) if start_us == view.at_us else 0
         view.amount.counts.cur -= <uint32_t>given
         return given > 0
     if RT_OVERFLOWS(max(<int64_t>0, now_us - at_us), view.terms.drain_ticks, &drained_ticks):

@@ -7,12 +7,15 @@
 from libc.stdint cimport int64_t, uint32_t
 from libc.stdlib cimport calloc, free, malloc
 
-from ratethrottle._engine.arithmetic cimport CHARGED, correct_views, Outcome, View
+from ratethrottle._engine.arithmetic cimport (
+    CHARGED, correct_views, dated_start, Outcome, report, same_definition, Terms, View, view_debt, view_free,
+)
+from ratethrottle._engine.dated cimport dated_bring, dated_write
 from ratethrottle._engine.decision cimport Entry, MEMORY
 from ratethrottle._engine.joint cimport CHARGES, Joint, joint_count, joint_decision, joint_new, part_uncounted, PARTS_MAX
 from ratethrottle._engine.keys cimport KeyTable, Removal, Removals, REMOVALS_MAX
 from ratethrottle._engine.table cimport Cell, cell_at, cell_views, Hash128, Pair, Place, Shard, shard_find, shard_place
-from ratethrottle._engine.window cimport NO_MEMORY, WRITE
+from ratethrottle._engine.window cimport KEEP, NO_MEMORY, WRITE
 
 
 def expect_refunds(KeyTable table not None):
@@ -38,14 +41,17 @@ cdef bint forgotten(KeyTable table, Hash128 hashed, int64_t granted_us) noexcept
 
 cdef int correct_place(KeyTable table, const Place* place, int64_t now_us, int64_t units, int64_t granted_us, Outcome* out) except -1:
     """Give back units that were granted then, or charge them (CHARGED). Says what is left of the key. Runs no Python code."""
+    cdef const Terms* terms = place.terms if place.terms.kept == NULL else place.terms.kept
     cdef View[2] views
+    cdef View dropped
     cdef Shard* shard = place.shard
     cdef int64_t found = shard_find(shard, place.hashed)
     cdef Cell* cell
     cdef Pair* pair
     cdef int count, status
+    cdef bint changed
     if found < 0:
-        return correct_new(table, place, now_us, units, granted_us, out)
+        return correct_new(table, place, terms, now_us, units, granted_us, out)
     if granted_us != CHARGED and forgotten(table, place.hashed, granted_us):
         units = 0
     cell = cell_at(shard, <uint32_t>found)
@@ -53,9 +59,17 @@ cdef int correct_place(KeyTable table, const Place* place, int64_t now_us, int64
     pair = <Pair*>cell.view.amount.pair if cell.view.terms == NULL else <Pair*>malloc(sizeof(Pair))
     if pair == NULL:
         raise MemoryError
-    status = correct_views(views, &count, place.terms, now_us, units, granted_us, out)
+    if granted_us != CHARGED and terms.calendar != NULL and not same_definition(views.terms, terms) and (
+            count == 1 or not same_definition(views[1].terms, terms)):
+        units = 0                            # a view that is made only now doesn't hold what was granted
+    changed = dated_bring(views, &count, &dropped, terms, now_us)
+    status = correct_views(views, &count, terms, now_us, units, granted_us, out)
+    if changed and status == KEEP:
+        status = dated_write(views, &count, terms, now_us)
+    if status == WRITE and dropped.terms != NULL:
+        view_free(&dropped)
     if status == WRITE:
-        table.write_back(shard, <uint32_t>found, place.terms, views, count, pair, now_us)
+        table.write_back(shard, <uint32_t>found, terms, views, count, pair, now_us)
     elif cell.view.terms != NULL:
         free(pair)
     if status == NO_MEMORY:
@@ -63,14 +77,15 @@ cdef int correct_place(KeyTable table, const Place* place, int64_t now_us, int64
     return 0
 
 
-cdef int correct_new(KeyTable table, const Place* place, int64_t now_us, int64_t units, int64_t granted_us, Outcome* out) except -1:
+cdef int correct_new(KeyTable table, const Place* place, const Terms* terms, int64_t now_us, int64_t units, int64_t granted_us,
+                     Outcome* out) except -1:
     """Correct a key of which nothing is known. A charge isn't counted if the table is full and forgets no key for a new one."""
     cdef View[2] views
     cdef Cell cell
     cdef int64_t free_at_us
     cdef int count = 0
     if granted_us != CHARGED:
-        out[0] = Outcome(True, False, place.terms.capacity, 0, 0)
+        out[0] = Outcome(True, False, terms.capacity, 0, 0)
         return 0
     if table.used >= table.max_keys:
         free_at_us = table.make_place(place.shard, now_us)
@@ -78,8 +93,12 @@ cdef int correct_new(KeyTable table, const Place* place, int64_t now_us, int64_t
             out[0] = Outcome(True, False, 0, free_at_us - now_us, free_at_us - now_us)
             return 0
     table.make_room(place.shard, now_us)
-    if correct_views(views, &count, place.terms, now_us, units, granted_us, out) == NO_MEMORY:
+    if correct_views(views, &count, terms, now_us, units, granted_us, out) == NO_MEMORY:
         raise MemoryError
+    if terms.calendar != NULL:
+        views[0].at_us = dated_start(terms, now_us)
+        report(terms, views, now_us, 0, out)
+        out.retry_us = view_debt(terms, views, now_us, 0, 0)
     cell.hash_lo = place.hashed.lo
     cell.hash_hi = place.hashed.hi
     cell.view = views[0]

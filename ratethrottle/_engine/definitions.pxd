@@ -4,6 +4,7 @@ cimport cython
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from ratethrottle._engine.arithmetic cimport Terms
+from ratethrottle._engine.calendar cimport Boundaries
 from ratethrottle._engine.table cimport KeptTerms, Shard
 
 
@@ -36,9 +37,25 @@ cdef class Tally:
 
 
 @cython.final
+cdef class Calendar:
+    """Days, weeks or months of a time zone, which begin on some day: there is one object for each, for good."""
+
+    cdef readonly tuple spec                 # see `dates.py`
+    cdef readonly int64_t number             # in stored states
+    cdef Boundaries known
+
+    cdef int cover(self, int64_t at_us) except -1
+
+
+cdef Calendar calendar_of(tuple spec)
+cdef Calendar calendar_in(const Terms* terms)
+
+
+@cython.final
 cdef class CompiledRule:
     cdef readonly str name
     cdef readonly str strategy
+    cdef readonly Calendar calendar          # None, if its windows aren't those of one
     cdef readonly int64_t limit              # 0: everything is denied, and the terms are those of a limit of 1
     cdef readonly int64_t lease_us           # units taken ahead may be spent for this long
     cdef readonly int64_t lease_units        # so many are taken ahead at once at most; 0: none ever
@@ -52,7 +69,7 @@ cdef class CompiledRule:
     cdef uint64_t home_seed
     cdef uint64_t* counts                    # of the tally of the limiter that it is installed in
     cdef Tally tally
-    cdef bytes packed                        # as calls to a shared store name it; None until one does
+    cdef bytes packed                        # as calls to a shared store name it; None until one does, and with a calendar
 
     cdef tuple shape(self)
     cdef tuple facts(self)
@@ -71,5 +88,6 @@ cdef class Definitions:
     cdef int held                            # callers that hold terms while other code may run; with any, none are freed
 
     cdef Terms* keep(self, tuple shape, const Terms* terms) except NULL
+    cdef Terms* keep_gate(self, Terms* kept) except NULL
     cdef int step(self, const Shard* shards, uint32_t shard_count, bint bounds) except -1
     cdef int step_in_round(self, const Shard* shards, uint32_t shard_count, bint bounds) except -1

@@ -1,4 +1,4 @@
-from typing import Literal, TypeAlias, final
+from typing import Any, Literal, Never, TypeAlias, final
 
 from typing_extensions import override
 
@@ -6,6 +6,15 @@ __pyx_capi__: dict[str, object]
 
 _OnOutage: TypeAlias = Literal["local", "allow", "deny", "raise"]
 _Enforce: TypeAlias = Literal["deny", "flag", "off"]
+
+@final
+class Calendar:
+    def __init__(self, *args: Any, **kwargs: Any) -> Never: ...
+    @property
+    def spec(self) -> tuple[str, str, int]: ...
+    @property
+    def number(self) -> int: ...
+    def around(self, at_us: int) -> tuple[int, int, int, int]: ...
 
 @final
 class CompiledRule:
@@ -25,6 +34,7 @@ class CompiledRule:
         lease_units: int = 0,
         on_outage: _OnOutage | None = None,
         enforce: _Enforce = "deny",
+        calendar: tuple[str, str, int] | None = None,
     ) -> None: ...
     @property
     def name(self) -> str: ...
@@ -58,6 +68,8 @@ class CompiledRule:
     def enforce(self) -> _Enforce: ...
     @property
     def counted(self) -> bool: ...
+    @property
+    def calendar(self) -> Calendar | None: ...
     def blocking(self) -> CompiledRule: ...
     @override
     def __eq__(self, other: object, /) -> bool: ...

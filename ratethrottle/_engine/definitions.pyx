@@ -10,7 +10,13 @@ from libc.stdlib cimport free, malloc
 
 from ratethrottle._engine.arithmetic cimport ceil_div, SLIDING, Terms
 from ratethrottle._engine.bound cimport bounds_note_terms
+from ratethrottle._engine.calendar cimport Boundaries, Span, span_at
 from ratethrottle._engine.table cimport KeptTerms, Shard
+
+from time import time_ns
+
+from ratethrottle._engine.dates import MEAN_US as _mean_us
+from ratethrottle._engine.dates import boundaries, number_of
 
 
 cdef enum:
@@ -37,6 +43,67 @@ cdef int64_t PASSED_US = 259_200_000_000     # of the week of 1970-01-01, a Thur
 cdef uint64_t[2 * SOURCES_MAX] nobodys       # rules that no limiter has installed count here
 
 
+cdef dict CALENDARS = {}                     # by spec and by number
+cdef int64_t DAY_US = 86_400_000_000
+cdef int64_t KNOWN_BEFORE_US = 62 * DAY_US
+cdef int64_t KNOWN_LEAST_US = 366 * DAY_US   # ahead, before more is looked up
+cdef int64_t KNOWN_AHEAD_US = 10 * 366 * DAY_US
+
+
+@cython.final
+cdef class Calendar:
+    def __init__(self):
+        raise TypeError("calendars are made by a rule")
+
+    cdef int cover(self, int64_t at_us) except -1:
+        """Know the windows around an instant, and those of the next years."""
+        cdef int64_t* found
+        cdef Py_ssize_t i
+        cdef int64_t first_us = max(<int64_t>0, at_us - KNOWN_BEFORE_US), until_us = at_us + KNOWN_AHEAD_US
+        if self.known.count:
+            if self.known.at_us[0] <= first_us and at_us + KNOWN_LEAST_US < self.known.at_us[self.known.count - 1]:
+                return 0
+            first_us = min(first_us, self.known.at_us[0])
+            until_us = max(until_us, self.known.at_us[self.known.count - 1])
+        instants = boundaries(self.spec, first_us, until_us)
+        found = <int64_t*>malloc(len(instants) * sizeof(int64_t))
+        if found == NULL:
+            raise MemoryError
+        for i in range(len(instants)):
+            found[i] = instants[i]
+        # What was known before stays where it is: somebody may be reading it.
+        self.known.hint = 0
+        if self.known.count <= <uint32_t>len(instants):
+            self.known.at_us = found
+            self.known.count = <uint32_t>len(instants)
+        return 0
+
+    def around(self, int64_t at_us):
+        """Where the window before that of an instant begins, this one, the next one and the one after it, µs."""
+        cdef Span span
+        self.cover(at_us)
+        span = span_at(&self.known, at_us)
+        return (span_at(&self.known, span.since_us - 1).since_us, span.since_us, span.until_us,
+                span_at(&self.known, span.until_us).until_us)
+
+
+cdef Calendar calendar_of(tuple spec):
+    cdef Calendar calendar
+    if spec not in CALENDARS:
+        calendar = Calendar.__new__(Calendar)
+        calendar.spec = spec
+        calendar.number = number_of(spec)
+        calendar.known.window_us = _mean_us[spec[0]]
+        calendar.cover(time_ns() // 1000)
+        CALENDARS[calendar.number] = CALENDARS.setdefault(spec, calendar)
+    return <Calendar>CALENDARS[spec]
+
+
+cdef Calendar calendar_in(const Terms* terms):
+    """The calendar that terms are of."""
+    return <Calendar>CALENDARS[terms.slot_us]
+
+
 cdef tuple shape_of(const Terms* terms):
     """The numbers that tell one definition from another one; all others follow from them."""
     return (chr(terms.kind), terms.capacity, terms.window_us, terms.unit_ticks, terms.drain_ticks, terms.slot_us, terms.coarse_us)
@@ -53,9 +120,15 @@ cdef class CompiledRule:
 
     def __init__(self, str name not None, str strategy not None, str kind not None, int64_t limit, int64_t capacity,
                  int64_t window_us, int64_t unit_ticks, int64_t drain_ticks, int64_t slot_us, int64_t coarse_us,
-                 int64_t lease_us=0, int64_t lease_units=0, str on_outage=None, str enforce="deny"):
-        if kind not in ("b", "s", "c", "f"):
-            raise ValueError(f"kind is one of b, s, c and f, not {kind!r}")
+                 int64_t lease_us=0, int64_t lease_units=0, str on_outage=None, str enforce="deny",
+                 tuple calendar=None):
+        if kind not in ("b", "s", "c", "f", "d") or (kind == "d") != (calendar is not None):
+            raise ValueError(f"kind is one of b, s, c and f, or d with a calendar, not {kind!r}")
+        cdef Boundaries* known = NULL
+        if calendar is not None:
+            self.calendar = calendar_of(calendar)
+            known = &self.calendar.known
+            kind, window_us, slot_us = "f", self.calendar.known.window_us, self.calendar.number
         if capacity < 1 or window_us < 1 or limit < 0 or (kind == "b" and (unit_ticks < 1 or drain_ticks < 1)):
             raise ValueError("capacity and window are positive, and so are the ticks of a bucket; a limit is 0 or more")
         if (kind == "s" and slot_us < 1) or (kind == "c" and coarse_us < 1):
@@ -71,10 +144,11 @@ cdef class CompiledRule:
         self.counts = nobodys
         self.terms = Terms(<char>ord(kind), capacity, window_us, 0 if window_us % WEEK_US else PASSED_US, unit_ticks, drain_ticks,
                            slot_us, coarse_us, ceil_div(window_us, coarse_us) if coarse_us else 0,
-                           window_us // 8 + (slot_us if slot_us > 1 else 0))
+                           window_us // 8 + (slot_us if slot_us > 1 else 0),
+                           known, NULL)
 
     @property
-    def kind(self): return chr(self.terms.kind)
+    def kind(self): return chr(self.terms.kind) if self.calendar is None else "d"
 
     @property
     def capacity(self): return self.terms.capacity
@@ -121,7 +195,7 @@ cdef class CompiledRule:
 
     cdef tuple facts(self):
         return (self.name, self.strategy, self.kind, self.limit, *self.shape()[1:], self.lease_us, self.lease_units,
-                self.on_outage, self.enforce)
+                self.on_outage, self.enforce, None if self.calendar is None else self.calendar.spec)
 
     def __eq__(self, other):
         if not isinstance(other, CompiledRule):
@@ -176,6 +250,18 @@ cdef class Definitions:
         kept = <KeptTerms*><size_t>self.known[shape]
         kept.met_in = self.round
         return &kept.terms
+
+    cdef Terms* keep_gate(self, Terms* kept) except NULL:
+        """Terms that a rule with a calendar is located by, and that no view has: a decision by them takes the long way, which knows it.
+
+        Nothing is granted by these themselves.
+        """
+        cdef Terms gate = kept[0]
+        cdef Terms* found
+        gate.capacity = -kept.capacity
+        found = self.keep(shape_of(&gate), &gate)
+        found.kept = kept
+        return found
 
     cdef int step(self, const Shard* shards, uint32_t shard_count, bint bounds) except -1:
         """Take a step of a round. Returns whether one has begun: then the table interns every rule anew, which notes its terms."""

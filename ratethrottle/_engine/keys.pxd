@@ -84,6 +84,8 @@ cdef class KeyTable:
                             Outcome* out) except -1
     cdef int decide_new(self, const Terms* terms, Shard* shard, Hash128 hashed, int64_t now_us, int64_t cost,
                         Outcome* out) except -1
+    cdef int decide_dated(self, const Terms* terms, Shard* shard, Hash128 hashed, int64_t now_us, int64_t cost,
+                          Outcome* out) except -1
     cdef int64_t make_place(self, Shard* shard, int64_t now_us) noexcept
     cdef bint sweep(self, Shard* shard, int64_t now_us) noexcept
     cdef int locate_entry(self, Entry entry, Place* place) except -1

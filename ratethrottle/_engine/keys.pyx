@@ -13,10 +13,11 @@ from libc.string cimport memcpy, memset
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 
 from ratethrottle._engine.arithmetic cimport (
-    BUCKET, ceil_div, COUNTER, decide_views, FIXED, NEVER, Outcome, report, same_definition, SLIDING, Terms, View, view_ahead,
-    view_derive, view_free, view_fullest, view_look, view_rebase,
+    ceil_div, dated_start, decide_views, NEVER, Outcome, report, same_definition, SLIDING, Terms, View, view_ahead, view_derive, view_free,
+    view_fullest, view_look, view_rebase,
 )
 from ratethrottle._engine.bound cimport Bound
+from ratethrottle._engine.dated cimport dated_bring, dated_write
 from ratethrottle._engine.decision cimport count_decision, decision_new, Entry, MEMORY
 from ratethrottle._engine.definitions cimport CompiledRule, Definitions
 from ratethrottle._engine.joint cimport Joint, joint_count, joint_decision, joint_outcome, part_uncounted, PARTS_MAX
@@ -24,7 +25,8 @@ from ratethrottle._engine.table cimport (
     Account, account_free, Cell, cell_at, cell_fresh_at, cell_used_share, cell_views, fingerprints_of, free_pages, Hash128, Pair,
     Place, Shard, shard_find, shard_free, SHARD_KEYS, shard_place, shard_rebuild, shard_remove, SHARD_ROOM_MIN, siphash,
 )
-from ratethrottle._engine.window cimport NO_MEMORY, Units, Window, window_clone, WRITE
+from ratethrottle._engine.text cimport view_text
+from ratethrottle._engine.window cimport KEEP, NO_MEMORY, Units, Window, window_clone, WRITE
 
 from os import urandom
 
@@ -48,22 +50,6 @@ cdef enum:
     SWEEP_CELLS = 16
     TIDY_SHARDS = 8
     ORPHANS_MAX = 1024
-
-
-cdef str window_text(const Terms* terms, const Window* window):
-    """A sliding window in the ASCII form of a state, with as few digits for units as possible."""
-    cdef uint32_t i, newest = window.first + window.count - 1
-    if window.count == 0:
-        return f"s{terms.window_us},{terms.slot_us},0,0,0,1,;"
-    digits = len(str((terms.window_us + terms.window_us // 8) // terms.slot_us + 1))
-    width = max([1] + [len(str(window.entries[i].units)) for i in range(window.first, newest)])
-    older = "".join([
-        f"{window.entries[i].at_us // terms.slot_us % 10**digits:0{digits}}{window.entries[i].units:0{width}}"
-        for i in range(window.first, newest)
-    ])
-    units = window.entries[newest].units
-    last = window.entries[newest].at_us // terms.slot_us
-    return f"s{terms.window_us},{terms.slot_us},{units},{window.total - units},{last},{width},{older};"
 
 
 # Its keys point into its definitions, so a collection must not clear those first.
@@ -337,6 +323,8 @@ cdef class KeyTable:
         if shape not in self.definitions.known and self.definitions.step(self.shards, self.shard_count, self.owing_in != NULL):
             self.secret[2] += 1
         rule.home_terms = self.definitions.keep(shape, &rule.terms)
+        if rule.calendar is not None and self.owing_in == NULL:
+            rule.home_terms = self.definitions.keep_gate(rule.home_terms)
         rule.home_seed = siphash(self.secret[0], self.secret[1], PyBytes_AS_STRING(name), PyBytes_GET_SIZE(name)).lo
         rule.home = self.secret[2]
         return 0
@@ -347,15 +335,23 @@ cdef class KeyTable:
 
     cdef int decide_general(self, const Terms* terms, Shard* shard, uint32_t index, int64_t now_us, int64_t cost,
                             Outcome* out) except -1:
-        """Decide after a clock has stepped back or a definition has changed."""
+        """Decide after a clock has stepped back or a definition has changed, and with a calendar."""
         cdef View[2] views
+        cdef View dropped
         cdef Cell* cell = cell_at(shard, index)
         cdef int count = cell_views(cell, views)
         cdef Pair* pair = <Pair*>cell.view.amount.pair if cell.view.terms == NULL else <Pair*>malloc(sizeof(Pair))
         cdef int status
+        cdef bint changed
         if pair == NULL:
             raise MemoryError
+        terms = terms.kept if terms.kept != NULL else terms
+        changed = dated_bring(views, &count, &dropped, terms, now_us)
         status = decide_views(views, &count, terms, now_us, cost, out)
+        if changed and status == KEEP:
+            status = dated_write(views, &count, terms, now_us)
+        if status == WRITE and dropped.terms != NULL:
+            view_free(&dropped)
         if status == NO_MEMORY:
             raise MemoryError
         if status == WRITE:
@@ -380,6 +376,8 @@ cdef class KeyTable:
                 return 0
         if cost <= terms.capacity:
             self.make_room(shard, now_us)
+        elif terms.kept != NULL:
+            return self.decide_dated(terms.kept, shard, hashed, now_us, cost, out)
         if decide_views(views, &count, terms, now_us, cost, out) == NO_MEMORY:
             raise MemoryError
         if count:
@@ -388,6 +386,17 @@ cdef class KeyTable:
             cell.view = views[0]
             shard_place(shard, &cell)
             self.used += 1
+        return 0
+
+    cdef int decide_dated(self, const Terms* terms, Shard* shard, Hash128 hashed, int64_t now_us, int64_t cost,
+                          Outcome* out) except -1:
+        """Decide on a new key under a rule with a calendar."""
+        cdef Cell* cell
+        self.decide_new(terms, shard, hashed, now_us, cost, out)
+        if out.allowed:
+            cell = cell_at(shard, <uint32_t>shard_find(shard, hashed))
+            cell.view.at_us = dated_start(terms, now_us)
+            report(terms, &cell.view, now_us, 0, out)
         return 0
 
     cdef int64_t make_place(self, Shard* shard, int64_t now_us) noexcept:
@@ -474,8 +483,9 @@ cdef class KeyTable:
         cdef const Cell* cell
         cdef uint32_t expired
         cdef View own
+        cdef const Terms* terms = place.terms if place.terms.kept == NULL else place.terms.kept
         if found < 0:
-            out[0] = Outcome(cost <= place.terms.capacity, False, place.terms.capacity, 0 if cost <= place.terms.capacity else NEVER, 0)
+            out[0] = Outcome(cost <= terms.capacity, False, terms.capacity, 0 if cost <= terms.capacity else NEVER, 0)
             return 0
         cell = cell_at(place.shard, <uint32_t>found)
         if cell.view.terms != place.terms or view_ahead(&cell.view, now_us):
@@ -487,9 +497,10 @@ cdef class KeyTable:
         return 0
 
     cdef int look_general(self, const Place* place, const Cell* cell, int64_t now_us, int64_t cost, Outcome* out) except -1:
-        """Look after a clock has stepped back or a definition has changed."""
+        """Look after a clock has stepped back or a definition has changed, and with a calendar."""
+        cdef const Terms* terms = place.terms if place.terms.kept == NULL else place.terms.kept
         cdef View[2] views
-        cdef View own
+        cdef View own, dropped
         cdef uint32_t expired
         cdef int64_t total
         cdef int i, count = cell_views(cell, views), own_index = -1
@@ -498,19 +509,23 @@ cdef class KeyTable:
                 views[i].amount.window = window_clone(views[i].amount.window)
                 if views[i].amount.window == NULL:
                     raise MemoryError
+        dated_bring(views, &count, &dropped, terms, now_us)
+        for i in range(count):
             if view_ahead(&views[i], now_us):
                 view_rebase(&views[i], now_us)
-            if own_index < 0 and same_definition(views[i].terms, place.terms):
+            if own_index < 0 and same_definition(views[i].terms, terms):
                 own_index = i
         if own_index >= 0:
             own = views[own_index]
-        elif view_derive(&own, place.terms, view_fullest(views, count, now_us), now_us) == NO_MEMORY:
+        elif view_derive(&own, terms, view_fullest(views, count, now_us), now_us) == NO_MEMORY:
             raise MemoryError
-        view_look(&own, place.terms, now_us, cost, &expired, &total, out)
+        view_look(&own, terms, now_us, cost, &expired, &total, out)
         if out.allowed:
-            report(place.terms, &own, now_us, total, out)
+            report(terms, &own, now_us, total, out)
         for i in range(count):
             view_free(&views[i])
+        if dropped.terms != NULL:
+            view_free(&dropped)
         if own_index < 0:
             view_free(&own)
         return 0
@@ -615,22 +630,8 @@ cdef class KeyTable:
         cdef View[2] views
         cdef Place place
         cdef Cell* cell
-        cdef int i, count
-        cdef list parts = ["1;"]
+        cdef int i
         self.find(entry, &place, &cell)
         if cell == NULL:
             return None
-        count = cell_views(cell, views)
-        for i in range(count):
-            terms = views[i].terms
-            if terms.kind == BUCKET:
-                parts.append(f"b{terms.unit_ticks},{terms.drain_ticks},{terms.capacity},{views[i].amount.level_ticks},"
-                             f"{views[i].at_us};")
-            elif terms.kind == FIXED:
-                parts.append(f"f{terms.window_us},{views[i].at_us},{views[i].amount.counts.cur};")
-            elif terms.kind == COUNTER:
-                parts.append(f"c{terms.window_us},{views[i].at_us},{views[i].amount.counts.cur},"
-                             f"{views[i].amount.counts.prev};")
-            else:
-                parts.append(window_text(terms, views[i].amount.window))
-        return "".join(parts).encode()
+        return "".join(["1;"] + [view_text(&views[i]) for i in range(cell_views(cell, views))]).encode()

@@ -26,6 +26,8 @@ Bracketed = tuple[int, int, int]  # us before the call, us after the reply, unit
 STRETCH = Fraction(1_001, 1_000)  # an NTP daemon slews a clock by at most half as much
 WEEK_US = 7 * 86_400 * 10**6
 MONDAY_US = -3 * 86_400 * 10**6  # 1969-12-29
+HOUR_US = 3_600 * 10**6
+SHORTEST_US = {"day": 23 * HOUR_US, "week": 167 * HOUR_US, "month": (28 * 24 - 1) * HOUR_US}  # of windows by the calendar
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,17 @@ def window_start(window_us: int, at_us: int) -> int:
     return monday_us + (at_us - monday_us) // window_us * window_us
 
 
+def shortest_us(rule: RateThrottleRule) -> int:
+    """Give the length of a rule's window; of one by the calendar that of the shortest."""
+    return SHORTEST_US[rule.window] if isinstance(rule.window, str) else rule.window_us
+
+
+def window_of(rule: RateThrottleRule, at_us: int) -> int:
+    """Where a rule's aligned window began that an instant is in."""
+    calendar = rule.compiled.calendar
+    return window_start(rule.window_us, at_us) if calendar is None else calendar.around(at_us)[1]
+
+
 def breach_at_instants(rule: RateThrottleRule, admissions: Iterable[Admission]) -> Breach | None:
     """Find where admissions, at their true instants, break the rule's promise; None if they keep it in every interval."""
     log = sorted(admissions)
@@ -97,7 +110,7 @@ def breach_at_instants(rule: RateThrottleRule, admissions: Iterable[Admission]) 
         return _in_window(rule.window_us, rule.limit, log)
     # Two aligned windows touch any interval of this length: nothing above twice the limit, and the counter stays below.
     most = 2 * rule.limit - (rule.strategy == "sliding_counter")
-    return _in_aligned(rule, log) or _in_window(rule.window_us, most, log)
+    return _in_aligned(rule, log) or _in_window(shortest_us(rule), most, log)
 
 
 def _in_window(window_us: int, most: int, log: list[Admission]) -> Breach | None:
@@ -139,7 +152,7 @@ def _in_aligned(rule: RateThrottleRule, log: list[Admission]) -> Breach | None:
     """At most `limit` in each aligned window; for a counter together with what is left of the one before."""
     windows: Counter[int] = Counter()
     for at_us, units in log:
-        start_us = window_start(rule.window_us, at_us)
+        start_us = window_of(rule, at_us)
         windows[start_us] += units
         held, why = Fraction(windows[start_us]), f"at most {rule.limit} in the window from {seconds(start_us)}"
         # A coarse counter rounds elapsed time down, so that it counts no less than this.
@@ -157,7 +170,7 @@ def most_in(rule: RateThrottleRule, length_us: Fraction) -> Fraction | int:
         return 0
     if rule.strategy.endswith("bucket"):
         return capacity_of(rule) + length_us * Fraction(rule.limit, rule.window_us)
-    whole = int(length_us // rule.window_us) + 1
+    whole = int(length_us // shortest_us(rule)) + 1
     # An interval that is shorter than `whole` windows touches one aligned window more than that.
     return whole * rule.limit if rule.strategy == "sliding_window" else (whole + 1) * rule.limit
 

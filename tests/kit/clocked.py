@@ -176,6 +176,14 @@ def padded(rule: CompiledRule, numbers: list[int]) -> list[int]:
     return [*numbers, 0] if rule.lease_units else numbers
 
 
+def words_of(rule: CompiledRule, line: Sequence[str], now_us: int) -> list[Any]:
+    """A rule as a script's header has it. A calendar's boundaries are those around now."""
+    words = {word: getattr(rule, word) for word in line}
+    if rule.calendar is not None:
+        words |= zip(("unit_ticks", "drain_ticks", "coarse_us", "lead_us"), rule.calendar.around(now_us), strict=True)
+    return list(words.values())
+
+
 def make_call(
     checks: Sequence[Check],
     mode: str = "check",
@@ -183,6 +191,7 @@ def make_call(
     merge: bool = False,
     leases: Sequence[Lease] = (),
     joints: Sequence[JointCheck] = (),
+    now_us: int = 0,
 ) -> Call:
     """A call as the script's header has it: a run for each check, or with `merge` as few runs as there can be."""
     parts = [part for joint in joints for alternatives in joint.sets for part in alternatives]
@@ -206,7 +215,7 @@ def make_call(
     mode = f"{mode}_joint" if joints else mode
     args: list[Any] = [mode, EPOCH, len(rules), len(runs), len(leases), *([len(parts)] if joints else [])]
     for rule in rules:
-        args += (getattr(rule, word) for word in script("decide").header["rule"])
+        args += words_of(rule, script("decide").header["rule"], now_us)
     for run in runs:
         args += run
     for lease in leases:
@@ -221,12 +230,12 @@ def make_call(
     return Call(keys, args, told, mode, len(leases), joints)
 
 
-def make_settlement(corrections: Sequence[Correction]) -> Call:
+def make_settlement(corrections: Sequence[Correction], now_us: int = 0) -> Call:
     """A call with corrections that belong together."""
     keys, rules = [list(dict.fromkeys(each)) for each in ([one.key for one in corrections], [one.rule for one in corrections])]
     args: list[Any] = ["check_joint", EPOCH, len(rules), 0, 0, len(corrections)]
     for rule in rules:
-        args += (getattr(rule, word) for word in script("decide").header["rule"])
+        args += words_of(rule, script("decide").header["rule"], now_us)
     for i, (rule, key, units, granted_us) in enumerate(corrections):
         bits = BITS["joined"] * (i > 0) + BITS["charge" if granted_us is None else "refund"]
         args += (keys.index(key) + 1, rules.index(rule) + 1, units, 1 if granted_us is None else granted_us, bits)
@@ -282,12 +291,12 @@ class ClockedScript:
 
     def call(self, now_us: int, checks: Sequence[Check], mode: str = "check", *, merge: bool = False) -> list[Answer]:
         """Decide, and return an answer for each check."""
-        call = make_call(checks, mode, merge=merge)
+        call = make_call(checks, mode, merge=merge, now_us=now_us)
         return call.answers(self.send(self.client, now_us, call))
 
     def lease(self, now_us: int, lease: Lease, mode: str = "check") -> list[int]:
         """Decide a lease alone, and return its numbers."""
-        call = make_call([], mode, leases=[lease])
+        call = make_call([], mode, leases=[lease], now_us=now_us)
         return call.raw(self.send(self.client, now_us, call))[0]
 
     def state(self, key: str) -> bytes | None:
@@ -317,7 +326,7 @@ class ClockedServer:
 
     def repair(self, mode: str, now_us: int, rule: CompiledRule, *item: int, keys: tuple[str, ...] = ("k",)) -> int:
         """How many items were taken in."""
-        words = [getattr(rule, word) for word in script("repair").header["rule"]]
+        words = words_of(rule, script("repair").header["rule"], now_us)
         teller = ("p", self.level_us, 1) if mode == "assert" else ()
         at_us, applied = self.run("repair", list(keys), now_us, mode, self.epoch, 1, 1, *words, 1, 1, *item, *teller)
         assert at_us == now_us
@@ -332,13 +341,13 @@ class ClockedServer:
         )
 
     def check(self, now_us: int, rule: CompiledRule, cost: int = 1, mode: str = "check") -> list[int]:
-        call = make_call([(rule, "k", cost)], mode)
+        call = make_call([(rule, "k", cost)], mode, now_us=now_us)
         call.args[1] = self.epoch
         reply = self.decide.send(self.client, now_us, call)
         return call.raw(reply)[0]
 
     def left(self, now_us: int, rule: CompiledRule) -> int:
-        call = make_call([(rule, "k", 1)], "peek")
+        call = make_call([(rule, "k", 1)], "peek", now_us=now_us)
         call.args[1] = self.epoch
         return call.answers(self.decide.send(self.client, now_us, call))[0][1]
 

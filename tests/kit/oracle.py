@@ -7,11 +7,15 @@ is held. The instants are searched for, not calculated: the core and the script 
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections import Counter
+from bisect import bisect_left, bisect_right
+from calendar import monthrange
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from datetime import UTC, date, datetime, timedelta
 from fractions import Fraction
+from functools import cache
 from math import ceil, floor
+from zoneinfo import ZoneInfo
 
 from ratethrottle._engine.definitions import CompiledRule
 from ratethrottle.testing.intervals import window_start
@@ -26,11 +30,62 @@ def definition(rule: CompiledRule) -> tuple[str, int, int]:
     return (rule.kind, *((rule.unit_ticks, rule.drain_ticks) if rule.kind == "b" else (rule.window_us, rule.slot_us)))
 
 
+@cache
+def day_of(spec: tuple[str, str, int], seconds: int) -> date:
+    """The first day of the calendar's window that a clock on the wall shows at an instant."""
+    unit, timezone, anchor = spec
+    day = datetime.fromtimestamp(seconds, UTC).astimezone(ZoneInfo(timezone)).date()
+    if unit == "week":
+        return day - timedelta(days=(day.isoweekday() - anchor) % 7)
+    if unit == "month":
+        before = date(day.year - (day.month == 1), day.month - 1 or 12, 1)
+        months = [
+            first.replace(day=min(anchor, monthrange(first.year, first.month)[1])) for first in (before, day.replace(day=1))
+        ]
+        return months[months[1] <= day]
+    return day
+
+
+@cache
+def next_window(spec: tuple[str, str, int], since: int) -> int:
+    """When the wall shows another window for the first time, after this one's beginning. In seconds."""
+    until = since
+    while day_of(spec, until) == day_of(spec, since):
+        until += 3_600
+    return bisect_left(range(until), True, until - 3_600, key=lambda at: day_of(spec, at) > day_of(spec, since))
+
+
+WINDOWS: defaultdict[tuple[str, str, int], list[int]] = defaultdict(list)  # what is known of each calendar, in order
+
+
+def calendar_window(rule: CompiledRule, at: int) -> tuple[int, int]:
+    """The window of a calendar that an instant is in, looked for on the wall: from when to when."""
+    assert rule.calendar is not None
+    spec, second = rule.calendar.spec, at // 10**6
+    known = WINDOWS[spec]
+    if not known or not known[0] <= second < known[-1]:
+        # From a window before on, so that this one's beginning is found too.
+        known[:] = [next_window(spec, second - 40 * 86_400)]
+        while known[-1] <= second + 100 * 86_400:
+            known.append(next_window(spec, known[-1]))
+    i = bisect_right(known, second)
+    if i == len(known):
+        known.append(next_window(spec, known[-1]))
+    return known[i - 1] * 10**6, known[i] * 10**6
+
+
 class Account:
     """A log of (the instant it counts from, units), oldest first, as one definition of a rule reads it."""
 
     def __init__(self, rule: CompiledRule, log: list[tuple[int, int | Fraction]], seen: int) -> None:
         self.rule, self.log, self.seen = rule, log, seen  # seen: the newest instant that the log knows of
+
+    def copy(self) -> Account:
+        """Another one of the same."""
+        return Account(self.rule, self.log, self.seen)
+
+    def bring(self, now: int) -> None:
+        """Bring it to now, for its own definition."""
 
     def held(self, rule: CompiledRule) -> Callable[[int], Fraction | int]:
         """What counts at an instant from `seen` on, in units, for a rule that reads this account."""
@@ -94,7 +149,7 @@ class Account:
             return max(now, self.stands)
         return max(self.slot_end(now), self.log[-1][0] if self.log and self.rule.kind == "s" else 0)
 
-    def rebase(self, now: int) -> bool:
+    def rebase(self, now: int, own: bool) -> bool:
         """Bring back what lies too far ahead: the clock has stepped back, nothing has drained, and nobody is locked out."""
         if self.rule.kind == "s":
             head = self.slot_end(now + self.reach)
@@ -120,7 +175,7 @@ class Account:
         since = window_start(self.rule.window_us, max(now, self.stands)) - (kind == "c") * window
         return [(at, units) for at, units in self.log if at >= since]
 
-    def used(self, now: int) -> int:
+    def used(self, now: int, taker: CompiledRule) -> int:
         """Units that another definition takes over."""
         return ceil(self.held(self.rule)(now)) if self.rule.kind == "b" else int(sum(units for _, units in self.living(now)))
 
@@ -168,9 +223,73 @@ class Account:
             self.log = newest[::-1]
 
 
+class Dated(Account):
+    """The account of windows by a calendar. Others know only their mean length: as long as only they write, windows end by that."""
+
+    def __init__(self, rule: CompiledRule, log: list[tuple[int, int | Fraction]], seen: int, ends: int | None = None) -> None:
+        super().__init__(rule, log, seen)
+        self.ends = calendar_window(rule, seen)[1] if ends is None else ends  # when the window ends that the log is of
+
+    def copy(self) -> Account:
+        return Dated(self.rule, self.log, self.seen, self.ends)
+
+    def held(self, rule: CompiledRule) -> Callable[[int], Fraction | int]:
+        units = sum(units for _, units in self.log)
+        return lambda t: units if t < self.ends else 0
+
+    def instants(self, now: int) -> Sequence[int]:
+        return [now, self.ends]
+
+    def counts_from(self, now: int) -> int:
+        return now
+
+    def rebase(self, now: int, own: bool) -> bool:
+        mean = self.rule.window_us
+        if self.ends - mean <= now + mean:
+            return False
+        self.ends = calendar_window(self.rule, now)[1] if own else now + mean - (now - self.ends) % mean
+        return True
+
+    def bring(self, now: int) -> None:
+        since, until = calendar_window(self.rule, now)
+        after = calendar_window(self.rule, until)[1]
+        nearest = min((since, until, after), key=lambda at: (abs(at - self.ends), at))
+        if nearest == since or not self.log:
+            self.log, self.ends = [], until
+        elif nearest == until:
+            self.ends = until
+
+    def give_back(self, now: int, units: int, granted: int) -> bool:
+        left: int | Fraction = units if calendar_window(self.rule, granted)[1] == self.ends else 0
+        before = sum(held for _, held in self.log)
+        log = []
+        for at, held in self.log:
+            log.append((at, held - min(held, left)))
+            left -= min(held, left)
+        self.log = [(at, held) for at, held in log if held]
+        return sum(held for _, held in self.log) < before
+
+    def living(self, now: int) -> list[tuple[int, int | Fraction]]:
+        return self.log if self.ends > now else []
+
+    def used(self, now: int, taker: CompiledRule) -> int:
+        since = calendar_window(taker, now)[0] if taker.kind == "d" else now
+        return int(sum(units for _, units in self.log)) if self.ends > since else 0
+
+    def write(self, now: int) -> None:
+        self.log, self.seen = self.living(now), now
+        if self.ends <= now:
+            self.ends = now + self.rule.window_us - (now - self.ends) % self.rule.window_us
+
+
+def account_of(rule: CompiledRule, now: int) -> Account:
+    """An account of which nothing is used."""
+    return Dated(rule, [], now) if rule.kind == "d" else Account(rule, [], now)
+
+
 def derive(rule: CompiledRule, source: Account | None, now: int) -> Account:
     """The account of a definition that meets this key for the first time: it takes over what the fullest one holds."""
-    own = Account(rule, [], now)
+    own = account_of(rule, now)
     if source is None:
         return own
     if rule.kind == source.rule.kind == "s":
@@ -178,7 +297,7 @@ def derive(rule: CompiledRule, source: Account | None, now: int) -> Account:
             own.add(min(-(-at // rule.slot_us) * rule.slot_us, own.slot_end(now + own.reach)), units)
         own.write(now)
     else:
-        used = source.used(now)
+        used = source.used(now, rule)
         own.add(own.counts_from(now), min(used, rule.capacity) if rule.kind == "b" else used)
     return own
 
@@ -191,13 +310,14 @@ class Oracle:
 
     def look(self, rule: CompiledRule, now: int) -> tuple[Account, list[Account], bool, bool]:
         """The account of the rule's definition at `now`, the other one, whether they changed by that, and whether the own is derived."""
-        accounts = [Account(account.rule, account.log, account.seen) for account in self.accounts]
-        changed = [account.rebase(now) for account in accounts]
+        accounts = [account.copy() for account in self.accounts]
         own = next((account for account in accounts if definition(account.rule) == definition(rule)), None)
+        changed = [account.rebase(now, account is own) for account in accounts]
         others = [account for account in accounts if account is not own][:1]
         if own is not None:
+            own.bring(now)
             return own, others, any(changed), False
-        own = derive(rule, max(accounts, key=lambda account: account.used(now), default=None), now)
+        own = derive(rule, max(accounts, key=lambda account: account.used(now, rule), default=None), now)
         return own, others, any(changed) or own.held(rule)(now) > 0, True
 
     def count(self, own: Account, others: list[Account], rule: CompiledRule, now: int, units: int) -> None:
@@ -238,7 +358,7 @@ class Oracle:
         own, others, changed, derived = self.look(rule, now)
         if (not derived and own.give_back(now, units, granted)) or changed:
             self.count(own, others, rule, now, 0)
-            if not any(account.used(now) for account in self.accounts):
+            if not any(account.used(now, account.rule) for account in self.accounts):
                 self.accounts = []  # nobody can tell it from a key that was never used
         return self.corrected(own, rule, now)
 

@@ -17,6 +17,7 @@ from ratethrottle.testing.manual import steered
 from tests.kit.clocked import BITS, EPOCH, EPOCH_KEY, ClockedScript, JointAnswer, load
 from tests.kit.joint import check_jointly
 from tests.kit.oracle import Answer, Oracle
+from tests.kit.strategies import calendar_rules
 
 START_US = 1_800_000_000_000_000
 NEVER_US = 2**63 - 1
@@ -29,6 +30,10 @@ prefixes = itertools.count()
 def rule_of(*words: bytes) -> CompiledRule:
     """The rule that a call names, whatever it is called."""
     kind, (capacity, window_us, unit, drain, slot_us, coarse_us, _) = words[0].decode(), map(int, words[1:])
+    if kind == "d":
+        calendars = [rule.compiled.calendar for rule in calendar_rules()]
+        spec = next(calendar.spec for calendar in calendars if calendar is not None and calendar.number == slot_us)
+        return CompiledRule("sent", "sent", kind, capacity, capacity, window_us, 0, 0, 0, 0, calendar=spec)
     return CompiledRule("sent", "sent", kind, capacity, capacity, window_us, unit, drain, slot_us, coarse_us)
 
 

@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
+from typing import Any, Literal
 
 from hypothesis import strategies as st
 
@@ -29,10 +30,19 @@ SHAPES = (
 )
 
 
-def make_rule(strategy: str, limit: int, window_us: int, burst: int | None = None) -> RateThrottleRule:
-    """A rule named "rule"; `burst` counts for buckets only."""
+def make_rule(
+    strategy: str,
+    limit: int,
+    window: int | Literal["day", "week", "month"],
+    burst: int | None = None,
+    timezone: str = "UTC",
+    anchor: int | None = None,
+) -> RateThrottleRule:
+    """A rule named "rule"; its window in µs or by the calendar, and `burst` counts for buckets only."""
+    if isinstance(window, str):
+        return RateThrottleRule("rule", limit, window, strategy=strategy, timezone=timezone, anchor=anchor)
     burst = burst if strategy.endswith("bucket") else None
-    return RateThrottleRule("rule", limit, timedelta(microseconds=window_us), strategy=strategy, burst=burst)
+    return RateThrottleRule("rule", limit, timedelta(microseconds=window), strategy=strategy, burst=burst)
 
 
 @cache
@@ -49,6 +59,28 @@ def known_rules() -> list[RateThrottleRule]:
                 except ConfigurationError:
                     continue  # ten times the largest limit is no burst any more
     return rules
+
+
+CALENDARS: tuple[dict[str, Any], ...] = (
+    {"window": "day"},
+    {"window": "day", "timezone": "Europe/Berlin"},
+    {"window": "day", "timezone": "America/Havana"},  # its clocks change at midnight
+    {"window": "day", "timezone": "Pacific/Kiritimati"},
+    {"window": "week"},
+    {"window": "week", "timezone": "America/New_York", "anchor": 7},
+    {"window": "week", "timezone": "Australia/Lord_Howe", "anchor": 4},
+    {"window": "month"},
+    {"window": "month", "anchor": 31},
+    {"window": "month", "timezone": "Asia/Kathmandu", "anchor": 15},
+)
+
+
+@cache
+def calendar_rules() -> list[RateThrottleRule]:
+    """Fixed windows by the calendar."""
+    return [
+        RateThrottleRule("rule", limit, strategy="fixed_window", **calendar) for calendar in CALENDARS for limit in (1, 5, 1_000)
+    ]
 
 
 @dataclass(frozen=True)

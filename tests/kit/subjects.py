@@ -40,7 +40,8 @@ def answer_of(decision: Decision) -> Answer:
 @cache
 def flagging(rule: CompiledRule) -> CompiledRule:
     """The same rule, which only flags."""
-    return CompiledRule(*rule.__reduce__()[1][:-1], enforce="flag")
+    *facts, _, calendar = rule.__reduce__()[1]
+    return CompiledRule(*facts, enforce="flag", calendar=calendar)
 
 
 class Core:
@@ -53,6 +54,8 @@ class Core:
 
     def entry(self, rule: CompiledRule, cost: int, key: str = "key") -> Entry:
         """A validated check."""
+        if rule.calendar is not None:
+            rule.calendar.around(self.now_us)  # no process runs for as long as a test's clock goes
         self.limiter._install(rule)
         return self.limiter._entry(key, rule.name, cost)
 
@@ -125,7 +128,7 @@ class Lua:
         return self.correct(now_us, Correction(rule, self.key, units, granted_us))
 
     def correct(self, now_us: int, correction: Correction) -> Answer:
-        (answer,), _ = settled([correction], self.script.send(self.script.client, now_us, make_settlement([correction])))
+        (answer,), _ = settled([correction], self.script.send(self.script.client, now_us, make_settlement([correction], now_us)))
         assert answer.took == 1
         return read_correction(correction.rule, answer.numbers)
 

@@ -22,7 +22,10 @@ COMPILED = (
         for part in (
             "pieces",
             "window",
+            "calendar",
             "arithmetic",
+            "text",
+            "dated",
             "table",
             "bound",
             "definitions",

@@ -30,13 +30,14 @@ from tests.kit.clocked import Call, ClockedScript, Correction, JointAnswer, Join
 from tests.kit.joint import check_jointly, comparable
 from tests.kit.oracle import Answer
 from tests.kit.servers import RedisServer
-from tests.kit.strategies import START_US, STRATEGIES, known_rules, make_rule
+from tests.kit.strategies import START_US, STRATEGIES, calendar_rules, known_rules, make_rule
 from tests.kit.subjects import Core, Oracle
 
 CHUNK_STEPS = 12_000
 KEYS, CHECKS, INSTANTS = 6, 10, 40
 JOINTS = 3  # at most, in every other call
 CORRECTED = 0.2  # of the keys, after every call
+CALENDARS_SHARE = 0.1  # of rules
 FAKE_STEPS = 1_500  # fakeredis runs Lua, but takes about fifty times as long
 EARLIEST_US, LATEST_US = START_US // 2, START_US * 2  # a state has 16 digits for an instant
 
@@ -74,6 +75,8 @@ class Key:
 def random_rule(rng: random.Random) -> RateThrottleRule:
     """A rule of any size, mostly such that a test has time to fill it."""
     while True:
+        if rng.random() < CALENDARS_SHARE:
+            return rng.choice(calendar_rules())
         if rng.random() < 0.4:
             return rng.choice(known_rules())
         window_us = int(1_000 * 10 ** rng.choice((rng.uniform(0, 10.5), 10.4)))
@@ -89,6 +92,8 @@ def changed(rng: random.Random, rule: RateThrottleRule) -> RateThrottleRule:
     """The rule as a later version of a service might have it."""
     while True:
         strategy, limit, window_us = rule.strategy, rule.limit, rule.window_us
+        if rule.compiled.calendar is not None and rng.random() < 0.7:
+            return rng.choice(calendar_rules())
         what = rng.randrange(4)
         if what == 0:
             strategy = rng.choice(STRATEGIES)
@@ -229,6 +234,13 @@ def joint_difference(who: str, now_us: int, sets: list[list[Part]], oracle: Join
     return f"the oracle says {oracle}, the {who} {theirs}, at {now_us} of {shown}"
 
 
+def facts_of(rule: RateThrottleRule) -> list[Any]:
+    """What a vector says of a rule."""
+    if rule.compiled.calendar is None:
+        return [rule.strategy, rule.limit, rule.window_us, rule.burst]
+    return [rule.strategy, rule.limit, rule.window, None, rule.timezone, rule.anchor]
+
+
 def difference(who: str, key: Key, length: int, oracle: Answer, theirs: Answer) -> str:
     """A vector of the key's steps up to the difference, replayed on an oracle for what each should give."""
     if key.corrected:
@@ -243,7 +255,7 @@ def difference(who: str, key: Key, length: int, oracle: Answer, theirs: Answer) 
     vector = {
         "name": f"{who} differed",
         "start_us": steps[0][0],
-        "rules": {str(i): [rule.strategy, rule.limit, rule.window_us, rule.burst] for i, rule in enumerate(rules)},
+        "rules": {str(i): facts_of(rule) for i, rule in enumerate(rules)},
         "steps": rows,
     }
     return f"the oracle says {oracle}, the {who} {theirs}, after\n{json.dumps(vector)}"
@@ -274,7 +286,7 @@ class Scripts:
     def queue_settlement(self, now_us: int, settlement: list[Correction], expected: list[Answer]) -> None:
         """Take up the corrections that come after a call, if there are any."""
         if settlement:
-            self.script.send(self.pipeline, now_us, make_settlement(settlement))
+            self.script.send(self.pipeline, now_us, make_settlement(settlement, now_us))
         self.corrections.append((now_us, settlement, expected))
 
     def compare(self) -> None:
@@ -343,7 +355,7 @@ def run(seed: int, chunk: int, steps: int, url: str | None) -> tuple[int, int]:
             done += CHECKS + sum(map(len, jointly)) + len(settlement)
             allowed += sum(answer[0] for answer in expected) + sum(told[0] for each in jointly for told in each)
             told = [(rule.compiled, key.name, cost) for key, rule, cost in checks]
-            call = make_call(told, "check" if consume else "peek", merge=merge, joints=joints)
+            call = make_call(told, "check" if consume else "peek", merge=merge, joints=joints, now_us=world.now_us)
             for subject in subjects:
                 subject.queue(world.now_us, call, marks, expected, jointly)
                 subject.queue_settlement(world.now_us, settlement, corrected)

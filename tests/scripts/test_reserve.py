@@ -27,7 +27,7 @@ from tests.kit.clocked import (
     make_settlement,
     settled,
 )
-from tests.kit.strategies import START_US, STRATEGIES, make_rule, rules
+from tests.kit.strategies import START_US, STRATEGIES, calendar_rules, make_rule, rules
 from tests.kit.subjects import Core, Lua, Oracle
 from tests.scripts.test_agreement import costs, moved, moves, shapes, units
 
@@ -38,7 +38,11 @@ actions = st.sampled_from(("check", "check", "peek", "charge", "refund", "refund
 plans = st.lists(st.tuples(actions, moves, costs, st.integers(0, 2), st.integers(0, 5)), min_size=2, max_size=40)
 
 
-@given(versions=st.lists(rules | shapes, min_size=3, max_size=3), plan=plans, start_us=st.integers(START_US, START_US + 10**12))
+@given(
+    versions=st.lists(rules | shapes | st.sampled_from(calendar_rules()), min_size=3, max_size=3),
+    plan=plans,
+    start_us=st.integers(START_US, START_US + 10**12),
+)
 @settings(FIXED, max_examples=200)
 def test_all_subjects_agree_on_what_is_charged_and_given_back(
     redis_client: redis.Redis, versions: list[RateThrottleRule], plan: list[Any], start_us: int
@@ -70,7 +74,7 @@ NOW_US = START_US + 10_000_000
 
 
 def ask(clocked: ClockedScript, *corrections: Correction, now_us: int = NOW_US) -> list[PartAnswer]:
-    return settled(corrections, clocked.send(clocked.client, now_us, make_settlement(corrections)))[0]
+    return settled(corrections, clocked.send(clocked.client, now_us, make_settlement(corrections, now_us)))[0]
 
 
 def test_what_belongs_together_is_corrected_in_one_call(redis_client: redis.Redis) -> None:

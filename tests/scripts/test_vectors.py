@@ -14,7 +14,7 @@ from ratethrottle import CostExceedsLimit
 from tests.kit.strategies import make_rule
 from tests.kit.subjects import Core, Lua, Oracle, Subject
 
-# {"name", "start_us", "rules": {letter: [strategy, limit, window_us, burst or null]},
+# {"name", "start_us", "rules": {letter: [strategy, limit, window_us, burst or null]}, or [strategy, limit, "day", null, timezone, anchor],
 #  "steps": [[us since start, rule, "check" or "peek", cost, allowed, remaining, retry_us (-1: never), reset_us], ...]}
 VECTORS = [
     json.loads(line)

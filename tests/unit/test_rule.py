@@ -183,7 +183,7 @@ def test_what_a_rule_compiles_to_is_no_part_of_what_it_shows_and_survives_copies
     rule = RateThrottleRule("rule", 100, 1, strategy="sliding_counter")
     assert repr(rule) == (
         "RateThrottleRule(name='rule', limit=100, window=1, strategy='sliding_counter', burst=None, lease=False, lease_ttl=0.1, "
-        "on_outage=None, enforce='deny')"
+        "on_outage=None, enforce='deny', timezone='UTC', anchor=None)"
     )
     for twin in (copy.copy(rule), copy.deepcopy(rule), pickle.loads(pickle.dumps(rule))):
         assert twin == rule

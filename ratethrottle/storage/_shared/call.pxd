@@ -191,7 +191,7 @@ cdef inline int64_t lead_us(CompiledRule rule) noexcept:
     return rule.lease_us if rule.terms.kind == SLIDING else 0
 
 
-cdef tuple rule_words(const Terms* terms, int64_t lead_us)
+cdef tuple rule_words(const Terms* terms, int64_t lead_us, int64_t at_us)
 
 
 cdef inline bint was_moved(const int64_t* numbers, int count) noexcept:

@@ -10,7 +10,7 @@ from libc.string cimport memset
 
 from ratethrottle._core cimport CHECK, CHECK_JOINT, GIVE_BACK, Mode, Parts, PEEK, PEEK_JOINT, PendingDecision, RESET
 from ratethrottle._engine.arithmetic cimport LEVEL_MAX, Outcome, Terms
-from ratethrottle._engine.definitions cimport CompiledRule
+from ratethrottle._engine.definitions cimport calendar_in, CompiledRule
 from ratethrottle._engine.joint cimport Joint, PARTS_MAX
 from ratethrottle.storage._shared.item cimport (
     ALTERNATIVE, ASKS, CallItem, CHARGE, DEFERRED, FLAGGED, JOINED, PART, possible_numbers, REFUND, RETURNS, UNASKED, UNREADABLE,
@@ -217,8 +217,9 @@ cdef class CheckCall(Call):
         cdef CompiledRule rule
         for rule in self.rules:
             if rule.packed is None:
-                rule.packed = packed_rule(rule)
-            writer.put_packed(rule.packed)
+                writer.put_packed(packed_rule(rule, self.sent_us + writer.ahead_us[0]))
+            else:
+                writer.put_packed(rule.packed)
         return 0
 
     cdef int write_items(self, Writer writer) except -1:
@@ -326,15 +327,22 @@ cdef class CheckCall(Call):
         return <int>(answered - numbers - 1)
 
 
-cdef tuple rule_words(const Terms* terms, int64_t lead_us):
-    """A rule as scripts take it."""
+cdef tuple rule_words(const Terms* terms, int64_t lead_us, int64_t at_us):
+    """A rule as scripts take it, with a calendar's boundaries around an instant of the store's time."""
+    if terms.calendar != NULL:
+        first_us, since_us, until_us, last_us = calendar_in(terms).around(at_us)
+        return (b"d", *[b"%d" % number for number in (
+            terms.capacity, terms.window_us, first_us, since_us, terms.slot_us, until_us, last_us)])
     return (chr(terms.kind).encode(), *[b"%d" % number for number in (
         terms.capacity, terms.window_us, terms.unit_ticks, terms.drain_ticks, terms.slot_us, terms.coarse_us, lead_us)])
 
 
-cdef bytes packed_rule(CompiledRule rule):
+cdef bytes packed_rule(CompiledRule rule, int64_t at_us):
     """The same, in the bytes that each call with the rule has."""
-    return b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in rule_words(&rule.terms, lead_us(rule))])
+    cdef bytes packed = b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in rule_words(&rule.terms, lead_us(rule), at_us)])
+    if rule.calendar is None:
+        rule.packed = packed
+    return packed
 
 
 cdef bint possible_answer(const Answers* answers, int64_t count) noexcept:

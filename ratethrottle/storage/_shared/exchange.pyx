@@ -20,6 +20,8 @@ cdef class Exchange:
         self.context = context
         self.waiting = waiting
         self.writer = Writer(context.names)
+        self.writer.context = context.repair
+        self.writer.ahead_us = &context.repair.ahead_us
         self.in_flight = deque()
         self.rest = b""
 

@@ -14,7 +14,7 @@ from libc.string cimport memset
 from ratethrottle._core cimport CHECK, Parts, PEEK, PendingDecision
 from ratethrottle._engine.arithmetic cimport (
     BUCKET, COUNTER, FIXED, LEVEL_MAX, Outcome, report, RT_OVERFLOWS, same_definition, settle, SLIDING, Terms, View,
-    view_ahead, view_audit, view_charge_other, view_derive, view_free, view_look, view_rebase, view_refund,
+    view_audit, view_charge_other, view_derive, view_free, view_look, view_refund,
 )
 from ratethrottle._engine.bound cimport aged_late, Bound, bound_learn
 from ratethrottle._engine.definitions cimport ALLOW, CompiledRule, DENY, LOCAL, Policy
@@ -24,7 +24,7 @@ from ratethrottle._engine.pieces cimport piece_free, piece_new
 from ratethrottle._engine.table cimport Account, cell_at, fingerprints_of, Place, Shard
 from ratethrottle._engine.window cimport KEEP, NO_MEMORY, UNITS_MAX, Window, window_clone
 from ratethrottle.storage._shared.keynames cimport KeyNames, pending_for
-from ratethrottle.storage._shared.parts cimport read_as, roll, scaled_up, view_join, view_part
+from ratethrottle.storage._shared.parts cimport derive, read_as, rebase, roll, scaled_up, view_join, view_part
 
 from ratethrottle._engine.terms import drain_rate, steps
 
@@ -69,6 +69,11 @@ cdef Share share_new(CompiledRule rule, int64_t n, int64_t rank):
         share.terms.capacity = 0
         return share
     share.owed = rule.terms
+    if rule.calendar is not None:            # it is the same but for the limit
+        share.owed.kind = COUNTER
+        share.terms = rule.terms
+        share.terms.capacity = capacity
+        return share
     unit_ticks, drain_ticks = 0, 0
     if rule.terms.kind == BUCKET:
         unit_ticks, drain_ticks = ticks(limit, rule.terms.window_us, capacity)
@@ -111,16 +116,14 @@ cdef int account_twin(Account* twin, const Account* account) noexcept:
 cdef int account_bring(Account* account, Share share, int64_t now_us) noexcept:
     """Bring it to the share that decides, and what is from too far ahead of now to where it may be. The share is borrowed."""
     if account.share == NULL:
-        if view_derive(&account.held, &share.terms, NULL, now_us) == NO_MEMORY:
+        if derive(&account.held, &share.terms, NULL, now_us) == NO_MEMORY:
             return NO_MEMORY
-        if view_derive(&account.owed, &share.owed, NULL, now_us) == NO_MEMORY:
+        if derive(&account.owed, &share.owed, NULL, now_us) == NO_MEMORY:
             view_free(&account.held)
             return NO_MEMORY
     else:
-        if view_ahead(&account.held, now_us):
-            view_rebase(&account.held, now_us)
-        if view_ahead(&account.owed, now_us):
-            view_rebase(&account.owed, now_us)
+        rebase(&account.held, now_us)
+        rebase(&account.owed, now_us)
         account.taken_us = min(account.taken_us, now_us)
         if account.share != <PyObject*>share and account_change(account, share, now_us) == NO_MEMORY:
             return NO_MEMORY

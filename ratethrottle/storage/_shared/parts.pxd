@@ -6,9 +6,10 @@ All rounding is against the caller: N processes that begin from the same knowled
 from libc.stdint cimport int64_t, uint32_t
 
 from ratethrottle._engine.arithmetic cimport (
-    BUCKET, ceil_div, Counts, LEVEL_MAX, same_definition, SLIDING, Terms, View, view_ahead, view_derive, view_free,
+    BUCKET, ceil_div, Counts, dated_start, LEVEL_MAX, same_definition, SLIDING, Terms, View, view_ahead, view_derive, view_free,
     view_rebase, view_roll, window_start,
 )
+from ratethrottle._engine.dated cimport view_align
 from ratethrottle._engine.pieces cimport piece_free
 from ratethrottle._engine.window cimport KEEP, NO_MEMORY, Units, Window, window_drop, window_live, window_new, window_push
 
@@ -35,12 +36,27 @@ cdef extern from *:
                                              int64_t most) noexcept nogil
 
 
+cdef inline void rebase(View* view, int64_t now_us) noexcept nogil:
+    """Bring a view that is from too far ahead of now to where it may be; one of a calendar's windows to now."""
+    if view.terms.calendar != NULL:
+        view_align(view, now_us)
+    elif view_ahead(view, now_us):
+        view_rebase(view, now_us)
+
+
+cdef inline int derive(View* view, const Terms* terms, const View* source, int64_t now_us) noexcept nogil:
+    """Make a view of a source's; of nothing, if that is NULL."""
+    cdef int status = view_derive(view, terms, source, now_us)
+    if terms.calendar != NULL:
+        view.at_us = dated_start(terms, now_us)
+    return status
+
+
 cdef inline void roll(View* view, int64_t now_us) noexcept nogil:
     """Bring any view to now, for good."""
     cdef uint32_t expired
     cdef int64_t total
-    if view_ahead(view, now_us):
-        view_rebase(view, now_us)
+    rebase(view, now_us)
     if view.terms.kind == SLIDING:
         window_live(view.amount.window, now_us - view.terms.window_us, &expired, &total)
         window_drop(view.amount.window, expired, total)
@@ -51,7 +67,7 @@ cdef inline void roll(View* view, int64_t now_us) noexcept nogil:
 cdef inline int read_as(const View* view, View* read, const Terms* terms, int64_t now_us) noexcept nogil:
     """The view, or a new one if `terms` are of another definition: as a rule that has changed reads it."""
     if not same_definition(view.terms, terms):
-        return view_derive(read, terms, view, now_us)
+        return derive(read, terms, view, now_us)
     read[0] = view[0]
     read.terms = terms
     return KEEP
@@ -109,12 +125,15 @@ cdef inline int view_part(View* part, const Terms* terms, const View* known, int
         source.at_us = min(source.at_us, now_us + window_us)
         source.at_us = window_start(known.terms, source.at_us)
         source.amount.counts = Counts(<uint32_t>ceil_div(known.amount.counts.cur, n), <uint32_t>ceil_div(known.amount.counts.prev, n))
+        if known.terms.calendar != NULL:
+            source.at_us = known.at_us + ahead_us
+            view_align(&source, now_us)
         view_roll(&source, now_us)
         if same_definition(known.terms, terms):
             part[0] = source
             part.terms = terms
             return KEEP
-    status = view_derive(part, terms, &source, now_us)
+    status = derive(part, terms, &source, now_us)
     view_free(&source)
     return status
 

@@ -243,7 +243,7 @@ cdef class Assertions:
         self.last = rows == 0
         call = ControlCall("repair", [], [
             b"assert", b"%d" % max(1, len(met)), b"%d" % rows,
-            *(word for address in met or [<size_t>&NONE] for word in rule_words(<Terms*><size_t>address, 0))])
+            *(word for address in met or [<size_t>&NONE] for word in rule_words(<Terms*><size_t>address, 0, now_us + ahead_us))])
         call.packed_keys, call.key_count = PyBytes_FromStringAndSize(keys.bytes, keys.used), rows
         call.packed_args, call.arg_count = PyBytes_FromStringAndSize(args.bytes, args.used), 7 * rows
         self.out[call] = start
@@ -467,7 +467,7 @@ cdef class Repair:
         """A call that charges what was admitted here while the store was away. By its marker the store charges it once only."""
         cdef ControlCall call
         cdef list names = []
-        cdef list words = [rule_words(&(<CompiledRule>item[0]).terms, 0) for item in owed]
+        cdef list words = [rule_words(&(<CompiledRule>item[0]).terms, 0, now_us + self.ahead_us) for item in owed]
         cdef list rules = list(dict.fromkeys(words))
         cdef list args = [b"charge", b"%d" % len(rules), b"%d" % len(owed), *[word for rule in rules for word in rule]]
         cdef int place = 0

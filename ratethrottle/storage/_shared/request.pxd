@@ -21,6 +21,8 @@ cdef class Writer:
     cdef bint by_value                       # the server has lost its scripts: the next call brings its own
     cdef bytes run                           # the server's run id
     cdef bytes epoch_text                    # what calls expect the epoch to be called
+    cdef object context                      # has the next
+    cdef const int64_t* ahead_us             # how far the store's clock is ahead of this process's
 
     cdef bytes next_id(self)
     cdef int connect(self, dict scripts, bytes run) except -1

@@ -15,7 +15,7 @@ INCLUDED = re.compile(r"^ *-- include (\w+)\.lua$", re.MULTILINE)
 CALLED = re.compile(rb"""\bp?call\(\s*(?:call,\s*)?['"](\w+)""")
 SHEBANG = b"#!lua\n"
 NAMES = ("beat", "decide", "repair", "reset")
-INCLUDED_PARTS = ("joint", "simple")  # stand where a script says so
+INCLUDED_PARTS = ("dated", "joint", "simple")  # stand where a script says so
 PARTS = ("state", "telling", "entry", *INCLUDED_PARTS)  # the others stand in front of scripts
 SHARED = {"beat": ("telling",), "clear": (), "decide": ("state", "entry"), "repair": ("state", "telling")}
 

@@ -14,6 +14,7 @@
 --- answer_s: granted total first_us reset_us retry_us
 --- answer_c: granted cur prev since_us
 --- answer_f: granted cur since_us
+--- answer_d: granted cur since_us
 --- generation_pair: entry_number generation
 --- unreadable: -2
 --- unsure: -3
@@ -37,6 +38,8 @@
 -- Parts that `charge` or `refund` stand among themselves. They count units that nobody was asked for, up to a debt of one capacity, with a
 -- `count` of 1; and give units back, with the server's time of their grant for `count`. Each is taken (`took` 1), and answers as one check
 -- that is granted, unless the key is in debt: then as one of no units that is denied until that is over.
+-- kind d is a fixed window by a calendar. Its window_us is the mean length, slot_us the calendar's number, and unit_ticks drain_ticks
+-- coarse_us lead_us are four boundaries around now, us: of the window before, this one, the next one and the one after it.
 
 -- Decides runs and leases. Writes nothing. By place in KEYS: `states` as text, false if there is none; `ends`, the second in which what
 -- was read ends, where that is known; `resets`, for what is to be written, how long it counts. Of some states only numbers change, to

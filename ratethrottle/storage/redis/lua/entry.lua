@@ -28,7 +28,14 @@ local function long_way(states, resets, numbers, reply, repairing, untold_us, no
       given = min(v.level, max(0, min(back, floor(TICKS / v.unit)) * v.unit - v.drain * max(0, now - back_us)))
       v.level = v.level - given
     elseif kind ~= 's' then
-      if window_start(v.window, back_us) == v.start then
+      local start
+      if v.id then
+        local _, ends = span_of((v.rule or v).edges, v.window, back_us)
+        start = ends - v.window
+      else
+        start = window_start(v.window, back_us)
+      end
+      if start == v.start then
         given = min(v.cur, back)
         v.cur = v.cur - given
       end

@@ -98,9 +98,18 @@ local function take_out(v, base, ats, counts)
   end
 end
 
+-- Where the aligned window began that an instant is in; of a calendar's, its end less the mean length.
+local function window_at(v, at)
+  if not v.id then return window_start(v.window, at) end
+  local rule = v.edges and v or v.rule
+  if not rule then return at - (at - v.start) % v.window end
+  local _, ends = span_of(rule.edges, v.window, at)
+  return ends - v.window
+end
+
 -- Where the aligned window began in which this state was first touched in the epoch: what is asserted is of then, or older.
 local function first_window(h, v)
-  return window_start(v.window, h.start)
+  return window_at(v, h.start)
 end
 
 -- Joins `units` that were used in an aligned window before the epoch.
@@ -165,8 +174,8 @@ local function join(rule, own, other, h, a, b, c)
     join_window(own, h, units, at, heard)
   else
     -- The nearest window: a process measures from when it heard of it, and servers' clocks differ.
-    local start = window_start(own.window, now - b + floor(own.window / 2))
-    start = min(start, first_window(h, own) + own.window)
+    local start = window_at(own, now - b + floor(own.window / 2))
+    start = min(start, window_at(own, first_window(h, own) + own.window))
     join_count(own, h, start, a)
     if kind == 'c' then join_count(own, h, start - own.window, c) end
     units = (start >= own.start and a or 0) + (kind == 'c' and (start >= own.start and c or start == own.start - own.window and a) or 0)
@@ -200,7 +209,7 @@ local function forget(v, h)
     local first = first_window(h, v)
     if v.start <= first then
       v.cur, v.prev = min(v.cur, granted), 0
-    elseif v.start == first + v.window then
+    elseif v.id or v.start == first + v.window then
       v.cur = min(v.cur, granted)
       v.prev = min(v.prev, granted - v.cur)
     end
@@ -220,7 +229,7 @@ local function charge(v, h, charges)
         more_ats[n], more_counts[n] = at, units
       end
     elseif kind ~= 'b' then
-      local start = window_start(v.window, at)
+      local start = window_at(v, at)
       if start + v.window <= h.generation then
         start = -1
       elseif start + v.window > now then

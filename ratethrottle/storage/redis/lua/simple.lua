@@ -97,7 +97,7 @@ if simple and (not state or sub(state, 1, skip) == alone) then
     local start, cur, prev = match(text, shape, skip + 1)
     local began = rule.began
     start, cur, prev = start and start + 0, cur and cur + 0, prev and prev + 0 or 0
-    if start and start <= began and cur <= UNITS_MAX and prev <= UNITS_MAX and (start == began or start == window_start(window, start)) then
+    if start and start <= began and cur <= UNITS_MAX and prev <= UNITS_MAX and (start == began or not rule.id and start == window_start(window, start)) then
       local granted, stays = count, cur > 0 and start == began and not resets[k]
       if start < began then
         prev = start == began - window and cur or 0

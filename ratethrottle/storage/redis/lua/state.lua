@@ -67,7 +67,8 @@ end
 
 -- A view is a table: `kind`, `name` (the text of its definition) and
 --   b: unit, drain, cap, level, t
---   f, c: window, start, cur, prev
+--   f, c: window, start, cur, prev; with `id` its windows are those of a calendar: then `window` is their mean length, and a window
+--      begins, for us, that long before it ends
 --   s: window, q, digits, modulus, total, n, first, last, units, width, text, from, kept, more, slot (where what comes now counts
 --      from), head (what is taken ahead)
 -- A sliding window has n entries, in ascending order. The newest is `last` (us) and `units`; `first` is the oldest one's us. All but
@@ -102,6 +103,9 @@ local function sliding_view(window, q, lead)
     width = 1, text = '', from = 1, kept = 0, more = '', slot = slot_end(q, now), head = slot_end(q, now + lead)}
 end
 
+-- When the window of a calendar begins and ends that an instant is in: made for the first rule that has one (dated.lua).
+local span_of
+
 -- A rule is at the same time the view of its definition, for the state at hand: one table serves all keys.
 -- Returns the rules that begin behind ARGV[at]; if one is wrong, nothing but what is wrong with it, or false in its place if the
 -- others are to be kept.
@@ -121,6 +125,8 @@ local function read_rules(at, rule_count, keeps)
         rule = {kind = 'b', cap = cap, unit = unit, drain = drain, name = format('b%d,%d,%d,', unit, drain, cap), level = 0, t = 0,
           alone = '', place = ''}
       end
+    elseif kind == 'd' then
+      -- include dated.lua
     elseif unit ~= '0' or drain ~= '0' then
       rule = nil
     elseif kind == 's' then
@@ -150,7 +156,7 @@ local function read_rules(at, rule_count, keeps)
       elseif kind == 's' then
         rule.fresh, rule.ahead = rule.alone .. '0,0,0,1,;', ahead_of(window, q)
       else
-        rule.fresh = rule.alone .. format(kind == 'f' and '%d,0;' or '%d,0,0;', rule.began)
+        rule.fresh = rule.alone .. format(kind == 'c' and '%d,0,0;' or '%d,0;', rule.began)
       end
     elseif not keeps then
       return nil, 'RATETHROTTLE a rule does not fit its kind'
@@ -253,6 +259,20 @@ local function views()
     end
   end
 
+  -- Brings the view of a rule's calendar to the window of now, if the end of its own is nearest to the end of that; or it stands ahead.
+  local function roll_dated(v, rule)
+    local ends, _, after = v.start + v.window, span_of(rule.edges, v.window, rule.ends)
+    if v.start - now > v.window then
+      v.start = rule.began
+      return true
+    elseif v.cur == 0 or ends - rule.since <= rule.ends - ends then
+      v.start, v.cur = rule.began, 0
+    elseif ends - rule.ends <= after - ends then
+      v.start = rule.began
+    end
+    return false
+  end
+
   -- Brings a view to now; true if the clock had stepped backwards. Done again at the same time it changes nothing.
   function roll(v)
     local kind = v.kind
@@ -298,6 +318,7 @@ local function views()
       if gone > 0 then drop(v, gone) end
       return rebased
     end
+    if v.rule then return roll_dated(v, v.rule) end
     local start, before = v.began, v.start
     if before == start then return false end
     if before > start then
@@ -425,6 +446,15 @@ local function views()
     return v, name_end, after
   end
 
+  -- Of a calendar that this call doesn't have, only the mean length of a window is known.
+  local function read_dated(state, at)
+    local id, window, name_end, start, cur, after = match(state, '^d([0-9]+),([0-9]+),()([0-9]+),([0-9]+);()', at)
+    if not after then return nil end
+    id, window, start, cur = id + 0, window + 0, start + 0, cur + 0
+    if not (id >= 1 and id <= TICKS and window >= 1000 and window <= WINDOW_MAX and start <= EXACT_MAX and cur <= UNITS_MAX) then return nil end
+    return {kind = 'f', id = id, window = window, start = start, cur = cur, prev = 0, began = now - (now - start) % window}, name_end, after
+  end
+
   -- Makes the rule its own view, from the rolled view that holds most: a definition between the two may have released, or never have
   -- known, what the other one counts. Returns whether it holds anything, and in how many entries.
   local function derive(rule, views, count)
@@ -435,7 +465,7 @@ local function views()
       if v.kind == 'b' then
         held = floor((v.level + v.unit - 1) / v.unit)
       elseif v.kind ~= 's' then
-        held = v.cur + v.prev
+        held = v.overlaps or v.cur + v.prev
       end
       if held > used then source, used = v, held end
     end
@@ -477,6 +507,8 @@ local function views()
         v, name_end, after = read_window(state, at, lead)
       elseif kind == 'f' or kind == 'c' then
         v, name_end, after = read_count(state, at, kind)
+      elseif kind == 'd' then
+        v, name_end, after = read_dated(state, at)
       end
       count = count + 1
       if not v or count > 2 then return nil end
@@ -489,12 +521,16 @@ local function views()
       -- The name of a bucket holds its capacity too, and that doesn't make it another one.
       if v.name == rule.name or v.kind == 'b' and rule.kind == 'b' and v.unit == rule.unit and v.drain == rule.drain then
         local other = views[3 - i]
+        if rule.id then v.rule = rule end
         return head, v, other, other and roll(other), false
       end
     end
     local changed = false
     for i = 1, count do
-      if roll(views[i]) then changed = true end
+      local v = views[i]
+      -- A calendar's window takes over the units of each other one that it overlaps.
+      if rule.id and v.id and v.start + v.window > rule.since then v.overlaps = v.cur end
+      if roll(v) then changed = true end
     end
     local holds, pushed = derive(rule, views, count)
     return head, rule, views[1], changed or holds, true, pushed
