@@ -65,6 +65,8 @@ cdef class SeveralRules(Several):
     # rule takes as long as a few checks.
     cdef readonly dict known
     cdef dict known_by_id
+    cdef list owners                         # the objects that these are the ids of
+    cdef int64_t renewals
     cdef object last_named                   # the one before
     cdef object last_meant
     cdef dict own                            # name -> a rule of the caller's own, which has the tally of that name
@@ -82,6 +84,7 @@ cdef class SeveralRules(Several):
         self.table = storage.table if self.backend is None else self.backend.bounds
         self.known = {}
         self.known_by_id = {}
+        self.owners = []
         self.own = {}
 
     # What a call names:
@@ -93,8 +96,10 @@ cdef class SeveralRules(Several):
         return {**self.own, **self.rules} if self.own else self.rules
 
     cdef int renew(self) except -1:
+        self.renewals += 1
         self.known.clear()
         self.known_by_id.clear()
+        self.owners.clear()
         self.last_named = self.last_meant = None
         self.last_plan = None
         return 0
@@ -113,6 +118,7 @@ cdef class SeveralRules(Several):
     cdef object meaning(self, object named):
         """What it means, remembered by value. A list or a mapping may change, so that it isn't remembered itself."""
         cdef Joint plan
+        cdef int64_t renewed = self.renewals
         if isinstance(named, dict):
             return self.priced(<dict>named)
         if isinstance(named, list):
@@ -133,9 +139,14 @@ cdef class SeveralRules(Several):
         if meant is not None:
             return meant
         meant = self.adopted(named) if isinstance(named, RateThrottleRule) else self.plan(named)
-        if len(self.known) >= KNOWN_MOST:
+        if renewed == self.renewals and len(self.known) >= KNOWN_MOST:
             self.renew()
+            renewed = self.renewals
         self.known[named] = meant
+        if renewed != self.renewals:
+            self.renew()                         # the rules changed meanwhile, in another thread
+            return meant
+        self.owners.append(named)                # an id means something only as long as its object lives
         self.known_by_id[PyLong_FromVoidPtr(<void*>named)] = meant
         return meant
 
@@ -346,8 +357,11 @@ cdef class SeveralRules(Several):
             joint_count(single)
             return single
         if Py_REFCNT(<PyObject*>self.spare) != 1 or self.spare.room < joint.sets:
-            self.spare = joint_blank(joint.sets)
-        decision = self.spare
+            # The one that is dropped may be the last to hold a key, whose end may check, and must not be given this one.
+            decision = joint_blank(joint.sets)
+            self.spare = decision
+        else:
+            decision = self.spare
         joint_fill(decision, joint, key, source, outs, reported, allowed)
         decision.at_us = at_us
         joint_count(decision)
@@ -369,7 +383,7 @@ cdef class SeveralRules(Several):
         self.guess(joint, places, now_us, outs, verdicts)
         if verdict == LEASED and self.spend(joint, places, now_us, outs, verdicts):
             source = LEASE
-        elif verdict == DENIED and not joint.denies():
+        elif not joint.denies() and denied_by_bound(joint, verdicts):
             source = PREFILTER
         joint_outcome(joint, outs, reported, &sets)
         return self.decided(key, joint, source, outs, reported, verdict == LEASED, now_us)
@@ -558,6 +572,15 @@ cdef int sets_verdict(Joint joint, const int* verdicts) noexcept:
             return DENIED
         covered &= pays
     return LEASED if covered else OPEN
+
+
+cdef bint denied_by_bound(Joint joint, const int* verdicts) noexcept:
+    """Whether a bound denies one of the parts, be it one that never vetoes."""
+    cdef int p
+    for p in range(joint.size):
+        if verdicts[p] == DENIED and not joint.uncounted >> p & 1:
+            return True
+    return False
 
 
 cdef PendingDecision pending_part(Joint joint, int p, const Place* place, Mode mode):

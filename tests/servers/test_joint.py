@@ -123,6 +123,18 @@ async def test_peeks_and_mappings_of_costs(redis_server: RedisServer) -> None:
         assert await left(limiter, "user", "requests", "tokens") == [1, 1_000]
 
 
+async def test_flagged_limits_that_are_known_to_be_used_up_say_so(redis_server: RedisServer) -> None:
+    shadows = (rule("a", 1, enforce="flag"), rule("b", 1, enforce="flag"))
+    async with limiter_of(redis_server.url, *shadows) as limiter:
+        decisions = [await limiter.check("user", ("a", "b")) for _ in range(3)]
+    assert [(decision.allowed, decision.over, decision.source) for decision in decisions] == [
+        (True, False, "redis"),
+        (True, True, "prefilter"),
+        (True, True, "prefilter"),
+    ]
+    assert not decisions[2].retry_after_exact
+
+
 async def test_a_denial_that_is_known_is_not_asked_again(redis_server: RedisServer) -> None:
     async with limiter_of(redis_server.url, rule("a", 100), rule("b", 2)) as limiter:
         assert [(await limiter.check("user", ("a", "b"))).allowed for _ in range(3)] == [True, True, False]

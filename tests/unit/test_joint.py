@@ -564,6 +564,25 @@ async def test_a_key_whose_end_runs_a_check_spoils_no_decision() -> None:
     assert [left(decision)["more"] for decision in heard] == [19_999 - i for i in range(len(heard))]
 
 
+async def test_a_key_whose_end_checks_more_limits_than_before_spoils_no_decision() -> None:
+    names = ("a", "b", "c")
+    core = limiter(*(RateThrottleRule(name, 10_000, 60) for name in names))
+    heard: list[Decision] = []
+
+    class Key(str):
+        __slots__ = ()
+
+        def __del__(self) -> None:
+            with pytest.raises(StopIteration) as stopped:
+                core.check("from the end of a key", names).send(None)
+            heard.append(stopped.value.value)
+
+    await core.check(Key("gone"), names[:2])  # now only the limiter holds it, until a decision on three has to be made
+    decision = await core.check("key", names)
+    assert [(one.key, len(one.parts)) for one in heard] == [("from the end of a key", 3)]
+    assert (decision.key, left(decision)["a"]) == ("key", 9_999)
+
+
 # Rules of the caller's own:
 
 

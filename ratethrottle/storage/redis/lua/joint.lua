@@ -192,6 +192,7 @@ local function decide_parts(part_count, from, settling, window_start, reply, par
         if i > part_count then break end
         first, begun, whole, fine, together = i, filled, true, true, (bits == '0' or bits == '4') and ARGV[from + 4]
         units_of[together] = units_of[together] or number(together, 1, 1000000)
+        if units_of[together] > 1000000 then error('a count is out of range') end
       end
       left, flagged = units_of[together], bits ~= '0' and bits ~= '1'
     end
