@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import redis
@@ -66,6 +66,24 @@ def test_eight_processes_share_one_limit(
         assert LIMIT <= len(log) <= LIMIT + (after_us - begins_us) * LIMIT // window_us
     else:
         assert len(log) == LIMIT
+    check_bracketed(rule, log)
+    assert_every_key_expires(redis_client, rule)
+
+
+@pytest.mark.redis
+@pytest.mark.parametrize("unit", ["day", "week", "month"])
+def test_eight_processes_share_a_window_by_the_calendar(
+    unit: Literal["day", "week", "month"], processes: ProcessPoolExecutor, redis_server: RedisServer, redis_client: redis.Redis
+) -> None:
+    now_us = server_us(redis_client)
+    # A time zone in which no window ends meanwhile.
+    rules = [make_rule("fixed_window", LIMIT, unit, None, timezone) for timezone in ("UTC", "Asia/Tokyo")]
+    ends_us = [rule.compiled.calendar.around(now_us)[2] for rule in rules if rule.compiled.calendar is not None]
+    rule = rules[ends_us.index(max(ends_us))]
+    results: list[Any] = list(processes.map(run_process, [Work(redis_server.url, rule, monotonic_us() + 300_000)] * PROCESSES))
+    log = [admission for admitted, _ in results for admission in admitted]
+    assert len(log) == LIMIT
+    assert sum(denied for _, denied in results) == PROCESSES * TASKS * CHECKS - LIMIT
     check_bracketed(rule, log)
     assert_every_key_expires(redis_client, rule)
 

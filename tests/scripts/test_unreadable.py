@@ -14,7 +14,7 @@ from ratethrottle import RateThrottleRule, Request, StateUnreadable, create_limi
 from ratethrottle._engine.definitions import CompiledRule
 from ratethrottle.storage.redis.scripts import script
 from ratethrottle.testing.manual import steer
-from tests.kit.clocked import EPOCH, EPOCH_KEY, ClockedScript, ClockedServer, Lease, make_call
+from tests.kit.clocked import EPOCH, EPOCH_KEY, ClockedScript, ClockedServer, Lease, make_call, words_of
 from tests.kit.strategies import START_US, STRATEGIES, make_rule
 
 MINUTE_US = 60_000_000
@@ -37,7 +37,7 @@ def test_states_of_this_format_are_read_for_ever(redis_client: redis.Redis, writ
     for since_us, letter, cost, *expected in written["reads"]:
         redis_client.set("k", written["state"])
         for mode in ("peek", "check"):
-            call = make_call([(rules[letter], "k", cost)], mode)
+            call = make_call([(rules[letter], "k", cost)], mode, now_us=written["start_us"] + since_us)
             call.args[1] = written["epoch"]
             answer = call.answers(clocked.send(redis_client, written["start_us"] + since_us, call))[0]
             assert mode == "check" or list(answer) == expected, (since_us, letter, cost)
@@ -64,9 +64,9 @@ def test_the_next_format_has_a_reader_for_this_one(redis_client: redis.Redis, wr
     rules = {letter: make_rule(*facts).compiled for letter, facts in written["rules"].items()}
     for since_us, letter, cost, *expected in written["reads"]:
         redis_client.set("k", written["state"])
-        call = make_call([(rules[letter], "k", cost)], "check")
-        call.args[1] = written["epoch"]
         now_us = written["start_us"] + since_us
+        call = make_call([(rules[letter], "k", cost)], "check", now_us=now_us)
+        call.args[1] = written["epoch"]
         assert call.answers(later.send(redis_client, now_us, call))[0][0] == expected[0]
         if not expected[0]:
             continue
@@ -180,7 +180,8 @@ def test_whatever_is_damaged_the_other_entries_are_right_and_all_numbers_are_in_
         redis_client.delete("good")
         mode = rng.choice(("check", "check", "peek"))
         leases = [Lease(own, "bad", 1, 1, 5, 3, now_us - 1_000)] if rng.random() < 0.3 else []
-        call = make_call([(own, "bad", rng.choice((1, own.capacity))), (rule(strategy), "good", 2)], "check", leases=leases)
+        items = [(own, "bad", rng.choice((1, own.capacity))), (rule(strategy), "good", 2)]
+        call = make_call(items, "check", leases=leases, now_us=now_us)
         call.args[0] = mode
         redis_client.set(EPOCH_KEY, EPOCH)
         reply = clocked.send(redis_client, now_us, call)[2:]
@@ -206,8 +207,8 @@ def server_state(client: redis.Redis, own: CompiledRule, state: bytes, rng: rand
     """Assert, charge and reset with a damaged state beside a good one."""
     server = ClockedServer(client, NOW_US)
     client.set("bad", state)
-    words = [getattr(own, word) for word in script("repair").header["rule"]]
-    known = {"b": (own.unit_ticks, 0, 0), "s": (3, 5, 0), "f": (3, 5, 0), "c": (3, 5, 2)}[own.kind]
+    words = words_of(own, script("repair").header["rule"], NOW_US)
+    known = {"b": (own.unit_ticks, 0, 0), "s": (3, 5, 0), "f": (3, 5, 0), "d": (3, 5, 0), "c": (3, 5, 2)}[own.kind]
     items = [number for place in (1, 2) for number in (place, 1, rng.choice((0, NOW_US)), *known, 0)]
     told = server.run("repair", ["bad", "good"], NOW_US, "assert", server.epoch, 1, 2, *words, *items, "p", 0, 1)
     at_us, applied, *_ = told
@@ -218,7 +219,7 @@ def server_state(client: redis.Redis, own: CompiledRule, state: bytes, rng: rand
     assert applied >= 1
     client.set("bad", state)
     server.run("reset", ["bad"], NOW_US, server.epoch, 0)
-    call = make_call([(own, "bad", 1)])
+    call = make_call([(own, "bad", 1)], now_us=NOW_US)
     call.args[1] = server.epoch
     assert server.decide.send(client, NOW_US, call)[2] == 1, "a reset mends whatever stands there"
 
