@@ -13,7 +13,7 @@
         └── StorageProtocolError
             └── StateUnreadable
 
-Being denied is a value, not an error. `RateLimitExceeded` is for programs that want an exception. No message holds a password or a key.
+Being denied is a value, not an error, but for `acquire`, `limit` and `reserve`. No message holds a password or a key.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class ConfigurationError(RateThrottleError, ValueError):
 
 
 class InvalidRequest(RateThrottleError, ValueError):
-    """A call has a bad key, rule or cost. Raised before any I/O; nothing was consumed."""
+    """A call has a bad key, rule, cost or timeout. Raised before any I/O; nothing was consumed."""
 
 
 class CostExceedsLimit(InvalidRequest):
@@ -107,7 +107,7 @@ class CostExceedsLimit(InvalidRequest):
 
 
 class RateLimitExceeded(RateThrottleError):
-    """The request was denied where a denial is an exception; `.decision` says for how long."""
+    """`acquire`, `limit` or `reserve` could not grant a request in time. `.decision` says for how long it is denied."""
 
     def __init__(self, decision: Decision) -> None:
         """Word it from the decision, which stays available as `.decision`."""
@@ -116,7 +116,12 @@ class RateLimitExceeded(RateThrottleError):
 
     def __str__(self) -> str:
         denied = self.decision
-        when = f"retry in {denied.retry_after:.6g} s" if denied.retry_after != float("inf") else "it can never be allowed"
+        if denied.retry_after == float("inf"):
+            when = "it can never be allowed: raise the limit, or ask for less"
+        elif denied.source in ("outage", "overload"):
+            when = f"the storage didn't answer in time: retry in {denied.retry_after:.6g} s"
+        else:
+            when = f"retry in {denied.retry_after:.6g} s"
         return f"rule {denied.rule!r} denied a cost of {denied.cost} with {denied.remaining} of {denied.limit} left; {when}"
 
 

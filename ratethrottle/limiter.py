@@ -25,6 +25,8 @@ from ratethrottle.rule import Costs, RateThrottleRule, Rules
 from ratethrottle.storage import Outcomes, Statistics, Storage
 from ratethrottle.storage.memory import InMemoryStorage
 from ratethrottle.storage.redis import RedisStorage
+from ratethrottle.waiting.guard import Guard, KeyOfCall
+from ratethrottle.waiting.lines import Lines
 from ratethrottle.waiting.reservations import OnError, Reservation, Reservations
 
 Key = str | tuple[str | int, ...]
@@ -55,7 +57,7 @@ class RateThrottleCore(Patchable, Limiter):
     """
 
     # Without an instance dict the interpreter finds `check` without looking there first; see `Patchable`.
-    __slots__ = ("__weakref__", "_by_name", "_by_several", "_require_storage", "_reservations")
+    __slots__ = ("__weakref__", "_by_name", "_by_several", "_lines", "_require_storage", "_reservations")
 
     def __init__(
         self, storage: Storage | None = None, *, rules: Iterable[RateThrottleRule] = (), require_storage: bool = False
@@ -73,6 +75,7 @@ class RateThrottleCore(Patchable, Limiter):
         self._require_storage = require_storage
         self._reservations = Reservations()
         self._by_name: dict[str, RateThrottleRule] = {}
+        self._lines = Lines()
         if isinstance(rules, (RateThrottleRule, str)) or not isinstance(rules, Iterable):
             raise ConfigurationError(f"rules is a {type(rules).__name__}; it is an iterable of rules, such as [rule]")
         for rule in rules:
@@ -227,6 +230,37 @@ class RateThrottleCore(Patchable, Limiter):
         """
         return self._reservations.make(self, key, rule, cost, on_error)
 
+    async def acquire(
+        self, key: Key, rule: Rules | Costs | None = None, *, cost: int = 1, timeout: float | None = None
+    ) -> Decision:
+        """Wait until `key` may use `cost` units under `rule`, and consume them. Returns the decision, which is allowed.
+
+        It takes a key, a rule or several, and a cost as `check` does.
+        timeout: seconds to wait at most, from 0; None waits as long as needed. 0 asks once, as `check` does.
+
+        In each event loop the callers of a key and rule are served in the order in which they came, large requests too. A `check`
+        doesn't stand in line, and may be served before them. A caller that is cancelled, or out of time, leaves the line; a grant
+        that has come at that very moment goes to the next one that asks for the same, or stays consumed if there is none.
+
+        Raises `RateLimitExceeded` as soon as it is known that the time is too short, and if the request can never be granted; its
+        decision has the source "overload" if no answer came within the timeout. Raises `InvalidRequest` at once for a bad key, rule,
+        cost or timeout, `LimiterClosed` also if the limiter is closed meanwhile, and what `check` raises when it is awaited.
+        """
+        return await self._lines.acquire(self, key, rule, cost, timeout)
+
+    def limit(
+        self, key: Key | KeyOfCall, rule: Rules | Costs | None = None, *, cost: int = 1, timeout: float | None = 0
+    ) -> Guard:
+        """Guard a block, or each call of a function: `async with limiter.limit(...) as decision:`, or `@limiter.limit(...)`.
+
+        It acquires as `acquire` does, with the same arguments, each time that the block is entered or the function is called. It
+        decorates async functions, async methods, and async generator functions, which acquire when iteration begins.
+        key: for a decorator also a function, sync or async, that makes the key from the arguments of the call.
+
+        Raises `InvalidRequest` for a bad timeout, TypeError when it decorates anything else, and otherwise what `acquire` raises.
+        """
+        return Guard(self, key, rule, cost, timeout)
+
     def on_event(self, callback: Callback) -> Callable[[], None]:
         """Call `callback(event)` for each of `ratethrottle.events` from now on; returns a function that ends that.
 
@@ -246,6 +280,7 @@ class RateThrottleCore(Patchable, Limiter):
         """Close the limiter and its storage. Later calls raise LimiterClosed; closing again does nothing."""
         if not self._closed:
             self._closed = True
+            self._lines.close()
             await self._storage.aclose()
 
     async def __aenter__(self) -> Self:

@@ -7,5 +7,13 @@ import multiprocessing
 CONTEXT = multiprocessing.get_context("forkserver")
 # Named at once: a process of tests has one server to fork from, which reads this when it starts.
 CONTEXT.set_forkserver_preload(
-    ["tests.kit.crowd", "tests.kit.lessee", "tests.kit.payer", "tests.kit.reserver", "tests.faults.worker", "tests.faults.proxy"]
+    [
+        "tests.kit.crowd",
+        "tests.kit.lessee",
+        "tests.kit.payer",
+        "tests.kit.reserver",
+        "tests.kit.waiters",
+        "tests.faults.worker",
+        "tests.faults.proxy",
+    ]
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any, Literal, Protocol, assert_type
 
 from ratethrottle import (
@@ -76,6 +76,97 @@ async def several(limiter: RateThrottleCore, names: list[str], costs: dict[str, 
     await limiter.check("key", {"per_second", "per_day"})  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
     limiter.check("key", 5)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
     FirstOf("included", 5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+async def waiting(limiter: RateThrottleCore, costs: dict[str, int]) -> None:
+    """Waiting for capacity, and blocks that are entered once it is there."""
+    assert_type(await limiter.acquire("key"), Decision)
+    assert_type(await limiter.acquire(("user", 42), "rule", cost=2, timeout=1.5), Decision)
+    assert_type(await limiter.acquire("key", costs, timeout=None), Decision)
+    assert_type(await limiter.acquire("key", ("per_second", FirstOf("a", "b")), timeout=0), Decision)
+    async with limiter.limit("key", "rule", cost=2, timeout=None) as decision:
+        assert_type(decision, Decision)
+    async with limiter.limit(("user", 42), costs):
+        pass
+    await limiter.acquire("key", timeout="5")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+LIMITER = create_limiter()
+
+
+@LIMITER.limit("key", "rule", timeout=5)
+async def fetched(url: str, *, tries: int = 3) -> bytes:
+    """Stay what it is: its parameters and its result."""
+    return url.encode() * tries
+
+
+def by_size(most: int) -> str:
+    """Make a key, at once."""
+    return f"size:{most}"
+
+
+@LIMITER.limit(by_size)
+async def counted(most: int) -> AsyncIterator[int]:
+    """Be a generator that is read only."""
+    yield most
+
+
+@LIMITER.limit(("user", 42))
+async def echoed(first: str) -> AsyncGenerator[str, int]:
+    """Be a generator that things are sent to."""
+    sent = yield first
+    yield str(sent)
+
+
+async def key_of(service: Service, number: int) -> tuple[str, int]:
+    """Make a key, later."""
+    return service.name, number
+
+
+class Service:
+    """Methods of each kind."""
+
+    name = "service"
+
+    @LIMITER.limit(key_of, timeout=None)
+    async def method(self, number: int) -> float:
+        return number / 2
+
+    @classmethod
+    @LIMITER.limit("key")
+    async def of_class(cls, number: int) -> str:
+        return cls.name * number
+
+    @staticmethod
+    @LIMITER.limit("key")
+    async def static(number: int) -> list[int]:
+        return [number]
+
+    @LIMITER.limit("key")
+    async def numbers(self, most: int) -> AsyncIterator[int]:
+        yield most
+
+
+async def decorated(service: Service) -> None:
+    """Call what was decorated as what it was."""
+    assert_type(await fetched("url", tries=2), bytes)
+    assert_type([number async for number in counted(3)], list[int])
+    assert_type(await echoed("first").asend(5), str)
+    assert_type(await service.method(5), float)
+    assert_type(await Service.of_class(5), str)
+    assert_type(await service.static(5), list[int])
+    assert_type([number async for number in service.numbers(3)], list[int])
+    await fetched(5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await service.method("5")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await Service.of_class()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+
+
+def sync(number: int) -> int:
+    """Be what can't wait."""
+    return number
+
+
+LIMITER.limit("key")(sync)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
 
 
 class Checks(Protocol):

@@ -80,7 +80,9 @@ async def test_a_denial_that_is_raised_says_by_what_and_for_how_long() -> None:
     assert str(denied) == "rule 'rule' denied a cost of 2 with 1 of 3 left; retry in 60 s"
     assert denied.decision.retry_after == 60
     never = errors.RateLimitExceeded(limiter._entry("key").decided("redis", False, 0, -1, 5))
-    assert str(never).endswith("; it can never be allowed")
+    assert str(never).endswith("; it can never be allowed: raise the limit, or ask for less")
+    away = errors.RateLimitExceeded(limiter._entry("key").decided("overload", False, 0, 250_000, 250_000))
+    assert str(away).endswith("; the storage didn't answer in time: retry in 0.25 s")
 
 
 def test_errors_of_facts_word_themselves() -> None:

@@ -3,7 +3,11 @@ from collections.abc import Callable
 from contextvars import Context
 from typing import Protocol, final
 
+from ratethrottle._core import PendingDecision
+
 __pyx_capi__: dict[str, object]
+
+def is_queued(pending: PendingDecision) -> bool: ...
 
 class _Timers(Protocol):
     def call_later(self, delay: float, callback: Callable[[], object], /, *, context: Context | None = None) -> _Timer: ...

@@ -31,6 +31,11 @@ cdef object twin_of(object error):
     return twin
 
 
+def is_queued(PendingDecision pending not None):
+    """Whether a check waits to be sent: if it is closed now, it consumes nothing."""
+    return pending.stage == WAITING or pending.stage == PARKED
+
+
 cdef int complete_joint(PendingDecision pending, Source source, const Outcome* outs, const int* reported, int sets,
                         bint allowed, int64_t at_us=0, int64_t epoch=0) except -1:
     """Complete a joint check. outs: of each part; reported: the part that each set reports. at_us, epoch: when the store granted it."""

@@ -1,0 +1,46 @@
+"""Four processes, with fifty callers each that wait for one limit, through a real Redis, for ten windows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+
+from ratethrottle import RateThrottleRule
+from ratethrottle.testing.intervals import check_bracketed
+from tests.kit.forked import CONTEXT
+from tests.kit.servers import RedisServer
+from tests.kit.waiters import Work, join, run_process
+
+PROCESSES, TASKS, WINDOWS = 4, 50, 10
+LIMIT, WINDOW_S = 100, 1.0
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[ProcessPoolExecutor]:
+    """Four processes for all tests of this module."""
+    together = CONTEXT.Barrier(PROCESSES)
+    with ProcessPoolExecutor(PROCESSES, mp_context=CONTEXT, initializer=join, initargs=(together,)) as pool:
+        yield pool
+
+
+@pytest.mark.redis
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["sliding_window", "sliding_counter", "fixed_window"])
+def test_processes_that_wait_for_one_window_share_it_and_seldom_ask_in_vain(
+    strategy: str, processes: ProcessPoolExecutor, redis_server: RedisServer
+) -> None:
+    redis_server.grow_old()
+    rule = RateThrottleRule("api", LIMIT, WINDOW_S, strategy=strategy)
+    work = Work(redis_server.url, rule, TASKS, WINDOWS * WINDOW_S)
+    done = list(processes.map(run_process, [work] * PROCESSES))
+
+    grants = [len(each.granted) for each in done]
+    calls = sum(each.calls for each in done)
+    print(grants, f"{calls / sum(grants):.2f} calls a grant; {max(each.late_s for each in done):.3f} s late")
+    check_bracketed(rule, [admission for each in done for admission in each.granted])
+    assert all(each.in_order for each in done), "each process served its callers in the order in which they came"
+    assert calls <= 2 * sum(grants)
+    assert min(grants) >= sum(grants) / PROCESSES / 2
+    assert sum(grants) >= 0.8 * LIMIT * WINDOWS
