@@ -192,9 +192,8 @@ local function decide_parts(part_count, from, settling, window_start, reply, par
         if i > part_count then break end
         first, begun, whole, fine, together = i, filled, true, true, (bits == '0' or bits == '4') and ARGV[from + 4]
         units_of[together] = units_of[together] or number(together, 1, 1000000)
-        if units_of[together] > 1000000 then error('a count is out of range') end
       end
-      left, flagged = units_of[together], bits ~= '0' and bits ~= '1'
+      left, flagged = units_of[together] <= 1000000 and units_of[together], bits ~= '0' and bits ~= '1'  -- a cost may be larger
     end
     local k, rule, cost = ARGV[from + 1] + 1, rule_of[ARGV[from + 2]], units_of[ARGV[from + 3]]
     if not (rule and cost) then
