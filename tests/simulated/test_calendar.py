@@ -74,7 +74,11 @@ class Days:
             case 1:
                 until_us = calendar_window(rule, world.server_us())[1]
                 left_us = until_us - world.server_us()
-                world.t_us += max(1, rng.choice((1, 700, 20_000, HOUR_US, left_us, left_us - 1, left_us // 2)))
+                later_us = max(1, rng.choice((1, 700, 20_000, HOUR_US, left_us, left_us - 1, left_us // 2)))
+                if later_us > HOUR_US:  # no call takes days: it names the boundaries around now, and tells how late the clock is
+                    for one in world.processes:
+                        one.round_trip()
+                world.t_us += later_us
             case 2:
                 world.disturb(process, rng)
             case 3:
