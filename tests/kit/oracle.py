@@ -22,7 +22,7 @@ from ratethrottle.testing.intervals import window_start
 
 Answer = tuple[bool, int, int, int]  # allowed, remaining, retry_us (-1: never), reset_us
 EXACT = 64  # units that a window without slots remembers: its limit is no larger
-DRAIN_US_MAX = 2**48  # no bucket takes longer
+DRAIN_US_MAX = 2**49  # no bucket takes longer, with as much debt as it may have
 
 
 def definition(rule: CompiledRule) -> tuple[str, int, int]:
