@@ -505,9 +505,9 @@ def reserved(JointDecision decision not None):
     return tuple(found)
 
 
-def told(JointDecision decision not None):
+def told(Decision decision not None):
     """The decision as the caller of a check would have got it."""
-    if decision.sets > 1:
+    if not isinstance(decision, JointDecision) or (<JointDecision>decision).sets > 1:
         return decision
     return decision_new(decision.compiled, decision.key, decision.cost, decision.source_index, &decision.out)
 

@@ -213,22 +213,32 @@ class RateThrottleCore(Patchable, Limiter):
         return self._by_several.decide_here(charge, checks=True)
 
     @overload
-    def reserve(self, key: Key, rule: Rules | None = None, *, cost: int = 1, on_error: OnError = "keep") -> Reservation: ...
+    def reserve(
+        self, key: Key, rule: Rules | None = None, *, cost: int = 1, timeout: float | None = 0, on_error: OnError = "keep"
+    ) -> Reservation: ...
     @overload
-    def reserve(self, key: Key, rule: Costs, *, on_error: OnError = "keep") -> Reservation: ...
-    def reserve(self, key: Key, rule: Rules | Costs | None = None, *, cost: int = 1, on_error: OnError = "keep") -> Reservation:
+    def reserve(self, key: Key, rule: Costs, *, timeout: float | None = 0, on_error: OnError = "keep") -> Reservation: ...
+    def reserve(
+        self,
+        key: Key,
+        rule: Rules | Costs | None = None,
+        *,
+        cost: int = 1,
+        timeout: float | None = 0,
+        on_error: OnError = "keep",
+    ) -> Reservation:
         """Take an estimate before a block, and settle by what was used: `async with limiter.reserve(...) as r: ...; r.settle(used)`.
 
-        It checks as `check` does, with the same arguments; `r.decision` is the decision. `r.settle(used)` says how many units
+        It acquires as `acquire` does, with the same arguments; `r.decision` is the decision. `r.settle(used)` says how many units
         were used, at most twice the capacity. When the block ends, the difference is charged or given back. What comes back is less
         the older it is, as the limit would have let it go by then.
 
         Without `settle` the estimate stays counted, which is warned of once for each place that calls `reserve`. So it does after a
         crash. on_error: what an exception does with an estimate that isn't settled: "keep" or "refund".
 
-        Raises `InvalidRequest` at once for a bad `on_error`; in `async with` what `check` raises, and `RateLimitExceeded` if denied.
+        Raises `InvalidRequest` at once for a bad timeout or `on_error`; in `async with` what `acquire` raises.
         """
-        return self._reservations.make(self, key, rule, cost, on_error)
+        return self._reservations.make(self, (key, rule, cost, timeout), on_error)
 
     async def acquire(
         self, key: Key, rule: Rules | Costs | None = None, *, cost: int = 1, timeout: float | None = None

@@ -20,7 +20,7 @@ from typing import Any, Protocol, cast
 from ratethrottle._core import PendingDecision
 from ratethrottle._engine.decision import Decision, Entry
 from ratethrottle._engine.joint import Joint
-from ratethrottle._several import SeveralRules
+from ratethrottle._several import SeveralRules, Timed
 from ratethrottle.errors import InvalidRequest, LimiterClosed, RateLimitExceeded, shown
 from ratethrottle.rule import FirstOf, RateThrottleRule
 from ratethrottle.storage._shared.waiting import is_queued
@@ -71,6 +71,8 @@ def seconds_of(timeout: object) -> float:
 
 def rules_of(rule: Any) -> Hashable:
     """Name the rules of a call, whatever it costs under each: calls that name the same stand in one line."""
+    if isinstance(rule, Timed):
+        return rules_of(rule.rules)
     if isinstance(rule, FirstOf):
         return tuple(map(rules_of, rule.rules))
     if isinstance(rule, (Mapping, tuple, list)):
@@ -79,13 +81,23 @@ def rules_of(rule: Any) -> Hashable:
     return rule.name if isinstance(rule, RateThrottleRule) else rule
 
 
+def only_of(entry: Entry | Joint) -> str:
+    """Name the only rule of a limiter, which the entry is under."""
+    rule = cast(Joint, entry).rules[0] if isinstance(entry, Joint) else cast(Entry, entry).rule
+    return rule.name
+
+
 def kept(rule: Any) -> Any:
     """Copy what its owner may change meanwhile."""
+    if isinstance(rule, Timed):
+        return Timed(kept(rule.rules))
     return dict(rule) if isinstance(rule, Mapping) else tuple(rule) if isinstance(rule, list) else rule
 
 
 def ask_of(rule: Any, cost: int) -> Hashable:
     """Name what a call asks for: of equal ones, each may take the other's grant."""
+    if isinstance(rule, Timed):
+        return (Timed, ask_of(rule.rules, cost))
     return tuple(rule.items()) if isinstance(rule, Mapping) else (rule, cost)
 
 
@@ -454,7 +466,9 @@ class Lines:
         entry = limiter._entry_of(key, rule, cost)  # each mistake is refused here, also while others wait
         # A storage that books (charges now, and says when it is the caller's turn) is to be asked here. All below is for those that
         # can only be asked again.
-        rule = cast(Entry, entry).rule.name if rule is None else kept(rule)
+        rule = only_of(entry) if rule is None else kept(rule)
+        if isinstance(rule, Timed) and rule.rules is None:
+            rule = Timed(only_of(entry))
         name = (key, rules_of(rule))
         begun = denial = None
         if not self._waits(name):

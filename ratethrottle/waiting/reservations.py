@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self, cast
 
@@ -13,8 +13,10 @@ from ratethrottle._several import Timed, reserved, settlement, told
 from ratethrottle.errors import InvalidRequest, RateLimitExceeded, listed, shown
 from ratethrottle.events import UnsettledReservation
 from ratethrottle.rule import FirstOf, RateThrottleRule
+from ratethrottle.waiting.lines import Lines, seconds_of
 
 Key = str | tuple[str | int, ...]
+Ask = tuple[Key, Any, int, float | None]  # key, rule, cost, timeout
 OnError = Literal["keep", "refund"]
 
 PLACES_MAX = 1000  # that are warned of
@@ -31,8 +33,8 @@ class Reserves(Protocol):
     @property
     def _storage(self) -> Any: ...
 
-    def check(self, key: Key, rule: Any = None, *, cost: int = 1) -> Coroutine[Any, Any, Decision]:
-        """Decide."""
+    @property
+    def _lines(self) -> Lines: ...
 
 
 class Reservations:
@@ -43,13 +45,14 @@ class Reservations:
     def __init__(self) -> None:
         self._warned: set[tuple[str, int]] = set()
 
-    def make(self, limiter: Reserves, key: Key, rule: Any, cost: int, on_error: OnError) -> Reservation:
+    def make(self, limiter: Reserves, ask: Ask, on_error: OnError) -> Reservation:
         """Make one for the caller of the caller. Raises InvalidRequest."""
         frame = sys._getframe(2)
+        seconds_of(ask[3])
         if on_error not in ("keep", "refund"):
             raise InvalidRequest(f'on_error is {shown(on_error)}; it is "keep" or "refund"')
         limiter._storage.expect_refunds()
-        return Reservation(self, limiter, (key, rule, cost), on_error, (frame.f_code.co_filename, frame.f_lineno))
+        return Reservation(self, limiter, ask, on_error, (frame.f_code.co_filename, frame.f_lineno))
 
     def warn(self, limiter: Reserves, place: tuple[str, int]) -> None:
         """Say once for each place that its reservations aren't settled."""
@@ -70,7 +73,7 @@ class Reservation:
         self,
         of: Reservations,
         limiter: Reserves,
-        ask: tuple[Key, Any, int],
+        ask: Ask,
         on_error: OnError,
         place: tuple[str, int],
     ) -> None:
@@ -112,10 +115,12 @@ class Reservation:
     async def __aenter__(self) -> Self:
         if self._stage != BEFORE:
             raise InvalidRequest("a reservation is entered once; call limiter.reserve(...) for each block")
-        key, rule, cost = self._ask
-        decision = cast(JointDecision, await self._limiter.check(key, Timed(rule), cost=cost))
-        if not decision:
-            raise RateLimitExceeded(told(decision))
+        key, rule, cost, timeout = self._ask
+        try:
+            granted = await self._limiter._lines.acquire(cast(Any, self._limiter), key, Timed(rule), cost, timeout)
+        except RateLimitExceeded as denied:
+            raise RateLimitExceeded(told(denied.decision)) from None
+        decision = cast(JointDecision, granted)
         self._decision = decision
         self._limits = reserved(decision)
         self._stage = WITHIN

@@ -44,12 +44,12 @@ async def reservations(limiter: RateThrottleCore) -> None:
     assert_type(await limiter.charge(("user", 42), {"requests": 1, "tokens": 5}), Decision)
     assert_type(await limiter.charge("key", ("requests", plan)), Decision)
     assert_type((await limiter.charge("key", [plan])).over, bool)
-    async with limiter.reserve("key", FirstOf("included", "credits"), cost=2, on_error="refund") as reservation:
+    async with limiter.reserve("key", FirstOf("included", "credits"), cost=2, timeout=1.5, on_error="refund") as reservation:
         assert_type(reservation.decision, Decision)
         assert_type(reservation.settle(5), None)
         reservation.settle({"tokens": 5, plan: 3})
         reservation.settle("five")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    async with limiter.reserve("key", {"requests": 1, "tokens": 5}) as reservation:
+    async with limiter.reserve("key", {"requests": 1, "tokens": 5}, timeout=None) as reservation:
         reservation.settle({"tokens": 5})
     await limiter.charge("key", {"requests": 1}, cost=2)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
     limiter.reserve("key", on_error="ignore")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]

@@ -209,6 +209,53 @@ async def test_to_a_window_it_comes_back_while_that_counts_it(world: World, stra
         world.clock.advance(120)
 
 
+async def test_a_reservation_waits_in_line(world: World) -> None:
+    order: list[str] = []
+
+    async def reserve(name: str, rule: Any, cost: int, timeout: float | None) -> None:
+        async with world.limiter.reserve("key", rule, cost=cost, timeout=timeout) as reservation:
+            order.append(name)
+            reservation.settle(cost)
+
+    async def acquire(name: str, cost: int) -> None:
+        await world.limiter.acquire("key", "tokens", cost=cost)
+        order.append(name)
+
+    await world.limiter.charge("key", "tokens", cost=1000)
+    tasks = [
+        asyncio.create_task(reserve("large", "tokens", 500, None)),
+        asyncio.create_task(acquire("small", 1)),
+        asyncio.create_task(reserve("one", "tokens", 20, 60)),
+        asyncio.create_task(reserve("other", ("tokens",), 20, 60)),
+    ]
+    await world.clock.elapse(49.9)
+    assert order == []
+    await world.clock.elapse(4.2)
+    assert order == ["large", "small", "one", "other"]
+    await asyncio.gather(*tasks)
+    world.limiter.add_rule(RateThrottleRule("tokens", 1000, 500, strategy="token_bucket"), replace=True)
+    with pytest.raises(RateLimitExceeded) as caught:
+        await reserve("late", "tokens", 1000, 0.5)
+    assert caught.value.decision.rule == "tokens"
+    assert len(order) == 4
+
+
+async def test_the_only_rule_has_one_line(world: World) -> None:
+    limiter = RateThrottleCore(InMemoryStorage(clock_us=world.clock), rules=[TOKENS])
+    await limiter.charge("key", cost=1000)
+    first = asyncio.create_task(limiter.acquire("key", cost=10))
+    await world.clock.settle()
+
+    async def work() -> None:
+        async with limiter.reserve("key", cost=10, timeout=None) as reservation:
+            assert first.done()
+            reservation.settle(10)
+
+    second = asyncio.create_task(work())
+    await world.clock.elapse(2)
+    await asyncio.gather(first, second)
+
+
 async def test_a_denied_reservation_runs_no_block(world: World) -> None:
     async with world.limiter.reserve("key", "tokens", cost=1000) as reservation:
         reservation.settle(1000)
@@ -286,6 +333,10 @@ async def test_two_rules_of_one_choice_are_not_both_settled(world: World) -> Non
 
 async def test_bad_reservations_are_refused_and_consume_nothing(world: World) -> None:
     wrong: Any = "keep it"
+    with pytest.raises(InvalidRequest, match="timeout"):
+        world.limiter.reserve("key", "tokens", timeout=-1)
+    with pytest.raises(InvalidRequest, match="timeout"):
+        world.limiter.reserve("key", "tokens", timeout=float("nan"))
     with pytest.raises(InvalidRequest, match='"keep" or "refund"'):
         world.limiter.reserve("key", "tokens", on_error=wrong)
     for rule, cost in (("tokens", -1), ("tokens", 0), ("unknown", 1), ((), 1), (("tokens", "tokens"), 1)):
