@@ -41,7 +41,10 @@ autodoc_preserve_defaults = True
 add_module_names = False
 python_use_unqualified_type_names = True
 # Python's own types and redis-py's: their inventories would come from the network.
-nitpick_ignore_regex = [("py:.*", r"(?!ratethrottle\b).*"), ("py:class", r"ratethrottle\.storage\.Storage")]
+nitpick_ignore_regex = [
+    ("py:.*", r"(?!ratethrottle\b).*"),
+    ("py:class", r"ratethrottle\.storage\.Storage|ratethrottle\.waiting\.guard\.Function"),
+]
 
 # The reference page links to pages by the names that they have elsewhere. Its text stays as it is.
 RENAMED = {"user_guide/storage": "storage", "ddos_protection": "distributed-notes", "analytics": "operations"}
