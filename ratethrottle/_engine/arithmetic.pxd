@@ -60,7 +60,7 @@ cdef struct Terms:                         # what a rule compiles to; see docs/a
     int64_t span                           # of a counter: the window in coarse time, ceil_div(window_us, coarse_us)
     int64_t reach_us                       # of a sliding window: units that count from further ahead of now are too far ahead
     Boundaries* calendar                   # of a fixed window that is a calendar's: see `dated.pxd`; NULL of all others
-    Terms* kept                            # of a rule with a calendar in memory: what its views refer to, see `KeyTable.intern_rule`
+    const Terms* kept                      # of a rule with a calendar in memory: what its views refer to, see `KeyTable.intern_rule`
 
 
 cdef inline bint same_definition(const Terms* a, const Terms* b) noexcept nogil:

@@ -13,8 +13,8 @@ from libc.string cimport memcpy, memset
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 
 from ratethrottle._engine.arithmetic cimport (
-    ceil_div, dated_start, decide_views, NEVER, Outcome, report, same_definition, SLIDING, Terms, View, view_ahead, view_derive, view_free,
-    view_fullest, view_look, view_rebase,
+    ceil_div, Counts, dated_start, decide_views, NEVER, Outcome, report, same_definition, SLIDING, Terms, View, view_ahead, view_derive,
+    view_free, view_fullest, view_look, view_rebase,
 )
 from ratethrottle._engine.bound cimport Bound
 from ratethrottle._engine.dated cimport dated_bring, dated_write
@@ -345,7 +345,8 @@ cdef class KeyTable:
         cdef bint changed
         if pair == NULL:
             raise MemoryError
-        terms = terms.kept if terms.kept != NULL else terms
+        if terms.kept != NULL:
+            terms = terms.kept
         changed = dated_bring(views, &count, &dropped, terms, now_us)
         status = decide_views(views, &count, terms, now_us, cost, out)
         if changed and status == KEEP:
@@ -391,12 +392,24 @@ cdef class KeyTable:
     cdef int decide_dated(self, const Terms* terms, Shard* shard, Hash128 hashed, int64_t now_us, int64_t cost,
                           Outcome* out) except -1:
         """Decide on a new key under a rule with a calendar."""
-        cdef Cell* cell
-        self.decide_new(terms, shard, hashed, now_us, cost, out)
+        cdef Cell cell
+        cdef int64_t free_at_us = now_us
+        if cost > terms.capacity:
+            out[0] = Outcome(False, False, terms.capacity, NEVER, 0)
+            return 0
+        if self.used >= self.max_keys:
+            free_at_us = self.make_place(shard, now_us)
+        out[0] = Outcome(free_at_us <= now_us, False, 0, free_at_us - now_us, free_at_us - now_us)
         if out.allowed:
-            cell = cell_at(shard, <uint32_t>shard_find(shard, hashed))
+            self.make_room(shard, now_us)
+            cell.hash_lo = hashed.lo
+            cell.hash_hi = hashed.hi
+            cell.view.terms = terms
             cell.view.at_us = dated_start(terms, now_us)
+            cell.view.amount.counts = Counts(<uint32_t>cost, 0)
             report(terms, &cell.view, now_us, 0, out)
+            shard_place(shard, &cell)
+            self.used += 1
         return 0
 
     cdef int64_t make_place(self, Shard* shard, int64_t now_us) noexcept:
