@@ -39,7 +39,7 @@ cdef class Joint:
     @property
     def counted(self):
         """Whether what was used decides. If not, a limit of 0 denies it, or it names only rules under which nothing is counted."""
-        return self.uncounted != (1 << self.size) - 1 and not self.denies()
+        return self.uncounted != <uint32_t>((1 << self.size) - 1) and not self.denies()
 
     def costing(self, int64_t units):
         """The same with another cost of every part."""
