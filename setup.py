@@ -23,7 +23,8 @@ CHECKED = {"boundscheck": True, "wraparound": False, "initializedcheck": True, "
 TRACED = UNCHECKED | {"linetrace": True, "profile": True}
 
 # GCC stops inlining when all that Cython wrote has grown by 40 %, before it reaches the arithmetic of a check. Clang knows no such bound.
-INLINE = ["--param=inline-unit-growth=100"]
+# Nor does it inline the decision on a new key, of which a second caller exists since rules know calendars.
+INLINE = ["--param=inline-unit-growth=100", "--param=max-inline-insns-single=600"]
 
 # Strict flags stay out of ship: a compiler we have never met must be free to warn without failing somebody's install.
 MODES = {
