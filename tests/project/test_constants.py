@@ -94,10 +94,10 @@ def test_a_sliding_window_is_exact_up_to_the_same_limit() -> None:
     assert {(int(more), int(of)) for more, of in slots} == {(terms.SLOTS - 1, terms.SLOTS)}
 
 
-def test_a_call_holds_as_many_entries_as_the_scripts_take() -> None:
+def test_a_call_holds_as_many_items_as_the_scripts_take() -> None:
     core = compiled()
-    assert script("decide").limits["entries"] == script("decide").limits["keys"] == value(core, "CALL_ITEMS_MAX")
-    assert script("repair").limits["entries"] == script("repair").limits["keys"] == value(core, "ROWS_MAX")
+    assert script("decide").limits["items"] == script("decide").limits["keys"] == value(core, "CALL_ITEMS_MAX")
+    assert script("repair").limits["items"] == script("repair").limits["keys"] == value(core, "ROWS_MAX")
 
 
 def test_the_keys_of_an_epoch_and_of_a_count_have_the_sizes_that_are_read() -> None:

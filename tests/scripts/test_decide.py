@@ -40,15 +40,15 @@ def test_the_header_names_what_python_sends_and_reads() -> None:
     assert header["answer_s"] == ("granted", "total", "first_us", "reset_us", "retry_us")
     assert header["answer_c"] == ("granted", "cur", "prev", "since_us")
     assert header["answer_f"] == ("granted", "cur", "since_us")
-    assert script("decide").limits == {"keys": 128, "rules": 128, "entries": 128}
-    assert header["generation_pair"] == ("entry_number", "generation")
+    assert script("decide").limits == {"keys": 128, "rules": 128, "items": 128}
+    assert header["generation_pair"] == ("item_number", "generation")
     assert script("reset").header["reply"] == ("request", "server_us", "generation...")
     repair = script("repair").header
     assert repair["rule"] == header["rule"]
-    assert repair["assert_entry"] == ("key_index", "rule_index", "generation", "a", "b", "c", "told_us")
-    assert repair["charge_entry"] == ("key_index", "rule_index", "newest_us", "count", "charge...")
+    assert repair["assert_item"] == ("key_index", "rule_index", "generation", "a", "b", "c", "told_us")
+    assert repair["charge_item"] == ("key_index", "rule_index", "newest_us", "count", "charge...")
     assert repair["reply"] == ("request", "server_us", "applied", "refusal...")
-    assert repair["refusal"] == ("entry_number", "why")
+    assert repair["refusal"] == ("item_number", "why")
     assert header["unreadable"] == ("-2",)
     assert header["unsure"] == ("-3",)
     beat = script("beat").header
@@ -154,7 +154,7 @@ def test_a_lead_is_of_sliding_windows_and_an_eighth_of_the_window_at_most(redis_
                 decide(redis_client, keys, wrong)
 
 
-def test_128_entries_are_the_most_of_all_runs_and_leases(redis_client: redis.Redis) -> None:
+def test_128_items_are_the_most_of_all_runs_and_leases(redis_client: redis.Redis) -> None:
     keys, shape = [f"k{i}" for i in range(100)], make_call([(rule("fixed_window"), "k", 1)]).args[5:13]
     for runs, leases, fits in (
         ([(1, 100, 1, 1, 1), (1, 28, 1, 1, 1)], [], True),
@@ -264,7 +264,7 @@ def test_peek_writes_nothing(redis_client: redis.Redis, strategy: str) -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_entries_of_one_call_are_decided_in_order(redis_client: redis.Redis, strategy: str) -> None:
+def test_items_of_one_call_are_decided_in_order(redis_client: redis.Redis, strategy: str) -> None:
     clocked = ClockedScript(redis_client)
     compiled = rule(strategy)
     together = clocked.call(NOW_US, [(compiled, "k", cost) for cost in (2, 4, 2, 2, 1, 1)])
@@ -319,7 +319,7 @@ ALL_THE_SAME_WAY = replaced(
 # Each example sets the keys of the fixture's server, which serves them all, before it looks at them.
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32))
-def test_simple_entries_are_decided_as_the_way_for_all_would(redis_client: redis.Redis, seed: int) -> None:
+def test_simple_items_are_decided_as_the_way_for_all_would(redis_client: redis.Redis, seed: int) -> None:
     """To the byte: what is answered, what is left behind, and until when."""
     rng = random.Random(seed)
     scripts = [ClockedScript(redis_client, text) for text in (NOTING, ALL_THE_SAME_WAY)]

@@ -446,7 +446,7 @@ def test_128_items_are_the_most_parts_included(redis_client: redis.Redis) -> Non
             clocked.send(redis_client, NOW_US, call)
             before = clocked.state("k0")
             continue
-        with pytest.raises(redis.ResponseError, match="RATETHROTTLE there are more than 128 entries"):
+        with pytest.raises(redis.ResponseError, match="RATETHROTTLE there are more than 128 items"):
             clocked.send(redis_client, NOW_US, call)
         assert clocked.state("k0") == before
 

@@ -16,8 +16,8 @@ CALLED = re.compile(rb"""\bp?call\(\s*(?:call,\s*)?['"](\w+)""")
 SHEBANG = b"#!lua\n"
 NAMES = ("beat", "decide", "repair", "reset")
 INCLUDED_PARTS = ("dated", "joint", "simple")  # stand where a script says so
-PARTS = ("state", "telling", "entry", *INCLUDED_PARTS)  # the others stand in front of scripts
-SHARED = {"beat": ("telling",), "clear": (), "decide": ("state", "entry"), "repair": ("state", "telling")}
+PARTS = ("state", "telling", "item", *INCLUDED_PARTS)  # the others stand in front of scripts
+SHARED = {"beat": ("telling",), "clear": (), "decide": ("state", "item"), "repair": ("state", "telling")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Script:
 
     @property
     def limits(self) -> dict[str, int]:
-        """How many keys, rules and entries a call may have."""
+        """How many keys, rules and items a call may have."""
         return {name: int(most) for name, _, most in (word.partition("=") for word in self.header["limits"])}
 
     def body(self, shebang: bool) -> bytes:

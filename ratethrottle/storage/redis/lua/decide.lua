@@ -1,4 +1,4 @@
---- Decides entries in order; each distinct key is read once and written at most once.
+--- Decides items in order; each distinct key is read once and written at most once.
 --- KEYS: epoch_key state_key...
 --- ARGV: request mode epoch rule_count run_count lease_count rule... run... lease...
 --- joint_ARGV: request mode epoch rule_count run_count lease_count part_count rule... run... lease... part...
@@ -15,24 +15,24 @@
 --- answer_c: granted cur prev since_us
 --- answer_f: granted cur since_us
 --- answer_d: granted cur since_us
---- generation_pair: entry_number generation
+--- generation_pair: item_number generation
 --- unreadable: -2
 --- unsure: -3
 --- deferred: -4
 --- skipped: -5
---- limits: keys=128 rules=128 entries=128
--- A run is an entry of `count` equal checks for each of `key_count` consecutive keys; a key's index counts state keys from 1. The
+--- limits: keys=128 rules=128 items=128
+-- A run is an item of `count` equal checks for each of `key_count` consecutive keys; a key's index counts state keys from 1. The
 -- caller gives no key twice, or the last write would undo the others: to look for that takes as long as to read the rules. An answer
--- has no retry_us where all were granted, and to a lease one number more: ahead, the units taken ahead. Of entries whose state was
--- reset, by number of the answer from 1, the reply tells when. The answer of an entry whose state can't be read is `unreadable` alone;
+-- has no retry_us where all were granted, and to a lease one number more: ahead, the units taken ahead. Of items whose state was
+-- reset, by number of the answer from 1, the reply tells when. The answer of an item whose state can't be read is `unreadable` alone;
 -- nothing is written there, and the others are decided as ever. It is `unsure` alone where somebody may still tell of something that was
--- used before the epoch; nothing is granted then. So that a call doesn't hold the server for more than about a millisecond, entries that
+-- used before the epoch; nothing is granted then. So that a call doesn't hold the server for more than about a millisecond, items that
 -- aren't simple are `deferred` once many were decided: nothing is done for them, and they have to be asked anew. In another epoch than the
 -- one expected the reply is just -1 for the server's time, and nothing was read or done.
 -- The modes check_joint and peek_joint have parts too, decided last. A part that isn't `joined` to the one before begins a joint check,
 -- of which there are `count` equal ones. A part that isn't an `alternative` to the one before begins a set, whose parts pay in order. A
 -- joint check is granted if each of its sets is; otherwise nothing of it is charged. A `flagged` part is a set that never vetoes. If all
--- of `count` are granted, a part answers as an entry would, with `took` for `granted`; one that wasn't needed answers `skipped`. Otherwise,
+-- of `count` are granted, a part answers as an item would, with `took` for `granted`; one that wasn't needed answers `skipped`. Otherwise,
 -- and in a peek, it answers what one more check would hear. It has retry_us only if nothing is granted. If a part can't be decided,
 -- nothing of its joint check is charged, and the other parts answer `skipped`.
 -- Parts that `charge` or `refund` stand among themselves. They count units that nobody was asked for, up to a debt of one capacity, with a
@@ -44,15 +44,15 @@
 -- Decides runs and leases. Writes nothing. By place in KEYS: `states` as text, false if there is none; `ends`, the second in which what
 -- was read ends, where that is known; `resets`, for what is to be written, how long it counts. Of some states only numbers change, to
 -- numbers[k], behind places[k] bytes; the rest and the expiry stay. Returns the reply, without generations, whether there are such states,
--- how many numbers the reply holds, how many entries were decided, the pairs of entry and generation, if any, how that is decided which
+-- how many numbers the reply holds, how many items were decided, the pairs of item and generation, if any, how that is decided which
 -- isn't simple, and about how many us that took. Raises an error if a state is damaged in a way that is only met where it is read. As it
--- is called by pcall it is given all that it needs: to have that of the script itself costs as much as to decide an entry.
+-- is called by pcall it is given all that it needs: to have that of the script itself costs as much as to decide an item.
 local function decide(states, ends, resets, numbers, places, long_way, rules, consumes, repairing, untold_us, now, request, room, key_count,
     rule_count, run_count, lease_count, at, ARGV, number, refuse, format, match, sub, find, floor, min, max, unpack)
   local EXACT_MAX, UNITS_MAX, SUM_MAX, SECOND, WORK_MAX, DEFERRED = 9007199254740991, 4000000000, 512000000000, 1000000, 700, -4
   -- Where nils from `ends`, which is empty yet, make room, a table doesn't grow, for which all that it holds is counted.
-  local reply, filled, entries, partly = {request, now, unpack(ends, 1, room)}, 2, 0, false
-  local decide_entry, work, generations, reset_count = nil, 0, nil, 0
+  local reply, filled, items, partly = {request, now, unpack(ends, 1, room)}, 2, 0, false
+  local decide_item, work, generations, reset_count = nil, 0, nil, 0
   for i = 1, run_count + lease_count do
     local key, last_key, rule, cost, count = number(ARGV[at + 1], 1, key_count), nil, nil, nil, nil
     local wanted, back, back_us
@@ -69,14 +69,14 @@ local function decide(states, ends, resets, numbers, places, long_way, rules, co
       last_key, at = last_key and key + last_key - 1, at + 5
     end
     if not (last_key and rule and cost and count) then return refuse('RATETHROTTLE a number of a run or lease is out of range') end
-    if entries + last_key - key + 1 > 128 then return refuse('RATETHROTTLE there are more than 128 entries') end
+    if items + last_key - key + 1 > 128 then return refuse('RATETHROTTLE there are more than 128 items') end
     rule = rules[rule]
     local kind, cap, alone, fresh, asked = rule.kind, rule.cap, rule.alone, rule.fresh, count * cost
     local simple, skip, window = consumes and not (wanted or repairing), #alone, rule.window
     local unit, drain, q, digits, modulus = rule.unit, rule.drain, rule.q, rule.digits, rule.modulus
 
     for k = key + 1, last_key + 1 do
-      entries = entries + 1
+      items = items + 1
       local state, done = states[k], false
       if partly and numbers[k] then
         state = sub(state, 1, places[k]) .. numbers[k] .. sub(state, places[k] + #numbers[k] + 1)
@@ -91,18 +91,18 @@ local function decide(states, ends, resets, numbers, places, long_way, rules, co
           reply[filled] = DEFERRED
         else
           local took, generation
-          decide_entry = decide_entry or long_way(states, resets, numbers, reply, repairing, untold_us, now, sub, floor, min, max)
-          filled, took, generation = decide_entry(k, state, rule, cost, count, consumes, filled, wanted, back, back_us)
+          decide_item = decide_item or long_way(states, resets, numbers, reply, repairing, untold_us, now, sub, floor, min, max)
+          filled, took, generation = decide_item(k, state, rule, cost, count, consumes, filled, wanted, back, back_us)
           work = work + took
           if generation then
             generations = generations or {nil}
-            generations[reset_count + 1], generations[reset_count + 2], reset_count = entries, generation, reset_count + 2
+            generations[reset_count + 1], generations[reset_count + 2], reset_count = items, generation, reset_count + 2
           end
         end
       end
     end
   end
-  return reply, partly, filled, entries, generations, decide_entry, work
+  return reply, partly, filled, items, generations, decide_item, work
 end
 
 -- Nothing is written before everything is decided, so a refused call leaves every key as it is.
@@ -116,7 +116,7 @@ if not consumes and mode ~= 'peek' then
   consumes, part_count, at = mode == 'check_joint', number(ARGV[7], 1, 128), 7
 end
 if not (rule_count and run_count and lease_count and part_count and run_count + lease_count + part_count >= 1) then
-  return refuse('RATETHROTTLE the counts of rules and of entries are from 1 to 128')
+  return refuse('RATETHROTTLE the counts of rules and of items are from 1 to 128')
 end
 if not (key_count >= 1 and key_count <= 128) then return refuse('RATETHROTTLE the count of keys is from 1 to 128') end
 local right = at + 8 * rule_count + 5 * (run_count + part_count) + 7 * lease_count

@@ -1,5 +1,5 @@
 -- Joint checks, whose parts are granted all or none. decide.lua includes this if a call has such, so that no other call makes these
--- functions. The parts of a joint check are charged one after the other, as entries are, and mostly that is all. If a set of them grants
+-- functions. The parts of a joint check are charged one after the other, as items are, and mostly that is all. If a set of them grants
 -- less than was asked, the states are put back. It is known then how many of the equal checks all sets grant: just these are charged.
 local parts_at = right - 5 * part_count
 
@@ -35,13 +35,13 @@ end
 
 -- Makes what only those joint checks need that aren't simple, or not granted in full, and peeks. By number of the part from 1, `kept` is
 -- what its state was, and after part_count others what `resets` and `numbers` were; `takes`, how many of the equal checks it pays for.
-local function settling(kept, takes, reply, entries, generations, decide_entry, work)
+local function settling(kept, takes, reply, items, generations, decide_item, work)
   local SKIPPED, DEFERRED, WORK_MAX = -5, -4, 700
   -- By number of the part: why it can't be decided, and when its key was reset. Of the joint check that begins with the part `current`,
   -- whether those parts have to be asked anew that aren't simple.
-  local codes, resets_at, current, busy, correct_entry = {nil}, {nil}, 0, false, nil
-  if not decide_entry then
-    decide_entry, correct_entry = long_way(states, resets, numbers, reply, repair_us > 0, untold_us, now, sub, floor, min, max)
+  local codes, resets_at, current, busy, correct_item = {nil}, {nil}, 0, false, nil
+  if not decide_item then
+    decide_item, correct_item = long_way(states, resets, numbers, reply, repair_us > 0, untold_us, now, sub, floor, min, max)
   end
 
   local function key_of(i)
@@ -62,7 +62,7 @@ local function settling(kept, takes, reply, entries, generations, decide_entry, 
       reply[place], filled = DEFERRED, place
     else
       local rule, cost = rules[ARGV[parts_at + 5 * i - 3] + 0], ARGV[parts_at + 5 * i - 2] + 0
-      filled, took, resets_at[i] = decide_entry(k, states[k], rule, cost, count, consumes, filled)
+      filled, took, resets_at[i] = decide_item(k, states[k], rule, cost, count, consumes, filled)
     end
     work = work + took
     if reply[place] < 0 then codes[i] = reply[place] end
@@ -87,11 +87,11 @@ local function settling(kept, takes, reply, entries, generations, decide_entry, 
     if busy then
       reply[place], filled = DEFERRED, place
     else
-      if not correct_entry then
-        decide_entry, correct_entry = long_way(states, resets, numbers, reply, repair_us > 0, untold_us, now, sub, floor, min, max)
+      if not correct_item then
+        decide_item, correct_item = long_way(states, resets, numbers, reply, repair_us > 0, untold_us, now, sub, floor, min, max)
       end
       local k, rule = key_of(i), rules[ARGV[at - 3] + 0]
-      filled, took, resets_at[i] = correct_entry(k, states[k], rule, ARGV[at - 2] + 0, back and count, filled)
+      filled, took, resets_at[i] = correct_item(k, states[k], rule, ARGV[at - 2] + 0, back and count, filled)
     end
     work = work + took
     if reply[place] < 0 then codes[i] = reply[place] end
@@ -161,7 +161,7 @@ local function settling(kept, takes, reply, entries, generations, decide_entry, 
   local function note(first, last)
     for i = first, last do
       local size = #generations
-      if resets_at[i] then generations[size + 1], generations[size + 2] = entries + i, resets_at[i] end
+      if resets_at[i] then generations[size + 1], generations[size + 2] = items + i, resets_at[i] end
     end
   end
 
@@ -171,7 +171,7 @@ end
 -- Decides joint checks that consume, in one pass over their parts. Returns what `decide` does, as far as it is used. Raises an error if a
 -- part is malformed. Tables have room for all parts at once: to set something behind the end of one, even nil, takes as long as to count
 -- all that it holds.
-local function decide_parts(part_count, from, settling, window_start, reply, partly, filled, entries, generations, decide_entry, work,
+local function decide_parts(part_count, from, settling, window_start, reply, partly, filled, items, generations, decide_item, work,
     states, ends, resets, numbers, places, _, rules, _, repairing, _, now, _, _, _, rule_count, _, _, _, ARGV, number, _, format, match, sub,
     find, floor, min, _, unpack)
   local EXACT_MAX, UNITS_MAX, SUM_MAX, SECOND, SKIPPED = 9007199254740991, 4000000000, 512000000000, 1000000, -5
@@ -185,7 +185,7 @@ local function decide_parts(part_count, from, settling, window_start, reply, par
       if left > 0 and not flagged then whole = false end
       if bits ~= '1' and bits ~= '5' and (together or bits ~= '9' and bits ~= '17') then
         if not (whole and fine) then
-          if not settle then decide_long, settle, _, note = settling(kept, takes, reply, entries, generations, decide_entry, work) end
+          if not settle then decide_long, settle, _, note = settling(kept, takes, reply, items, generations, decide_item, work) end
           filled, fine = settle(first, i - 1, begun, filled, fine)
         end
         if note and fine then note(first, i - 1) end
@@ -222,20 +222,20 @@ local function decide_parts(part_count, from, settling, window_start, reply, par
       if done then
         granted = reply[place + 1]
       else
-        if not settle then decide_long, settle, _, note = settling(kept, takes, reply, entries, generations, decide_entry, work) end
+        if not settle then decide_long, settle, _, note = settling(kept, takes, reply, items, generations, decide_item, work) end
         filled, granted, decided = decide_long(first, i, kind, count, filled)
         fine = fine and decided
       end
       reply[place], takes[i], left = granted, granted, left - granted
     end
   end
-  return reply, partly, filled, entries, generations
+  return reply, partly, filled, items, generations
 end
 
 -- Looks at all parts of joint checks, and charges nothing. Returns the same.
-local function look_parts(reply, partly, filled, entries, generations, decide_entry, work)
+local function look_parts(reply, partly, filled, items, generations, decide_item, work)
   local takes, first, fine, look, note, _ = {nil}, 1, nil, nil, nil, nil
-  _, _, look, note = settling({nil}, takes, reply, entries, generations, decide_entry, work)
+  _, _, look, note = settling({nil}, takes, reply, items, generations, decide_item, work)
   for i = 1, part_count do
     local following = ARGV[parts_at + 5 * (i + 1)]
     takes[i] = 0
@@ -245,19 +245,19 @@ local function look_parts(reply, partly, filled, entries, generations, decide_en
       first = i + 1
     end
   end
-  return reply, partly, filled, entries, generations
+  return reply, partly, filled, items, generations
 end
 
 -- Decides runs and leases, and then the parts.
 function attempt(...)
-  local reply, partly, filled, entries, generations, decide_entry, work = decide(...)
+  local reply, partly, filled, items, generations, decide_item, work = decide(...)
   if reply.err then return reply end
-  if entries + part_count > 128 then return refuse('RATETHROTTLE there are more than 128 entries') end
+  if items + part_count > 128 then return refuse('RATETHROTTLE there are more than 128 items') end
   generations = generations or {nil}
   if consumes then
-    return decide_parts(part_count, parts_at, settling, window_start, reply, partly, filled, entries, generations, decide_entry, work, ...)
+    return decide_parts(part_count, parts_at, settling, window_start, reply, partly, filled, items, generations, decide_item, work, ...)
   end
   local wrong = check_parts()
   if wrong then return refuse(wrong) end
-  return look_parts(reply, partly, filled, entries, generations, decide_entry, work)
+  return look_parts(reply, partly, filled, items, generations, decide_item, work)
 end

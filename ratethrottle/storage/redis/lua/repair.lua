@@ -1,24 +1,24 @@
 --- Puts back what Redis has lost: what processes know of before the epoch, and what they admitted while they could not ask.
 --- KEYS: epoch_key state_key... marker_key
---- ARGV: request mode epoch rule_count entry_count rule... entry... teller
+--- ARGV: request mode epoch rule_count item_count rule... item... teller
 --- rule: kind capacity window_us unit_ticks drain_ticks slot_us coarse_us lead_us
---- assert_entry: key_index rule_index generation a b c told_us
---- charge_entry: key_index rule_index newest_us count charge...
+--- assert_item: key_index rule_index generation a b c told_us
+--- charge_item: key_index rule_index newest_us count charge...
 --- charge: age_us units
---- teller: process_id level_us first_entry
+--- teller: process_id level_us first_item
 --- reply: request server_us applied refusal...
---- refusal: entry_number why
+--- refusal: item_number why
 --- why: out_of_range=1 unreadable=2 deferred=3
---- limits: keys=128 rules=128 entries=128 charges=128
+--- limits: keys=128 rules=128 items=128 charges=128
 -- With mode `assert` there is no marker_key. a b c: of b level 0 0, of s units leaves_us heard_us (ago), of f count since_us 0, of c cur since_us
 -- prev.
 -- told_us: the server's time, before the epoch, when that was heard; 0 if it was in an older one than the process knew. Of assertions the
--- teller comes last: which process tells, how far it has come (telling.lua), and the number of the entry to begin with. There may be
--- no entries. A call ends when it has worked for about a millisecond: that entry and all behind it are deferred, to be sent again.
+-- teller comes last: which process tells, how far it has come (telling.lua), and the number of the item to begin with. There may be
+-- no items. A call ends when it has worked for about a millisecond: that item and all behind it are deferred, to be sent again.
 -- Units of b are ticks, in two charges at most: those of age 0 are new; others, of which the newest is so old, were
 -- charged before, and may have drained too early.
 -- newest_us is the age of the newest of a key's charges: what is older than its last reset is not counted.
--- A call that charges is run once, however often it is sent: the marker tells. `applied` counts the entries that were taken in. An entry
+-- A call that charges is run once, however often it is sent: the marker tells. `applied` counts the items that were taken in. An item
 -- with a number out of range, or of a rule with one, is refused alone, and so is one whose state can't be read, which stays as it is.
 -- In another epoch than the one expected, the reply is just -1 for the server's time, and nothing was done.
 
@@ -276,10 +276,10 @@ end
 local KEYS, ARGV, refuse = KEYS, ARGV, redis.error_reply
 local request, mode, charges = ARGV[1], ARGV[2], ARGV[2] == 'charge'
 local key_count = #KEYS - (charges and 2 or 1)
-local rule_count, entry_count = number(ARGV[4], 1, 128), number(ARGV[5], charges and 1 or 0, 128)
+local rule_count, item_count = number(ARGV[4], 1, 128), number(ARGV[5], charges and 1 or 0, 128)
 if not request or request == '' then return refuse('RATETHROTTLE no request id') end
 if mode ~= 'assert' and not charges then return refuse('RATETHROTTLE mode is assert or charge') end
-if not (rule_count and entry_count) then return refuse('RATETHROTTLE the counts of rules and of entries are from 1 to 128') end
+if not (rule_count and item_count) then return refuse('RATETHROTTLE the counts of rules and of items are from 1 to 128') end
 if not (key_count >= (charges and 1 or 0) and key_count <= 128) then return refuse('RATETHROTTLE the count of keys is from 1 to 128') end
 local seen = {}
 for k = 1, #KEYS do
@@ -295,38 +295,38 @@ local function key_and_rule(from)
   return key and rule and key + 1, rule
 end
 
--- What an entry asserts; false if a number of it is out of range. Read only when its turn has come.
+-- What an item asserts; false if a number of it is out of range. Read only when its turn has come.
 local first_row = at
 local function assertion(i)
   local from = first_row + 7 * (i - 1)
   local key, rule = key_and_rule(from)
   if not key then return false end
   local kind = rule.kind
-  local entry = {key = key, rule = rule, generation = number(ARGV[from + 3], 0, EXACT_MAX),
+  local item = {key = key, rule = rule, generation = number(ARGV[from + 3], 0, EXACT_MAX),
     a = number(ARGV[from + 4], kind == 'b' and -EXACT_MAX or 0, kind == 'b' and EXACT_MAX or UNITS_MAX),
     b = number(ARGV[from + 5], kind == 's' and 1 or kind ~= 'b' and -rule.window or 0, kind == 'b' and 0 or EXACT_MAX),
     c = number(ARGV[from + 6], 0, kind == 'c' and UNITS_MAX or kind == 's' and EXACT_MAX or 0), told = number(ARGV[from + 7], 0, EXACT_MAX)}
-  return entry.generation and entry.a and entry.b and entry.c and entry.told and entry
+  return item.generation and item.a and item.b and item.c and item.told and item
 end
 
 local charged, teller, level, first = {}, nil, nil, 1
 if charges then
-  for i = 1, entry_count do
+  for i = 1, item_count do
     local key, rule = key_and_rule(at)
     local kind, newest, count = rule and rule.kind, number(ARGV[at + 3], 0, EXACT_MAX), number(ARGV[at + 4], 1, 128)
     if not count then return refuse('RATETHROTTLE a count of charges is out of range') end
-    local entry, fits = {key = key, rule = rule, newest = newest}, key and newest and (kind ~= 'b' or count <= 2)
+    local item, fits = {key = key, rule = rule, newest = newest}, key and newest and (kind ~= 'b' or count <= 2)
     at = at + 4
     for j = 1, count do
       local age, units = number(ARGV[at + 1], 0, EXACT_MAX), number(ARGV[at + 2], 1, kind == 'b' and TICKS or UNITS_MAX)
-      fits, entry[j], at = fits and age and units and true, {age, units}, at + 2
+      fits, item[j], at = fits and age and units and true, {age, units}, at + 2
     end
     -- The oldest comes first, so that they are merged as they are.
-    if fits then table.sort(entry, function(one, other) return one[1] > other[1] end) end
-    charged[i] = fits and entry
+    if fits then table.sort(item, function(one, other) return one[1] > other[1] end) end
+    charged[i] = fits and item
   end
 else
-  at = at + 7 * entry_count + 3
+  at = at + 7 * item_count + 3
   teller, level, first = ARGV[at - 2], number(ARGV[at - 1], 0, EXACT_MAX), number(ARGV[at], 1, 128)
   if not (teller and teller ~= '' and level and first) then return refuse('RATETHROTTLE nobody tells') end
 end
@@ -339,14 +339,14 @@ if not entered then return refuse('RATETHROTTLE the epoch is malformed') end
 local marker = charges and KEYS[key_count + 2]
 if charges and states[key_count + 2] or not charges and repair_us == 0 then return {request, now, 0} end
 
--- Returns the state with an entry taken in, how long it must be kept, and how many entries its sliding windows have; false if there is nothing to take in; nothing if the state
--- can't be read. Raises an error if it is damaged.
-local function taken_in(entry)
-  local rule, state = entry.rule, states[entry.key] or '1;'
-  if not charges and entry.told > 0 and entry.generation == 0 then
+-- Returns the state with an item taken in, how long it must be kept, and how many entries its sliding windows have; false if there is
+-- nothing to take in; nothing if the state can't be read. Raises an error if it is damaged.
+local function taken_in(item)
+  local rule, state = item.rule, states[item.key] or '1;'
+  if not charges and item.told > 0 and item.generation == 0 then
     -- A process that heard of it later has told all of this, and more.
     local name, told, after = match(state, '^1e([0-9]+),[0-9]+,[0-9]+,([0-9]+)[^;]*;()')
-    if name == epoch and told + 0 > entry.told and sub(state, after, after + #rule.name - 1) == rule.name then return false end
+    if name == epoch and told + 0 > item.told and sub(state, after, after + #rule.name - 1) == rule.name then return false end
   end
   local head, own, other = read(state, rule)
   if not head then return nil end
@@ -354,22 +354,22 @@ local function taken_in(entry)
   local h = read_header(head, own, other)
   if not h then return nil end
   h.all = h.since and bases_of(h) or {}
-  if charges and h.generation > 0 and now - entry.newest <= h.generation then
+  if charges and h.generation > 0 and now - item.newest <= h.generation then
     return false
   elseif charges then
-    local counted = rule.kind == 'b' and charge_bucket(own, h, rule, entry) or charge(own, h, entry)
-    if other and counted > 0 then charge(other, h, rule.kind == 'b' and {{0, counted}} or entry) end
+    local counted = rule.kind == 'b' and charge_bucket(own, h, rule, item) or charge(own, h, item)
+    if other and counted > 0 then charge(other, h, rule.kind == 'b' and {{0, counted}} or item) end
     h.granted = min(h.granted + counted, UNITS_MAX)
-  elseif entry.generation < h.generation then
+  elseif item.generation < h.generation then
     return false
   else
-    if entry.generation > h.generation then
+    if item.generation > h.generation then
       forget(own, h)
       if other then forget(other, h) end
-      h.generation, h.keep = entry.generation, max(h.keep, reach(own), other and reach(other) or 0)
+      h.generation, h.keep = item.generation, max(h.keep, reach(own), other and reach(other) or 0)
     end
-    join(rule, own, other, h, entry.a, entry.b, entry.c)
-    h.told = max(h.told, entry.told)
+    join(rule, own, other, h, item.a, item.b, item.c)
+    h.told = max(h.told, item.told)
   end
   h.bases = print_bases(h)
   local reset, text = print_state(print_header(h), own, other)
@@ -378,27 +378,27 @@ end
 
 -- Of work, one is a key told of which nothing is stored.
 local applied, keeps, work, refusals = 0, {}, 0, {}
-local function refuse_entry(i, why)
+local function refuse_item(i, why)
   refusals[#refusals + 1], refusals[#refusals + 2] = i, why
 end
-for i = first, entry_count do
+for i = first, item_count do
   if work >= WORK_MAX and not charges then
-    refuse_entry(i, 3)
+    refuse_item(i, 3)
     break
   end
-  local entry
-  if charges then entry = charged[i] else entry = assertion(i) end
-  if entry then
+  local item
+  if charges then item = charged[i] else item = assertion(i) end
+  if item then
     -- A state that can't be read stays as it is: the other keys have to be repaired all the same.
-    local fine, text, keep_us, held = pcall(taken_in, entry)
+    local fine, text, keep_us, held = pcall(taken_in, item)
     work = work + 1 + (fine and held and max(0, held - 4) or 0) / 6
     if not fine or text == nil then
-      refuse_entry(i, 2)
+      refuse_item(i, 2)
     elseif text then
-      applied, states[entry.key], keeps[entry.key] = applied + 1, text, keep_us
+      applied, states[item.key], keeps[item.key] = applied + 1, text, keep_us
     end
   else
-    refuse_entry(i, 1)
+    refuse_item(i, 1)
   end
 end
 

@@ -1,7 +1,7 @@
--- The long way to decide an entry, for decide.lua: any state and any entry, step by step as docs/arithmetic.md has it. The loader puts it
--- in front of that. simple.lua is its twin for most entries. What this makes, few calls need.
+-- The long way to decide an item, for decide.lua: any state and any item, step by step as docs/arithmetic.md has it. The loader puts it
+-- in front of that. simple.lua is its twin for most items. What this makes, few calls need.
 
--- Makes what only such entries need, for one reading of a call's states. Returns `decide_entry` and `correct_entry`.
+-- Makes what only such items need, for one reading of a call's states. Returns `decide_item` and `correct_item`.
 local function long_way(states, resets, numbers, reply, repairing, untold_us, now, sub, floor, min, max)
   local TICKS, UNITS_MAX, PLAIN, UNREADABLE, UNSURE = 4503599627370496, 4000000000, '1;', -2, -3
   local read, roll, push, read_header, print_header, print_state, units_of, at_of, place_of, set_units = views()
@@ -178,8 +178,8 @@ local function long_way(states, resets, numbers, reply, repairing, untold_us, no
 
   -- Charges the key at k for units that nobody was asked for, up to a debt of one capacity; or, if it is known when they were granted,
   -- gives them back. Answers as of one check, which is granted unless the key is in debt, and says how long that lasts. Returns what
-  -- decide_entry does.
-  local function correct_entry(k, state, rule, units, granted_us, filled)
+  -- decide_item does.
+  local function correct_item(k, state, rule, units, granted_us, filled)
     local head, own, other, changed, derived, pushed, h = open(state, rule)
     if not head then
       reply[filled + 1] = own
@@ -205,7 +205,7 @@ local function long_way(states, resets, numbers, reply, repairing, untold_us, no
   -- Decides `count` checks of the key at k, whose state is given, and charges for them if it `consumes`. Of a lease, `wanted` is how many
   -- units it would take ahead (nil: it is none), and `back` how many of those of back_us it gives back. Puts the answer behind `filled`
   -- numbers of the reply. Returns how many there are then, about how many us this took, and when the key was reset, if it was.
-  local function decide_entry(k, state, rule, cost, count, consumes, filled, wanted, back, back_us)
+  local function decide_item(k, state, rule, cost, count, consumes, filled, wanted, back, back_us)
     local head, own, other, changed, derived, pushed, h = open(state, rule)
     if not head then
       reply[filled + 1] = own
@@ -238,5 +238,5 @@ local function long_way(states, resets, numbers, reply, repairing, untold_us, no
     return filled, work + more, h and h.generation > 0 and h.generation
   end
 
-  return decide_entry, correct_entry
+  return decide_item, correct_item
 end
