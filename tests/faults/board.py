@@ -10,7 +10,7 @@ from fractions import Fraction
 
 import pytest
 
-from tests.faults.fleet import DEADLINE_S, RULES, Fleet
+from tests.faults.fleet import DEADLINE_S, Fleet
 from tests.faults.judge import (
     GRACE_US,
     GROWTH_FILES,
@@ -112,7 +112,7 @@ class Run:
             verdict.expect(not silent, f"nothing was decided at the end in {silent}")
         if over_limit != float("inf"):
             verdict.limits.append(f"over {over_limit:g}")
-        verdict.over = max(verdict.over or 0.0, over(RULES, counted, share, local=policy == "local"))
+        verdict.over = max(verdict.over or 0.0, over(fleet.rules, counted, share, local=policy == "local"))
         verdict.expect(verdict.over <= over_limit, f"{verdict.over:g} units over")
         verdict.admitted.update(call.kind for call in calls if call.allowed)
         if policy == "deny":

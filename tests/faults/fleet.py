@@ -10,26 +10,19 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ratethrottle import RateThrottleRule
 from tests.faults.records import Log, monotonic_us, read_log
+from tests.faults.uses import ALL_RULES, RULES
 from tests.faults.worker import Work, run_worker
 from tests.kit.forked import CONTEXT
 
 PROCESSES = 4
 DEADLINE_S = 0.25
-LIMIT, WINDOW_S = 100, 10
-RULES = (
-    RateThrottleRule("bucket", LIMIT, WINDOW_S, strategy="token_bucket"),
-    RateThrottleRule("window", LIMIT, WINDOW_S, strategy="sliding_window"),
-    RateThrottleRule("wide", 10**9, timedelta(days=365), strategy="fixed_window"),
-)
 START_S, END_S = 60.0, 20.0  # for a process to come up or go on a busy machine
 
 
@@ -58,16 +51,24 @@ class Member:
 class Fleet:
     """Processes with 50 tasks each, from `start` to `end`. Afterwards `logs`, `members` and `faults` say what happened.
 
-    url: where they find Redis, or one URL for each. options: for `create_limiter`.
+    url: where they find Redis, or one URL for each. everything: they do all that a user can. options: for `create_limiter`.
     """
 
     def __init__(
-        self, url: str | list[str], *, processes: int = PROCESSES, tasks: int = 50, every_s: float = 0.05, **options: Any
+        self,
+        url: str | list[str],
+        *,
+        processes: int = PROCESSES,
+        tasks: int = 50,
+        every_s: float = 0.05,
+        everything: bool = False,
+        **options: Any,
     ) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="rt-"))
         self.urls = [url] * processes if isinstance(url, str) else url
         self.options: Mapping[str, Any] = {"deadline": DEADLINE_S, "expected_processes": processes, **options}
-        self.tasks, self.every_s = tasks, every_s
+        self.tasks, self.every_s, self.everything = tasks, every_s, everything
+        self.rules = ALL_RULES if everything else RULES
         self.members: list[Member] = []
         self.faults: list[tuple[int, int]] = []
         self.logs: list[Log] = []
@@ -77,7 +78,15 @@ class Fleet:
         """Start one more process, and let it go to work."""
         number = len(self.members)
         work = Work(
-            number, url, RULES, self.directory / f"{number}.log", dict(self.options), self.tasks, self.every_s, len(self.urls)
+            number,
+            url,
+            self.rules,
+            self.directory / f"{number}.log",
+            dict(self.options),
+            self.tasks,
+            self.every_s,
+            len(self.urls),
+            everything=self.everything,
         )
         ours, theirs = CONTEXT.Pipe()
         process = CONTEXT.Process(target=run_worker, args=(work, theirs), daemon=True)

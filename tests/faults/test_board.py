@@ -20,14 +20,14 @@ from ratethrottle import RateThrottleRule, create_limiter
 from ratethrottle.testing.intervals import PromiseBrokenError, check_bracketed
 from tests.faults import board, judge
 from tests.faults.board import Row, Run, rows
-from tests.faults.fleet import RULES, Fleet
+from tests.faults.fleet import Fleet
 from tests.faults.proxy import Proxy
 from tests.faults.records import KINDS, LATE, RECORD, Call, Log, monotonic_us, read_log
 from tests.faults.rows import load
+from tests.faults.uses import BUCKET, RULES, WIDE, WINDOW
 from tests.faults.worker import SECRET, Noise, Work, Worker
 from tests.kit.servers import RedisServer
 
-BUCKET, WINDOW, WIDE = range(3)
 S = 1_000_000
 LAST = {"files": 11, "events": [], "statistics": {"breaker": "closed", "owed": 0}}
 CLEAN = {"files": 10, "tasks": 3}
@@ -58,7 +58,7 @@ def fleet(logs: list[Log], *, faults: tuple[tuple[int, int], ...] = ((3 * S, 4 *
     )
     return SimpleNamespace(
         logs=logs, members=[member] * len(logs), living=[member], urls=[""] * len(logs), faults=list(faults), began_us=0,
-        ended_us=10 * S, options={"deadline": 0.25},
+        ended_us=10 * S, options={"deadline": 0.25}, rules=RULES,
     )  # fmt: skip  # a line for each word would be a page
 
 

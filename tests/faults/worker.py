@@ -24,11 +24,11 @@ import redis.sentinel
 from ratethrottle import RateThrottleCore, RateThrottleRule, RedisStorage, create_limiter
 from ratethrottle.errors import RateThrottleError
 from tests.faults.records import CONNECTS, KINDS, LATE, RECORD, monotonic_us
+from tests.faults.uses import WIDE, Ask, Use, checks, everything
 
 KEYS = 32
 SECRET = "raw-k3y"  # no log, repr or exception may show it
 PASSWORD = "pa55word"  # nor this
-WIDE = 2  # the index of a rule that never denies, so that something always has to be asked
 LATE_US, BEAT_S = 2_000, 0.005
 BUSY_MS = 50.0  # of its own CPU, harness included: more at a stretch isn't forgiven as lag of a busy machine
 UNREADY_S = 5.0
@@ -41,7 +41,7 @@ def keys() -> list[str]:
 
 @dataclass(frozen=True)
 class Work:
-    """What one process does. every_s: how often each task checks, on average."""
+    """What one process does. every_s: how often each task asks, on average. everything: it does all that a user can."""
 
     number: int
     url: str
@@ -52,6 +52,7 @@ class Work:
     every_s: float = 0.05
     processes: int = 4
     seed: int = 1
+    everything: bool = False
 
 
 class Noise:
@@ -124,30 +125,31 @@ class Worker:
         return RateThrottleCore(RedisStorage(client, **self.work.options), rules=self.work.rules)
 
     async def client(self, limiter: RateThrottleCore) -> None:
-        """One task. Of four checks one is under the rule that never denies, and one under both of the others at once."""
-        rules = [rule.name for rule in self.work.rules]
-        turn = self.random.randrange(4)
+        """One task."""
+        use: Use = everything if self.work.everything else checks
+        ask = Ask(limiter, self.keys, self.random, self.random.randrange(100))
         while not self.ended:
             await asyncio.sleep(self.random.uniform(0, 2 * self.work.every_s))
             await self.running.wait()
-            turn += 1
-            rule = WIDE if turn % 4 == 0 else self.random.randrange(WIDE)
-            key = self.random.choices(range(KEYS), cum_weights=self.weights)[0]
-            named: Any = tuple(rules[:WIDE]) if turn % 4 == 2 else rules[rule]
-            allowed, paid, before_us = False, [rule], monotonic_us()
+            ask.turn += 1
+            key, other = self.random.choices(range(KEYS), cum_weights=self.weights, k=2)
+            before_us = monotonic_us()
             try:
-                decision = await limiter.check(self.keys[key], named)
-                kind, allowed = decision.source, decision.allowed
-                paid = [rules.index(part.rule) for part in decision.parts if allowed] or [rules.index(decision.rule)]
+                async with use(ask, key, other) as decision:
+                    # Here and not behind it, for what is reserved is settled there.
+                    for limit in ask.charged(decision):
+                        self.write_call(decision.source, before_us, limit, allowed=decision.allowed)
             except RateThrottleError as error:
-                kind = type(error).__name__
                 self.noise.tell(f"{error!r} {error} {error.__cause__!r}")
+                self.write_call(type(error).__name__, before_us, ask.limits[0])
             except Exception as error:  # noqa: BLE001  # an error that isn't ours is what this looks for
-                kind = "other error"
-                self.noise.noise.append(f"check raised {error!r}")
-            known, after_us = KINDS.index(kind if kind in KINDS else "other error"), monotonic_us()
-            for one in paid:
-                self.write(known, before_us, after_us, allowed=allowed, rule=one, key=key)
+                self.noise.noise.append(f"a use raised {error!r}")
+                self.write_call("other error", before_us, ask.limits[0])
+
+    def write_call(self, kind: str, before_us: int, limit: tuple[int, int], *, allowed: bool = False) -> None:
+        rule, key = limit
+        known = KINDS.index(kind if kind in KINDS else "other error")
+        self.write(known, before_us, monotonic_us(), allowed=allowed, rule=rule, key=key)
 
     async def watch_loop(self) -> None:
         """Write down when a timer was late by more than 2 ms: what a call took beyond that is not the loop's fault."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-MODULES = ("server", "network", "slow", "wire", "refusals", "state", "sentinel", "callers", "crowds", "requests")
+MODULES = ("server", "network", "slow", "wire", "refusals", "state", "sentinel", "callers", "crowds", "requests", "everything")
 
 
 def load() -> None:

@@ -8,9 +8,10 @@ from collections import Counter
 
 from ratethrottle import create_limiter
 from tests.faults.board import Run, row
-from tests.faults.fleet import RULES, Fleet
+from tests.faults.fleet import Fleet
 from tests.faults.judge import between, errors
-from tests.faults.worker import PASSWORD, WIDE, keys
+from tests.faults.uses import RULES, WIDE
+from tests.faults.worker import PASSWORD, keys
 from tests.kit.servers import RedisServer
 
 
@@ -158,10 +159,14 @@ def worker_killed(run: Run) -> None:
         run.judge(fleet, bites=False, heals_s=None)
         felt = [call for call in between(fleet.logs, fleet.began_us, fleet.ended_us) if call.kind == "outage"]
         run.expect(not felt, f"{len(felt)} others were affected")
-        with server.client() as client:
-            kept = (b":epoch", b":epoch:written", b":epoch:cleared", b":layout")  # what a prefix is in, no key's state
-            forever = [key for key in client.scan_iter("*", count=1000) if client.ttl(key) == -1 and not key.endswith(kept)]
-        run.expect(not forever, f"keys without an expiry: {forever[:3]}")
+        run.expect(not (kept := forever(server)), f"keys without an expiry: {kept[:3]}")
+
+
+def forever(server: RedisServer) -> list[bytes]:
+    """The keys that never expire, but for those that say what a prefix is in."""
+    kept = (b":epoch", b":epoch:written", b":epoch:cleared", b":layout")
+    with server.client() as client:
+        return [key for key in client.scan_iter("*", count=1000) if client.ttl(key) == -1 and not key.endswith(kept)]
 
 
 @row()
