@@ -12,7 +12,7 @@ from ratethrottle.errors import ConfigurationError, StorageError, shown
 from ratethrottle.storage import Timers
 from ratethrottle.storage.redis.greeting import Reached, ask
 from ratethrottle.storage.redis.race import Pace, Progress
-from ratethrottle.storage.redis.scripts import NAMES, SHEBANG, script
+from ratethrottle.storage.redis.scripts import LATER, NAMES, SHEBANG, script
 from ratethrottle.storage.redis.settings import close
 from ratethrottle.storage.redis.storage import RedisStorage
 from ratethrottle.storage.redis.topology import Master
@@ -49,7 +49,7 @@ def steered(name: str) -> str:
 @cache
 def steered_texts(shebang: bool) -> dict[str, tuple[bytes, bytes]]:
     """Name -> (sha, text) of all scripts."""
-    texts = {name: (SHEBANG if shebang else b"") + steered(name).encode() for name in NAMES}
+    texts = {name: (SHEBANG if shebang else b"") + steered(name).encode() for name in (*NAMES, *LATER)}
     return {name: (sha1(text, usedforsecurity=False).hexdigest().encode(), text) for name, text in texts.items()}
 
 

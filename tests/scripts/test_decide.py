@@ -58,7 +58,7 @@ def test_the_header_names_what_python_sends_and_reads() -> None:
     assert beat["reply"] == ("request", *numbers, "slot", "whole_us")
 
 
-@pytest.mark.parametrize("name", ["decide", "reset", "repair", "beat", "clear"])
+@pytest.mark.parametrize("name", ["decide", "reset", "repair", "beat", "clear", "slots"])
 def test_scripts_are_ascii_and_use_only_what_every_redis_has(name: str) -> None:
     text = script(name).text.decode("ascii")
     code = "\n".join(line.partition("--")[0] for line in text.splitlines())

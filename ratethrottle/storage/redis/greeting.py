@@ -20,7 +20,7 @@ from redis.asyncio.connection import AbstractConnection
 from ratethrottle.errors import StorageUnavailable
 from ratethrottle.storage.redis.aside import Shared
 from ratethrottle.storage.redis.race import Progress
-from ratethrottle.storage.redis.scripts import NAMES, SHEBANG, script
+from ratethrottle.storage.redis.scripts import LATER, NAMES, SHEBANG, script
 from ratethrottle.storage.redis.wire import Receiver, Wire, is_fake, take_over
 from ratethrottle.storage.redis.words import without
 
@@ -52,7 +52,7 @@ class Reached:
 
     @property
     def scripts(self) -> dict[str, tuple[bytes, bytes]]:
-        """Name -> (sha, text)."""
+        """Name -> (sha, text), also of those that are loaded later."""
         return texts(self.shebang)
 
     def take_over(self, receiver: Receiver) -> Wire:
@@ -63,7 +63,7 @@ class Reached:
 @functools.cache
 def texts(shebang: bool) -> dict[str, tuple[bytes, bytes]]:
     """Name -> (sha, text) of all scripts."""
-    return {name: (script(name).sha(shebang), script(name).body(shebang)) for name in NAMES}
+    return {name: (script(name).sha(shebang), script(name).body(shebang)) for name in (*NAMES, *LATER)}
 
 
 async def ask(

@@ -15,6 +15,7 @@ INCLUDED = re.compile(r"^ *-- include (\w+)\.lua$", re.MULTILINE)
 CALLED = re.compile(rb"""\bp?call\(\s*(?:call,\s*)?['"](\w+)""")
 SHEBANG = b"#!lua\n"
 NAMES = ("beat", "decide", "repair", "reset")
+LATER = ("slots",)  # not loaded by a new connection, but with the first call that needs it
 INCLUDED_PARTS = ("dated", "joint", "simple")  # stand where a script says so
 PARTS = ("state", "telling", "item", *INCLUDED_PARTS)  # the others stand in front of scripts
 SHARED = {"beat": ("telling",), "clear": (), "decide": ("state", "item"), "repair": ("state", "telling")}
@@ -73,10 +74,10 @@ def _missing(name: str) -> str:
 @cache
 def commands() -> frozenset[str]:
     """Name the commands that the scripts run. Raises ConfigurationError as `script` does."""
-    return frozenset(command.decode() for name in NAMES for command in CALLED.findall(script(name).text))
+    return frozenset(command.decode() for name in (*NAMES, *LATER) for command in CALLED.findall(script(name).text))
 
 
 def check_installed() -> None:
     """Read all scripts. Raises ConfigurationError if one of them isn't there."""
-    for name in (*NAMES, "clear"):
+    for name in (*NAMES, *LATER, "clear"):
         script(name)
