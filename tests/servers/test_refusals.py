@@ -27,7 +27,7 @@ from ratethrottle.events import Event
 from ratethrottle.storage.redis import replies
 from ratethrottle.storage.redis.failures import failure
 from ratethrottle.storage.redis.replies import Repeated, meaning
-from ratethrottle.storage.redis.scripts import commands, script
+from ratethrottle.storage.redis.scripts import NAMES, commands, script
 from ratethrottle.storage.redis.words import SAID_MAX, masked, one_line, system_words
 from tests.kit.recovery import served, until
 from tests.kit.servers import RedisServer
@@ -159,7 +159,7 @@ async def test_no_command_of_a_script_can_be_missing_now_and_then() -> None:
                 await asyncio.sleep(0.05)
         return seen
 
-    names = sorted(commands())
+    names = sorted(commands(NAMES))
     with RedisServer() as server, server.client() as client:
         for name in names:
             rights = [*EVERYTHING.replace("ratethrottle", name).split(), f"-{name.lower()}"]

@@ -72,9 +72,9 @@ def _missing(name: str) -> str:
 
 
 @cache
-def commands() -> frozenset[str]:
-    """Name the commands that the scripts run. Raises ConfigurationError as `script` does."""
-    return frozenset(command.decode() for name in (*NAMES, *LATER) for command in CALLED.findall(script(name).text))
+def commands(names: tuple[str, ...] = (*NAMES, *LATER)) -> frozenset[str]:
+    """Name the commands that these scripts run. Raises ConfigurationError as `script` does."""
+    return frozenset(command.decode() for name in names for command in CALLED.findall(script(name).text))
 
 
 def check_installed() -> None:
