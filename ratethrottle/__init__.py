@@ -18,12 +18,13 @@ from ratethrottle.errors import (
     StorageUnavailable,
 )
 from ratethrottle.limiter import RateThrottleCore, Request, create_limiter
-from ratethrottle.rule import FirstOf, RateThrottleRule
+from ratethrottle.rule import ConcurrencyRule, FirstOf, RateThrottleRule
 from ratethrottle.storage import Outcomes, Statistics
 from ratethrottle.storage.memory import InMemoryStorage
 from ratethrottle.storage.redis import RedisStorage
 
 __all__ = [
+    "ConcurrencyRule",
     "ConfigurationError",
     "CostExceedsLimit",
     "Decision",

@@ -19,7 +19,7 @@ from ratethrottle._engine.arithmetic cimport Outcome
 from ratethrottle._engine.bound cimport Bound, bound_verdict, DENIED, LEASED, OPEN, STALE
 from ratethrottle._engine.decision cimport (
     count_decision, Decision, decision_blank, decisions_counted, Entry, entry_new, LEASE, MEMORY, outcome_uncounted, PREFILTER,
-    rule_named, Source, units_of,
+    Source, units_of,
 )
 from ratethrottle._engine.definitions cimport ALLOW, CompiledRule, OF_STORAGE
 from ratethrottle._engine.joint cimport Joint, Several
@@ -399,7 +399,7 @@ cdef class Limiter:
         return decisions_counted(self._several.counted(), outcomes)
 
     cdef CompiledRule which(self, object name):
-        return self.only if name is None and self.only is not None else rule_named(self._rules, name)
+        return self.only if name is None and self.only is not None else self._several.named(name)
 
     def _entry(self, key, rule=None, cost=1, int64_t least=1):
         """Validate a call; `least` is the lowest cost. Raises InvalidRequest, CostExceedsLimit or LimiterClosed."""

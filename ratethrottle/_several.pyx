@@ -31,7 +31,7 @@ from collections.abc import Mapping
 from operator import index as whole_number
 
 from ratethrottle.errors import InvalidRequest, shown
-from ratethrottle.rule import FirstOf, RateThrottleRule
+from ratethrottle.rule import ConcurrencyRule, FirstOf, RateThrottleRule
 
 
 cdef extern from "Python.h":
@@ -43,6 +43,11 @@ cdef enum:
     KNOWN_MOST = 1024                        # what was named, before all of it is forgotten; and likewise names of rules of callers
 
 FORMS = ("the name (str) of a rule, a RateThrottleRule, a tuple or list of them, a mapping of them to their costs, or FirstOf(...)")
+
+
+def no_check_by(name):
+    """What to do with a rule that a check can't be by."""
+    return f"rule {name!r} is a ConcurrencyRule, whose slots are held for as long as a block runs: use limiter.slot(key, {name!r})"
 
 
 @cython.final
@@ -70,6 +75,7 @@ cdef class SeveralRules(Several):
     cdef object last_named                   # the one before
     cdef object last_meant
     cdef dict own                            # name -> a rule of the caller's own, which has the tally of that name
+    cdef public dict held                    # name -> ConcurrencyRule of the limiter: no rules for a check
     cdef readonly bint uncounted             # whether nothing is counted under one of them
     cdef JointDecision spare                 # the last one made: used again if nobody has kept it
     # The key (a str) and the plan of the check before, and where they belong: the same key isn't hashed twice in a row.
@@ -86,6 +92,7 @@ cdef class SeveralRules(Several):
         self.known_by_id = {}
         self.owners = []
         self.own = {}
+        self.held = {}
 
     # What a call names:
 
@@ -103,6 +110,13 @@ cdef class SeveralRules(Several):
         self.last_named = self.last_meant = None
         self.last_plan = None
         return 0
+
+    cdef CompiledRule named(self, object name):
+        if isinstance(name, str) and name in self.held:
+            raise InvalidRequest(no_check_by(name))
+        if name is None and self.held and not self.rules:
+            raise InvalidRequest(no_check_by(next(iter(self.held))))
+        return rule_named(self.rules, name)
 
     cdef object find(self, object named):
         cdef PyObject* found
@@ -127,6 +141,8 @@ cdef class SeveralRules(Several):
             plan = self.plan_of((<Timed>named).rules)
             plan.timed = True
             return plan
+        if isinstance(named, ConcurrencyRule):
+            raise InvalidRequest(no_check_by(named.name))
         if not isinstance(named, (tuple, FirstOf, RateThrottleRule)):
             if isinstance(named, Mapping):
                 return self.priced(dict(named))
@@ -152,7 +168,7 @@ cdef class SeveralRules(Several):
 
     cdef Joint plan_of(self, object named):
         """A plan of its own of what is named, be it a single rule."""
-        found = rule_named(self.rules, named) if named is None or isinstance(named, str) else self.find(named)
+        found = self.named(named) if named is None or isinstance(named, str) else self.find(named)
         return (<Joint>found).twin() if isinstance(found, Joint) else joint_new([found], 0)
 
     cdef CompiledRule adopted(self, object rule):
@@ -173,8 +189,8 @@ cdef class SeveralRules(Several):
     cdef CompiledRule rule_of(self, object named):
         """The rule that one element of several names."""
         if isinstance(named, str):
-            return rule_named(self.rules, named)
-        if isinstance(named, RateThrottleRule):
+            return self.named(named)
+        if isinstance(named, (RateThrottleRule, ConcurrencyRule)):
             return self.find(named)
         raise InvalidRequest(f"one of several rules is a {type(named).__name__}; each is the name (str) of a rule, a RateThrottleRule, "
                              "or FirstOf(...)")
@@ -237,7 +253,7 @@ cdef class SeveralRules(Several):
 
         A Joint that isn't `counted` is none for a storage: `decide_here` decides it.
         """
-        named = rule_named(self.rules, rule) if rule is None or isinstance(rule, str) else self.find(rule)
+        named = self.named(rule) if rule is None or isinstance(rule, str) else self.find(rule)
         if not isinstance(named, Joint):
             return entry_new(<CompiledRule>named, key, cost, least)
         return for_storage(keyed(self.costing_from(<Joint>named, cost, least), key))
@@ -258,7 +274,7 @@ cdef class SeveralRules(Several):
         cdef uint32_t alternatives = 0
         cdef int p
         for key, rule, cost in requests:
-            named = rule_named(self.rules, rule) if rule is None or isinstance(rule, str) else self.find(rule)
+            named = self.named(rule) if rule is None or isinstance(rule, str) else self.find(rule)
             if not isinstance(named, Joint):
                 named = joint_new([named], 0)
             part = keyed(self.costing_from(<Joint>named, cost, 1), key)

@@ -13,7 +13,7 @@
         └── StorageProtocolError
             └── StateUnreadable
 
-Being denied is a value, not an error, but for `acquire`, `limit` and `reserve`. No message holds a password or a key.
+Being denied is a value, not an error, but for `acquire`, `limit`, `reserve` and `slot`. No message holds a password or a key.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class CostExceedsLimit(InvalidRequest):
 
 
 class RateLimitExceeded(RateThrottleError):
-    """`acquire`, `limit` or `reserve` could not grant a request in time. `.decision` says for how long it is denied."""
+    """`acquire`, `limit`, `reserve` or `slot` could not grant a request in time. `.decision` says for how long it is denied."""
 
     def __init__(self, decision: Decision) -> None:
         """Word it from the decision, which stays available as `.decision`."""
@@ -118,6 +118,8 @@ class RateLimitExceeded(RateThrottleError):
         denied = self.decision
         if denied.retry_after == float("inf"):
             when = "it can never be allowed: raise the limit, or ask for less"
+        elif denied.retry_after == 0:
+            when = "nobody knows when a slot is given back: retry later, or wait for it with a timeout"
         elif denied.source in ("outage", "overload"):
             when = f"the storage didn't answer in time: retry in {denied.retry_after:.6g} s"
         else:

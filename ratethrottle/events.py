@@ -221,6 +221,26 @@ class UnsettledReservation(Event):
         return f"a reservation made at {self.place} was never settled, and its estimate stays counted; call settle(used) in its block"
 
 
+@dataclass(frozen=True, slots=True)
+class SlotLost(Event):
+    """This process was too slow to renew slots that it holds, or somebody has reset them. `slot.lost` is set. rule: the rule's name.
+
+    slots: how many of one key.
+    """
+
+    kind: ClassVar[str] = "slot_lost"
+    rule: str
+    slots: int
+
+    @property
+    def message(self) -> str:
+        """What happened and what to look at, in one line."""
+        return (
+            f"{self.slots} slots of rule {self.rule!r} are lost: they were not renewed in time, and others may hold them now; is the "
+            "event loop blocked, or Redis away?"
+        )
+
+
 Callback = Callable[[Event], object]
 
 

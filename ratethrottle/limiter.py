@@ -21,15 +21,17 @@ from ratethrottle._several import SeveralRules
 from ratethrottle.errors import ConfigurationError, InvalidRequest, LimiterClosed, few, listed, more, shown
 from ratethrottle.events import Callback
 from ratethrottle.options import OPTIONS
-from ratethrottle.rule import Costs, RateThrottleRule, Rules
+from ratethrottle.rule import ConcurrencyRule, Costs, RateThrottleRule, Rules
 from ratethrottle.storage import Outcomes, Statistics, Storage
 from ratethrottle.storage.memory import InMemoryStorage
 from ratethrottle.storage.redis import RedisStorage
 from ratethrottle.waiting.guard import Guard, KeyOfCall
 from ratethrottle.waiting.lines import Lines
 from ratethrottle.waiting.reservations import OnError, Reservation, Reservations
+from ratethrottle.waiting.slots import Slot, Slots
 
 Key = str | tuple[str | int, ...]
+AnyRule = RateThrottleRule | ConcurrencyRule
 
 STORAGES: Final = ("memory", "redis")
 
@@ -57,11 +59,9 @@ class RateThrottleCore(Patchable, Limiter):
     """
 
     # Without an instance dict the interpreter finds `check` without looking there first; see `Patchable`.
-    __slots__ = ("__weakref__", "_by_name", "_by_several", "_lines", "_require_storage", "_reservations")
+    __slots__ = ("__weakref__", "_by_name", "_by_several", "_lines", "_require_storage", "_reservations", "_slots")
 
-    def __init__(
-        self, storage: Storage | None = None, *, rules: Iterable[RateThrottleRule] = (), require_storage: bool = False
-    ) -> None:
+    def __init__(self, storage: Storage | None = None, *, rules: Iterable[AnyRule] = (), require_storage: bool = False) -> None:
         if storage is None:
             storage = InMemoryStorage()
         elif isinstance(storage, type) or not hasattr(storage, "decide"):
@@ -74,33 +74,42 @@ class RateThrottleCore(Patchable, Limiter):
         self._several = self._by_several = SeveralRules(self._rules, storage)
         self._require_storage = require_storage
         self._reservations = Reservations()
-        self._by_name: dict[str, RateThrottleRule] = {}
+        self._slots = Slots()
+        self._by_several.held = self._slots.rules
+        self._by_name: dict[str, AnyRule] = {}
         self._lines = Lines()
-        if isinstance(rules, (RateThrottleRule, str)) or not isinstance(rules, Iterable):
+        if isinstance(rules, (RateThrottleRule, ConcurrencyRule, str)) or not isinstance(rules, Iterable):
             raise ConfigurationError(f"rules is a {type(rules).__name__}; it is an iterable of rules, such as [rule]")
         for rule in rules:
             self.add_rule(rule)
 
     @property
-    def rules(self) -> Mapping[str, RateThrottleRule]:
+    def rules(self) -> Mapping[str, AnyRule]:
         """The rules by name; a live view that can't be written to."""
         return MappingProxyType(self._by_name)
 
-    def add_rule(self, rule: RateThrottleRule, *, replace: bool = False) -> None:
+    def add_rule(self, rule: AnyRule, *, replace: bool = False) -> None:
         """Take a rule up from the next check on. Adding an equal rule again does nothing.
 
         replace: let it take the place of another rule of its name; what was used is carried over.
         Raises ConfigurationError if another rule of this name is there and `replace` is not given.
         """
-        if not isinstance(rule, RateThrottleRule):
-            raise ConfigurationError(f"add_rule takes a RateThrottleRule, not a {type(rule).__name__}{_rule_advice(rule)}")
+        if not isinstance(rule, (RateThrottleRule, ConcurrencyRule)):
+            raise ConfigurationError(
+                f"add_rule takes a RateThrottleRule or a ConcurrencyRule, not a {type(rule).__name__}{_rule_advice(rule)}"
+            )
         known = self._by_name.get(rule.name)
         if known == rule:
             return
         if known is not None and not replace:
             raise ConfigurationError(f"there is another rule {rule.name!r} already; pass replace=True to change it")
+        if known is not None and isinstance(known, ConcurrencyRule) != isinstance(rule, ConcurrencyRule):
+            self.remove_rule(known.name)
         self._by_name[rule.name] = rule
-        self._install(rule.compiled)
+        if isinstance(rule, ConcurrencyRule):
+            self._slots.add(self, rule)
+        else:
+            self._install(rule.compiled)
 
     def remove_rule(self, name: str) -> None:
         """Drop a rule. What was used under it stays in the storage until it expires.
@@ -111,8 +120,10 @@ class RateThrottleCore(Patchable, Limiter):
             raise ConfigurationError(f"remove_rule takes the name (str) of a rule, not a {type(name).__name__}")
         if name not in self._by_name:
             raise ConfigurationError(f"there is no rule {shown(name)}; there are {listed(self._by_name, name) or 'none'}")
-        del self._by_name[name]
-        self._uninstall(name)
+        if isinstance(self._by_name.pop(name), ConcurrencyRule):
+            del self._slots.rules[name]
+        else:
+            self._uninstall(name)
 
     @overload
     async def check(self, key: Key, rule: Rules | None = None, *, cost: int = 1) -> Decision: ...
@@ -183,10 +194,16 @@ class RateThrottleCore(Patchable, Limiter):
         decision: Decision = await self._storage.peek(entry if entry.cost else entry.costing(1))
         return decision if entry.cost else entry.asked(decision)
 
-    async def reset(self, key: Key, rule: Rules | None = None) -> None:
-        """Forget what the key has used under the rule, or under each of several, one after the other. Raises what `check` raises."""
+    async def reset(self, key: Key, rule: Rules | ConcurrencyRule | None = None) -> None:
+        """Forget what the key has used under the rule, or under each of several, one after the other. Raises what `check` raises.
+
+        Of a ConcurrencyRule it takes all slots of the key from their holders: `slot.lost` is set for them.
+        """
         if self._closed:
             raise LimiterClosed
+        if isinstance(rule, ConcurrencyRule) or (isinstance(rule, str) and rule in self._slots.rules):
+            await self._slots.reset(self, key, rule)
+            return
         for entry in self._by_several.entries(key, rule):
             await self._storage.reset(entry)
 
@@ -271,6 +288,26 @@ class RateThrottleCore(Patchable, Limiter):
         """
         return Guard(self, key, rule, cost, timeout)
 
+    def slot(self, key: Key, rule: str | ConcurrencyRule | None = None, *, cost: int = 1, timeout: float | None = 0) -> Slot:
+        """Hold a slot for as long as a block runs: `async with limiter.slot(...) as slot:`.
+
+        rule: the name of a ConcurrencyRule, or one that need not have been added; None: the only one that was. cost: how many of its
+        units the slot holds. timeout: seconds to wait for it at most, from 0; None waits as long as needed, and 0 asks once.
+
+        In each event loop the callers of a key and rule are served in the order in which they came, large ones too; so are those of
+        several loops, and processes. A caller that is cancelled, or out of time, leaves the line, and holds nothing.
+
+        `slot.decision` says how many units were left. `await slot.release()` gives the slot back before the block ends. `slot.lost` is
+        an asyncio.Event: it is set when the slot isn't held any more although its block runs, since this process was too slow to
+        renew it, and others may hold it by then.
+
+        Raises `InvalidRequest` at once for a bad key, rule, cost or timeout (`CostExceedsLimit` above the rule's limit),
+        `ConfigurationError` if the storage has no slots, and `LimiterClosed` after `aclose`. In `async with` it raises
+        `RateLimitExceeded` if no slot was free in time: its decision has no `retry_after`, as nobody knows when a holder ends. It
+        raises a `StorageError` there as `check` does.
+        """
+        return self._slots.make(self, key, rule, cost, timeout)
+
     def on_event(self, callback: Callback) -> Callable[[], None]:
         """Call `callback(event)` for each of `ratethrottle.events` from now on; returns a function that ends that.
 
@@ -332,7 +369,7 @@ def create_limiter(
     storage: str = "memory",
     *,
     redis_url: str | None = None,
-    rules: Iterable[RateThrottleRule] = (),
+    rules: Iterable[AnyRule] = (),
     require_storage: bool = False,
     **options: Any,
 ) -> RateThrottleCore:

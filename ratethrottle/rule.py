@@ -1,4 +1,4 @@
-"""What is allowed: `RateThrottleRule`, and the exact integers that it compiles to (docs/arithmetic.md)."""
+"""What is allowed: rules, and the exact integers that they compile to (docs/arithmetic.md)."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ MAX_UNITS: Final = 10**9
 MIN_WINDOW_US: Final = 1_000
 MAX_WINDOW_US: Final = 366 * 86_400 * 1_000_000
 MAX_DRAIN_US: Final = 2**48
+MIN_TTL_S: Final = 1
+MAX_TTL_S: Final = 86_400
 LEASE_MIN_US: Final = 5_000
 
 STRATEGIES: Final = {
@@ -106,15 +108,7 @@ class RateThrottleRule:
     anchor: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not NAME.match(self.name):
-            raise ConfigurationError(
-                f"the name of a rule is letters, digits and any of _ . - (it becomes part of a key), not {shown(self.name)}"
-            )
-        if len(self.name) > MAX_NAME:
-            raise ConfigurationError(
-                f"the name of a rule has at most {MAX_NAME} characters (it becomes part of every key), and {shown(self.name)} has "
-                f"{len(self.name):,}"
-            )
+        _check_name(self.name)
         if not isinstance(self.strategy, str) or self.strategy not in STRATEGIES:
             near = difflib.get_close_matches(str(self.strategy), STRATEGIES, 1)
             hint = f"did you mean {near[0]!r}? " if near else ""
@@ -130,10 +124,7 @@ class RateThrottleRule:
             _check_units(self.name, "burst", self.burst)
             if self.limit == 0:
                 raise ConfigurationError(f"rule {self.name!r}: a limit of 0 denies everything, and has no burst; leave burst out")
-        if self.on_outage is not None and (not isinstance(self.on_outage, str) or self.on_outage not in ON_OUTAGE):
-            raise ConfigurationError(
-                f"rule {self.name!r}: on_outage is {shown(self.on_outage)}; it is {', '.join(ON_OUTAGE)}, or None for the storage's"
-            )
+        _check_policy(self.name, self.on_outage)
         if not isinstance(self.enforce, str) or self.enforce not in ENFORCE:
             raise ConfigurationError(f"rule {self.name!r}: enforce is {shown(self.enforce)}; it is deny, flag or off")
         calendar = self._calendar()
@@ -309,6 +300,55 @@ class RateThrottleRule:
         return rate.denominator, rate.numerator
 
 
+@dataclass(frozen=True)
+class ConcurrencyRule:
+    """Allow `limit` units to be held at once, by `limiter.slot`.
+
+    name: as that of a RateThrottleRule, and a limiter has one rule of a name. limit: units, 1 to 10^9, or 0, which denies everything.
+    A slot holds one unit, or its `cost`.
+
+    ttl: seconds (int or float), 1 to 86,400, taken to the nearest µs. On Redis the slots of a process that has died, or that can't reach
+    Redis, are free again within `ttl` + 1 s. A process renews all of its slots by one call in a third of that. In memory slots last
+    as long as they are held.
+
+    on_outage: what answers while the storage can't: "local" (this process holds its share of the limit), "allow", "deny" or "raise".
+    None: what the storage's `on_outage` says.
+
+    Raises ConfigurationError, which says what would be accepted.
+    """
+
+    name: str
+    limit: int
+    ttl: float = 30
+    on_outage: Literal["local", "allow", "deny", "raise"] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        _check_name(self.name)
+        _check_limit(self.name, self.limit)
+        _check_policy(self.name, self.on_outage)
+        object.__setattr__(self, "_ttl_us", _ttl_us(self.name, self.ttl))
+        # Of a window only because a decision tells of one; nothing is counted by it.
+        policy: Any = None if self.on_outage is None else ON_OUTAGE[ON_OUTAGE.index(self.on_outage)]
+        units = max(self.limit, 1)
+        compiled = CompiledRule(
+            str.__str__(self.name), "concurrency", "f", units, units, self.ttl_us, 0, 0, 0, 0, on_outage=policy
+        )
+        object.__setattr__(self, "_compiled", compiled if self.limit else compiled.blocking())
+
+    @property
+    def ttl_us(self) -> int:
+        """The time to live in µs."""
+        return cast(int, self.__dict__["_ttl_us"])
+
+    @property
+    def compiled(self) -> CompiledRule:
+        """What decisions are made of."""
+        return cast(CompiledRule, self.__dict__["_compiled"])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore_concurrency, (self.name, self.limit, self.ttl, self.on_outage)
+
+
 @dataclass(frozen=True, init=False, repr=False)
 class FirstOf:
     """Several rules, of which the first that would allow a check pays for it alone.
@@ -369,6 +409,24 @@ def nearest_limit(limit: int, window_us: int) -> int:
             if near <= MAX_UNITS and fitting_rate(near, window_us, near) is not None:
                 return near
     return 1
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str) or not NAME.match(name):
+        raise ConfigurationError(
+            f"the name of a rule is letters, digits and any of _ . - (it becomes part of a key), not {shown(name)}"
+        )
+    if len(name) > MAX_NAME:
+        raise ConfigurationError(
+            f"the name of a rule has at most {MAX_NAME} characters (it becomes part of every key), and {shown(name)} has {len(name):,}"
+        )
+
+
+def _check_policy(name: str, on_outage: object) -> None:
+    if on_outage is not None and (not isinstance(on_outage, str) or on_outage not in ON_OUTAGE):
+        raise ConfigurationError(
+            f"rule {name!r}: on_outage is {shown(on_outage)}; it is {', '.join(ON_OUTAGE)}, or None for the storage's"
+        )
 
 
 def _check_units(name: str, what: str, value: object) -> None:
@@ -471,6 +529,18 @@ def _window_us(name: str, window: object) -> int:
     if abs(window_us - whole_us) > 0.001 and whole_us / 1_000_000 != window:
         raise ConfigurationError(f"rule {name!r}: window is {shown(window)} s; it is a whole number of µs")
     return whole_us
+
+
+def _ttl_us(name: str, ttl: object) -> int:
+    if isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not MIN_TTL_S <= ttl <= MAX_TTL_S:
+        raise ConfigurationError(
+            f"rule {name!r}: ttl is {shown(ttl)}; it is seconds (int or float), {MIN_TTL_S} to {MAX_TTL_S:,}"
+        )
+    return round(ttl * 1_000_000)
+
+
+def _restore_concurrency(name: str, limit: int, ttl: float, on_outage: Any) -> ConcurrencyRule:
+    return ConcurrencyRule(name, limit, ttl, on_outage=on_outage)
 
 
 def _restore(name: str, limit: int, window: Any, options: dict[str, Any]) -> RateThrottleRule:

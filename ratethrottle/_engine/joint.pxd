@@ -64,6 +64,7 @@ cdef class Several:
     cdef int count_in(self, CompiledRule rule, CompiledRule before) except -1
     cdef dict counted(self)
     cdef int renew(self) except -1
+    cdef CompiledRule named(self, object name)
     cdef object find(self, object named)
     cdef Joint costing(self, Joint plan, object cost)
     cdef object decide(self, object key, Joint joint)

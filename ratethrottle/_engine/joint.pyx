@@ -232,6 +232,10 @@ cdef class Several:
         """The limiter has another rule, or one less."""
         return 0
 
+    cdef CompiledRule named(self, object name):
+        """The rule of that name; None: the only one. Raises InvalidRequest."""
+        return rule_named(self.rules, name)
+
     cdef object find(self, object named):
         """What a call names that isn't one name: a CompiledRule, or a Joint without keys. Raises InvalidRequest."""
         return rule_named(self.rules, named)

@@ -12,9 +12,12 @@ from ratethrottle._engine.corrections import correct, expect_refunds
 from ratethrottle._engine.decision import Decision, Entry
 from ratethrottle._engine.joint import Joint
 from ratethrottle._engine.keys import KeyTable
+from ratethrottle._holding import Ask, Held, Holder
 from ratethrottle.events import Events
 from ratethrottle.options import check_options
+from ratethrottle.rule import ConcurrencyRule
 from ratethrottle.storage import Statistics, Timers
+from ratethrottle.storage.held import HeldSlots
 
 YIELD_EVERY = 128
 
@@ -40,6 +43,7 @@ class InMemoryStorage:
         self._since_turn = 0
         self._clock_us = clock_us
         self.events = Events()
+        self.slots = HeldSlots()
         self.table = KeyTable(max_keys, on_full == "evict", clock_us)
 
     def __len__(self) -> int:
@@ -92,6 +96,14 @@ class InMemoryStorage:
     def settle(self, settlement: Joint) -> None:
         """Count what was used beyond a reservation, and take back what was not used of it."""
         correct(self.table, settlement)
+
+    def hold(self, holder: Holder, rule: ConcurrencyRule, ask: Ask) -> Held:
+        """Take what a holder of slots gives back, and grant what it may have."""
+        return self.slots.hold(holder, rule, ask)
+
+    async def forget_slots(self, rule: ConcurrencyRule, entry: Entry) -> None:
+        """Have nobody hold slots of a key."""
+        self.slots.forget(rule, entry)
 
     async def _let_others_run(self, decisions: int) -> None:
         """Give the loop a turn at least every 128 decisions, before anything is decided: a loop of calls must not freeze it."""

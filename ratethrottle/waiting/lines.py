@@ -394,25 +394,41 @@ class Line:
         self.plan()
 
 
+class Planned(Protocol):
+    """A line of any kind, as far as its loop needs it."""
+
+    @property
+    def name(self) -> Hashable:
+        """What it is found by."""
+
+    def on_time(self) -> None:
+        """Do what is due."""
+
+    def close(self) -> None:
+        """End with the limiter."""
+
+    def __hash__(self) -> int: ...
+
+
 class LoopLines:
-    """The lines of one event loop, and its timer."""
+    """The lines of one event loop, and its timer. Those of slots too: see `slots.py`."""
 
     def __init__(self, owner: Lines, found: Hashable, storage: Any) -> None:
         self.owner = owner
         self.found = found
         self.process = os.getpid()
         self.loop = loop_of(found, storage)
-        self.lines: dict[Hashable, Line] = {}
-        self.agenda: Agenda[Line] = Agenda()
+        self.lines: dict[Hashable, Planned] = {}
+        self.agenda: Agenda[Planned] = Agenda()
 
     def line(self, name: Hashable, limiter: Limiter, key: Key) -> Line:
         """Find or make a line."""
         found = self.lines.get(name)
         if found is None:
             found = self.lines[name] = Line(self, name, limiter, key)
-        return found
+        return cast(Line, found)
 
-    def plan(self, line: Line, at: float) -> None:
+    def plan(self, line: Planned, at: float) -> None:
         """Have a line's `on_time` called then; inf: not by time."""
         if at == inf:
             self.agenda.take(line)
@@ -420,7 +436,7 @@ class LoopLines:
             self.agenda.put(line, at)
         self.loop.set_timer(self.agenda.first(), self.on_time)
 
-    def drop(self, line: Line) -> None:
+    def drop(self, line: Planned) -> None:
         """Forget a line, and the loop with its last one."""
         if self.lines.get(line.name) is line:
             del self.lines[line.name]
@@ -452,7 +468,7 @@ class Lines:
         self._loops: dict[Hashable, LoopLines] = {}
 
     def __len__(self) -> int:
-        """Lines in which somebody waits."""
+        """Lines in which somebody waits, or holds a slot."""
         return sum(len(each.lines) for each in list(self._loops.values()))
 
     async def acquire(self, limiter: Limiter, key: Key, rule: Any, cost: int, timeout: float | None) -> Decision:
@@ -516,7 +532,7 @@ class Lines:
 
     def line_now(self, line: Line) -> Line:
         """Find the line that others stand in by now, if this one has ended since."""
-        return self._loops.get(line.of.found, line.of).lines.get(line.name, line)
+        return cast(Line, self._loops.get(line.of.found, line.of).lines.get(line.name, line))
 
     def drop(self, lines: LoopLines) -> None:
         """Forget a loop in which nobody waits."""

@@ -31,6 +31,7 @@ COMPILED = (
             "definitions",
             "decision",
             "joint",
+            "held",
             "keys",
             "corrections",
         )
@@ -51,7 +52,7 @@ COMPILED = (
 LAYERS = [
     ["ratethrottle.errors", "ratethrottle._engine"],
     ["ratethrottle._coroutine", "ratethrottle._method", "ratethrottle._core", "ratethrottle._interpreter"],
-    ["ratethrottle.rule", "ratethrottle.events", "ratethrottle.options", "ratethrottle._patching"],
+    ["ratethrottle.rule", "ratethrottle.events", "ratethrottle.options", "ratethrottle._patching", "ratethrottle._holding"],
     ["ratethrottle._several"],
     ["ratethrottle.storage._shared"],
     ["ratethrottle.storage"],

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, 
 from typing import Any, Literal, Protocol, assert_type
 
 from ratethrottle import (
+    ConcurrencyRule,
     Decision,
     FirstOf,
     InMemoryStorage,
@@ -32,7 +33,7 @@ async def calls(limiter: RateThrottleCore) -> None:
     assert_type(await asyncio.create_task(limiter.check("key")), Decision)
     assert_type(await asyncio.wait_for(limiter.check("key"), 1), Decision)
     assert_type(await asyncio.gather(limiter.check("a"), limiter.check("b")), tuple[Decision, Decision])
-    assert_type(limiter.rules, Mapping[str, RateThrottleRule])
+    assert_type(limiter.rules, Mapping[str, RateThrottleRule | ConcurrencyRule])
     async with limiter as opened:
         assert_type(opened, RateThrottleCore)
 
@@ -53,6 +54,20 @@ async def reservations(limiter: RateThrottleCore) -> None:
         reservation.settle({"tokens": 5})
     await limiter.charge("key", {"requests": 1}, cost=2)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
     limiter.reserve("key", on_error="ignore")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+async def slots(limiter: RateThrottleCore) -> None:
+    """What is held."""
+    rule = ConcurrencyRule("exports", limit=5, ttl=1.5, on_outage="deny")
+    limiter.add_rule(rule)
+    RateThrottleCore(rules=[rule, RateThrottleRule("api", 1, 1)])
+    async with limiter.slot(("org", 3), "exports", cost=2, timeout=1.5) as slot:
+        assert_type(slot.decision, Decision)
+        assert_type(slot.lost, asyncio.Event)
+        assert_type(await slot.release(), None)
+    async with limiter.slot("key", rule, timeout=None):
+        assert_type(await limiter.reset("key", rule), None)
+    limiter.slot("key", RateThrottleRule("api", 1, 1))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
 async def several(limiter: RateThrottleCore, names: list[str], costs: dict[str, int]) -> None:

@@ -43,6 +43,7 @@ ONE_OF_EACH = [
     events.Refused("Redis refused the user or the password"),
     events.UnreadableState("rule"),
     events.UnsettledReservation("app.py:42"),
+    events.SlotLost("exports", 3),
 ]
 
 
@@ -190,7 +191,7 @@ def test_each_one_goes_to_the_log_at_its_level(told: Told, caplog: pytest.LogCap
     assert [record.getMessage() for record in caplog.records] == [event.message for event in ONE_OF_EACH]
     assert {record.name for record in caplog.records} == {"ratethrottle"}
     levels = [record.levelname for record in caplog.records]
-    assert levels == ["WARNING", "INFO", *["WARNING"] * 6, "ERROR", "ERROR", "WARNING"]
+    assert levels == ["WARNING", "INFO", *["WARNING"] * 6, "ERROR", "ERROR", "WARNING", "WARNING"]
 
 
 def test_nothing_is_printed_unasked() -> None:

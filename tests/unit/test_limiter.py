@@ -376,12 +376,12 @@ SECRET = "redis://:hunter2@127.0.0.1:1/0"
         (lambda: create_limiter(rules=5), "rules is a int"),  # type: ignore[arg-type]  # likewise
         (
             lambda: create_limiter(rules=["10/s"]),
-            r'takes a RateThrottleRule, not a str; write RateThrottleRule\.parse\("name", "10/s"\)$',
+            r'takes a RateThrottleRule or a ConcurrencyRule, not a str; write RateThrottleRule\.parse\("name", "10/s"\)$',
         ),  # type: ignore[list-item]  # likewise
         (lambda: create_limiter(rules="10/s"), r"rules is a str; it is an iterable of rules, such as \[rule\]"),  # type: ignore[arg-type]  # likewise
         (lambda: create_limiter(rules=[RateThrottleRule.parse_many("api", "1/s;9/m")]), "not a tuple; add its rules one by one$"),  # type: ignore[list-item]  # likewise
         (lambda: RateThrottleCore().add_rule([RULE]), "not a list; add its rules one by one$"),  # type: ignore[arg-type]  # likewise
-        (lambda: RateThrottleCore().add_rule(RateThrottleRule), "takes a RateThrottleRule, not a type$"),  # type: ignore[arg-type]  # likewise
+        (lambda: RateThrottleCore().add_rule(RateThrottleRule), "takes a RateThrottleRule or a ConcurrencyRule, not a type$"),  # type: ignore[arg-type]  # likewise
         (lambda: create_limiter(rules=[RULE, RateThrottleRule("api", 4, 60)]), "replace=True"),
         (lambda: create_limiter(max_keys="5"), "max_keys is '5'; it is a whole number from 1 to 1,000,000,000"),
         (lambda: create_limiter(max_keys=True), "max_keys is True"),

@@ -1,0 +1,143 @@
+"""Slots of this process: who holds how many units of a key, and who waits for some."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+from ratethrottle._engine.decision import Entry
+from ratethrottle._holding import Ask, Held, Holder
+from ratethrottle.rule import ConcurrencyRule
+
+Key = tuple[str, bytes]  # name of the rule, canonical key
+
+
+class KeySlots:
+    """The slots of one key."""
+
+    __slots__ = ("forgotten", "total", "units", "waiting")
+
+    def __init__(self) -> None:
+        self.units: dict[Holder, int] = {}
+        self.total = 0
+        self.waiting: dict[Holder, tuple[int, int]] = {}  # cost and limit, in the order in which they have come
+        self.forgotten: set[Holder] = set()  # they don't know yet that they hold nothing any more
+
+    def __bool__(self) -> bool:
+        return bool(self.units or self.waiting or self.forgotten)
+
+    def set_units(self, holder: Holder, units: int) -> None:
+        """Note what a holder holds."""
+        self.total += units - self.units.pop(holder, 0)
+        if units:
+            self.units[holder] = units
+
+    def remove(self, holder: Holder) -> None:
+        """Forget all about a holder."""
+        self.set_units(holder, 0)
+        self.waiting.pop(holder, None)
+        self.forgotten.discard(holder)
+
+    def sweep(self) -> None:
+        """Forget the holders whose event loop is closed."""
+        for holder in [*self.units, *self.waiting, *self.forgotten]:
+            if holder.gone:
+                self.remove(holder)
+
+    def first(self) -> Holder | None:
+        """Find the one that has waited for longest."""
+        return next(iter(self.waiting), None)
+
+    def answer(self, holder: Holder, limit: int, ask: Ask) -> Held:
+        """Take what a holder gives back, and grant what it may have."""
+        lost = holder in self.forgotten
+        self.forgotten.discard(holder)
+        self.set_units(holder, 0 if lost else ask.held)
+        if ask.wanted:
+            self.waiting[holder] = (ask.cost, limit)  # it keeps its place, if it has one
+            if self.first() is not holder or self.total + ask.cost > limit:
+                self.sweep()
+        else:
+            self.waiting.pop(holder, None)
+        granted = 0
+        if ask.wanted and self.first() is holder:
+            granted = max(0, min(ask.wanted, (limit - self.total) // ask.cost))
+            if len(self.waiting) > 1:
+                granted = min(granted, 1)  # others are next, one by one
+        if granted:
+            self.set_units(holder, self.units.get(holder, 0) + granted * ask.cost)
+            del self.waiting[holder]
+            if granted < ask.wanted:
+                self.waiting[holder] = (ask.cost, limit)
+        return Held(granted, max(0, limit - self.total), lost=lost)
+
+    def next_served(self) -> Holder | None:
+        """Find the first that waits, if there is room for it."""
+        first = self.first()
+        if first is not None:
+            cost, limit = self.waiting[first]
+            return first if self.total + cost <= limit else None
+        return None
+
+
+class HeldSlots:
+    """The slots of one storage, for any number of limiters, event loops and threads. What nobody holds or waits for isn't there."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._keys: dict[Key, KeySlots] = {}
+        self._process = os.getpid()
+
+    def __len__(self) -> int:
+        """Keys of which somebody holds slots, or waits for some."""
+        return len(self._keys)
+
+    def hold(self, holder: Holder, rule: ConcurrencyRule, ask: Ask) -> Held:
+        """Answer an ask, and wake the holder that comes next. Holders are served in the order in which they began to wait."""
+        name = (rule.name, holder.entry.canonical)
+        with self._lock:
+            if self._process != os.getpid():  # the other process holds them
+                self._process = os.getpid()
+                self._keys.clear()
+            slots = self._keys.setdefault(name, KeySlots())
+            answer = slots.answer(holder, rule.limit, ask)
+            woken = self._settled(name)
+        self._wake(name, woken)
+        return answer
+
+    def forget(self, rule: ConcurrencyRule, entry: Entry) -> None:
+        """Have nobody hold anything of a key. Each holder finds out when it asks, which it does at once."""
+        name = (rule.name, entry.canonical)
+        with self._lock:
+            slots = self._keys.get(name)
+            if slots is None:
+                return
+            holders = list(slots.units)
+            for holder in holders:
+                slots.set_units(holder, 0)
+                slots.forgotten.add(holder)
+            holders += filter(None, [self._settled(name)])
+        for holder in holders:
+            self._wake(name, holder)
+
+    def _wake(self, name: Key, holder: Holder | None) -> None:
+        """Wake a holder, or the next one if its loop has ended."""
+        while holder is not None:
+            try:
+                holder.wake()
+            except RuntimeError:
+                with self._lock:
+                    slots = self._keys.get(name)
+                    if slots is None:
+                        return
+                    slots.remove(holder)
+                    holder = self._settled(name)
+            else:
+                return
+
+    def _settled(self, name: Key) -> Holder | None:
+        """Forget a key of which nobody holds anything, and find the holder that can be served next."""
+        slots = self._keys[name]
+        if not slots:
+            del self._keys[name]
+        return slots.next_served()
