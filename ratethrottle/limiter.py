@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType, TracebackType
 from typing import Any, Final, Self, overload
@@ -21,7 +21,7 @@ from ratethrottle._several import SeveralRules
 from ratethrottle.errors import ConfigurationError, InvalidRequest, LimiterClosed, few, listed, more, shown
 from ratethrottle.events import Callback
 from ratethrottle.options import OPTIONS
-from ratethrottle.rule import ConcurrencyRule, Costs, RateThrottleRule, Rules
+from ratethrottle.rule import ConcurrencyRule, Costs, OneRule, RateThrottleRule, Rules
 from ratethrottle.storage import Outcomes, Statistics, Storage
 from ratethrottle.storage.memory import InMemoryStorage
 from ratethrottle.storage.redis import RedisStorage
@@ -32,6 +32,7 @@ from ratethrottle.waiting.slots import Slot, Slots
 
 Key = str | tuple[str | int, ...]
 AnyRule = RateThrottleRule | ConcurrencyRule
+SlotRules = str | ConcurrencyRule | Sequence[OneRule | ConcurrencyRule]
 
 STORAGES: Final = ("memory", "redis")
 
@@ -288,7 +289,11 @@ class RateThrottleCore(Patchable, Limiter):
         """
         return Guard(self, key, rule, cost, timeout)
 
-    def slot(self, key: Key, rule: str | ConcurrencyRule | None = None, *, cost: int = 1, timeout: float | None = 0) -> Slot:
+    @overload
+    def slot(self, key: Key, rule: SlotRules | None = None, *, cost: int = 1, timeout: float | None = 0) -> Slot: ...
+    @overload
+    def slot(self, key: Key, rule: Costs, *, timeout: float | None = 0) -> Slot: ...
+    def slot(self, key: Key, rule: SlotRules | Costs | None = None, *, cost: int = 1, timeout: float | None = 0) -> Slot:
         """Hold a slot for as long as a block runs: `async with limiter.slot(...) as slot:`.
 
         rule: the name of a ConcurrencyRule, or one that need not have been added; None: the only one that was. cost: how many of its
@@ -297,14 +302,17 @@ class RateThrottleCore(Patchable, Limiter):
         In each event loop the callers of a key and rule are served in the order in which they came, large ones too; so are those of
         several loops, and processes. A caller that is cancelled, or out of time, leaves the line, and holds nothing.
 
+        With other rules beside it, as a tuple or list, or a mapping of each to its own cost, the slot is taken first. Then the others
+        are checked, or waited for within the timeout. If they deny, the slot is given back, and nothing of them is consumed.
+
         `slot.decision` says how many units were left. `await slot.release()` gives the slot back before the block ends. `slot.lost` is
         an asyncio.Event: it is set when the slot isn't held any more although its block runs, since this process was too slow to
         renew it, and others may hold it by then.
 
         Raises `InvalidRequest` at once for a bad key, rule, cost or timeout (`CostExceedsLimit` above the rule's limit),
         `ConfigurationError` if the storage has no slots, and `LimiterClosed` after `aclose`. In `async with` it raises
-        `RateLimitExceeded` if no slot was free in time: its decision has no `retry_after`, as nobody knows when a holder ends. It
-        raises a `StorageError` there as `check` does.
+        `RateLimitExceeded` if no slot was free in time: its decision has no `retry_after`, as nobody knows when a holder ends. If it
+        was another rule that denied, it is the decision of that one. It raises a `StorageError` there as `check` does.
         """
         return self._slots.make(self, key, rule, cost, timeout)
 

@@ -30,10 +30,29 @@ cdef SlotDecision of_slot(Decision plain):
     return decision
 
 
+def held_with(SlotDecision slot not None, Decision rates not None):
+    """The decision on a slot that was granted together with other limits."""
+    cdef SlotDecision decision = of_slot(slot)
+    decision.others = rates.parts or (rates,)
+    return decision
+
+
 @cython.final
 @cython.no_gc
 cdef class SlotDecision(Decision):
     """Whether a slot was granted. `retry_after` of a denial is 0.0, which is no time: nobody knows when a holder ends."""
+
+    cdef tuple others                        # decisions on the limits that were checked after it
+
+    @property
+    def parts(self):
+        """The decision on the slot, and one for each other limit, in order; empty if there is no other one."""
+        return () if self.others is None else (of_slot(self), *self.others)
+
+    @property
+    def atomic(self):
+        """Whether all parts were decided at one instant: the slot is taken before other limits are checked."""
+        return self.others is None
 
     @property
     def retry_after_exact(self):
@@ -42,19 +61,36 @@ cdef class SlotDecision(Decision):
 
     def headers(self):
         """HTTP fields of this decision, by draft-ietf-httpapi-ratelimit-headers-11: a new dict of str to str. They name no time."""
-        return {
+        cdef dict fields = {
             "RateLimit-Policy": f'"{self.compiled.name}";q={self.compiled.limit};qu="concurrent-requests"',
             "RateLimit": f'"{self.compiled.name}";r={self.out.remaining}',
         }
+        for part in self.others or ():
+            own = part.headers()
+            for name in fields:
+                fields[name] += f", {own[name]}"
+        return fields
+
+    def __eq__(self, other):
+        if not isinstance(other, Decision):
+            return NotImplemented
+        return (isinstance(other, SlotDecision) and decision_facts(self) == decision_facts(<Decision>other)
+                and self.others == (<SlotDecision>other).others)
+
+    def __hash__(self):
+        return hash((decision_facts(self), self.others))
 
     def __reduce__(self):
-        return _restore_slot, (_restore_decision(*decision_facts(self)),)
+        return _restore_slot, (_restore_decision(*decision_facts(self)), self.others)
 
     def __repr__(self):
+        parts = f" parts={len(self.parts)}" if self.others else ""
         return f"<SlotDecision {'allowed' if self.allowed else 'denied'} rule={self.rule!r} cost={self.cost} " \
-               f"remaining={self.remaining} limit={self.limit} source={self.source!r}>"
+               f"remaining={self.remaining} limit={self.limit} source={self.source!r}{parts}>"
 
 
-def _restore_slot(Decision plain not None):
+def _restore_slot(Decision plain not None, tuple others):
     """Make a decision on a slot from its facts (pickle)."""
-    return of_slot(plain)
+    cdef SlotDecision decision = of_slot(plain)
+    decision.others = others
+    return decision

@@ -106,7 +106,7 @@ class Process(InMemoryStorage):
 
 
 class Log:
-    """Who is in a block, as an observer outside sees it."""
+    """The blocks that run, as an observer outside sees them."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit

@@ -67,7 +67,11 @@ async def slots(limiter: RateThrottleCore) -> None:
         assert_type(await slot.release(), None)
     async with limiter.slot("key", rule, timeout=None):
         assert_type(await limiter.reset("key", rule), None)
-    limiter.slot("key", RateThrottleRule("api", 1, 1))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    async with limiter.slot("key", (rule, "per_minute", FirstOf("a", "b")), cost=2) as slot:
+        assert_type(slot.decision.parts, tuple[Decision, ...])
+    limiter.slot("key", {rule: 2, "per_minute": 1}, timeout=1)
+    limiter.slot("key", {rule: 2}, cost=1)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
+    limiter.slot("key", RateThrottleRule("api", 1, 1))  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 async def several(limiter: RateThrottleCore, names: list[str], costs: dict[str, int]) -> None:

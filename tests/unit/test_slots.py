@@ -35,7 +35,8 @@ from ratethrottle._engine.decision import Entry
 from ratethrottle._holding import Ask, Held, Holder
 from ratethrottle.testing import ManualClock
 from ratethrottle.waiting import slots
-from ratethrottle.waiting.slots import RETRY_LEAST_S, Claim, Slot, SlotLine
+from ratethrottle.waiting.holders import RETRY_LEAST_S, Claim, SlotLine
+from ratethrottle.waiting.slots import Slot
 from tests.kit.timeless import run, settled, timeless
 
 RULE = ConcurrencyRule("exports", 3)
@@ -689,6 +690,117 @@ def test_the_end_of_a_limiter_ends_waits_and_gives_slots_back() -> None:
         assert left_behind(core) == left_behind(other) == NOTHING
 
     run(main)
+
+
+# Slots together with other limits
+
+PER_MINUTE = RateThrottleRule("per_minute", 5, 60)
+
+
+def test_a_slot_may_be_taken_together_with_other_limits() -> None:
+    async def main() -> None:
+        core = limiter(RULE, PER_MINUTE)
+        async with core.slot("key", ("exports", "per_minute"), cost=2) as slot:
+            decision = slot.decision
+            assert [(part.rule, part.cost, part.remaining) for part in decision.parts] == [
+                ("exports", 2, 1),
+                ("per_minute", 2, 3),
+            ]
+            assert (decision.rule, decision.remaining, decision.atomic) == ("exports", 1, False)
+            assert decision.headers() == {
+                "RateLimit-Policy": '"exports";q=3;qu="concurrent-requests", "per_minute";q=5;w=60',
+                "RateLimit": '"exports";r=1, "per_minute";r=3;t=60',
+            }
+            again = pickle.loads(pickle.dumps(decision))
+            assert (again, hash(again), again.parts) == (decision, hash(decision), decision.parts)
+            assert repr(decision).endswith("source='memory' parts=2>")
+            assert decision != decision.parts[0]
+            with pytest.raises(RateLimitExceeded) as raised:
+                await core.slot("key", ["per_minute", RULE], cost=2).__aenter__()
+            assert raised.value.decision.rule == "exports"
+            assert (await core.peek("key")).remaining == 3  # nothing of the others was consumed
+        other = RateThrottleRule("other", 4, 60)
+        async with core.slot("key", {RULE: 3, "per_minute": 1, other: 4}) as slot:
+            assert [(part.rule, part.cost) for part in slot.decision.parts] == [("exports", 3), ("per_minute", 1), ("other", 4)]
+        async with core.slot("key", (FirstOf(other, "per_minute"), "exports")) as slot:
+            assert [part.rule for part in slot.decision.parts] == ["exports", "per_minute"]
+        async with core.slot("key", ["exports"]) as slot:
+            assert slot.decision.parts == ()
+
+    run(main)
+
+
+def test_a_slot_is_given_back_if_another_limit_denies() -> None:
+    async def main() -> None:
+        core = limiter(ONE, PER_MINUTE)
+        assert await core.check("key", cost=5)
+        with pytest.raises(RateLimitExceeded) as raised:
+            await core.slot("key", ("exports", "per_minute")).__aenter__()
+        assert (raised.value.decision.rule, raised.value.decision.retry_after) == ("per_minute", 60)
+        assert left_behind(core) == NOTHING
+        with pytest.raises(RateLimitExceeded):
+            await core.slot("key", ("exports", "per_minute"), timeout=30).__aenter__()  # it can't be met: no wait
+        waits = start(hold(core.slot("key", ("exports", "per_minute"), timeout=61)))
+        others = start(hold(core.slot("key", timeout=None)))
+        await settled()
+        assert not waits.done()
+        waits.cancel()
+        await settled()
+        assert core._storage.slots._keys[("exports", b"=key")].total == 1  # the other one's
+        others.cancel()
+        await asyncio.wait([waits, others])
+        assert left_behind(core) == NOTHING
+
+        async with core.slot("key", ("exports", "per_minute"), timeout=None) as slot:
+            assert slot.decision.parts[1].remaining == 4
+        assert left_behind(core) == NOTHING
+
+    run(main)
+
+
+def test_the_timeout_is_for_the_slot_and_the_other_limits_together() -> None:
+    async def main() -> None:
+        core = limiter(ONE, RateThrottleRule("api", 1, 10, strategy="token_bucket"))
+        until = asyncio.Event()
+        holder = start(hold(core.slot("key", ("exports", "api")), until))
+        waits = start(hold(core.slot("key", ("exports", "api"), timeout=9)))
+        late = start(hold(core.slot("key", ("exports", "api"), timeout=11)))
+        await asyncio.sleep(5)
+        began_s = timeless().time()
+        until.set()
+        await settled()
+        assert isinstance(waits.exception(), RateLimitExceeded)
+        await asyncio.sleep(6)
+        late.cancel()
+        await asyncio.wait([late, holder])
+        assert timeless().time() - began_s == pytest.approx(6)
+        assert (await core.peek("key")).remaining == 0  # it was consumed, and kept
+        assert left_behind(core) == NOTHING
+
+    run(main)
+
+
+def test_what_cannot_be_taken_together_is_refused_at_once() -> None:
+    core = RateThrottleCore(rules=[RULE, ConcurrencyRule("imports", 2), PER_MINUTE])
+    calls: list[tuple[Any, int, str]] = [
+        ((), 1, "a slot is of one ConcurrencyRule, and this names none; limiter.limit"),
+        (("per_minute",), 1, "names none"),
+        (("exports", "imports"), 1, "a slot is of one ConcurrencyRule, and this names 2"),
+        (("exports", RULE), 1, "names 2"),
+        (("exports", "other"), 1, "the limiter has no such rule"),
+        (("exports", 7), 1, "one of several rules is a int"),
+        (("exports", FirstOf("per_minute", "imports")), 1, "rule 'imports' is a ConcurrencyRule"),
+        (("exports", "per_minute"), 4, "rule 'exports' has a capacity of 3"),
+        ({"exports": 1, "per_minute": 6}, 1, "rule 'per_minute' has a capacity of 5"),
+        ({"exports": 0, "per_minute": 1}, 1, "the cost is below 1"),
+        ({"exports": 1, "per_minute": 1}, 2, "cost is given beside a mapping"),
+        (FirstOf("per_minute", "other"), 1, "rule is a FirstOf; slots take"),
+        ({"exports", "per_minute"}, 1, "rule is a set; slots take"),
+    ]
+    for rule, cost, says in calls:
+        with pytest.raises(InvalidRequest, match=says):
+            core.slot("key", rule, cost=cost)
+    assert len(core._storage.slots) == 0
 
 
 # Several loops, threads and processes
