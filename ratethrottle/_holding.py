@@ -13,12 +13,14 @@ class Ask(NamedTuple):
     """What a holder keeps, and what it would like. It is absolute, so that it may be asked again after a lost or late reply.
 
     held: units that it keeps from now on, in all; what it held beyond that is given back. wanted: how many more slots it would like,
-    from 0, of `cost` units each. A holder that wants some stands in the storage's queue until it has them, or wants none.
+    from 0, of `cost` units each. waits: whether somebody goes on waiting if not all of them are granted. Then the holder stands in the
+    storage's queue until it has them, or wants none.
     """
 
     held: int
     cost: int = 1
     wanted: int = 0
+    waits: bool = True
 
 
 class Held(NamedTuple):

@@ -10,6 +10,7 @@ from ratethrottle._holding import Ask, Held, Holder
 from ratethrottle.rule import ConcurrencyRule
 
 Key = tuple[str, bytes]  # name of the rule, canonical key
+SWEEP_LEAST = 1_024
 
 
 class KeySlots:
@@ -53,22 +54,21 @@ class KeySlots:
         lost = holder in self.forgotten
         self.forgotten.discard(holder)
         self.set_units(holder, 0 if lost else ask.held)
+        granted = 0
         if ask.wanted:
             self.waiting[holder] = (ask.cost, limit)  # it keeps its place, if it has one
-            if self.first() is not holder or self.total + ask.cost > limit:
+            if self.forgotten or self.first() is not holder or self.total + ask.cost > limit:
                 self.sweep()
-        else:
-            self.waiting.pop(holder, None)
-        granted = 0
-        if ask.wanted and self.first() is holder:
-            granted = max(0, min(ask.wanted, (limit - self.total) // ask.cost))
-            if len(self.waiting) > 1:
-                granted = min(granted, 1)  # others are next, one by one
+            if self.first() is holder:
+                granted = max(0, min(ask.wanted, (limit - self.total) // ask.cost))
+                if len(self.waiting) > 1:
+                    granted = min(granted, 1)  # others are next, one by one
         if granted:
             self.set_units(holder, self.units.get(holder, 0) + granted * ask.cost)
-            del self.waiting[holder]
-            if granted < ask.wanted:
-                self.waiting[holder] = (ask.cost, limit)
+        if granted or not (ask.wanted and ask.waits):
+            self.waiting.pop(holder, None)
+        if granted < ask.wanted and ask.waits:
+            self.waiting[holder] = (ask.cost, limit)  # behind all others, if it was granted something
         return Held(granted, max(0, limit - self.total), lost=lost)
 
     def next_served(self) -> Holder | None:
@@ -86,6 +86,7 @@ class HeldSlots:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._keys: dict[Key, KeySlots] = {}
+        self._sweep_at = SWEEP_LEAST
         self._process = os.getpid()
 
     def __len__(self) -> int:
@@ -99,7 +100,10 @@ class HeldSlots:
             if self._process != os.getpid():  # the other process holds them
                 self._process = os.getpid()
                 self._keys.clear()
-            slots = self._keys.setdefault(name, KeySlots())
+            slots = self._keys.get(name)
+            if slots is None:
+                self._sweep()
+                slots = self._keys[name] = KeySlots()
             answer = slots.answer(holder, rule.limit, ask)
             woken = self._settled(name)
         self._wake(name, woken)
@@ -119,6 +123,15 @@ class HeldSlots:
             holders += filter(None, [self._settled(name)])
         for holder in holders:
             self._wake(name, holder)
+
+    def _sweep(self) -> None:
+        """Forget what event loops left that are closed, each time that there are twice as many keys."""
+        if len(self._keys) >= self._sweep_at:
+            for name, slots in list(self._keys.items()):
+                slots.sweep()
+                if not slots:
+                    del self._keys[name]
+            self._sweep_at = max(SWEEP_LEAST, 2 * len(self._keys))
 
     def _wake(self, name: Key, holder: Holder | None) -> None:
         """Wake a holder, or the next one if its loop has ended."""

@@ -247,7 +247,9 @@ class SlotLine:
                     break
                 claim.ask = self.asks
                 wanted += 1
-        ask = Ask(self.used, first.cost if first is not None else 1, wanted)
+        # For those that ask once it doesn't stand in the queue: others would wait for nobody.
+        waits = wanted == 0 or len(self.once) < len(self.waiting)
+        ask = Ask(self.used, first.cost if first is not None else 1, wanted, waits)
         losses, self.at, self.queued = self.losses, inf, True
         try:
             answer = self.storage.hold(self, self.rule, ask)
@@ -287,20 +289,21 @@ class SlotLine:
         self.last = answer
         self.answers += 1
         self.stored = (0 if answer.lost else ask.held) + answer.granted * ask.cost
-        self.queued = answer.granted < ask.wanted
+        short = answer.granted < ask.wanted
+        self.queued = short and ask.waits
         left = answer.granted
         while left and (first := self.first()) is not None and first.ask == self.asks:
             left -= 1
             self.held[first] = None
             self.used += first.cost
             self.give(first, held_decision(first.entry, answer.source, True, answer.free + left * ask.cost))
-        self.settle(answer)
+        self.settle(answer, short)
 
-    def settle(self, answer: Held) -> None:
+    def settle(self, answer: Held, short: bool) -> None:
         """Wait for as long as an answer says, if it doesn't grant what the first claim wants."""
         first = self.first()
         # Those that this was asked for may all have left meanwhile; it says nothing of others.
-        self.blocked = self.queued and first is not None and first.ask == self.asks and not self.woken
+        self.blocked = short and first is not None and first.ask == self.asks and not self.woken
         self.woken = False
         if self.blocked:
             self.at = self.of.loop.now() + max(answer.ask_again_s, STEP_S) if answer.ask_again_s else inf

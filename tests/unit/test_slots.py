@@ -32,7 +32,9 @@ from ratethrottle import (
     events,
 )
 from ratethrottle._engine.decision import Entry
+from ratethrottle._engine.held import held_entry
 from ratethrottle._holding import Ask, Held, Holder
+from ratethrottle.storage.held import HeldSlots
 from ratethrottle.testing import ManualClock
 from ratethrottle.waiting import slots
 from ratethrottle.waiting.holders import RETRY_LEAST_S, Claim, SlotLine
@@ -967,11 +969,11 @@ def test_asks_that_come_meanwhile_go_into_the_next_one() -> None:
         until = asyncio.Event()
         tasks = [start(hold(core.slot("key", timeout=0), until)) for _ in range(5)]
         await settled()
-        assert await storage.answer() == Ask(0, 1, 1)
-        assert await storage.answer() == Ask(1, 1, 4)  # no more of them can be granted
+        assert await storage.answer() == Ask(0, 1, 1, waits=False)
+        assert await storage.answer() == Ask(1, 1, 4, waits=False)  # no more of them can be granted
         assert [task.done() for task in tasks] == [False, False, False, True, True]
         assert isinstance(tasks[4].exception(), RateLimitExceeded)
-        assert await storage.answer() == Ask(3, 1, 0)  # nobody waits any more
+        assert not storage.asked
         until.set()
         await settled()
         assert await storage.answer() == Ask(2, 1, 0)
@@ -1109,3 +1111,124 @@ def test_a_caller_that_is_cancelled_while_it_gives_back_has_given_back() -> None
         assert left_behind(core) == NOTHING
 
     run(main)
+
+
+# What the storage in memory answers
+
+
+class Caller:
+    """A holder that notes when it is woken."""
+
+    gone = False
+
+    def __init__(self, store: HeldSlots, log: list[str], name: str, key: str = "key") -> None:
+        self.entry = held_entry(RULE.compiled, key, 1)
+        self.store = store
+        self.log = log
+        self.name = name
+
+    def ask(self, held: int, cost: int = 1, wanted: int = 0, *, waits: bool = True, limit: int = 3) -> Held:
+        return self.store.hold(self, ConcurrencyRule("exports", limit), Ask(held, cost, wanted, waits))
+
+    def wake(self) -> None:
+        if self.gone:
+            raise RuntimeError("its loop is closed")
+        self.log.append(self.name)
+
+    def lost(self) -> None:
+        """Nobody calls this."""
+
+
+def callers(*names: str) -> tuple[HeldSlots, list[str], list[Caller]]:
+    store, log = HeldSlots(), list[str]()
+    return store, log, [Caller(store, log, name) for name in names]
+
+
+def test_holders_are_served_in_the_order_in_which_they_began_to_wait() -> None:
+    store, woken, (a, b, c) = callers("a", "b", "c")
+    assert a.ask(0, 1, 5) == Held(3, 0)
+    assert b.ask(0, 2, 1) == Held(0, 0)
+    assert c.ask(0, 1, 1) == Held(0, 0)
+    assert a.ask(2) == Held(0, 1)  # b comes first, and wants two
+    assert c.ask(0, 1, 1) == Held(0, 1)
+    assert woken == []
+    assert a.ask(1, 1, 1) == Held(0, 2)  # behind them
+    assert woken == ["b"]
+    assert b.ask(0, 2, 3) == Held(1, 0)  # one by one, as others wait
+    assert b.ask(0, 2, 2) == Held(0, 2)
+    assert woken[-1] == "c"
+    assert c.ask(0, 1, 1) == Held(1, 1)
+    assert woken[-1] == "a"
+    assert a.ask(1, 1, 1) == Held(1, 0)
+    for caller in (a, b, c):
+        caller.ask(0)
+    assert len(store) == 0
+
+
+def test_those_that_ask_once_have_no_place() -> None:
+    store, woken, (a, b, c) = callers("a", "b", "c")
+    assert a.ask(0, 3, 1, waits=False) == Held(1, 0)
+    assert b.ask(0, 1, 1, waits=False) == Held(0, 0)
+    assert c.ask(0, 1, 1) == Held(0, 0)
+    assert b.ask(0, 1, 1, waits=False) == Held(0, 0)
+    assert a.ask(0) == Held(0, 3)
+    assert woken == ["c"]
+    assert b.ask(0, 1, 1, waits=False) == Held(0, 3)  # c comes first
+    assert c.ask(0, 1, 1, waits=False) == Held(1, 2)
+    assert b.ask(0, 1, 4, waits=False) == Held(2, 0)
+    assert (b.ask(0), c.ask(0)) == (Held(0, 2), Held(0, 3))
+    assert len(store) == 0
+
+
+def test_the_slots_of_loops_that_are_closed_are_free_again() -> None:
+    store, woken, (a, b, c) = callers("a", "b", "c")
+    assert a.ask(0, 2, 1) == Held(1, 1)
+    assert b.ask(0, 2, 1) == c.ask(0, 3, 1) == Held(0, 1)
+    b.gone = True
+    assert a.ask(0) == Held(0, 3)
+    assert woken == ["c"]
+    assert c.ask(0, 3, 1) == Held(1, 0)
+    c.gone = True
+    assert a.ask(0, 1, 1) == Held(1, 2)
+    a.ask(0)
+    assert len(store) == 0
+
+
+def test_a_holder_whose_slots_were_forgotten_hears_of_it_once() -> None:
+    store, woken, (a, b) = callers("a", "b")
+    assert a.ask(0, 2, 1) == Held(1, 1)
+    assert b.ask(0, 2, 1) == Held(0, 1)
+    store.forget(ConcurrencyRule("exports", 3), a.entry)
+    assert sorted(woken) == ["a", "b"]
+    assert b.ask(0, 2, 1) == Held(1, 1)
+    assert a.ask(2, 1, 1) == Held(1, 0, lost=True)
+    assert a.ask(1) == Held(0, 0)
+    store.forget(ConcurrencyRule("exports", 3), a.entry)
+    a.gone = b.gone = True
+    _, _, (c,) = callers("c")
+    c.store = store
+    assert c.ask(0, 3, 1) == Held(1, 0)
+    c.ask(0)
+    assert len(store) == 0
+
+
+def test_what_closed_loops_left_is_bounded() -> None:
+    store = HeldSlots()
+    for number in range(5_000):
+        gone = Caller(store, [], "gone", f"key {number}")
+        assert gone.ask(0, 1, 1) == Held(1, 2)
+        gone.gone = True
+    assert len(store) <= 1_024
+
+
+def test_a_limit_that_was_lowered_grants_nothing_until_less_is_held() -> None:
+    store, _, (a, b) = callers("a", "b")
+    assert a.ask(0, 1, 3) == Held(3, 0)
+    assert b.ask(0, 1, 1, limit=2) == Held(0, 0)
+    assert a.ask(2, limit=2) == Held(0, 0)
+    assert b.ask(0, 1, 1, limit=2) == Held(0, 0)
+    assert a.ask(1, limit=2) == Held(0, 1)
+    assert b.ask(0, 1, 1, limit=2) == Held(1, 0)
+    a.ask(0)
+    b.ask(0)
+    assert len(store) == 0
