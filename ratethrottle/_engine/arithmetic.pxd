@@ -551,10 +551,15 @@ cdef inline int64_t window_refund(Window* window, int64_t at_us, int64_t units) 
 
 cdef inline bint view_refund(View* view, int64_t now_us, int64_t units, int64_t at_us) noexcept nogil:
     """Give back units of a grant at `at_us` to a legal view, which it rolls unless it is a sliding window. Whether any came back."""
-    cdef int64_t given, drained_ticks, start_us
+    cdef int64_t given, drained_ticks, start_us, total
+    cdef uint32_t expired
     if view.terms.kind == SLIDING:
         at_us = slot_end(view.terms, at_us)
-        return at_us + view.terms.window_us > now_us and window_refund(view.amount.window, at_us, units) > 0
+        window_live(view.amount.window, now_us - view.terms.window_us, &expired, &total)
+        # Units that a full window has forgotten may be just these. What came with them, or after them, is others'.
+        if at_us + view.terms.window_us <= now_us or view.terms.slot_us == 1 and total >= EXACT_UNITS:
+            return False
+        return window_refund(view.amount.window, at_us, units) > 0
     view_roll(view, now_us)
     if view.terms.kind != BUCKET:
         start_us = window_start(view.terms, at_us) if view.terms.calendar == NULL else dated_start(view.terms, at_us)

@@ -22,7 +22,9 @@ cdef enum:                                 # what a function returns that change
     NO_MEMORY = 2
 
 cdef enum:
-    EXACT_UNITS = 64                       # a window with 1 µs slots never depends on more than its newest 64 units
+    # A window with 1 µs slots keeps its newest 65 units. A limit of at most 64 depends on no others: with 65 it is in debt. A window
+    # that holds fewer has forgotten none that would count.
+    EXACT_UNITS = 65
     # 64 slots, the current one, and one more before the oldest leaves. A window has more only after its slots have changed, with
     # those up to an eighth ahead.
     WINDOW_ENTRIES_MAX = 66

@@ -21,7 +21,7 @@ from ratethrottle._engine.definitions import CompiledRule
 from ratethrottle.testing.intervals import window_start
 
 Answer = tuple[bool, int, int, int]  # allowed, remaining, retry_us (-1: never), reset_us
-EXACT = 64  # units that a window without slots remembers: its limit is no larger
+EXACT = 65  # units that a window without slots remembers: its limit is smaller
 DRAIN_US_MAX = 2**49  # no bucket takes longer, with as much debt as it may have
 
 
@@ -195,6 +195,8 @@ class Account:
                 self.log = [(now, left)] if left else []
             return left < held
         if kind == "s":
+            if self.rule.slot_us == 1 and self.held(self.rule)(now) >= EXACT:
+                return False  # these may be just those that it has forgotten
             these = [self.slot_end(granted) == at > now - window for at, _ in self.log]
         else:
             stands = window_start(window, max(now, self.stands))
@@ -212,7 +214,7 @@ class Account:
         self.log, self.seen = self.living(now), max(now, self.stands) if self.rule.kind in ("c", "f") else now
 
     def add(self, at: int, units: int | Fraction) -> None:
-        """Put units in the log; a window without slots remembers only its newest 64."""
+        """Put units in the log; a window without slots remembers only its newest 65."""
         self.log = [*self.log, (at, units)] if units else self.log
         if self.rule.slot_us == 1:
             newest: list[tuple[int, int | Fraction]] = []

@@ -86,10 +86,11 @@ def test_what_the_scripts_call_otherwise_is_the_same_number() -> None:
 
 def test_a_sliding_window_is_exact_up_to_the_same_limit() -> None:
     text = (LUA / "state.lua").read_text()
-    exact = re.findall(r"\bcap <= (\d+)|\bv\.total > (\d+) then|\bv\.total - (\d+)", text)
-    assert {int(number) for numbers in exact for number in numbers if number} == {terms.EXACT_LIMIT}
-    assert len(exact) == 3
-    assert value(compiled(), "EXACT_UNITS") == terms.EXACT_LIMIT
+    [limit] = re.findall(r"\bcap <= (\d+)", text)
+    assert int(limit) == terms.EXACT_LIMIT
+    # One unit more than the limit says that it is in debt.
+    [repaired] = re.findall(r"\bv\.q == 1 and (\d+) or", (LUA / "repair.lua").read_text())
+    assert value(compiled(), "EXACT_UNITS") == value(scripted(), "EXACT_UNITS") == int(repaired) == terms.EXACT_LIMIT + 1
     slots = re.findall(r"floor\(\(window \+ (\d+)\) / (\d+)\)", text)
     assert {(int(more), int(of)) for more, of in slots} == {(terms.SLOTS - 1, terms.SLOTS)}
 

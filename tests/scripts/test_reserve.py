@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from typing import Any
 
@@ -68,6 +69,63 @@ def test_all_subjects_agree_on_what_is_charged_and_given_back(
         assert others == [expected] * len(others), action
         assert script.state(rule.compiled) in (None, core.state(rule.compiled)), "the states differ before a decision does"
         last = now_us + expected[2], now_us + expected[3]
+
+
+SUBJECTS = ("oracle", "core", "script")
+
+
+def subject(name: str, client: redis.Redis) -> Any:
+    return {"oracle": Oracle, "core": Core, "script": lambda: Lua(client)}[name]()
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_what_comes_back_after_more_than_a_window_remembers_is_nobody_elses(redis_client: redis.Redis, name: str) -> None:
+    decides, rule = subject(name, redis_client), make_rule("sliding_window", 64, 10**6).compiled
+    assert [decides.check(rule, START_US, 10)[:2] for _ in range(2)] == [(True, 54), (True, 44)]
+    # Of 70 units, 60 are others'. The window has forgotten some of all that came in this µs.
+    assert decides.charge(rule, START_US, 50)[:3] == (True, 0, 10**6)
+    assert decides.refund(rule, START_US, 10, START_US)[1] <= 4
+    assert not decides.check(rule, START_US, 5)[0]
+    # Once that has left, it is as any other.
+    later = START_US + 10**6
+    assert decides.check(rule, later, 64)[:2] == (True, 0)
+    assert decides.refund(rule, later, 30, later)[1] == 30
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+@pytest.mark.parametrize("limit", [32, 33, 40, 63, 64])
+def test_no_window_grants_what_charges_and_other_checks_have_used(redis_client: redis.Redis, name: str, limit: int) -> None:
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")
+    rng, window_us = random.Random(seed), 1_000
+    rule, other = (make_rule("sliding_window", each, window_us).compiled for each in (limit, 500))
+    for _ in range(8 if name == "script" else 60):
+        decides, now_us = subject(name, redis_client), START_US
+        used: list[list[int]] = []  # instant, units that certainly count as used, and as many as may
+        granted: list[list[int]] = []
+        for _ in range(40):
+            now_us += rng.choice((0, 0, 0, 0, 1, 1, 2, 100, 400))
+            counts = sum(units for at_us, units, _ in used if at_us + window_us > now_us)
+            units = rng.choice((1, 2, 5, rng.randint(1, limit)))
+            match rng.choice(("check", "check", "charge", "refund", "refund", "other")):
+                case "check":
+                    if decides.check(rule, now_us, units)[0]:
+                        assert counts + units <= limit, (now_us - START_US, used)
+                        used.append([now_us, units, units])
+                        granted.append(used[-1])
+                case "charge":
+                    # So many fit into a debt of one capacity, whatever hasn't come back. Another version may hold units a slot longer.
+                    held = min(65, sum(most for at_us, _, most in used if at_us + window_us + 16 > now_us))
+                    used.append([now_us, min(units, max(0, 2 * limit - held)), units])
+                    decides.charge(rule, now_us, units)
+                case "refund" if left := [grant for grant in granted if grant[1]]:
+                    grant = rng.choice(left)
+                    back = rng.randint(1, grant[1])
+                    decides.refund(rule, now_us, back, grant[0])
+                    grant[1] -= back
+                case "other" if rng.random() < 0.1:  # another version of the service
+                    if decides.check(other, now_us, 3 * units)[0]:
+                        used.append([now_us, 3 * units, 3 * units])
 
 
 NOW_US = START_US + 10_000_000

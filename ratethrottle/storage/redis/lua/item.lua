@@ -3,7 +3,7 @@
 
 -- Makes what only such items need, for one reading of a call's states. Returns `decide_item` and `correct_item`.
 local function long_way(states, resets, numbers, reply, repairing, untold_us, now, sub, floor, min, max)
-  local TICKS, UNITS_MAX, PLAIN, UNREADABLE, UNSURE = 4503599627370496, 4000000000, '1;', -2, -3
+  local TICKS, UNITS_MAX, EXACT_UNITS, PLAIN, UNREADABLE, UNSURE = 4503599627370496, 4000000000, 65, '1;', -2, -3
   local read, roll, push, read_header, print_header, print_state, units_of, at_of, place_of, set_units = views()
 
   -- Counts units that were granted now, and others that were taken ahead.
@@ -40,6 +40,8 @@ local function long_way(states, resets, numbers, reply, repairing, untold_us, no
         v.cur = v.cur - given
       end
     else
+      -- Units that a full window has forgotten may be just these. What came with them, or after them, is others'.
+      if v.q == 1 and v.total >= EXACT_UNITS then return false end
       local at, n, i = slot_end(v.q, back_us + lead), v.n, v.n - 1
       while i >= 0 and at_of(v, i) > at do i = i - 1 end
       if i < 0 or at_of(v, i) ~= at then return false end

@@ -39,9 +39,9 @@ local function entries_of(v)
   return ats, counts
 end
 
--- Makes those of two such pairs of tables the entries, without those that hold nothing; without slots, the newest 64 units.
+-- Makes those of two such pairs of tables the entries, without those that hold nothing; without slots, the newest 65 units.
 local function set_entries(v, ats, counts, more_ats, more_counts)
-  local i, j, n, left = #ats, #more_ats, 0, v.q == 1 and 64 or 1e15
+  local i, j, n, left = #ats, #more_ats, 0, v.q == 1 and 65 or 1e15
   local at_of_n, units_of_n, total, widest, older = {nil}, {nil}, 0, 1, {nil}
   while left > 0 and (i > 0 or j > 0) do
     local at, units = max(ats[i] or 0, more_ats[j] or 0), 0

@@ -170,7 +170,7 @@ end
 local join, reach_end, push, roll, print_state, read, reach, read_header, print_header
 local function views()
   -- Not of the script, since what a function takes from there costs every call that makes the function.
-  local EXACT_MAX, WINDOW_MAX, ENTRIES_MAX, FORMAT, FORMATS = 9007199254740991, 31622400000000, 128, '1', '^[1]([^;]*;)()'
+  local EXACT_MAX, WINDOW_MAX, ENTRIES_MAX, EXACT_UNITS, FORMAT, FORMATS = 9007199254740991, 31622400000000, 128, 65, '1', '^[1]([^;]*;)()'
   local function place_of(v, i)
     local step = v.digits + v.width
     if i < v.kept then return v.text, v.from + i * step end
@@ -244,8 +244,8 @@ local function views()
       end
       v.n, v.last, v.units, v.total = n + 1, at, units, v.total + units
     end
-    if v.q == 1 and v.total > 64 then
-      local gone, excess = 0, v.total - 64
+    if v.q == 1 and v.total > EXACT_UNITS then
+      local gone, excess = 0, v.total - EXACT_UNITS
       local held = units_of(v, 0)
       while held <= excess do
         excess = excess - held
@@ -254,7 +254,7 @@ local function views()
       end
       join(v)
       drop(v, gone)
-      v.first, v.total = at_of(v, 0), 64
+      v.first, v.total = at_of(v, 0), EXACT_UNITS
       set_units(v, 0, held - excess)
     end
   end
