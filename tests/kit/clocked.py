@@ -113,9 +113,15 @@ class Call(NamedTuple):
             return taken
 
         answers = [take(rule, count, i >= len(self.items) - self.leases) for i, (rule, _, count) in enumerate(self.items)]
+
+        def take_part(part: Part, count: int) -> PartAnswer:
+            took = numbers.pop(0)
+            # One that never vetoes, and hasn't paid for all, says until when it has no more.
+            more = part.flagged and took < count
+            return PartAnswer(took, take(part.rule, numbers[0] + 1 if more else 1, 0))
+
         parts = [
-            [[PartAnswer(numbers.pop(0), take(part.rule, 1, 0)) for part in alternatives] for alternatives in joint.sets]
-            for joint in self.joints
+            [[take_part(part, joint.count) for part in alternatives] for alternatives in joint.sets] for joint in self.joints
         ]
         assert len(numbers) % 2 == 0, "what is left are pairs of item and generation"
         return answers, parts, list(zip(numbers[::2], numbers[1::2], strict=True))
@@ -157,14 +163,12 @@ def joint_answer(sets: list[list[Part]], answers: list[list[PartAnswer]], place:
         before, heard = place, []
         for i, (part, (took, numbers)) in enumerate(zip(parts, of_set, strict=True)):
             if allowed and before < took:
-                told = [took, *numbers[1:]] if part.rule.kind != "s" or numbers[0] else [took, *numbers[1:-1]]
-                heard = [(i, read_answer(part.rule, padded(part.rule, told), part.cost, before, took))]
+                heard = [(i, read_answer(part.rule, padded(part.rule, [took, *numbers[1:4]]), part.cost, before, took))]
                 break
             before -= took
-            if numbers[0] >= 0:
-                # One that has taken fewer than it was asked for doesn't say until when it has no more.
-                missing = allowed and part.rule.kind == "s" and numbers[0] > 0
-                told = [0, *numbers[1:], 0] if missing else [0 if allowed else numbers[0], *numbers[1:]]
+            if numbers[0] >= 0 and (part.flagged or not allowed):
+                granted = 0 if allowed else numbers[0]
+                told = [granted, *numbers[1 : 4 if granted else 5]]
                 heard.append((i, read_answer(part.rule, padded(part.rule, told), part.cost)))
         fine = [answer for answer in heard if answer[1][0]]
         reported.append(fine[0] if fine else min(heard, key=lambda answer: answer[1][2] % NEVER_US))

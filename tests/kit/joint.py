@@ -41,13 +41,3 @@ def binding(sets: list[list[Part]], heard: JointAnswer) -> int:
         return min(range(len(told)), key=lambda s: Fraction(told[s][1][1], parts[s].rule.capacity))
     denying = [s for s, (_, answer) in enumerate(told) if not (answer[0] or parts[s].flagged)]
     return max(denying, key=lambda s: told[s][1][2] % NEVER_US)
-
-
-def comparable(sets: list[list[Part]], heard: JointAnswer) -> JointAnswer:
-    """Without when a flagged part would have been granted: the script doesn't say so of one that has paid for others."""
-    allowed, told = heard
-    kept = [
-        (which, (*answer[:2], 0, answer[3]) if parts[0].flagged else answer)
-        for (which, answer), parts in zip(told, sets, strict=True)
-    ]
-    return allowed, kept

@@ -123,10 +123,11 @@ def joint_reply(rng: random.Random, *, consumes: bool) -> tuple[list[ItemAsked],
             rule = rng.choice(RULES)
             items.append((rule, count, 0, 1 * (s + i > 0) | 2 * (i > 0) | 4 * flagged))
             took = left if i + 1 == size and not flagged else rng.randint(0, left)
-            if consumes and allowed == count:
-                told.append([0, SKIPPED] if i and not left else [took, *numbers_of(rule, took, 1, rng)])
+            granted = took if consumes and allowed == count else 0 if s == refuses else rng.randint(0, 1)
+            if consumes and allowed == count and i and not left:
+                told.append([0, SKIPPED])
             else:
-                told.append([took, *numbers_of(rule, 0 if s == refuses else rng.randint(0, 1), 1, rng)])
+                told.append([took, *numbers_of(rule, granted, granted + 1 if flagged and took < count else 1, rng)])
             left -= took
     if rng.random() < 0.1:
         told = [[0, rng.choice((*CODES, SKIPPED))] for _ in told]

@@ -27,7 +27,7 @@ from ratethrottle._engine.decision import read_correction
 from ratethrottle._engine.definitions import CompiledRule
 from ratethrottle.cli.processes import NoRedis, server_program
 from tests.kit.clocked import Call, ClockedScript, Correction, JointAnswer, JointCheck, Part, make_call, make_settlement, settled
-from tests.kit.joint import check_jointly, comparable
+from tests.kit.joint import check_jointly
 from tests.kit.oracle import Answer
 from tests.kit.servers import RedisServer
 from tests.kit.strategies import START_US, STRATEGIES, calendar_rules, known_rules, make_rule
@@ -322,7 +322,7 @@ class Scripts:
                 raise DifferenceError(difference(self.who, key, length, ours, theirs))
         for joint, oracles, scripts in zip(call.joints, jointly, call.heard(reply), strict=True):
             for one, other in zip(oracles, scripts, strict=True):
-                if comparable(joint.sets, one) != comparable(joint.sets, other):
+                if one != other:
                     raise DifferenceError(joint_difference(self.who, now_us, joint.sets, one, other))
 
 

@@ -9,7 +9,7 @@ what the script says of its key: after that, or, unless all n were allowed, what
 from libc.stdint cimport int64_t
 from libc.string cimport memcpy
 
-from ratethrottle._engine.arithmetic cimport answer_length, Outcome, take_answer, take_correction, Terms
+from ratethrottle._engine.arithmetic cimport answer_length, LEVEL_MAX, Outcome, take_answer, take_correction, Terms
 from ratethrottle._engine.definitions cimport CompiledRule
 from ratethrottle.storage._shared.item cimport (
     ALTERNATIVE, CallItem, DEFERRED, FLAGGED, possible_numbers, SKIPPED, UNASKED, UNREADABLE, UNSURE,
@@ -22,14 +22,16 @@ cdef inline const Terms* terms_of(const CallItem* part) noexcept:
 
 cdef const int64_t* read_parts(const CallItem* parts, int size, const int64_t* at, const int64_t* end, PartAnswer* found) noexcept:
     """Find what is said of a joint check's parts; returns where that ends, or NULL if there are fewer numbers."""
+    cdef bint more
     cdef int p
     for p in range(size):
         if end - at < 2:
             return NULL
         found[p].took = at[0]
         found[p].numbers = at + 1
-        # Only a part that has nothing to grant says until when.
-        found[p].length = answer_length(terms_of(&parts[p]), at[1], 1)
+        # Only a part that has nothing to grant says until when; and one that never vetoes, if it hasn't paid for all.
+        more = parts[p].bits & FLAGGED and at[0] < max(parts.count, <int64_t>1)
+        found[p].length = answer_length(terms_of(&parts[p]), at[1], LEVEL_MAX if more else 1)
         at += 1
         if end - at < found[p].length:
             return NULL
@@ -142,12 +144,9 @@ cdef int take_paid(const CallItem* part, const PartAnswer* found, int64_t within
     cdef const Terms* terms = terms_of(part)
     cdef int64_t[NUMBERS_MAX] alone
     cdef const int64_t* numbers = found.numbers
-    if numbers[0] != found.took or within >= found.took > 0:
-        # As if it had been asked about those alone that it has paid for. Until when it has no more isn't told: not before the first leave.
+    if numbers[0] != found.took:             # as if it had been asked about those alone that it has paid for
         memcpy(alone, numbers, found.length * sizeof(int64_t))
         alone[0] = found.took
-        if found.length < NUMBERS_MAX:
-            alone[NUMBERS_MAX - 1] = alone[2]
         numbers = alone
     take_answer(terms, numbers, 0, part.cost, within, out)
     return 0

@@ -33,8 +33,9 @@
 -- of which there are `count` equal ones. A part that isn't an `alternative` to the one before begins a set, whose parts pay in order. A
 -- joint check is granted if each of its sets is; otherwise nothing of it is charged. A `flagged` part is a set that never vetoes. If all
 -- of `count` are granted, a part answers as an item would, with `took` for `granted`; one that wasn't needed answers `skipped`. Otherwise,
--- and in a peek, it answers what one more check would hear. It has retry_us only if nothing is granted. If a part can't be decided,
--- nothing of its joint check is charged, and the other parts answer `skipped`.
+-- and in a peek, it answers what one more check would hear. It has retry_us if nothing is granted, and a flagged one also if it took
+-- fewer than `count`: 0 if one more would be granted. If a part can't be decided, nothing of its joint check is charged, and the other
+-- parts answer `skipped`.
 -- Parts that `charge` or `refund` stand among themselves. They count units that nobody was asked for, up to a debt of one capacity, with a
 -- `count` of 1; and give units back, with the server's time of their grant for `count`. Each is taken (`took` 1), and answers as one check
 -- that is granted, unless the key is in debt: then as one of no units that is denied until that is over.

@@ -105,7 +105,8 @@ local function settling(kept, takes, reply, items, generations, decide_item, wor
     filled, granted = decide_part(first, i, count, true, filled)
     -- If it takes nothing, nothing is written, not even that the clock was set back.
     if granted <= 0 then put_back(i, i) end
-    if granted > 0 and granted < count and kind == 's' then reply[filled], filled = nil, filled - 1 end
+    -- Only one that never vetoes says until when it has no more, although it has granted some.
+    if granted > 0 and granted < count and kind == 's' and bits ~= '4' and bits ~= '5' then reply[filled], filled = nil, filled - 1 end
     return filled, max(granted, 0), granted >= 0
   end
 
@@ -131,10 +132,15 @@ local function settling(kept, takes, reply, items, generations, decide_item, wor
   -- Puts behind `filled` numbers what one more check would hear of each part, or why the joint check can't be decided, and removes what
   -- stands there up to `reached`. Returns how many numbers there are then, and whether it could be decided.
   local function look(first, last, filled, reached, fine)
-    local begun = filled
+    local begun, asked = filled, ARGV[parts_at + 5 * first - 1] + 0
     for i = first, fine and last or 0 do
       local place, granted = filled + 1, nil
       filled, granted = decide_part(first, i, 1, false, place)
+      local _, flagged = set_of(i)
+      if granted > 0 and flagged and takes[i] < asked and rules[ARGV[parts_at + 5 * i - 3] + 0].kind == 's' then
+        filled = filled + 1
+        reply[filled] = 0
+      end
       reply[place], fine = takes[i], fine and granted >= 0
     end
     if filled > reached then reached = filled end
