@@ -411,10 +411,11 @@ def bad_parts(call: Call) -> list[tuple[int, Any]]:
     """Places in a call of two keys, two rules and three parts, with what may not stand there."""
     first = 7 + 16
     bad: list[tuple[int, Any]] = [(1, "check"), (1, "joint"), (1, ""), (0, "")]
-    numbers = (3, 6, *range(first, first + 4), *range(first + 10, first + 14))
+    numbers = (3, 6, *range(first, first + 4), *range(first + 5, first + 9), *range(first + 10, first + 14))
     bad += [(place, number) for place in numbers for number in BAD_NUMBERS]
     bad += [(6, 129), (6, 2), (6, 4), (first, 4), (first + 1, 3), (first + 2, 10**9 + 1), (first + 3, 10**6 + 1)]
-    bad += [(first + 8, 2), (first + 13, 2)]  # equal joint checks are as many for each part
+    # Equal joint checks are as many for each part, written alike.
+    bad += [(place, count) for place in (first + 8, first + 13) for count in (2, "1.0", "01")]
     bad += [(first + 4, bits) for bits in (1, 2, 3, 5, 6, 7, 8, -1, "", "x", "0.0", "nan")]
     bad += [(first + 9, bits) for bits in (2, 6, 7, 8, -1, "", "x")]
     bad += [(first + 4, 4)]  # an alternative to what never vetoes

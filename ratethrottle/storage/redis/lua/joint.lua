@@ -17,9 +17,8 @@ function check_parts()
   local from, count, before = parts_at, nil, '4'
   for _ = 1, part_count do
     local k, rule, cost = number(ARGV[from + 1], 1, key_count), number(ARGV[from + 2], 1, rule_count), number(ARGV[from + 3], 1, 1000000000)
-    local bits = ARGV[from + 5]
-    local together = count_of(ARGV[from + 4], bits)
-    if not (k and rule and cost and together) then return 'RATETHROTTLE a number of a part is out of range' end
+    local bits, together = ARGV[from + 5], ARGV[from + 4]
+    if not (k and rule and cost and count_of(together, bits)) then return 'RATETHROTTLE a number of a part is out of range' end
     if bits == '0' or bits == '4' then
       count = together
     elseif consumes and (bits == '8' or bits == '16') then
@@ -204,12 +203,12 @@ local function decide_parts(part_count, from, settling, window_start, reply, par
     local k, rule, cost = ARGV[from + 1] + 1, rule_of[ARGV[from + 2]], units_of[ARGV[from + 3]]
     if not (rule and cost) then
       rule, cost = rules[number(ARGV[from + 2], 1, rule_count)], number(ARGV[from + 3], 1, 1000000000)
+      if not (rule and cost) then error('a part is malformed') end
       rule_of[ARGV[from + 2]], units_of[ARGV[from + 3]] = rule, cost
     end
     local kind, cap, alone, fresh, window = rule.kind, rule.cap, rule.alone, rule.fresh, rule.window
     local unit, drain, q, digits, modulus = rule.unit, rule.drain, rule.q, rule.digits, rule.modulus
-    local skip, state, done, place, simple = #alone, states[k], false, filled + 1, together and not repairing
-    local count = ARGV[from + 4]
+    local skip, state, done, place, simple, count = #alone, states[k], false, filled + 1, together and not repairing, ARGV[from + 4]
     if state == nil or k == 1 or count ~= (together or flagged and count) or bits == '3' and flagged then error('a part is malformed') end
     if partly and numbers[k] then
       state = sub(state, 1, places[k]) .. numbers[k] .. sub(state, places[k] + #numbers[k] + 1)
