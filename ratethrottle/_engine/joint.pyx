@@ -330,8 +330,8 @@ cdef int joint_fill(JointDecision decision, Joint joint, object key, Source sour
             if binds < 0 or (units_left(joint.terms[p], &outs[p]) * joint.terms[binds].capacity
                              < units_left(joint.terms[binds], &outs[binds]) * joint.terms[p].capacity):
                 binds = p
-            elif joint.corrects and outs[p].retry_us and not outs[binds].retry_us and not units_left(joint.terms[binds], &outs[binds]):
-                binds = p                    # nothing is left of either, but this one is in debt
+            elif joint.corrects and wait_us(joint.terms[p], &outs[p]) > wait_us(joint.terms[binds], &outs[binds]):
+                binds = p                    # in debt, so that nothing is left of it either, and for longer
         elif not (outs[p].allowed or joint.flagged >> p & 1) and (
                 binds < 0 or wait_us(joint.terms[p], &outs[p]) > wait_us(joint.terms[binds], &outs[binds])):
             binds = p

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import pickle
 from collections.abc import Mapping
 from typing import Any
@@ -103,6 +104,15 @@ async def test_several_rules_are_charged_each_its_own(world: World) -> None:
     full = await world.limiter.charge("key", {"daily": 98, "requests": 1})
     assert (full.rule, full.over) == ("requests", True), "of two with nothing left the one in debt binds"
     assert full.parts[0].over is False
+
+
+@pytest.mark.parametrize("first", ["tokens", "requests", "none"])
+async def test_of_several_debts_the_longest_binds(world: World, first: str) -> None:
+    costs = {"tokens": 1100, "requests": 7, "daily": 1}  # in debt for 10 s, and for 60
+    decision = await world.limiter.charge("key", {first: costs.get(first, 1)} | costs)
+    debts = {part.rule: part.retry_after for part in decision.parts if part.over}
+    assert {name: debts[name] for name in ("tokens", "requests")} == {"tokens": 10.0, "requests": 60.0}
+    assert (decision.rule, decision.retry_after) == (("none", math.inf) if first == "none" else ("requests", 60.0))
 
 
 async def test_rules_that_only_flag_are_charged_and_others_say_what_they_can(world: World) -> None:
