@@ -21,7 +21,7 @@ OnError = Literal["keep", "refund"]
 
 PLACES_MAX = 1000  # that are warned of
 
-BEFORE, WITHIN, AFTER = range(3)
+BEFORE, ENTERING, WITHIN, AFTER = range(4)
 
 
 class Reserves(Protocol):
@@ -115,11 +115,15 @@ class Reservation:
     async def __aenter__(self) -> Self:
         if self._stage != BEFORE:
             raise InvalidRequest("a reservation is entered once; call limiter.reserve(...) for each block")
+        self._stage = ENTERING  # from before it asks: another task must not reserve the same meanwhile
         key, rule, cost, timeout = self._ask
         try:
             granted = await self._limiter._lines.acquire(cast(Any, self._limiter), key, Timed(rule), cost, timeout)
-        except RateLimitExceeded as denied:
-            raise RateLimitExceeded(told(denied.decision)) from None
+        except BaseException as denied:
+            self._stage = BEFORE
+            if isinstance(denied, RateLimitExceeded):
+                raise RateLimitExceeded(told(denied.decision)) from None
+            raise
         decision = cast(JointDecision, granted)
         self._decision = decision
         self._limits = reserved(decision)
@@ -144,7 +148,7 @@ class Reservation:
 
     def __repr__(self) -> str:
         # Without the key, as everywhere.
-        stage = ("not entered yet", "open", "ended")[self._stage]
+        stage = ("not entered yet", "waiting", "open", "ended")[self._stage]
         return f"<Reservation {stage}{'' if self._used is None else ' settled'}>"
 
     def _single(self, used: object) -> Iterable[Any]:

@@ -266,6 +266,40 @@ async def test_the_only_rule_has_one_line(world: World) -> None:
     await asyncio.gather(first, second)
 
 
+@pytest.mark.parametrize("ends", ["granted", "cancelled", "late"])
+async def test_two_tasks_do_not_enter_one_reservation(world: World, ends: str) -> None:
+    await world.limiter.charge("key", "tokens", cost=1000)
+    reservation = world.limiter.reserve("key", "tokens", cost=400, timeout=50)
+
+    async def work() -> None:
+        async with reservation:
+            reservation.settle(300)
+
+    first = asyncio.create_task(work())
+    await world.clock.settle()
+    with pytest.raises(InvalidRequest, match="entered once"):
+        await work()
+    assert repr(reservation) == "<Reservation waiting>"
+    if ends == "granted":
+        await world.clock.elapse(40)
+        await first
+        assert await world.left("tokens") == 100
+        return
+    if ends == "late":
+        await world.clock.elapse(30)
+        await world.limiter.charge("key", "tokens", cost=1000)
+        await world.clock.elapse(20)
+    else:
+        first.cancel()
+    with pytest.raises((asyncio.CancelledError, RateLimitExceeded)):
+        await first
+    # Nothing is reserved, so that it may be entered again.
+    await world.limiter.reset("key", "tokens")
+    world.clock.advance(1)
+    await work()
+    assert await world.left("tokens") == 700
+
+
 async def test_a_denied_reservation_runs_no_block(world: World) -> None:
     async with world.limiter.reserve("key", "tokens", cost=1000) as reservation:
         reservation.settle(1000)
