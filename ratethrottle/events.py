@@ -208,16 +208,20 @@ class Refused(Event):
 class UnsettledReservation(Event):
     """A block of `limiter.reserve(...)` ended without `settle`, so that its estimate stays counted. Once for each place.
 
-    place: file and line that called `reserve`.
+    place: file and line that called `reserve`. closed: the block has called `settle`, or would give back what it reserved, but its
+    limiter was closed before.
     """
 
     kind: ClassVar[str] = "unsettled_reservation"
     every_s: ClassVar[float] = 0.0
     place: str
+    closed: bool = False
 
     @property
     def message(self) -> str:
         """What happened and what to look at, in one line."""
+        if self.closed:
+            return f"a reservation made at {self.place} ended after its limiter, and its estimate stays counted; close the limiter later"
         return f"a reservation made at {self.place} was never settled, and its estimate stays counted; call settle(used) in its block"
 
 

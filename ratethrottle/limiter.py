@@ -332,8 +332,12 @@ class RateThrottleCore(Patchable, Limiter):
         return replace(counted, decisions=self._counted(Outcomes))
 
     async def aclose(self) -> None:
-        """Close the limiter and its storage. Later calls raise LimiterClosed; closing again does nothing."""
+        """Close the limiter and its storage. Later calls raise LimiterClosed; closing again does nothing.
+
+        What blocks of `reserve` have settled by then is counted, also if they still run.
+        """
         if not self._closed:
+            self._reservations.close()
             self._closed = True
             self._lines.close()
             await self._storage.aclose()

@@ -115,7 +115,10 @@ class Storage(Protocol):
         """Prepare for settlements of what is granted from now on."""
 
     def settle(self, settlement: Joint, /) -> Awaitable[object] | None:
-        """Begin to settle a reservation, which goes on whether or not somebody awaits what this returns. None: it is done."""
+        """Begin to settle a reservation, which goes on whether or not somebody awaits what this returns. None: it is done.
+
+        Raises StorageError if the storage is closed.
+        """
 
     async def open(self, required: bool = False) -> None:
         """Take up the storage before the first check needs it; if it is required, wait for it, and raise if it isn't there."""

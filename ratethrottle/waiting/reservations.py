@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self, cast
+from weakref import WeakSet
 
 from ratethrottle._engine.decision import Decision
 from ratethrottle._engine.joint import JointDecision
 from ratethrottle._several import Timed, reserved, settlement, told
-from ratethrottle.errors import InvalidRequest, RateLimitExceeded, listed, shown
+from ratethrottle.errors import InvalidRequest, RateLimitExceeded, StorageError, listed, shown
 from ratethrottle.events import UnsettledReservation
 from ratethrottle.rule import FirstOf, RateThrottleRule
 from ratethrottle.waiting.lines import Lines, seconds_of
@@ -28,9 +29,6 @@ class Reserves(Protocol):
     """A limiter, as far as reservations need it."""
 
     @property
-    def _closed(self) -> bool: ...
-
-    @property
     def _storage(self) -> Any: ...
 
     @property
@@ -40,10 +38,11 @@ class Reserves(Protocol):
 class Reservations:
     """The reservations of one limiter."""
 
-    __slots__ = ("_warned",)
+    __slots__ = ("_warned", "open")
 
     def __init__(self) -> None:
-        self._warned: set[tuple[str, int]] = set()
+        self._warned: set[tuple[str, int, bool]] = set()
+        self.open = WeakSet[Reservation]()  # whose block runs
 
     def make(self, limiter: Reserves, ask: Ask, on_error: OnError) -> Reservation:
         """Make one for the caller of the caller. Raises InvalidRequest."""
@@ -54,11 +53,16 @@ class Reservations:
         limiter._storage.expect_refunds()
         return Reservation(self, limiter, ask, on_error, (frame.f_code.co_filename, frame.f_lineno))
 
-    def warn(self, limiter: Reserves, place: tuple[str, int]) -> None:
-        """Say once for each place that its reservations aren't settled."""
-        if place not in self._warned and len(self._warned) < PLACES_MAX:
-            self._warned.add(place)
-            limiter._storage.events.emit(UnsettledReservation(f"{place[0]}:{place[1]}"))
+    def close(self) -> None:
+        """Settle what blocks that still run have said so far: their limiter closes."""
+        for reservation in list(self.open):
+            reservation._settle_so_far()
+
+    def warn(self, limiter: Reserves, place: tuple[str, int], *, closed: bool = False) -> None:
+        """Say once for each place that its reservations aren't settled, or that their limiter is closed by then."""
+        if (*place, closed) not in self._warned and len(self._warned) < PLACES_MAX:
+            self._warned.add((*place, closed))
+            limiter._storage.events.emit(UnsettledReservation(f"{place[0]}:{place[1]}", closed))
 
 
 class Reservation:
@@ -67,7 +71,7 @@ class Reservation:
     decision: what the check at its beginning said. settle: say how many units were really used.
     """
 
-    __slots__ = ("_ask", "_decision", "_limiter", "_limits", "_of", "_on_error", "_place", "_stage", "_used")
+    __slots__ = ("__weakref__", "_ask", "_decision", "_limiter", "_limits", "_of", "_on_error", "_place", "_sent", "_stage", "_used")
 
     def __init__(
         self,
@@ -86,6 +90,7 @@ class Reservation:
         self._decision: JointDecision | None = None
         self._limits: tuple[tuple[tuple[str, ...], str, int, int], ...] = ()
         self._used: tuple[int, ...] | None = None
+        self._sent = False  # what was used: the storage has heard of it
 
     @property
     def decision(self) -> Decision:
@@ -128,23 +133,39 @@ class Reservation:
         self._decision = decision
         self._limits = reserved(decision)
         self._stage = WITHIN
+        self._of.open.add(self)
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         used, self._stage = self._used, AFTER
+        self._of.open.discard(self)
         if used is None and error is None:
             self._of.warn(self._limiter, self._place)
         if used is None and error is not None and self._on_error == "refund":
             used = (0,) * len(self._limits)
-        if used is None or self._decision is None:
+        if used is None or self._sent:
             return
-        difference = settlement(self._decision, used)
-        if difference is None or self._limiter._closed:
-            return
-        waits = self._limiter._storage.settle(difference)
+        waits = self._send(used)
         # A coroutine that is closed can't wait any more. What was begun goes on.
         if waits is not None and not isinstance(error, GeneratorExit):
             await waits
+
+    def _send(self, used: tuple[int, ...]) -> Awaitable[object] | None:
+        """Begin to settle, and return what to wait for."""
+        self._sent = True
+        difference = settlement(self._decision, used) if self._decision is not None else None
+        if difference is None:
+            return None
+        try:
+            waits: Awaitable[object] | None = self._limiter._storage.settle(difference)
+        except StorageError:
+            self._of.warn(self._limiter, self._place, closed=True)
+            return None
+        return waits
+
+    def _settle_so_far(self) -> None:
+        if self._used is not None and not self._sent:
+            self._send(self._used)
 
     def __repr__(self) -> str:
         # Without the key, as everywhere.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from ratethrottle import (
     StateUnreadable,
     StorageUnavailable,
 )
+from ratethrottle.events import Event, UnsettledReservation
 from tests.kit.counted import counted
 from tests.kit.recovery import until
 from tests.kit.relay import Relay
@@ -174,14 +176,54 @@ async def test_an_end_that_is_cancelled_settles_all_the_same(redis_server: Redis
         assert await left(limiter, "tokens") == [900]
 
 
-async def test_a_limiter_that_was_closed_meanwhile_keeps_the_estimate(redis_server: RedisServer) -> None:
-    async with limiter_of(redis_server.url) as other:
-        async with limiter_of(redis_server.url) as limiter, limiter.reserve("key", "tokens", cost=400) as reservation:
-            reservation.settle(100)
+@pytest.mark.parametrize(("says", "tokens"), [("before", 900), ("after", 600), ("error", 600), ("nothing", 600)])
+async def test_a_limiter_that_closes_within_a_block_settles_what_was_said(
+    redis_server: RedisServer, says: str, tokens: int
+) -> None:
+    heard: list[Event] = []
+
+    async def work(limiter: RateThrottleCore) -> None:
+        async with limiter.reserve("key", "tokens", cost=400, on_error="refund") as reservation:
+            if says == "before":
+                reservation.settle(100)
             await limiter.aclose()
-        with pytest.raises(LimiterClosed):
-            await limiter.charge("key", "tokens")
-        assert await left(other, "tokens") == [600]
+            if says == "error":
+                raise ZeroDivisionError
+            if says != "nothing":
+                reservation.settle(100)
+
+    async with limiter_of(redis_server.url) as other:
+        for _ in range(2):
+            limiter = limiter_of(redis_server.url)
+            limiter.on_event(heard.append)
+            await other.reset("key", "tokens")
+            with suppress(ZeroDivisionError):
+                await work(limiter)
+            with pytest.raises(LimiterClosed):
+                await limiter.charge("key", "tokens")
+            assert await left(other, "tokens") == [tokens]
+    told = [event.closed for event in heard if isinstance(event, UnsettledReservation)]
+    assert told == {"before": [], "after": [True, True], "error": [True, True], "nothing": [False, False]}[says]
+
+
+async def test_of_many_blocks_that_still_run_all_are_settled_when_the_limiter_closes(redis_server: RedisServer) -> None:
+    async with limiter_of(redis_server.url) as other:
+        limiter = limiter_of(redis_server.url, connections=2)
+        settled, end = asyncio.Barrier(51), asyncio.Event()
+
+        async def work(i: int) -> None:
+            async with limiter.reserve(f"key {i % 7}", "tokens", cost=10) as reservation:
+                reservation.settle(1)
+                await settled.wait()
+                await end.wait()
+
+        tasks = [asyncio.create_task(work(i)) for i in range(50)]
+        await settled.wait()
+        await limiter.aclose()
+        assert sum([(await left(other, "tokens", key=f"key {i}"))[0] for i in range(7)]) == 7 * 1_000 - 50
+        end.set()
+        await asyncio.gather(*tasks)
+        assert sum([(await left(other, "tokens", key=f"key {i}"))[0] for i in range(7)]) == 7 * 1_000 - 50
 
 
 async def test_nothing_comes_back_after_a_reset_or_a_loss(redis_server: RedisServer) -> None:

@@ -471,6 +471,20 @@ async def test_what_is_never_settled_is_warned_of_once_for_each_place(world: Wor
     assert "secret" not in caplog.text
 
 
+async def test_in_memory_a_block_settles_also_after_its_limiter(world: World) -> None:
+    other = RateThrottleCore(world.limiter._storage, rules=[TOKENS])
+    for early in (True, False):
+        limiter = RateThrottleCore(world.limiter._storage, rules=[TOKENS])
+        async with limiter.reserve("key", cost=400) as reservation:
+            if early:
+                reservation.settle(100)
+            await limiter.aclose()
+            assert (await other.peek("key", cost=0)).remaining == (900 if early else 500)
+            reservation.settle(100)
+        assert (await other.peek("key", cost=0)).remaining == (900 if early else 800)
+    assert not world.heard
+
+
 async def test_nothing_comes_back_after_a_reset(world: World) -> None:
     async with (
         world.limiter.reserve("key", "tokens", cost=400) as reservation,

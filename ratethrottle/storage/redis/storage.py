@@ -234,11 +234,11 @@ class RedisStorage(SharedStorage):
         """Nothing to prepare: a state says when it was reset."""
 
     def settle(self, settlement: Joint) -> asyncio.Future[None] | None:
-        """Begin to settle a reservation; it goes on if the caller is cancelled. The future is done within the deadline."""
-        try:
-            group = self._settle(settlement)
-        except StorageError:  # the estimate stays
-            return None
+        """Begin to settle a reservation; it goes on if the caller is cancelled. The future is done within the deadline.
+
+        Raises StorageUnavailable if the storage is closed: the estimate stays.
+        """
+        group = self._settle(settlement)
         if group is None or group.future.done():
             return None
         settled: asyncio.Future[None] = group.future
