@@ -588,10 +588,11 @@ cdef inline int correct_views(View* views, int* count, const Terms* terms, int64
                               Outcome* out) noexcept nogil:
     """Give back units that were granted then, or, if that is CHARGED, count units that nobody was asked for.
 
-    What becomes of `views` and `count`, and what is returned, is as in `decide_views`. The outcome is an allowed one.
+    What becomes of `views` and `count`, and what is returned, is as in `decide_views`. The outcome is an allowed one. If nothing comes
+    back, nothing is to be written; but windows that were ahead have been rebased, so that they have to be copies.
     """
     cdef View own, other
-    cdef bint changed = False, has_other = False, charges = granted_us == CHARGED
+    cdef bint changed = False, has_other = False, charges = granted_us == CHARGED, given = False
     cdef int i, other_index, own_index = -1
     cdef uint32_t expired
     cdef int64_t total
@@ -606,7 +607,7 @@ cdef inline int correct_views(View* views, int* count, const Terms* terms, int64
         has_other = True
     if own_index >= 0:
         own = views[own_index]
-        changed |= not charges and view_refund(&own, now_us, units, granted_us)
+        given = not charges and view_refund(&own, now_us, units, granted_us)
     else:                                    # it doesn't hold what was granted under the definition that it is derived from
         if view_derive(&own, terms, view_fullest(views, count[0], now_us), now_us) == NO_MEMORY:
             return NO_MEMORY
@@ -614,6 +615,8 @@ cdef inline int correct_views(View* views, int* count, const Terms* terms, int64
     view_live(&own, now_us, &expired, &total)
     if not charges or view_debt_room(terms, &own, total) == 0:
         units = 0
+    if not charges:
+        changed = given
     if changed or units:
         if terms.kind == SLIDING:
             window_drop(own.amount.window, expired, total)

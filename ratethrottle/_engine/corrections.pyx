@@ -8,14 +8,15 @@ from libc.stdint cimport int64_t, uint32_t
 from libc.stdlib cimport calloc, free, malloc
 
 from ratethrottle._engine.arithmetic cimport (
-    CHARGED, correct_views, dated_start, Outcome, report, same_definition, Terms, View, view_debt, view_free,
+    CHARGED, correct_views, dated_start, Outcome, report, same_definition, SLIDING, Terms, View, view_ahead, view_debt, view_free,
 )
 from ratethrottle._engine.dated cimport dated_bring, dated_write
 from ratethrottle._engine.decision cimport Entry, MEMORY
 from ratethrottle._engine.joint cimport CHARGES, Joint, joint_count, joint_decision, joint_new, part_uncounted, PARTS_MAX
 from ratethrottle._engine.keys cimport KeyTable, Removal, Removals, REMOVALS_MAX
+from ratethrottle._engine.pieces cimport piece_free
 from ratethrottle._engine.table cimport Cell, cell_at, cell_views, Hash128, Pair, Place, Shard, shard_find, shard_place
-from ratethrottle._engine.window cimport KEEP, NO_MEMORY, WRITE
+from ratethrottle._engine.window cimport KEEP, NO_MEMORY, Window, window_clone, WRITE
 
 
 def expect_refunds(KeyTable table not None):
@@ -44,27 +45,33 @@ cdef int correct_place(KeyTable table, const Place* place, int64_t now_us, int64
     cdef const Terms* terms = place.terms if place.terms.kept == NULL else place.terms.kept
     cdef View[2] views
     cdef View dropped
+    cdef Window* windows[2]                  # stored, and views have copies of them
+    cdef Window* copies[2]
     cdef Shard* shard = place.shard
     cdef int64_t found = shard_find(shard, place.hashed)
     cdef Cell* cell
     cdef Pair* pair
-    cdef int count, status
-    cdef bint changed
+    cdef int count, status, i
+    cdef bint changed, charges = granted_us == CHARGED
     if found < 0:
         return correct_new(table, place, terms, now_us, units, granted_us, out)
-    if granted_us != CHARGED and forgotten(table, place.hashed, granted_us):
+    if not charges and forgotten(table, place.hashed, granted_us):
         units = 0
     cell = cell_at(shard, <uint32_t>found)
     count = cell_views(cell, views)
     pair = <Pair*>cell.view.amount.pair if cell.view.terms == NULL else <Pair*>malloc(sizeof(Pair))
-    if pair == NULL:
+    if pair == NULL or copy_ahead(views, 0 if charges else count, now_us, windows, copies) == NO_MEMORY:
+        if cell.view.terms != NULL:
+            free(pair)
         raise MemoryError
-    if granted_us != CHARGED and terms.calendar != NULL and not same_definition(views.terms, terms) and (
+    if not charges and terms.calendar != NULL and not same_definition(views.terms, terms) and (
             count == 1 or not same_definition(views[1].terms, terms)):
         units = 0                            # a view that is made only now doesn't hold what was granted
     changed = dated_bring(views, &count, &dropped, terms, now_us)
     status = correct_views(views, &count, terms, now_us, units, granted_us, out)
-    if changed and status == KEEP:
+    for i in range(2):
+        piece_free(windows[i] if status == WRITE else copies[i])
+    if changed and charges and status == KEEP:
         status = dated_write(views, &count, terms, now_us)
     if status == WRITE and dropped.terms != NULL:
         view_free(&dropped)
@@ -75,6 +82,23 @@ cdef int correct_place(KeyTable table, const Place* place, int64_t now_us, int64
     if status == NO_MEMORY:
         raise MemoryError
     return 0
+
+
+cdef int copy_ahead(View* views, int count, int64_t now_us, Window** windows, Window** copies) noexcept:
+    """Copy the windows that are ahead: if nothing comes back, nothing is written, not even where the clock was set back to.
+
+    Returns NO_MEMORY or KEEP.
+    """
+    cdef int i
+    windows[0] = windows[1] = copies[0] = copies[1] = NULL
+    for i in range(count):
+        if views[i].terms.kind == SLIDING and view_ahead(&views[i], now_us):
+            windows[i] = views[i].amount.window
+            copies[i] = views[i].amount.window = window_clone(windows[i])
+            if copies[i] == NULL:
+                piece_free(copies[0])
+                return NO_MEMORY
+    return KEEP
 
 
 cdef int correct_new(KeyTable table, const Place* place, const Terms* terms, int64_t now_us, int64_t units, int64_t granted_us,

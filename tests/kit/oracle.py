@@ -357,8 +357,8 @@ class Oracle:
 
     def refund(self, rule: CompiledRule, now: int, units: int, granted: int) -> Answer:
         """Give back units that were granted at that instant."""
-        own, others, changed, derived = self.look(rule, now)
-        if (not derived and own.give_back(now, units, granted)) or changed:
+        own, others, _, derived = self.look(rule, now)
+        if not derived and own.give_back(now, units, granted):
             self.count(own, others, rule, now, 0)
             if not any(account.used(now, account.rule) for account in self.accounts):
                 self.accounts = []  # nobody can tell it from a key that was never used

@@ -128,6 +128,31 @@ def test_no_window_grants_what_charges_and_other_checks_have_used(redis_client: 
                         used.append([now_us, 3 * units, 3 * units])
 
 
+@pytest.mark.parametrize("name", ["core", "script"])
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "calendar"])
+def test_a_refund_of_which_nothing_comes_back_writes_nothing(redis_client: redis.Redis, strategy: str, name: str) -> None:
+    windows: tuple[Any, ...] = ("day", "week", "month") if strategy == "calendar" else (10**8, 10**7, 10**9)
+    rule, writer, new = (
+        make_rule("fixed_window" if strategy == "calendar" else strategy, 100, window).compiled for window in windows
+    )
+    decides, day_us = subject(name, redis_client), 86_400 * 10**6
+    assert decides.check(rule, START_US, 60)[0]
+    assert decides.check(writer, START_US + 1, 5)[0]
+    before = decides.state(rule)
+    now_us, long_ago_us = START_US + 2, START_US - 100 * day_us
+    # Of a grant that has left; after the clock was set back; and under a definition that the state doesn't know.
+    for refunded, at_us, granted_us in (
+        (rule, now_us, long_ago_us),
+        (rule, now_us - 40 * day_us, long_ago_us),
+        (new, now_us, START_US),
+    ):
+        assert decides.refund(refunded, at_us, 5, granted_us)[0]
+        assert decides.state(rule) == before
+    # What does come back is written, with its own view first.
+    decides.refund(rule, now_us, 5, START_US)
+    assert decides.state(rule) != before
+
+
 NOW_US = START_US + 10_000_000
 
 

@@ -187,15 +187,16 @@ local function long_way(states, resets, numbers, reply, repairing, untold_us, no
       reply[filled + 1] = own
       return filled + 1, 2
     end
-    if not granted_us then
+    -- If nothing comes back, nothing is written, not even that the clock was set back.
+    if granted_us then
+      changed = not derived and not (h and h.generation >= granted_us) and give_back(own, 0, units, granted_us)
+    else
       local room = rule.kind == 'c' and 2 * rule.cap - own.cur or rule.cap + free_of(own, rule)
       units = min(units, max(0, room))
       if units > 0 then
         charge_all(own, other, h, rule, units, 0)
         changed = true
       end
-    elseif not derived and not (h and h.generation >= granted_us) and give_back(own, 0, units, granted_us) then
-      changed = true
     end
     local work, more = 4 + 5 * pushed, 0
     if changed then work = work + keep(k, head, own, other, h) end
