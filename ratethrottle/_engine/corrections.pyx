@@ -114,6 +114,7 @@ cdef int correct_new(KeyTable table, const Place* place, const Terms* terms, int
     if table.used >= table.max_keys:
         free_at_us = table.make_place(place.shard, now_us)
         if free_at_us > now_us:
+            table.charges_lost += 1
             out[0] = Outcome(True, False, 0, free_at_us - now_us, free_at_us - now_us)
             return 0
     table.make_room(place.shard, now_us)

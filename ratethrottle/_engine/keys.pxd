@@ -65,6 +65,8 @@ cdef class KeyTable:
     cdef Orphan* orphans                     # a ring of ORPHANS_MAX
     cdef int64_t orphan_count                # how many there ever were
 
+    cdef readonly int64_t charges_lost       # of new keys, which a full table had no place for
+
     cdef Bound* bound_of(self, Hash128 hashed, Shard** shard, uint32_t* index) noexcept
     cdef void note_owes(self, Shard* shard, Bound* bound, bint owes) noexcept
     cdef void drop_account(self, Shard* shard, Bound* bound) noexcept

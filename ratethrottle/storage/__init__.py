@@ -36,8 +36,8 @@ class Statistics:
     How often since the storage was made:
     calls: script calls sent. items: items sent in them, equal checks of a key being one. reconnections: connections that
     took the place of a lost one. attempts: to connect. desyncs: replies that didn't belong to their request. evictions: keys
-    that were forgotten before they were fresh. epoch_changes: losses of state in Redis. overloads: checks that were decided by
-    `on_overload`.
+    that were forgotten before they were fresh. charges_lost: charges of new keys that a full table had no place for
+    (`on_full="deny"`). epoch_changes: losses of state in Redis. overloads: checks that were decided by `on_overload`.
 
     decisions: what this limiter decided since a rule of that name was added: name of the rule -> `source` of the decisions ->
     Outcomes, for each rule that the limiter has and each source. Peeks, errors and checks that were cancelled don't count. Under a
@@ -60,6 +60,7 @@ class Statistics:
     attempts: int = 0
     desyncs: int = 0
     evictions: int = 0
+    charges_lost: int = 0
     epoch_changes: int = 0
     overloads: int = 0
     decisions: Mapping[str, Mapping[str, Outcomes]] = field(default_factory=dict)

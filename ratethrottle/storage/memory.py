@@ -26,7 +26,8 @@ class InMemoryStorage:
     """Keep the state of at most `max_keys` keys in this process.
 
     max_keys: 1 to 10^9 (keys × rules). on_full: what a new key does when they are all in use: "evict" forgets the key
-    closest to fresh among a few (`evictions` counts those that were not fresh yet), "deny" denies the new one.
+    closest to fresh among a few (`evictions` counts those that were not fresh yet), "deny" denies the new one. A charge of it isn't
+    counted then: its decision is over, and `statistics().charges_lost` counts it.
     clock_us: a monotonic clock in integer µs, for tests; by default the system's, counted from the Unix epoch.
 
     Raises ConfigurationError.
@@ -62,7 +63,7 @@ class InMemoryStorage:
 
     def statistics(self) -> Statistics:
         """Count what there is to count."""
-        return Statistics(keys=len(self.table), evictions=self.table.evictions)
+        return Statistics(keys=len(self.table), evictions=self.table.evictions, charges_lost=self.table.charges_lost)
 
     def timers(self, loop: AbstractEventLoop) -> Timers:
         """Find what calls back by this storage's time: `loop`, unless the clock was `ratethrottle.testing.ManualClock`."""

@@ -165,8 +165,10 @@ async def test_a_full_table_that_keeps_its_keys_counts_no_charge_of_a_new_one() 
     assert await world.limiter.check("one", "tokens", cost=1000)
     decision = await world.limiter.charge("other", "tokens")
     assert (decision.allowed, decision.over, decision.retry_after) == (True, True, 100.0)
+    assert world.limiter.statistics().charges_lost == 1
     world.clock.advance(100)
     assert (await world.limiter.charge("other", "tokens")).remaining == 999
+    assert world.limiter.statistics().charges_lost == 1
 
 
 # Reservations:
