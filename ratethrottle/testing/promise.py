@@ -47,7 +47,8 @@ def assert_promise(log: Iterable[Sequence[Any]], rule: RateThrottleRule, *, unit
     time: seconds, a timedelta or an aware datetime; integer µs with unit="us". For `fixed_window` and `sliding_counter`, whose windows
     begin at certain times of day, it is Unix time, as a ManualClock says it.
 
-    Raises PromiseBrokenError, an AssertionError, which says where the promise breaks; ConfigurationError for an entry that isn't one.
+    Raises PromiseBrokenError, an AssertionError, which says where the promise breaks; ConfigurationError for an entry that isn't one, and
+    for a log without entries.
     """
     __tracebackhide__ = True
     _assert(_entries(log, rule, 1, unit), rule, breach_at_instants)
@@ -104,6 +105,8 @@ def _entries(log: Iterable[Sequence[Any]], rule: RateThrottleRule, times: int, u
             read.append(_entry(number, given, rule, times, unit))
         except ConfigurationError as error:
             raise ConfigurationError(f"entry {number} of the log is {shown_value(given)}: {error}") from None
+    if not read:
+        raise ConfigurationError("the log is empty, which proves nothing; was it read before, or does the test make no checks?")
     return read
 
 

@@ -671,7 +671,17 @@ def test_a_log_may_come_in_any_order_and_in_several_units() -> None:
     with pytest.raises(PromiseBrokenError):
         assert_promise([(0, 2), (9_999_999, 1)], rule, unit="us")
     assert_promise([(0, 2), (10_000_000, 1)], rule, unit="us")
-    assert_promise([], rule)
+
+
+def test_a_log_without_entries_proves_nothing() -> None:
+    log = iter([(1, 1), (2, 1)])
+    assert_promise(log, RULE)
+    for check in (assert_promise, assert_promise_between):
+        for empty in ([], (), log):
+            with pytest.raises(ConfigurationError, match="the log is empty"):
+                check(empty, RULE)
+    # That nothing was granted is something.
+    assert_promise([(1, 1, False)], RULE)
 
 
 def test_a_long_breach_is_told_in_short() -> None:
@@ -683,7 +693,6 @@ def test_a_long_breach_is_told_in_short() -> None:
 
 def test_a_limit_of_0_and_leases_promise_what_they_say() -> None:
     for check in (assert_promise, lambda log, rule: assert_promise_between([(at, at, cost) for at, cost in log], rule)):
-        check([], RateThrottleRule("api", 0, 60))
         with pytest.raises(PromiseBrokenError):
             check([(5, 1)], RateThrottleRule("api", 0, 60))
         leased = RateThrottleRule("api", 1_000, 1, strategy="token_bucket", lease=True)
@@ -717,9 +726,9 @@ def test_what_is_no_entry_is_named(entry: Any, words: str) -> None:
 
 def test_wrong_arguments_of_a_promise_are_named() -> None:
     with pytest.raises(ConfigurationError, match="it is a RateThrottleRule"):
-        assert_promise([], "api")  # type: ignore[arg-type]
+        assert_promise([(1, 1)], "api")  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match='it is "s" or "us"'):
-        assert_promise([], RULE, unit="ms")  # type: ignore[arg-type]
+        assert_promise([(1, 1)], RULE, unit="ms")  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="ends before it begins"):
         assert_promise_between([(2, 1, 1)], RULE)
     with pytest.raises(ConfigurationError, match=r"a whole number, not 1\.5"):
