@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from ratethrottle.testing import MakeLimiter, ManualClock
 
 
@@ -22,8 +24,10 @@ def ratethrottle_clock() -> ManualClock:
 
 
 @pytest.fixture
-def ratethrottle_limiter(ratethrottle_clock: ManualClock) -> MakeLimiter:
-    """Make limiters on that clock: `ratethrottle_limiter(rule, ...)`; with `client=` on Redis or fakeredis."""
-    from ratethrottle.testing.making import limiter_maker  # noqa: PLC0415  # see above
+def ratethrottle_limiter(ratethrottle_clock: ManualClock) -> Iterator[MakeLimiter]:
+    """Make limiters on that clock: `ratethrottle_limiter(rule, ...)`; with `client=` on Redis or fakeredis. They are closed in the end."""
+    from ratethrottle.testing.making import LimiterMaker  # noqa: PLC0415  # see above
 
-    return limiter_maker(ratethrottle_clock)
+    maker = LimiterMaker(ratethrottle_clock)
+    yield maker
+    maker.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from typing import Any, Protocol
 
 from ratethrottle.limiter import RateThrottleCore
@@ -18,12 +20,32 @@ class MakeLimiter(Protocol):
         """Make a limiter with these rules, in memory, or with a client on Redis. options: those of the storage."""
 
 
-def limiter_maker(clock: ManualClock) -> MakeLimiter:
-    """Give what makes limiters on this clock."""
+class LimiterMaker:
+    """Makes limiters on a clock, and closes them in the end."""
 
-    def make(*rules: RateThrottleRule, client: Any = None, **options: Any) -> RateThrottleCore:
-        if client is None:
-            return RateThrottleCore(InMemoryStorage(clock_us=clock, **options), rules=rules)
-        return RateThrottleCore(ManualRedisStorage(client, clock=clock, **options), rules=rules)
+    def __init__(self, clock: ManualClock) -> None:
+        self._clock = clock
+        self._made: list[RateThrottleCore] = []
 
-    return make
+    def __call__(self, *rules: RateThrottleRule, client: Any = None, **options: Any) -> RateThrottleCore:
+        """Make one."""
+        clock = self._clock
+        storage = (
+            InMemoryStorage(clock_us=clock, **options) if client is None else ManualRedisStorage(client, clock=clock, **options)
+        )
+        limiter = RateThrottleCore(storage, rules=rules)
+        self._made.append(limiter)
+        return limiter
+
+    def close(self) -> None:
+        """Close those that are open still, and delete their keys. The event loop of their test may be gone."""
+        made, self._made = [limiter for limiter in self._made if not limiter._closed], []
+        if made:
+            closing = threading.Thread(target=lambda: asyncio.run(_close(made)))  # since a loop may be current in this one
+            closing.start()
+            closing.join()
+
+
+async def _close(limiters: list[RateThrottleCore]) -> None:
+    for limiter in limiters:
+        await limiter.aclose()

@@ -814,6 +814,62 @@ def test_fixtures_make_limiters_on_one_clock(pytester: pytest.Pytester, run: Run
     run("-W", "error", "-p", "no:asyncio").assert_outcomes(passed=3)
 
 
+def test_limiters_of_the_fixture_are_closed_when_the_test_ends(pytester: pytest.Pytester, run: Run) -> None:
+    """In the loop of the test or after it, and also if the test fails or has closed them itself. Their keys go."""
+    pytester.makeconftest(
+        """
+        import fakeredis
+        import pytest
+        from ratethrottle import LimiterClosed, RateThrottleRule
+        from ratethrottle.testing import fake_redis
+
+        SERVER, MADE = fakeredis.FakeServer(), []
+
+        @pytest.fixture
+        def limiters(ratethrottle_limiter):
+            rule = RateThrottleRule("api", 2, 60)
+            made = [ratethrottle_limiter(rule), ratethrottle_limiter(rule, client=fake_redis(server=SERVER))]
+            MADE.extend(made)
+            return made
+
+        def pytest_sessionfinish():
+            assert len(MADE) == 8
+            for limiter in MADE:
+                with pytest.raises(LimiterClosed):
+                    limiter.check("ann")
+            assert not fakeredis.FakeRedis(server=SERVER).keys("manual-*")
+            print("all of them are closed")
+        """
+    )
+    pytester.makepyfile(
+        """
+        import asyncio
+        import pytest
+
+        async def use(limiters):
+            assert [bool(await limiter.check("ann")) for limiter in limiters] == [True, True]
+
+        def test_own_loop(limiters):
+            asyncio.run(use(limiters))
+
+        async def test_loop_of_a_plugin(limiters):
+            await use(limiters)
+
+        async def test_fails(limiters):
+            await use(limiters)
+            assert False
+
+        async def test_closed(limiters):
+            await use(limiters)
+            for limiter in limiters:
+                await limiter.aclose()
+        """
+    )
+    result = run("-W", "error", "-s", "-o", "asyncio_mode=auto", "-o", "asyncio_default_fixture_loop_scope=function")
+    result.assert_outcomes(passed=3, failed=1)
+    assert "all of them are closed" in result.stdout.str()
+
+
 def test_the_page_says_how_it_looks_and_it_does(pytester: pytest.Pytester, run: Run) -> None:
     """The examples of docs/testing.md that are test files."""
     page = (ROOT / "docs/testing.md").read_text()
