@@ -71,7 +71,19 @@ class Reservation:
     decision: what the check at its beginning said. settle: say how many units were really used.
     """
 
-    __slots__ = ("__weakref__", "_ask", "_decision", "_limiter", "_limits", "_of", "_on_error", "_place", "_sent", "_stage", "_used")
+    __slots__ = (
+        "__weakref__",
+        "_ask",
+        "_decision",
+        "_limiter",
+        "_limits",
+        "_of",
+        "_on_error",
+        "_place",
+        "_sent",
+        "_stage",
+        "_used",
+    )
 
     def __init__(
         self,
@@ -185,9 +197,12 @@ class Reservation:
         units: list[Any] = [estimate for _, _, estimate, _ in self._limits]
         named: set[int] = set()
         for rule, count in used.items():
-            name = _name(rule)
+            names = [_name(one) for one in (rule.rules if isinstance(rule, FirstOf) else (rule,))]
+            name = names[0]
             if name not in places:
                 raise InvalidRequest(f"settle names a rule that nothing is reserved of; reserved are {listed(places)}")
+            if isinstance(rule, FirstOf) and set(names) != set(self._limits[places[name]][0]):
+                raise InvalidRequest(f"settle names a FirstOf that nothing is reserved of; reserved are {listed(places)}")
             if places[name] in named:
                 raise InvalidRequest("settle names two rules of one FirstOf; name the one that has paid, or the FirstOf")
             named.add(places[name])
@@ -196,7 +211,5 @@ class Reservation:
 
 
 def _name(rule: object) -> object:
-    """Name a rule, or one of a FirstOf."""
-    if isinstance(rule, FirstOf):
-        return _name(rule.rules[0])
+    """Name a rule."""
     return rule.name if isinstance(rule, RateThrottleRule) else rule

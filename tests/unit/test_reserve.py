@@ -371,6 +371,18 @@ async def test_bad_units_are_refused_and_the_estimate_stays(world: World, units:
     assert await world.left("tokens") == 600
 
 
+@pytest.mark.parametrize(
+    "other", [FirstOf("tokens", "requests"), FirstOf("tokens", "daily", "requests"), FirstOf("requests", "tokens")]
+)
+async def test_another_choice_than_the_one_reserved_is_refused(world: World, other: FirstOf) -> None:
+    with pytest.raises(InvalidRequest, match="a FirstOf that nothing is reserved of; reserved are daily, requests, tokens"):
+        async with world.limiter.reserve("key", (FirstOf("tokens", "daily"), "requests"), cost=3) as reservation:
+            reservation.settle({other: 1})
+    async with world.limiter.reserve("key", FirstOf("tokens", DAILY), cost=3) as reservation:
+        reservation.settle({FirstOf("tokens", "daily"): 1})
+    assert await world.left("tokens") == 996
+
+
 async def test_two_rules_of_one_choice_are_not_both_settled(world: World) -> None:
     with pytest.raises(InvalidRequest, match="two rules of one FirstOf"):
         async with world.limiter.reserve("key", FirstOf("tokens", "daily")) as reservation:
