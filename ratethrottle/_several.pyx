@@ -17,7 +17,7 @@ from ratethrottle._core cimport Backend, CHECK, CHECK_JOINT, JOINT, MADE, Mode, 
 from ratethrottle._engine.arithmetic cimport Outcome
 from ratethrottle._engine.bound cimport Bound, bound_guess, bound_look, bound_verdict, DENIED, LEASED, OPEN, STALE
 from ratethrottle._engine.decision cimport (
-    COST_MAX, Decision, decision_new, Entry, entry_new, LEASE, MEMORY, OUTAGE, PREFILTER, rule_named, Source, units_of,
+    COST_MAX, Decision, decision_new, Entry, entry_new, is_left_out, LEASE, MEMORY, OUTAGE, PREFILTER, rule_named, Source, units_of,
 )
 from ratethrottle._engine.definitions cimport CompiledRule, DENY_IT
 from ratethrottle._engine.joint cimport (
@@ -241,7 +241,7 @@ cdef class SeveralRules(Several):
         cdef int64_t[PARTS_MAX] costs
         cdef int p
         if plan.priced:
-            if cost is not 1:
+            if not is_left_out(cost):
                 raise InvalidRequest("cost is given beside a mapping, which has the cost of each rule; leave cost out")
             return plan
         for p in range(plan.size):
@@ -301,7 +301,7 @@ cdef class SeveralRules(Several):
         cdef int p
         if plan.alternatives:
             raise InvalidRequest("a charge counts what was used, so that there is nothing to choose from; name one rule instead of FirstOf")
-        if isinstance(rule, Mapping) and cost is not 1:
+        if isinstance(rule, Mapping) and not is_left_out(cost):
             raise InvalidRequest("cost is given beside a mapping, which has the cost of each rule; leave cost out")
         costs = list(rule.values()) if isinstance(rule, Mapping) else [cost] * plan.size
         for p in range(plan.size):

@@ -68,3 +68,4 @@ cdef class Entry:
 cdef CompiledRule rule_named(dict rules, object name)
 cdef Entry entry_new(CompiledRule rule, object key, object cost, int64_t least)
 cdef int64_t units_of(object cost, CompiledRule rule, int64_t least) except -1
+cdef bint is_left_out(object cost) except -1

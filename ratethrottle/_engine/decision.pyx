@@ -398,3 +398,13 @@ cdef int64_t units_of(object cost, CompiledRule rule, int64_t least) except -1:
         hint = "; peek(key, cost=0) says what is left" if overflow == 0 and units == 0 else ""
         raise InvalidRequest(f"the cost is below {least}; it is a whole number of units, at least {least}{hint}")
     return units
+
+
+cdef bint is_left_out(object cost) except -1:
+    """Whether a cost beside a mapping is the 1 that stands for none, of whatever type."""
+    if cost is 1:
+        return True
+    try:
+        return not PyBool_Check(cost) and PyNumber_Index(cost) == 1
+    except TypeError:
+        return False

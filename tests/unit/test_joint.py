@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trio
@@ -664,6 +664,30 @@ async def test_a_list_or_a_mapping_that_changes_means_what_it_holds_now() -> Non
     costs["day"] = 4
     assert set(left(await core.check("key", named))) == {"burst", "day", "other"}
     assert left(await core.check("key", costs)) == {"burst": 0, "day": 4}
+
+
+class Units:
+    """A whole number of another type, as numpy has them."""
+
+    def __init__(self, units: int) -> None:
+        self.units = units
+
+    def __index__(self) -> int:
+        return self.units
+
+
+async def test_beside_a_mapping_a_cost_of_1_is_left_out_whatever_its_type() -> None:
+    core, one, two = limiter(), cast(int, Units(1)), cast(int, Units(2))
+    requests = [Request("key", {"burst": 1, "day": 2}, one)]
+    assert await core.check("key", {"burst": 1, "day": 2}, cost=one)  # type: ignore[call-overload]
+    assert await core.check_many(requests)
+    assert await core.check_all(requests)
+    assert (await core.charge("key", {"day": 2}, cost=one)).remaining == 2  # type: ignore[call-overload]
+    for wrong in (two, True, 1.0, "1"):
+        with pytest.raises(InvalidRequest, match="beside a mapping"):
+            core.check("key", {"burst": 1, "day": 2}, cost=wrong)  # type: ignore[call-overload]
+        with pytest.raises(InvalidRequest, match="beside a mapping"):
+            await core.charge("key", {"day": 2}, cost=wrong)  # type: ignore[call-overload]
 
 
 async def test_a_clock_that_asks_another_limiter_in_the_middle_of_a_check_spoils_nothing() -> None:
