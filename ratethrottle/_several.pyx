@@ -71,12 +71,12 @@ cdef class SeveralRules(Several):
     cdef readonly dict known
     cdef dict known_by_id
     cdef list owners                         # the objects that these are the ids of
-    cdef int64_t renewals
+    cdef readonly int64_t renewals           # how often all that was named was forgotten
     cdef object last_named                   # the one before
     cdef object last_meant
     cdef dict own                            # name -> a rule of the caller's own, which has the tally of that name
     cdef public dict held                    # name -> ConcurrencyRule of the limiter: no rules for a check
-    cdef readonly bint uncounted             # whether nothing is counted under one of them
+    cdef readonly bint uncounted             # whether nothing is counted under one of the rules that are remembered
     cdef JointDecision spare                 # the last one made: used again if nobody has kept it
     # The key (a str) and the plan of the check before, and where they belong: the same key isn't hashed twice in a row.
     cdef object last_key
@@ -109,6 +109,7 @@ cdef class SeveralRules(Several):
         self.owners.clear()
         self.last_named = self.last_meant = None
         self.last_plan = None
+        self.uncounted = False
         return 0
 
     cdef CompiledRule named(self, object name):
@@ -159,6 +160,7 @@ cdef class SeveralRules(Several):
             self.renew()
             renewed = self.renewals
         self.known[named] = meant
+        self.uncounted |= (<Joint>meant).uncounted != 0 if isinstance(meant, Joint) else not (<CompiledRule>meant).counted
         if renewed != self.renewals:
             self.renew()                         # the rules changed meanwhile, in another thread
             return meant
@@ -183,7 +185,6 @@ cdef class SeveralRules(Several):
         compiled = CompiledRule(*compiled.facts())   # another limiter may count under the rule's
         self.count_in(compiled, named)
         self.own.setdefault(compiled.name, compiled)
-        self.uncounted = self.uncounted or not compiled.counted
         return compiled
 
     cdef CompiledRule rule_of(self, object named):

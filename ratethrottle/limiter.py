@@ -170,8 +170,10 @@ class RateThrottleCore(Patchable, Limiter):
         consumed nothing; the others were decided and stay consumed. With `StorageUnavailable` and other errors of the storage, what
         was decided before stays consumed, and what was sent may have been.
         """
+        renewals = self._by_several.renewals
         entries = [self._entry_of(*_asked(request)) for request in self._requests("check_many", requests)]
-        if not (self._uncounted or self._by_several.uncounted):
+        # If rules changed meanwhile, these don't say what stands in the first entries.
+        if not (self._uncounted or self._by_several.uncounted) and renewals == self._by_several.renewals:
             return await self._storage.decide(entries) if entries else []
         asked = [entry for entry in entries if entry.counted]
         if not asked:

@@ -640,6 +640,32 @@ async def test_what_was_named_is_remembered_within_bounds() -> None:
     assert counted(core, "plan").allowed <= 3_000
 
 
+async def test_a_rule_that_counts_nothing_is_forgotten_with_all_that_was_named() -> None:
+    core, off = limiter(), RateThrottleRule("soft", 5, 60, enforce="off")
+    assert [decision.allowed for decision in await core.check_many([Request("key", off), Request("key", "burst")])] == [
+        True,
+        True,
+    ]
+    assert core._by_several.uncounted
+    core.add_rule(CLOSED)
+    core.remove_rule("closed")
+    assert not core._by_several.uncounted
+    for named in (off, ("burst", off), FirstOf("day", CLOSED)):
+        await core.check_many([Request("key", named)])
+        assert core._by_several.uncounted
+        core.add_rule(RateThrottleRule("more", 5, 60))
+        core.remove_rule("more")
+
+
+async def test_check_many_asks_no_store_about_rules_that_count_nothing_though_all_is_forgotten_meanwhile() -> None:
+    core, off = limiter(), RateThrottleRule("soft", 5, 60, enforce="off")
+    requests = [Request("key", off), *(Request("key", RateThrottleRule("plan", 5, 60 + i)) for i in range(1_100))]
+    decisions = await core.check_many(requests)
+    assert not core._by_several.uncounted, "it has been forgotten"
+    assert (decisions[0].allowed, decisions[0].remaining) == (True, 5)
+    assert len(core._storage) == 1, "only the other rule has counted"
+
+
 async def test_rules_that_change_are_felt_at_once() -> None:
     core, both = limiter(), ("burst", "day")
     assert left(await core.check("key", both)) == {"burst": 2, "day": 9}
