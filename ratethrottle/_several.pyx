@@ -121,14 +121,18 @@ cdef class SeveralRules(Several):
 
     cdef object find(self, object named):
         cdef PyObject* found
+        cdef object meant, _named_before, _meant_before
         if named is self.last_named:
             return self.last_meant
         found = PyDict_GetItemWithError(self.known_by_id, PyLong_FromVoidPtr(<void*>named))
         if found == NULL:
             return self.meaning(named)
-        self.last_meant = <object>found
+        meant = <object>found
+        # What is dropped here may run code that checks. By then the two that are remembered belong together.
+        _named_before, _meant_before = self.last_named, self.last_meant
+        self.last_meant = meant
         self.last_named = named
-        return self.last_meant
+        return meant
 
     cdef object meaning(self, object named):
         """What it means, remembered by value. A list or a mapping may change, so that it isn't remembered itself."""

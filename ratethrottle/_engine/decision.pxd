@@ -19,6 +19,7 @@ cdef enum Source:
     OVERLOAD
 
 
+@cython.no_gc
 cdef class Decision:
     cdef CompiledRule compiled
     cdef readonly object key

@@ -22,6 +22,7 @@ cdef enum Correction:                        # what a Joint is, if it is no chec
 
 
 @cython.final
+@cython.no_gc
 cdef class Joint:
     cdef readonly tuple rules                # CompiledRule of each part
     cdef readonly tuple keys                 # key of each part; None of a plan, whose parts all get one key, which isn't known yet
@@ -71,6 +72,7 @@ cdef class Several:
 
 
 @cython.final
+@cython.no_gc
 cdef class JointDecision(Decision):
     cdef Joint joint
     cdef int sets

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import pickle
 from collections import defaultdict
@@ -508,6 +509,13 @@ async def test_a_joint_decision_is_a_value_like_any_other() -> None:
     }
     with pytest.raises(TypeError, match="made by a limiter"):
         type(decision)()
+
+
+async def test_no_decision_is_work_for_the_collector() -> None:
+    core = limiter()
+    kept = [await core.check("key", named) for named in ("burst", ("burst", "day"), ("day",))]
+    assert [len(decision.parts) for decision in kept] == [0, 2, 0]
+    assert not any(map(gc.is_tracked, kept))
 
 
 async def test_headers_name_a_rule_once_however_many_keys_it_limits() -> None:
