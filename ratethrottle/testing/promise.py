@@ -43,7 +43,8 @@ def assert_promise(log: Iterable[Sequence[Any]], rule: RateThrottleRule, *, unit
     """Fail unless the log of one key keeps the rule's promise, in every interval of any length.
 
     log: entries in any order. Each is (time, cost), (time, cost, allowed) or (time, decision). What was denied doesn't count, nor does
-    what a rule with enforce="flag" allowed over its limit.
+    what a rule with enforce="flag" allowed over its limit. Leave out what was charged, since nobody was asked for it. Of a reservation put
+    in the estimate, or what was settled if that is less, at the time at which its block began.
     time: seconds, a timedelta or an aware datetime; integer µs with unit="us". For `fixed_window` and `sliding_counter`, whose windows
     begin at certain times of day, it is Unix time, as a ManualClock says it.
 

@@ -23,6 +23,7 @@ from ratethrottle import (
     ConfigurationError,
     Decision,
     InMemoryStorage,
+    RateLimitExceeded,
     RateThrottleCore,
     RateThrottleRule,
     RedisStorage,
@@ -568,6 +569,43 @@ def kept(rule: RateThrottleRule, limiter: RateThrottleCore, clock: ManualClock) 
         return log
 
     return play()
+
+
+@every_strategy
+async def test_a_log_of_reservations_and_charges_keeps_the_promise_as_the_page_says(
+    strategy: str, ratethrottle_limiter: MakeLimiter, ratethrottle_clock: ManualClock
+) -> None:
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")
+    rng, rule = random.Random(seed), RateThrottleRule("api", 7, 10, strategy=strategy)
+    limiter, log, refused = ratethrottle_limiter(rule), [], 0
+    for _ in range(300):
+        ratethrottle_clock.advance(rng.choice((0, 0, 0.1, 0.5, 3)))
+        began, estimate, used = ratethrottle_clock.now, rng.randint(1, 7), rng.randint(0, 9)
+        try:
+            async with limiter.reserve("ann", cost=estimate) as reservation:
+                ratethrottle_clock.advance(rng.choice((0, 0, 0.2, 6)))
+                reservation.settle(used)
+        except RateLimitExceeded:
+            refused += 1
+        else:
+            log += [(began, min(estimate, used))] if used else []
+        if rng.random() < 0.05:
+            await limiter.charge("ann", cost=rng.randint(1, 14))
+        if check := await limiter.check("ann"):
+            log.append((ratethrottle_clock.now, check.cost))
+    assert refused
+    assert_promise(log, rule)
+    # With the estimate of what came back, and with a charge, it doesn't.
+    ratethrottle_clock.advance(100)
+    began = ratethrottle_clock.now
+    async with limiter.reserve("ann", cost=7) as reservation:
+        reservation.settle(1)
+    again = await limiter.check("ann", cost=6)
+    assert_promise([(began, 1), (began, again)], rule)
+    for wrong in ([(began, 7), (began, again)], [(began, 1), (began, again), (began, await limiter.charge("bob", cost=7))]):
+        with pytest.raises(PromiseBrokenError):
+            assert_promise(wrong, rule)
 
 
 @every_strategy
