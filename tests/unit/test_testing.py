@@ -278,6 +278,66 @@ async def test_while_time_elapses_each_is_called_at_its_own_time(ratethrottle_cl
     assert calls.heard[-1] == ("b", 7.5)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "seconds"), [("sliding_window", (60, 60, 120)), ("token_bucket", (30, 60, 90)), ("fixed_window", (60, 60, 120))]
+)
+async def test_callers_wait_for_the_very_time_of_the_clock(
+    strategy: str, seconds: tuple[int, ...], limiter_of: Callable[..., RateThrottleCore], ratethrottle_clock: ManualClock
+) -> None:
+    clock, limiter = ratethrottle_clock, limiter_of(RateThrottleRule("api", 2, 60, strategy=strategy))
+    began_us, granted = clock(), []
+
+    async def block(number: int) -> None:
+        async with limiter.limit("ann", timeout=None):
+            granted.append((number, clock() - began_us))
+
+    @limiter.limit("ann", timeout=None)
+    async def function(number: int) -> None:
+        granted.append((number, clock() - began_us))
+
+    async def reserve(number: int) -> None:
+        async with limiter.reserve("ann", timeout=None) as reservation:
+            reservation.settle(1)
+            granted.append((number, clock() - began_us))
+
+    tasks = [asyncio.create_task(waits(number)) for number, waits in enumerate((block, function, function, block, reserve))]
+    await clock.settle()
+    assert granted == [(0, 0), (1, 0)]
+    await clock.elapse(seconds[0] - 0.000_001)
+    assert len(granted) == 2
+    await clock.elapse(200)
+    assert [at_us for _, at_us in granted[2:]] == [at_s * 1_000_000 for at_s in seconds]
+    assert [number for number, _ in granted] == list(range(5))
+    assert clock() - began_us == (seconds[0] + 200) * 1_000_000 - 1
+    await asyncio.gather(*tasks)
+
+
+async def test_a_timeout_of_a_caller_goes_by_the_clock(
+    limiter_of: Callable[..., RateThrottleCore], ratethrottle_clock: ManualClock
+) -> None:
+    clock, limiter = ratethrottle_clock, limiter_of(RateThrottleRule("api", 2, 60))
+    await limiter.check("ann", cost=2)
+    began_us = clock()
+    with pytest.raises(RateLimitExceeded):
+        await limiter.acquire("ann", timeout=59)
+    assert clock() == began_us, "it is known that the time is too short"
+    first = asyncio.create_task(limiter.acquire("ann", cost=2, timeout=70))
+    second = asyncio.create_task(limiter.acquire("ann", timeout=100))
+    third = asyncio.create_task(limiter.acquire("ann", timeout=59))
+    await clock.elapse(59)
+    assert [task.done() for task in (first, second, third)] == [False, False, True]
+    await clock.elapse(1)
+    assert first.result().allowed
+    for task in (second, third):
+        with pytest.raises(RateLimitExceeded):
+            await task
+    waits = asyncio.create_task(limiter.acquire("ann"))
+    await clock.settle()
+    clock.advance(60)  # at once, and the caller goes on in the next turns of the loop
+    assert not waits.done()
+    assert await waits
+
+
 async def test_time_elapses_only_once_redis_has_answered(ratethrottle_clock: ManualClock) -> None:
     limiter = RateThrottleCore(ManualRedisStorage(fake_redis(), clock=ratethrottle_clock), rules=[RULE])
     began_us, decided = ratethrottle_clock(), []
