@@ -9,6 +9,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         "tests.kit.crowd",
+        "tests.kit.holder",
         "tests.kit.lessee",
         "tests.kit.payer",
         "tests.kit.reserver",

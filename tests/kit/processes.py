@@ -216,7 +216,7 @@ class Connection:
     def _write(self, data: bytes) -> None:
         request = Request(data)
         self.unserved.append(request)
-        if request.mode in {"beat", "repair"}:
+        if request.mode in {"beat", "repair", "slots"}:
             return
         self.requests.append(request)
         if request.loads:

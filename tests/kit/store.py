@@ -12,7 +12,7 @@ from typing import Any
 import redis
 
 from ratethrottle._engine.definitions import CompiledRule
-from ratethrottle.storage.redis.scripts import script
+from ratethrottle.storage.redis.scripts import LATER, NAMES, script
 from ratethrottle.testing.manual import steered
 from tests.kit.clocked import BITS, EPOCH, EPOCH_KEY, ClockedScript, JointAnswer, load
 from tests.kit.joint import check_jointly
@@ -21,8 +21,8 @@ from tests.kit.strategies import calendar_rules
 
 START_US = 1_800_000_000_000_000
 NEVER_US = 2**63 - 1
-SCRIPTS = {name: (script(name).sha(False), script(name).body(False)) for name in ("beat", "decide", "repair", "reset")}
-NAMES = {word: name for name, words in SCRIPTS.items() for word in words}
+SCRIPTS = {name: (script(name).sha(False), script(name).body(False)) for name in (*NAMES, *LATER)}
+NAME_OF = {word: name for name, words in SCRIPTS.items() for word in words}
 prefixes = itertools.count()
 
 
@@ -106,7 +106,7 @@ class Request:
         if self.loads:
             return
         assert words[0] in {b"EVAL", b"EVALSHA"}
-        self.script = NAMES[words[1]]
+        self.script = NAME_OF[words[1]]
         assert words[1] == SCRIPTS[self.script][self.by_value]
         keys = words[3 : 3 + int(words[2])]
         assert 1 <= len(keys) == len(set(keys)) <= 130

@@ -190,6 +190,19 @@ cdef class Batch:
             self.link.transport.connect()
         return 0
 
+    # Control calls of others:
+
+    def listen(self, moved_on):
+        """Have `moved_on` called when control calls may be sent, in another epoch perhaps, and when they can't be any more."""
+        self.session.moved_on = moved_on
+
+    @property
+    def knows_epoch(self): return self.session.knows_epoch()
+
+    def send(self, ControlCall call not None):
+        """Send a control call, as `knows_epoch`. It is done when its reply comes, unless that is lost or says that it wasn't run."""
+        self.exchange.send(call)
+
     # Entering:
 
     cdef int enter(self, PendingDecision pending) except -1:
@@ -551,6 +564,8 @@ cdef class Batch:
             self.settlement.take_back(<CheckCall>call)
         else:
             self.context.repair.lose(<ControlCall>call)
+            if (<ControlCall>call).script == "slots":
+                (<ControlCall>call).done([])  # it isn't, and is asked again
             self.session.heartbeat.beating = self.session.heartbeat.beating and (<ControlCall>call).script != "beat"
         return self.session.moved()
 

@@ -16,6 +16,7 @@ cdef class KeyNames:
     cdef readonly bytes epoch_key
     cdef readonly bytes processes_key
     cdef readonly bytes charged_key          # and what was charged
+    cdef readonly bytes holders_key          # and who holds slots
     cdef readonly bytes layout_key           # says by which layout its keys are called
     cdef readonly bytes layout
 

@@ -137,6 +137,7 @@ cdef class KeyNames:
         self.epoch_key = prefix + b":epoch"
         self.processes_key = prefix + b":processes"
         self.charged_key = prefix + b":charged:"
+        self.holders_key = prefix + b":slots"
         self.layout_key = prefix + b":layout"
         self.layout = b"tags=%d,parts=%d" % (tags, tag_parts)
 
@@ -217,6 +218,12 @@ cdef class KeyNames:
     cdef str rule_of(self, bytes name):
         """The rule of a state, by its name."""
         return name[len(self.opening):].partition(b"}:")[2].partition(b":")[0].decode()
+
+    def slots_key(self, Entry entry not None):
+        """The name of what is held of a request's key."""
+        cdef bytes name = self.state_key(entry)
+        cdef Py_ssize_t at = name.index(b":", name.index(b"}:") + 2)
+        return name[:at] + b"@slots" + name[at:]
 
     def state_key(self, Entry entry not None):
         """The name of a request's state."""

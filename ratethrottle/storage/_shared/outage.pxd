@@ -22,7 +22,7 @@ cdef class Shares:
     cdef KeyTable bounds
     cdef KeyNames names
     cdef readonly int64_t n                  # of how many processes this is the share of one; 0: nobody knows
-    cdef int64_t rank
+    cdef readonly int64_t rank               # which of them, from 0
     cdef int64_t outage
     cdef dict made                           # a rule's numbers -> its Share
     cdef CompiledRule last_rule              # of the last decision, and its share: no look-up for a rule that comes again

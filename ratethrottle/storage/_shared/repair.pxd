@@ -62,6 +62,7 @@ cdef class Repair:
     cdef readonly Fleet fleet
     cdef readonly int64_t epoch              # that the bounds are of; 0 before the first one
     cdef readonly int64_t epochs             # how many came after it
+    cdef readonly int64_t clears             # how often all was forgotten, as it was cleared
     cdef int64_t losses                      # how many of these may have lost what is known here
     cdef readonly bytes process_id
     cdef readonly object users               # the storages of this process that share it and aren't closed, as a WeakSet

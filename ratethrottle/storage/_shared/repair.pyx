@@ -325,12 +325,17 @@ cdef class Repair:
 
     def forget_all(self):
         """Know nothing of any key, and owe nothing: everything was cleared."""
+        self.clears += 1
         self.bounds.empty()
         self.calls = deque()
         self.out = set()
         self.assertions = None
         self.charged = deque(maxlen=self.bounds.max_keys)
         self.live_until_us = self.newest_us = self.told_us = 0
+
+    def watch_until(self, int64_t until_us):
+        """See to it that a loss is noticed soon, until then by this process's clock: something is held that is no key of the table."""
+        self.live_until_us = max(self.live_until_us, until_us)
 
     cdef bint enter_epoch(self, int64_t epoch, int64_t learning_us, bint forgets, int64_t held_us, int64_t now_us) except -1:
         """Take up the epoch in the reply to a beat. True if it is another one: then the store may have lost what is known here.

@@ -21,12 +21,15 @@ cdef class Session:
     cdef Fallback fallback
     cdef Heartbeat heartbeat
     cdef object schedule
+    cdef object moved_on                     # called when control calls may be sent, or not any more; or None
     cdef bint advancing                      # the loop is about to call `_advance_on`
     cdef bint freeing                        # or `_free_on`
     cdef int64_t told_evictions
 
     cdef int begin(self) except -1
     cdef int end(self) except -1
+    cdef bint knows_epoch(self) noexcept
+    cdef int tell_moved_on(self) except -1
     cdef int moved(self) except -1
     cdef int beat(self, bint whole=*) except -1
     cdef int leave(self) except -1

@@ -50,6 +50,15 @@ cdef class Session:
         """The connection is gone."""
         self.heartbeat.lost()
         self.known.epoch = 0
+        return self.tell_moved_on()
+
+    cdef inline bint knows_epoch(self) noexcept:
+        """Whether a control call can be sent."""
+        return self.link.is_open() and self.heartbeat.epoch != 0 and self.heartbeat.epoch == self.context.repair.epoch
+
+    cdef int tell_moved_on(self) except -1:
+        if self.moved_on is not None:
+            self.moved_on()
         return 0
 
     cdef int moved(self) except -1:
@@ -149,7 +158,7 @@ cdef class Session:
                 self.begin_serving(now_us)
             self.known.queue_returns()
             self.schedule()
-        return 0
+        return self.tell_moved_on()
 
     cdef int begin_serving(self, int64_t now_us) except -1:
         """Send checks again."""

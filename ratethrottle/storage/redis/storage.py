@@ -18,10 +18,11 @@ from ratethrottle._engine.decision import Decision, Entry
 from ratethrottle._engine.definitions import CompiledRule
 from ratethrottle._engine.joint import Joint
 from ratethrottle._engine.keys import KeyTable
+from ratethrottle._holding import Ask, Held, Holder
 from ratethrottle.errors import ConfigurationError, StorageError, StorageUnavailable
 from ratethrottle.events import Events
 from ratethrottle.options import check_options
-from ratethrottle.rule import RateThrottleRule
+from ratethrottle.rule import ConcurrencyRule, RateThrottleRule
 from ratethrottle.storage import Statistics, Timers
 from ratethrottle.storage._shared.batch import Batch
 from ratethrottle.storage._shared.fallback import REPAIRING
@@ -33,10 +34,12 @@ from ratethrottle.storage.redis.backoff import Backoff
 from ratethrottle.storage.redis.clearing import Clearing
 from ratethrottle.storage.redis.connection import Connection
 from ratethrottle.storage.redis.failures import failure
+from ratethrottle.storage.redis.holders import Here
 from ratethrottle.storage.redis.notices import EventSource
 from ratethrottle.storage.redis.scripts import check_installed
 from ratethrottle.storage.redis.settings import Settings, close
 from ratethrottle.storage.redis.sharing import SHARING
+from ratethrottle.storage.redis.slots import Slots
 from ratethrottle.storage.redis.urls import client_of
 
 OnOutage = Literal["local", "allow", "deny", "raise"]
@@ -144,6 +147,9 @@ class RedisStorage(SharedStorage):
         self._connections = connections
         self._max_waiting = max_waiting
         self._settling: set[asyncio.Future[None]] = set()
+        self._policy = on_outage
+        self._held_here = Here()
+        self._slots: dict[asyncio.AbstractEventLoop, Slots] = {}
         self.events = Events()
         self.context.noticed = self._notices = EventSource(self.events, on_outage)
         self._sent_before = (0, 0)  # script calls and their items, by connections that are gone
@@ -246,6 +252,45 @@ class RedisStorage(SharedStorage):
         settled.add_done_callback(self._settling.discard)
         return asyncio.shield(settled)
 
+    def hold(self, holder: Holder, rule: ConcurrencyRule, ask: Ask) -> Held | asyncio.Future[Held]:
+        """Take what a holder of slots gives back, and grant what it may have. Raises StorageError, here or by the future."""
+        return self._slots_here().hold(holder, rule, ask)
+
+    async def forget_slots(self, rule: ConcurrencyRule, entry: Entry) -> None:  # noqa: ARG002  # memory needs it
+        """Have nobody hold slots of a key. A process finds out within a third of its ttl. Raises StorageUnavailable without Redis."""
+        give_up_s = time.monotonic() + LEARNS_S
+        while True:
+            forgotten = self._slots_here().forget(entry)
+            if forgotten is not None:
+                await asyncio.wait([forgotten], timeout=self._deadline_s)
+                if forgotten.done() and forgotten.result():
+                    return
+            if time.monotonic() >= give_up_s:
+                raise self._connections_here()[0].unsent()
+            await asyncio.sleep(ASK_AGAIN_S)
+
+    def _slots_here(self) -> Slots:
+        """Find or make the slots of this process and this loop."""
+        connections, loop = self._connections_here(), asyncio.get_running_loop()
+        slots = self._slots.get(loop)
+        if slots is None or slots.process != os.getpid():
+            if slots is not None:
+                self._held_here = Here()  # what the other process holds isn't this one's
+            for known, old in list(self._slots.items()):
+                if known.is_closed() or old.process != os.getpid():
+                    del self._slots[known]
+            slots = self._slots[loop] = Slots(
+                self.names,
+                self.repair,
+                self._held_here,
+                connections[0],
+                self._batch_timers(loop),
+                deadline_us=self.context.deadline_us,
+                on_outage=self._policy,
+            )
+        slots.use(connections[0])
+        return slots
+
     async def _together(self, entries: Sequence[Entry | Joint], mode: Literal["check", "peek", "reset"]) -> list[Decision]:
         try:
             group = self._ask_together(entries, mode)
@@ -346,6 +391,10 @@ class RedisStorage(SharedStorage):
         try:
             if settling:
                 await asyncio.wait(settling, timeout=self._deadline_s)
+            slots = self._slots.pop(loop, None)
+            left = slots.leave() if slots is not None and slots.process == os.getpid() else None
+            if left is not None:
+                await asyncio.wait([left], timeout=self._deadline_s)
         finally:
             await self._end()
 

@@ -1,0 +1,157 @@
+"""What one event loop holds of slots: who it is to Redis, and what it has of each key. No I/O."""
+
+from __future__ import annotations
+
+import threading
+from asyncio import Future
+from collections import Counter
+from dataclasses import dataclass
+from os import urandom
+from typing import Final
+
+from ratethrottle._holding import Ask, Held, Holder
+from ratethrottle.rule import ConcurrencyRule
+
+# A slot is taken for lost here a thousandth of its ttl before Redis gives it to others: two clocks may run so differently.
+EARLY: Final = 1_000
+RENEWALS: Final = 3  # in a ttl
+
+
+class Here:
+    """How many units of each key this process holds, in all of its event loops."""
+
+    def __init__(self) -> None:
+        self._units: Counter[bytes] = Counter()
+        self._lock = threading.Lock()
+
+    def add(self, key: bytes, units: int) -> None:
+        """Count so many more."""
+        with self._lock:
+            self._units[key] += units
+            if not self._units[key]:
+                del self._units[key]
+
+    def units(self, key: bytes) -> int:
+        """Return how many it is."""
+        return self._units[key]
+
+
+class Identity:
+    """A holder, as Redis knows it: this event loop under one ttl. Times are µs, by the process's clock."""
+
+    def __init__(self, ttl_us: int) -> None:
+        self.ttl_us = ttl_us
+        self.name = urandom(8).hex().encode()
+        self.previous = b""  # the name that it had, of which Redis may still have something
+        self.joined = False  # Redis knows the name
+        self.renewed_us = 0  # when the last call was sent that renewed it
+        self.until_us = 0  # when it lapses; 0: nothing of it can
+        self.records: dict[Record, None] = {}  # that which Redis has heard of for the longest time first
+        self.keys: set[bytes] = set()  # of these
+        self.untold: set[Record] = set()  # held, and not told under this name
+
+    def add(self, record: Record) -> None:
+        """Have another key."""
+        self.records[record] = None
+        self.keys.add(record.key)
+
+    def remove(self, record: Record) -> None:
+        """Have nothing of a key any more."""
+        self.records.pop(record, None)
+        self.keys.discard(record.key)
+
+    def rename(self) -> None:
+        """Take another name, of which Redis has heard nothing."""
+        if self.joined or not self.previous:
+            self.previous = self.name
+        self.name, self.joined = urandom(8).hex().encode(), False
+        self.untold = {record for record in self.records if record.held}
+        for record in self.records:
+            # What was sent was about the name before. All of that is gone when Redis has heard everything under this one.
+            record.kept = record.sent = False
+            record.stale = record.held > 0
+            record.known = record.known if record.held else 0
+
+    def lapse(self) -> list[Record]:
+        """Take what Redis has counted for lost; returns that."""
+        lost = [record for record in self.records if record.known]
+        for record in lost:
+            record.lose()
+        self.rename()
+        self.until_us = 0
+        return lost
+
+    def renewed(self, sent_us: int, told: bool) -> None:
+        """Take note that Redis has renewed it by a call that was sent then."""
+        self.joined = True
+        self.renewed_us = max(self.renewed_us, sent_us)
+        self.until_us = max(self.until_us, sent_us + self.ttl_us - self.ttl_us // EARLY)
+        if told:
+            self.previous = b""
+
+    @property
+    def renew_us(self) -> int:
+        """When it has to be renewed."""
+        return self.renewed_us + self.ttl_us // RENEWALS
+
+    def words(self, told: bool) -> list[bytes]:
+        """Return what the script takes. told: no call that follows tells more of what is held."""
+        return [self.name, self.previous, b"%d" % self.ttl_us, b"%d" % ((not self.joined) + 2 * (not told))]
+
+
+@dataclass(eq=False, slots=True)
+class Asked:
+    """An ask that waits for its answer."""
+
+    record: Record
+    ask: Ask
+    answer: Future[Held]
+    deadline_us: int
+
+    @property
+    def waits(self) -> bool:
+        """Whether somebody waits for the answer."""
+        return self.record.asked is self and not self.answer.done()
+
+
+class Record:
+    """What a line has of its key."""
+
+    def __init__(self, holder: Holder, rule: ConcurrencyRule, key: bytes, identity: Identity, here: Here) -> None:
+        self.holder = holder
+        self.rule = rule  # of the last ask
+        self.key = key
+        self.identity = identity
+        self._here = here
+        self.held = 0  # units that the line has
+        self.known = 0  # units that Redis has confirmed
+        self.kept = False  # Redis has some of these, for all that is known
+        self.stale = False  # Redis has to hear what is held
+        self.sent = False  # an item that Redis hasn't confirmed
+        self.queued = False
+        self.touched_us = 0
+        self.asked: Asked | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing is to be remembered of it."""
+        return not (self.held or self.known or self.stale or self.sent or self.asked)
+
+    def hold(self, units: int) -> None:
+        """Note how many units the line has."""
+        self._here.add(self.key, units - self.held)
+        self.held = units
+
+    def confirm(self, units: int, now_us: int) -> None:
+        """Note that Redis has taken down so many units."""
+        self.known, self.kept, self.sent, self.touched_us = units, units > 0, False, now_us
+        self.identity.untold.discard(self)
+        if self in self.identity.records:
+            del self.identity.records[self]
+            self.identity.records[self] = None
+
+    def lose(self) -> None:
+        """Hold nothing any more."""
+        self.hold(0)
+        self.known, self.kept, self.stale = 0, False, False
+        self.identity.untold.discard(self)

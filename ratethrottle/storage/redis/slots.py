@@ -1,0 +1,520 @@
+"""Slots on Redis: what an event loop asks of Redis, hears from it, and decides without it. docs/arithmetic.md has it under "Slots"."""
+
+from __future__ import annotations
+
+import contextvars
+import copy
+import os
+from asyncio import AbstractEventLoop, Future
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from ratethrottle._engine.decision import Entry
+from ratethrottle._holding import Ask, Held, Holder
+from ratethrottle.errors import StateUnreadable, StorageError, StorageRefused, StorageTimeout, StorageUnavailable
+from ratethrottle.rule import ConcurrencyRule
+from ratethrottle.storage import Timer, Timers
+from ratethrottle.storage._shared.batch import Batch
+from ratethrottle.storage._shared.call import ControlCall
+from ratethrottle.storage._shared.keynames import KeyNames
+from ratethrottle.storage._shared.repair import Repair
+from ratethrottle.storage.redis.holders import Asked, Here, Identity, Record
+
+KEYS_MAX: Final = 128  # of a call
+HOLDERS_MAX: Final = 64
+UNREADABLE, UNSURE, OLD, LAPSED, FORGOTTEN = -2, -3, -4, -5, -6
+TOUCHED_US: Final = 1_800_000_000  # a state is kept for longer without a call
+AGAIN_S: Final = 0.05, 1.0  # at least and at most, without Redis
+STOOD_STILL_US: Final = 50_000  # a timer that fires so late was kept from it by its loop
+
+
+class Link(Protocol):
+    """A connection, as slots need it."""
+
+    loop: AbstractEventLoop
+    batch: Batch
+
+    def connect(self) -> None:
+        """Have it connect, if there is no connection."""
+
+    def retry_us(self) -> int:
+        """Return how long until Redis is asked again, in µs."""
+
+
+@dataclass(eq=False, slots=True)
+class Flight:
+    """A call without a reply yet."""
+
+    epoch: int
+    sent_us: int
+    holders: list[tuple[Identity, bytes, bool]]  # by what name, and whether it has told all by then
+    items: list[tuple[Record, bytes, int, Asked | None]]  # by what name, and with how many units held
+
+
+class Slots:
+    """The slots of one event loop of one process. One call is in flight at a time, and what comes meanwhile goes into the next."""
+
+    def __init__(
+        self,
+        names: KeyNames,
+        repair: Repair,
+        here: Here,
+        link: Link,
+        timers: Timers,
+        *,
+        deadline_us: int,
+        on_outage: str,
+    ) -> None:
+        self.process = os.getpid()
+        self._names = names
+        self._repair = repair
+        self._here = here
+        self._link = link
+        self._loop = link.loop
+        self._timers = timers
+        self._deadline_us = deadline_us
+        self._on_outage = on_outage
+        self._context = contextvars.Context()  # of what is called later: it belongs to no request
+        self._epoch, self._clears = repair.epoch, repair.clears
+        self._records: dict[tuple[Holder, int], Record] = {}
+        self._identities: dict[tuple[int, int], Identity] = {}  # by ttl, and by a number, as lines of one key have different ones
+        self._due: deque[Record] = deque()
+        self._asked: deque[Asked] = deque()  # in the order of their deadlines
+        self._flight: Flight | None = None
+        self._sequence = 0
+        self._scheduled = False
+        self._timer: Timer | None = None
+        self._timer_us = 0
+        self._excused = False
+        self._closed = False
+        link.batch.listen(self._moved_on)
+
+    def __len__(self) -> int:
+        """Keys of which something is held, or that Redis has to hear of."""
+        return len(self._records)
+
+    def use(self, link: Link) -> None:
+        """Send calls on that connection from now on."""
+        if self._link is not link:
+            self._link.batch.listen(None)
+            self._link = link
+            self._give_up_flight()
+            link.batch.listen(self._moved_on)
+
+    # What lines ask:
+
+    def hold(self, holder: Holder, rule: ConcurrencyRule, ask: Ask) -> Held | Future[Held]:
+        """Answer an ask. Raises StorageError."""
+        record, batch = self._record(holder, rule), self._link.batch
+        record.rule = rule
+        record.hold(ask.held)
+        if not batch.knows_epoch:
+            self._link.connect()
+            if batch.away or batch.refused:
+                return self._decide(record, ask)
+        asked = record.asked = Asked(record, ask, self._loop.create_future(), self._now_us() + self._deadline_us)
+        self._asked.append(asked)
+        self._queue(record)
+        self._arm(asked.deadline_us)
+        return asked.answer
+
+    def _record(self, holder: Holder, rule: ConcurrencyRule) -> Record:
+        record = self._records.get((holder, rule.ttl_us))
+        if record is None:
+            key = self._names.slots_key(holder.entry)
+            number = 0
+            while (identity := self._identities.get((rule.ttl_us, number))) and key in identity.keys:
+                number += 1
+            if identity is None:
+                identity = self._identities[rule.ttl_us, number] = Identity(rule.ttl_us)
+            record = self._records[holder, rule.ttl_us] = Record(holder, rule, key, identity, self._here)
+            identity.add(record)
+        return record
+
+    def _decide(self, record: Record, ask: Ask) -> Held:
+        """Answer by the outage policy. Raises StorageError. What is given back is taken in any case."""
+        record.asked = None
+        granted, free = 0, 0
+        try:
+            if ask.wanted:
+                granted, free = self._granted_here(record, ask)
+        finally:
+            record.hold(ask.held + granted * ask.cost)
+            self._settle(record)
+        least_s, most_s = AGAIN_S
+        again_s = min(most_s, max(least_s, self._link.retry_us() / 1e6)) if granted < ask.wanted else 0.0
+        return Held(granted, free, again_s, "outage")
+
+    def _granted_here(self, record: Record, ask: Ask) -> tuple[int, int]:
+        """How many slots the policy grants, and what is left of this process's share."""
+        policy = record.rule.on_outage or self._on_outage
+        reason = self._link.batch.reason or StorageTimeout(self._deadline_us / 1e6)
+        if policy == "raise" or isinstance(reason, StorageRefused) or self._closed:
+            raise copy.copy(reason)
+        limit = record.rule.limit
+        if policy == "allow":
+            return ask.wanted, limit
+        if policy == "deny":
+            return 0, 0
+        shares = self._repair.shares
+        share = limit // shares.n + (shares.rank < limit % shares.n) if shares.n else 0
+        room = max(0, share - self._here.units(record.key))
+        granted = min(ask.wanted, room // ask.cost)
+        return granted, room - granted * ask.cost
+
+    # What Redis is asked:
+
+    def _queue(self, record: Record) -> None:
+        if not record.queued:
+            record.queued = True
+            self._due.append(record)
+        self._schedule()
+
+    def _schedule(self) -> None:
+        if not self._scheduled and not self._closed:
+            self._scheduled = True
+            self._loop.call_soon(self._pump, context=self._context)
+
+    def _moved_on(self) -> None:
+        """See what the connection can do now."""
+        if self._flight is not None and not (self._link.batch.knows_epoch and self._flight.epoch == self._repair.epoch):
+            self._give_up_flight()
+        if self._link.batch.knows_epoch and (self._repair.epoch, self._repair.clears) != (self._epoch, self._clears):
+            # At once: others wait only so long for what this process has to tell.
+            self._pump()
+        elif self._link.batch.knows_epoch:
+            self._schedule()
+
+    def _give_up_flight(self) -> None:
+        """Ask again what was asked in a call that has no reply: nobody knows whether it was run."""
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            for record, _, _, _ in flight.items:
+                record.kept = False
+                record.stale = record.stale or record.asked is None
+                self._queue(record)
+
+    def _pump(self) -> None:
+        self._scheduled = False
+        if self._closed or self._flight is not None or not self._link.batch.knows_epoch:
+            return
+        now_us = self._now_us()
+        self._enter_epoch()
+        self._lapse(now_us)
+        flight = self._fill(now_us)
+        if flight is not None:
+            self._flight = flight
+            self._link.batch.send(self._call(flight))
+            self._arm(now_us + 2 * self._deadline_us)
+
+    def _enter_epoch(self) -> None:
+        """Be somebody else in a new epoch, and tell it first of all what is held; or nothing, if everything was cleared."""
+        if self._clears != self._repair.clears:
+            self._clears, self._epoch = self._repair.clears, self._repair.epoch
+            for identity in self._identities.values():
+                self._announce([record for record in identity.records if record.held])
+                identity.lapse()
+        elif self._epoch != self._repair.epoch:
+            before, self._epoch = self._epoch, self._repair.epoch
+            if before:
+                for identity in self._identities.values():
+                    identity.rename()
+        else:
+            return
+        untold = {record: None for identity in self._identities.values() for record in identity.untold}
+        self._due = deque([*untold, *(record for record in self._due if record not in untold)])
+        for record in untold:
+            record.queued = True
+        for identity in self._identities.values():
+            self._tell(identity)
+
+    def _fill(self, now_us: int) -> Flight | None:
+        """Take what is asked, and what has to be renewed, into a call."""
+        records: dict[bytes, Record] = {}
+        identities: dict[Identity, None] = {}
+        later: list[Record] = []
+        self._touch(now_us)
+        while self._due and len(records) < KEYS_MAX:
+            record = self._due.popleft()
+            record.queued = False
+            if record.asked is not None and not record.asked.waits:
+                self._settle(record, queue=False)
+            if record.asked is None and not record.stale:
+                self._tidy(record)
+            elif record.key in records or (record.identity not in identities and len(identities) == HOLDERS_MAX):
+                later.append(record)
+            else:
+                records[record.key] = record
+                identities[record.identity] = None
+        for record in reversed(later):
+            record.queued = True
+            self._due.appendleft(record)
+        for identity in self._identities.values():
+            if identity.records and identity.until_us and identity.renew_us <= now_us and len(identities) < HOLDERS_MAX:
+                identities[identity] = None
+        if not identities:
+            return None
+        taken = set(records.values())
+        return Flight(
+            self._repair.epoch,
+            now_us,
+            [(identity, identity.name, identity.untold <= taken) for identity in identities],
+            [(record, record.identity.name, record.held, record.asked) for record in records.values()],
+        )
+
+    def _touch(self, now_us: int) -> None:
+        """Say again what was held for long, a call's worth at a time, so that Redis keeps it."""
+        for identity in self._identities.values():
+            for record in [*_first(identity.records, KEYS_MAX // 2)]:
+                if record.touched_us + TOUCHED_US > now_us:
+                    break
+                if record.known:
+                    record.stale = True
+                    self._queue(record)
+
+    def _call(self, flight: Flight) -> ControlCall:
+        numbers = {identity: number for number, (identity, _, _) in enumerate(flight.holders, 1)}
+        words = [b"hold", b"%d" % len(flight.holders)]
+        for identity, _, told in flight.holders:
+            words += identity.words(told)
+        for record, _, held, asked in flight.items:
+            self._sequence += 1
+            cost, wanted, waits = (asked.ask.cost, asked.ask.wanted, True) if asked is not None else (1, 0, False)
+            bits = (record.kept and held > 0) + 2 * waits
+            item = (numbers[record.identity], record.rule.limit, cost, held, wanted, self._sequence, bits)
+            words += [b"%d" % number for number in item]
+            # After this, something of it may be gone there.
+            record.sent, record.kept, record.stale = True, record.kept and held > 0, False
+        keys = [self._names.holders_key, *(record.key for record, _, _, _ in flight.items)]
+        return ControlCall("slots", keys, words, lambda numbers: self._answered(flight, numbers))
+
+    # What Redis answers:
+
+    def _answered(self, flight: Flight, numbers: Sequence[int]) -> None:
+        if flight is not self._flight:
+            return
+        holders, items = flight.holders, flight.items
+        if len(numbers) != 1 + len(holders) + 3 * len(items):  # it wasn't run
+            self._give_up_flight()
+            return
+        self._flight = None
+        for (identity, name, told), standing in zip(holders, numbers[1:], strict=False):
+            if identity.name == name:
+                self._take_standing(identity, standing, flight.sent_us, told)
+        at = 1 + len(holders)
+        for record, name, held, asked in items:
+            self._take_item(record, name, held, asked, numbers[at : at + 3])
+            at += 3
+        if self._due:
+            self._schedule()
+        self._arm_renewals()
+
+    def _take_standing(self, identity: Identity, standing: int, sent_us: int, told: bool) -> None:
+        if not standing:
+            self._lapse_one(identity)
+            return
+        identity.renewed(sent_us, told)
+        self._repair.watch_until(identity.until_us)
+        if standing == 2:
+            for record in identity.records:
+                if record.known:
+                    record.stale = True
+                    self._queue(record)
+
+    def _take_item(self, record: Record, name: bytes, held: int, asked: Asked | None, numbers: Sequence[int]) -> None:
+        granted, free, again_us = numbers
+        waits = asked is not None and asked.waits
+        if record.identity.name != name:
+            if waits or record.stale:
+                self._queue(record)
+            else:
+                self._tidy(record)
+        elif granted in (OLD, LAPSED):
+            record.stale = True
+            self._queue(record)
+        elif granted == FORGOTTEN:
+            record.sent = False
+            self._announce([record])
+        elif granted == UNREADABLE:
+            record.sent = False
+            self._fail(record, StateUnreadable(record.rule.name))
+        else:
+            cost = asked.ask.cost if asked is not None else 1
+            record.confirm(held + max(0, granted) * cost, self._now_us())
+            if asked is not None and waits:
+                self._give(asked, granted, free, again_us)
+            elif record.asked is None or record.asked is asked:
+                self._settle(record)
+
+    def _give(self, asked: Asked, granted: int, free: int, again_us: int) -> None:
+        """Give the answer to an ask."""
+        record, ask, source = asked.record, asked.ask, "redis"
+        if granted == UNSURE:
+            # Others may hold what nobody has told Redis of yet.
+            granted = ask.wanted if (record.rule.on_outage or self._on_outage) == "allow" else 0
+            source, again_us = "outage", max(again_us, 1_000)
+        record.hold(ask.held + granted * ask.cost)
+        self._settle(record)
+        asked.answer.set_result(Held(granted, free, again_us / 1e6 if granted < ask.wanted else 0.0, source))
+
+    def _announce(self, lost: Iterable[Record]) -> None:
+        """Have lines know that what they hold is lost."""
+        for record in lost:
+            asked, record.asked = record.asked, None
+            record.lose()
+            try:
+                record.holder.lost()
+            except Exception as error:  # noqa: BLE001  # a callback of a user's; the others have to hear it too
+                self._loop.call_exception_handler({"message": "a slot could not be announced as lost", "exception": error})
+            if asked is not None and not asked.answer.done():
+                asked.answer.set_result(Held(0, 0, AGAIN_S[0], "redis", lost=True))
+            self._tidy(record)
+
+    def _fail(self, record: Record, error: StorageError) -> None:
+        asked, record.asked = record.asked, None
+        if asked is not None and not asked.answer.done():
+            asked.answer.set_exception(error)
+        self._tidy(record)
+
+    def _settle(self, record: Record, *, queue: bool = True) -> None:
+        """No ask of it waits any more: see whether Redis has to hear what is held."""
+        record.asked = None
+        record.stale = record.sent or record.known != record.held
+        if record.stale and queue:
+            self._queue(record)
+        self._tidy(record)
+
+    def _tidy(self, record: Record) -> None:
+        """Forget a record that says nothing any more."""
+        if record.over and self._records.get((record.holder, record.identity.ttl_us)) is record:
+            del self._records[record.holder, record.identity.ttl_us]
+            record.identity.remove(record)
+
+    # What comes by time:
+
+    def _now_us(self) -> int:
+        return self._repair.bounds.clock_us()
+
+    def _arm(self, at_us: int) -> None:
+        if self._timer is not None:
+            if self._timer_us <= at_us:
+                return
+            self._timer.cancel()
+        self._timer_us = at_us
+        delay_s = max(0, at_us - self._now_us()) / 1e6
+        self._timer = self._timers.call_later(delay_s, self._on_timer, context=self._context)
+
+    def _arm_renewals(self) -> None:
+        for identity in self._identities.values():
+            if identity.records and identity.until_us:
+                self._arm(
+                    min(identity.until_us, max(identity.renew_us, self._now_us() + 1_000), self._now_us() + TOUCHED_US // 3)
+                )
+
+    def _on_timer(self) -> None:
+        now_us = self._now_us()
+        late_us, self._timer = now_us - self._timer_us, None
+        if self._closed:
+            return
+        self._lapse(now_us)
+        if late_us > STOOD_STILL_US and not self._excused:
+            # The loop stood still: answers may have come that nobody has read yet.
+            self._excused = True
+            self._arm(now_us + min(late_us, self._deadline_us))
+            return
+        self._excused = False
+        if self._flight is not None and self._flight.sent_us + 2 * self._deadline_us <= now_us:
+            self._give_up_flight()
+        self._expire(now_us)
+        self._pump()
+        self._arm_again(now_us)
+
+    def _lapse(self, now_us: int) -> None:
+        for identity in self._identities.values():
+            if identity.until_us and identity.until_us <= now_us:
+                self._lapse_one(identity)
+
+    def _lapse_one(self, identity: Identity) -> None:
+        """Take what Redis has counted for lost. What it hasn't, as the policy granted it, goes on under another name."""
+        self._announce(identity.lapse())
+        self._tell(identity)
+
+    def _tell(self, identity: Identity) -> None:
+        """Say what is held under a new name."""
+        for record in list(identity.records):
+            if record in identity.untold or record.asked is not None:
+                self._queue(record)
+            else:
+                self._tidy(record)
+
+    def _expire(self, now_us: int) -> None:
+        """Answer by the policy what has waited for too long."""
+        while self._asked and (self._asked[0].deadline_us <= now_us or not self._asked[0].waits):
+            asked = self._asked.popleft()
+            if asked.waits:
+                try:
+                    held = self._decide(asked.record, asked.ask)
+                except StorageError as error:
+                    asked.answer.set_exception(error)
+                else:
+                    asked.answer.set_result(held)
+            elif asked.record.asked is asked:
+                self._settle(asked.record)
+
+    def _arm_again(self, now_us: int) -> None:
+        if self._asked:
+            self._arm(max(self._asked[0].deadline_us, now_us + 1_000))
+        if self._flight is not None:
+            self._arm(max(self._flight.sent_us + 2 * self._deadline_us, now_us + 1_000))
+        self._arm_renewals()
+
+    # The end:
+
+    def leave(self) -> Future[None] | None:
+        """Give everything back, for good. Returns what tells when Redis has heard it; None if it can't, or needn't."""
+        if self._closed:
+            return None
+        known = [identity for identity in self._identities.values() if identity.joined or identity.previous][:HOLDERS_MAX]
+        for record in list(self._records.values()):
+            self._fail(record, StorageUnavailable("the storage was closed"))
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self._link.batch.listen(None)
+        if not (known and self._link.batch.knows_epoch):
+            return None
+        left: Future[None] = self._loop.create_future()
+        words = [word for identity in known for word in identity.words(told=True)]
+        self._link.batch.send(
+            ControlCall("slots", [self._names.holders_key], [b"leave", b"%d" % len(known), *words], lambda _: _done(left))
+        )
+        return left
+
+    def forget(self, entry: Entry) -> Future[bool] | None:
+        """Have Redis forget who holds a key. Tells whether it did; None if it can't be asked now."""
+        if not self._link.batch.knows_epoch:
+            self._link.connect()
+            return None
+        forgotten: Future[bool] = self._loop.create_future()
+        key = self._names.slots_key(entry)
+
+        def done(numbers: Sequence[int]) -> None:
+            if numbers:
+                self._announce([record for record in self._records.values() if record.key == key and record.held])
+            if not forgotten.done():
+                forgotten.set_result(bool(numbers))
+
+        self._link.batch.send(ControlCall("slots", [self._names.holders_key, key], [b"forget", b"0"], done))
+        return forgotten
+
+
+def _first(records: Iterable[Record], count: int) -> Iterable[Record]:
+    for record, _ in zip(records, range(count), strict=False):
+        yield record
+
+
+def _done(future: Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

@@ -1,0 +1,388 @@
+"""Slots on a real Redis: what is held stays held, and what nobody can hold any more is free, whatever happens to either."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, Literal
+
+import pytest
+import redis
+
+from ratethrottle import (
+    ConcurrencyRule,
+    RateLimitExceeded,
+    RateThrottleCore,
+    RateThrottleRule,
+    RedisStorage,
+    StateUnreadable,
+    StorageUnavailable,
+)
+from ratethrottle.events import SlotLost
+from tests.kit.recovery import until
+from tests.kit.relay import Relay
+from tests.kit.servers import RedisServer
+
+pytestmark = [pytest.mark.redis, pytest.mark.usefixtures("apart")]
+TTL_S = 1.2
+RULE = ConcurrencyRule("db", 2, TTL_S)
+WITHIN_S = 5.0
+Policy = Literal["local", "allow", "deny", "raise"]
+
+
+def limiter_of(url: str, *rules: ConcurrencyRule | RateThrottleRule, **options: Any) -> RateThrottleCore:
+    return RateThrottleCore(RedisStorage.from_url(url, **options), rules=rules or [RULE])
+
+
+@asynccontextmanager
+async def processes(url: str, count: int = 2, **options: Any) -> AsyncIterator[list[RateThrottleCore]]:
+    """Limiters of which each is a process of its own to Redis."""
+    async with AsyncExitStack() as stack:
+        yield [await stack.enter_async_context(limiter_of(url, **options)) for _ in range(count)]
+
+
+async def free(limiter: RateThrottleCore, key: str = "k", cost: int = 1, rule: str | None = None) -> bool:
+    """Whether a slot can be had."""
+    try:
+        async with limiter.slot(key, rule, cost=cost):
+            return True
+    except RateLimitExceeded:
+        return False
+
+
+def slots_of(limiter: RateThrottleCore) -> Any:
+    """What an event loop knows of slots."""
+    storage = limiter._storage
+    assert isinstance(storage, RedisStorage)
+    return storage._slots_here()
+
+
+async def becomes_free(limiter: RateThrottleCore, within_s: float = WITHIN_S, cost: int = 1) -> float:
+    return await until(lambda: free(limiter, cost=cost), within_s)
+
+
+async def test_processes_share_slots_which_are_renewed_for_as_long_as_they_are_held(redis_url: str) -> None:
+    async with processes(redis_url) as (one, other), one.slot("k") as mine:
+        assert mine.decision.source == "redis"
+        assert mine.decision.remaining == 1
+        async with other.slot("k") as theirs:
+            assert theirs.decision.remaining == 0
+            assert not await free(one)
+            assert not await free(other)
+            await asyncio.sleep(2 * TTL_S)
+            assert not await free(one)
+        assert await free(one)
+        assert not mine.lost.is_set()
+
+
+async def test_a_slot_goes_to_those_who_wait_in_the_order_in_which_their_processes_came(redis_url: str) -> None:
+    served: list[int] = []
+
+    async def wait(limiter: RateThrottleCore, number: int) -> None:
+        async with limiter.slot("k", cost=2, timeout=10):
+            served.append(number)
+            await asyncio.sleep(0.01)
+
+    async with processes(redis_url, 4) as limiters, limiters[0].slot("k", cost=2) as slot:
+        tasks = []
+        for number, limiter in enumerate(limiters):
+            tasks.append(asyncio.create_task(wait(limiter, number)))
+            await asyncio.sleep(0.05)
+        await slot.release()
+        await asyncio.gather(*tasks)
+    assert served in ([1, 2, 3, 0], [0, 1, 2, 3])
+
+
+async def test_a_process_that_closes_gives_back_what_it_holds_at_once(redis_url: str) -> None:
+    async with processes(redis_url, 1) as (other,):
+        leaving = limiter_of(redis_url)
+        slot = leaving.slot("k", cost=2)
+        await slot.__aenter__()
+        assert not await free(other)
+        await leaving.aclose()
+        assert await free(other, cost=2)
+
+
+async def test_what_a_dead_process_held_is_free_after_its_ttl(redis_url: str) -> None:
+    async with processes(redis_url, 1) as (other,):
+        dying = limiter_of(redis_url)
+        await dying.slot("k", cost=2).__aenter__()
+        slots_of(dying)._closed = True  # it does nothing any more
+        began_s = time.monotonic()
+        assert not await free(other)
+        async with other.slot("k", timeout=TTL_S + 1):
+            assert TTL_S * 0.9 < time.monotonic() - began_s < TTL_S + 1
+        await dying._storage.aclose()
+
+
+@pytest.mark.parametrize("lose", ["flush", "restart"])
+async def test_slots_stay_held_when_redis_loses_its_data(lose: str) -> None:
+    rule = ConcurrencyRule("db", 300, 30)
+    with RedisServer() as server:
+        async with AsyncExitStack() as stack:
+            one, other = [
+                await stack.enter_async_context(limiter_of(server.url, rule, deadline=1, on_outage="deny")) for _ in range(2)
+            ]
+            slots = [await stack.enter_async_context(one.slot(f"k{n}", cost=300)) for n in range(300)]
+            await until(lambda: asyncio.sleep(0, one.statistics().processes == 2))
+            if lose == "flush":
+                with server.client() as client:
+                    client.flushall()
+            else:
+                server.stop()
+                server.start()
+            ends_s = time.monotonic() + 2
+            while time.monotonic() < ends_s:
+                for n in range(0, 300, 60):
+                    assert not await free(other, f"k{n}")
+                await asyncio.sleep(0.02)
+            assert one.statistics().epoch_changes == 1
+            assert await free(other, "another")
+            assert not any(slot.lost.is_set() for slot in slots)
+            await slots[0].release()
+            assert await free(other, "k0")
+
+
+async def test_slots_that_could_not_be_renewed_are_lost_before_others_have_them() -> None:
+    lost: list[Any] = []
+    with RedisServer() as server:
+        async with processes(server.url) as (one, other):
+            one.on_event(lost.append)
+            async with one.slot("k", cost=2) as slot:
+                granted_s = time.monotonic()
+                server.pause()
+                await asyncio.wait_for(slot.lost.wait(), WITHIN_S)
+                assert TTL_S * 0.6 < time.monotonic() - granted_s < TTL_S + 0.2
+                server.resume()
+                assert await becomes_free(other, cost=2) < WITHIN_S
+            assert await becomes_free(one, cost=2) < WITHIN_S
+    assert [event.slots for event in lost if isinstance(event, SlotLost)] == [1]
+
+
+async def test_a_reset_takes_slots_from_all_that_hold_them(redis_url: str) -> None:
+    async with processes(redis_url, 3) as (one, other, third), one.slot("k") as mine, other.slot("k") as theirs:
+        await third.reset("k", "db")
+        assert await free(third, cost=2)
+        await asyncio.wait_for(mine.lost.wait(), TTL_S)
+        await asyncio.wait_for(theirs.lost.wait(), TTL_S)
+        async with one.slot("k", cost=2) as again:
+            await one.reset("k", "db")
+            assert again.lost.is_set()
+        assert await free(third, cost=2)
+
+
+async def test_clear_takes_all_slots(redis_url: str) -> None:
+    async with processes(redis_url, 2) as (one, other), one.slot("k") as mine, other.slot("k") as theirs:
+        storage = one._storage
+        assert isinstance(storage, RedisStorage)
+        await storage.clear()
+        await asyncio.wait_for(mine.lost.wait(), TTL_S)
+        await asyncio.wait_for(theirs.lost.wait(), TTL_S)
+        assert await becomes_free(other, cost=2) < WITHIN_S
+
+
+async def away(server: RedisServer, limiter: RateThrottleCore) -> None:
+    """Stop the server, and wait until a storage knows."""
+    server.stop()
+    await until(lambda: asyncio.sleep(0, limiter.statistics().breaker != "closed"))
+
+
+async def holds(stack: AsyncExitStack, limiter: RateThrottleCore) -> int:
+    """Take as many slots as can be had, up to ten."""
+    for held in range(10):
+        try:
+            await stack.enter_async_context(limiter.slot("k", "wide"))
+        except RateLimitExceeded:
+            return held
+    return 10
+
+
+@pytest.mark.parametrize(("policy", "most"), [("local", 2), ("allow", 10), ("deny", 0)])
+async def test_while_redis_is_away_the_policy_decides_and_then_redis_hears_of_it(policy: Policy, most: int) -> None:
+    wide = ConcurrencyRule("wide", 5, 30)
+    with RedisServer() as server:
+        async with AsyncExitStack() as stack:
+            options: dict[str, Any] = {"on_outage": policy, "expected_processes": 2}
+            one, other = [await stack.enter_async_context(limiter_of(server.url, wide, **options)) for _ in range(2)]
+            assert await free(one, rule="wide")
+            assert await free(other, rule="wide")
+            await until(lambda: asyncio.sleep(0, {each.statistics().processes for each in (one, other)} == {2}))
+            await away(server, one)
+            held = await holds(stack, one)
+            assert held == most or (policy == "local" and held == 3)  # of 5, one has one more
+            server.start()
+            await until(lambda: asyncio.sleep(0, one.statistics().breaker == other.statistics().breaker == "closed"), 5)
+            async with AsyncExitStack() as others:
+                await until(lambda: asyncio.sleep(0, not one._storage.repair.learning and not other._storage.repair.learning))
+                await asyncio.sleep(0.3)
+                assert await holds(others, other) == max(0, 5 - held)
+
+
+async def test_with_raise_a_slot_raises_while_redis_is_away_and_can_be_given_back() -> None:
+    with RedisServer() as server:
+        async with processes(server.url, 1, on_outage="raise") as (one,):
+            async with one.slot("k", cost=2):
+                await away(server, one)
+                with pytest.raises(StorageUnavailable):
+                    await free(one)
+            server.start()
+            assert await until(lambda: served_slot(one), WITHIN_S) < WITHIN_S
+
+
+async def served_slot(limiter: RateThrottleCore) -> bool:
+    try:
+        return await free(limiter, cost=2)
+    except StorageUnavailable:
+        return False
+
+
+async def test_what_was_granted_in_a_reply_that_was_lost_goes_back() -> None:
+    with RedisServer() as server:
+        async with (
+            Relay(server.socket) as relay,
+            processes(server.url, 1) as (other,),
+            limiter_of(relay.url, on_outage="deny") as one,
+        ):
+            assert await free(one)
+            relay.tamper = lambda reply: b""
+            assert not await free(one, cost=2)
+            relay.tamper = lambda reply: reply
+            assert await becomes_free(other, cost=2) < WITHIN_S
+            assert await until(lambda: free(one, cost=2), WITHIN_S) < WITHIN_S
+
+
+async def test_the_script_is_loaded_when_it_is_needed_and_after_it_was_forgotten(
+    redis_url: str, redis_client: redis.Redis
+) -> None:
+    async with processes(redis_url, 1) as (one,):
+        async with one.slot("k"):
+            redis_client.script_flush()
+            assert await free(one)
+        for number in range(200):
+            redis_client.eval(f"return {number}", 0)
+        assert await free(one, cost=2)
+
+
+async def test_a_lost_connection_loses_no_slot(redis_url: str, redis_client: redis.Redis) -> None:
+    async with processes(redis_url) as (one, other), one.slot("k", cost=2) as slot:
+        for _ in range(5):
+            redis_client.client_kill_filter(_type="normal", skipme=True)
+            await asyncio.sleep(TTL_S / 3)
+            assert not await free(other)
+        assert not slot.lost.is_set()
+        await slot.release()
+        assert await becomes_free(other, cost=2) < 1
+
+
+async def test_a_state_that_cannot_be_read_raises_until_it_is_reset(redis_url: str, redis_client: redis.Redis) -> None:
+    async with processes(redis_url, 1) as (one,):
+        assert await free(one)
+        (key,) = redis_client.keys("*db@slots:=k")
+        redis_client.set(key, "something else")
+        with pytest.raises(StateUnreadable, match="'db'"):
+            await free(one)
+        assert await free(one, "other")
+        await one.reset("k", "db")
+        assert await free(one, cost=2)
+
+
+async def test_a_rate_and_slots_of_one_name_do_not_meet(redis_url: str) -> None:
+    async with limiter_of(redis_url, RateThrottleRule("db", 1, 60)) as rates, processes(redis_url, 1) as (slots,):
+        assert await rates.check("k")
+        assert await free(slots, cost=2)
+        assert not await rates.check("k")
+
+
+async def test_event_loops_of_a_process_share_the_limit(redis_url: str) -> None:
+    async with limiter_of(redis_url) as limiter, limiter.slot("k"):
+        found: list[bool] = []
+
+        async def elsewhere() -> None:
+            async with limiter.slot("k"):
+                found.append(await free(limiter))
+
+        thread = threading.Thread(target=lambda: asyncio.run(elsewhere()))
+        thread.start()
+        await asyncio.to_thread(thread.join)
+        assert found == [False]
+
+
+async def test_two_limiters_of_a_storage_hold_a_key_each_for_itself(redis_url: str) -> None:
+    storage = RedisStorage.from_url(redis_url)
+    async with RateThrottleCore(storage, rules=[RULE]) as one:
+        other = RateThrottleCore(storage, rules=[RULE])
+        async with one.slot("k"):
+            async with other.slot("k"):
+                assert not await free(one)
+            assert await free(one)
+            assert await free(other)
+        assert await free(one, cost=2)
+        assert await free(other, cost=2)
+
+
+@pytest.mark.slow
+async def test_ten_thousand_slots_are_renewed_by_one_call(redis_url: str, redis_client: redis.Redis) -> None:
+    rule = ConcurrencyRule("many", 1, 3)
+    count, errors = 10_000, []
+
+    async def hold(limiter: RateThrottleCore, number: int) -> None:
+        async with limiter.slot(f"k{number}") as slot:
+            ready.append(number)
+            await asyncio.wait([lost := asyncio.create_task(slot.lost.wait()), over], return_when="FIRST_COMPLETED")
+            errors.extend([number] if slot.lost.is_set() else [])
+            lost.cancel()
+
+    over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    ready: list[int] = []
+    async with limiter_of(redis_url, rule, deadline=5) as limiter:
+        tasks = [asyncio.create_task(hold(limiter, number)) for number in range(count)]
+        await until(lambda: asyncio.sleep(0, len(ready) == count), 30)
+        before = scripts_run(redis_client)
+        await asyncio.sleep(6)
+        # One a second, and the beats, of which a script tells at least once in a while.
+        calls = scripts_run(redis_client) - before
+        beats = 6 / 0.1 + 2
+        assert calls <= 6 + 1 + beats
+        over.set_result(None)
+        await asyncio.gather(*tasks)
+        assert not errors
+        await until(lambda: asyncio.sleep(0, len(slots_of(limiter)) == 0), 10)
+    assert all(redis_client.pttl(key) > 0 for key in redis_client.keys("*many@slots:*"))
+
+
+def scripts_run(client: redis.Redis) -> int:
+    stats = client.info("commandstats")
+    return sum(int(stats[name]["calls"]) for name in ("cmdstat_evalsha", "cmdstat_eval") if name in stats)
+
+
+async def test_what_nobody_holds_is_not_remembered(redis_url: str) -> None:
+    async with limiter_of(redis_url) as limiter:
+        for number in range(500):
+            assert await free(limiter, f"k{number}")
+        await until(lambda: asyncio.sleep(0, len(slots_of(limiter)) == 0))
+
+
+@pytest.mark.parametrize("when", ["asks", "waits", "holds"])
+async def test_a_caller_that_is_cancelled_leaves_nothing(redis_url: str, when: str) -> None:
+    async with processes(redis_url) as (one, other):
+        entered: list[Callable[[], object]] = []
+
+        async def hold() -> None:
+            async with one.slot("k", cost=2, timeout=5) as slot:
+                entered.append(slot.lost.is_set)
+                await asyncio.sleep(10)
+
+        assert await free(one)
+        async with AsyncExitStack() as stack:
+            if when == "waits":
+                await stack.enter_async_context(other.slot("k"))
+            task = asyncio.create_task(hold())
+            await asyncio.sleep(0 if when == "asks" else 0.1)
+            assert bool(entered) == (when == "holds")
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        assert await becomes_free(other, 1.5, cost=2) < 1.5
