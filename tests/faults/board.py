@@ -10,6 +10,7 @@ from fractions import Fraction
 
 import pytest
 
+from ratethrottle import ConcurrencyRule
 from tests.faults.fleet import DEADLINE_S, Fleet
 from tests.faults.judge import (
     GRACE_US,
@@ -21,6 +22,7 @@ from tests.faults.judge import (
     errors,
     healed_us,
     kinds,
+    most_held,
     over,
     slowest,
 )
@@ -115,6 +117,7 @@ class Run:
         verdict.over = max(verdict.over or 0.0, over(fleet.rules, counted, share, local=policy == "local"))
         verdict.expect(verdict.over <= over_limit, f"{verdict.over:g} units over")
         verdict.admitted.update(call.kind for call in calls if call.allowed)
+        self.judge_slots(fleet, processes if cut is None else cut)
         if policy == "deny":
             verdict.expect(not any(call.allowed and call.kind == "outage" for call in calls), "deny admitted something")
         if policy == "allow":
@@ -147,6 +150,17 @@ class Run:
         limit_us = round(fleet.options["deadline"] * 1e6) + GRACE_US
         verdict.limits.append(f"calls {limit_us / 1e3:g} ms")
         verdict.expect(fair_us <= limit_us, f"a call took {raw_us / 1e3:.0f} ms, {fair_us / 1e3:.0f} ms without its loop's lag")
+
+    def judge_slots(self, fleet: Fleet, cut: int) -> None:
+        """Never more holders of a key than slots; of those that took one while Redis was away, never more than their shares."""
+        for rule in fleet.rules:
+            if isinstance(rule, ConcurrencyRule):
+                share = -(-rule.limit // len(fleet.urls))
+                for by_policy, limit in ((False, rule.limit), (True, share * cut)):
+                    slots = [slot for log in fleet.logs for slot in log.held if slot.by_policy == by_policy]
+                    held = most_held(slots)
+                    self.note(f"{len(slots)} slots{' by policy' if by_policy else ''}, at most {held} of a key at once")
+                    self.expect(held <= limit, f"{held} slots of {limit} were held at once{' by policy' if by_policy else ''}")
 
     def judge_busy(self, fleet: Fleet) -> None:
         """No loop was kept busy by what runs in it.

@@ -23,7 +23,8 @@ from fractions import Fraction
 
 from ratethrottle import RateThrottleRule
 from ratethrottle.testing.intervals import STRETCH, Bracketed, most_in
-from tests.faults.records import ERRORS, Call, Log
+from tests.faults.records import ERRORS, Call, Held, Log
+from tests.faults.uses import UNCOUNTED
 
 GRACE_US = 50_000
 STEADY_US = 1_000_000  # by so much before the end everything is normal again
@@ -130,7 +131,7 @@ def over(rules: Sequence[RateThrottleRule], calls: Iterable[Call], cut: Fraction
     granted: defaultdict[tuple[int, int, bool], list[Bracketed]] = defaultdict(list)
     calls = list(calls)
     for call in calls:
-        if call.allowed and rules[call.rule].name != "wide":
+        if call.allowed and rules[call.rule].name not in UNCOUNTED:
             granted[call.rule, call.key, call.kind == "outage"].append((call.before_us, call.after_us, 1))
     most = Fraction(0)
     for number, log, spread_us in charged(rules, calls) if local else ():
@@ -157,7 +158,7 @@ def charged(rules: Sequence[RateThrottleRule], calls: Iterable[Call]) -> Iterato
     first_us: int | None = None
     spread_us = 0
     for call in sorted(calls, key=lambda call: call.after_us):
-        counts = call.allowed and rules[call.rule].name != "wide"
+        counts = call.allowed and rules[call.rule].name not in UNCOUNTED
         if call.kind == "outage":
             if returned_us is not None:  # another outage
                 for (rule, _), log in admitted.items():
@@ -178,6 +179,17 @@ def charged(rules: Sequence[RateThrottleRule], calls: Iterable[Call]) -> Iterato
     if returned_us is not None:
         for (rule, _), log in admitted.items():
             yield rule, log, spread_us
+
+
+def most_held(slots: Iterable[Held]) -> int:
+    """The most slots of one key that were surely held at one instant."""
+    held: Counter[int] = Counter()
+    most = 0
+    ends = [(at_us, change, slot.key) for slot in slots for at_us, change in ((slot.began_us, 1), (slot.ended_us, -1))]
+    for _, change, key in sorted(ends):  # at one instant the one that ends comes first
+        held[key] += change
+        most = max(most, held[key])
+    return most
 
 
 def late_us(log: Log, before_us: int, after_us: int) -> int:

@@ -1,17 +1,17 @@
-"""What a worker process writes down, at once, so that a kill loses nothing: calls, late turns of its loop, attempts to connect."""
+"""What a worker process writes down, at once, so that a kill loses nothing: calls, slots, late turns of its loop, attempts to connect."""
 
 from __future__ import annotations
 
 import struct
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 SOURCES = ("redis", "prefilter", "lease", "outage", "memory", "overload")
 ERRORS = ("StorageUnavailable", "StorageTimeout", "StorageProtocolError", "StorageRefused", "other error", "cancelled")
-KINDS = (*SOURCES, *ERRORS, "loop was late", "connects")
-LATE, CONNECTS = KINDS.index("loop was late"), KINDS.index("connects")
+KINDS = (*SOURCES, *ERRORS, "loop was late", "connects", "held", "held by policy")
+LATE, CONNECTS, HELD, HELD_BY_POLICY = range(len(KINDS) - 4, len(KINDS))
 RECORD = struct.Struct("=BBBHQQ")  # kind, allowed, rule, key, µs before, µs after, all of the monotonic clock
 
 
@@ -27,6 +27,16 @@ class Call(NamedTuple):
     after_us: int
 
 
+class Held(NamedTuple):
+    """A slot, from when it was surely held to when it may have been given back. by_policy: as Redis was away."""
+
+    process: int
+    by_policy: bool
+    key: int
+    began_us: int
+    ended_us: int
+
+
 @dataclass(frozen=True)
 class Log:
     """What one process wrote."""
@@ -35,6 +45,7 @@ class Log:
     calls: list[Call]
     late: list[tuple[int, int]]  # µs when its loop should have woken a timer, and did
     connects: list[tuple[int, int]]  # µs, port
+    held: list[Held] = field(default_factory=list)
 
 
 def monotonic_us() -> int:
@@ -49,6 +60,8 @@ def read_log(process: int, path: Path) -> Log:
     for kind, allowed, rule, key, before_us, after_us in RECORD.iter_unpack(data[: len(data) - len(data) % RECORD.size]):
         if kind == LATE:
             log.late.append((before_us, after_us))
+        elif kind in {HELD, HELD_BY_POLICY}:
+            log.held.append(Held(process, kind == HELD_BY_POLICY, key, before_us, after_us))
         elif kind == CONNECTS:
             log.connects.append((before_us, key))
         else:

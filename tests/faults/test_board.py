@@ -22,9 +22,9 @@ from tests.faults import board, judge
 from tests.faults.board import Row, Run, rows
 from tests.faults.fleet import Fleet
 from tests.faults.proxy import Proxy
-from tests.faults.records import KINDS, LATE, RECORD, Call, Log, monotonic_us, read_log
+from tests.faults.records import KINDS, LATE, RECORD, Call, Held, Log, monotonic_us, read_log
 from tests.faults.rows import load
-from tests.faults.uses import BUCKET, RULES, WIDE, WINDOW
+from tests.faults.uses import ALL_RULES, BUCKET, RULES, WIDE, WINDOW
 from tests.faults.worker import SECRET, Noise, Work, Worker
 from tests.kit.servers import RedisServer
 
@@ -106,6 +106,23 @@ def test_it_fails_what_was_admitted_by_policy_and_never_charged() -> None:
     assert judge.over(RULES, [*by_policy, *back, *again, *after[:70]], Fraction(1), local=True) == 0
     later = [call(7 * S + number * 10_000) for number in range(80)]
     assert judge.over(RULES, [*by_policy, *back, *again, call(6 * S, rule=WIDE), *later], Fraction(1), local=True) == 10
+
+
+def test_it_fails_more_slots_than_there_are() -> None:
+    """Of 4 slots a fifth is held while the others are, or by policy one more than the shares of all."""
+    held = [Held(number % 4, False, 1, number * S, 10 * S) for number in range(4)]
+    after = Held(0, False, 1, 10 * S, 11 * S)
+    elsewhere = Held(0, False, 2, 5 * S, 6 * S)
+    assert judge.most_held([*held, after, elsewhere]) == 4
+    assert judge.most_held([*held, Held(0, False, 1, 10 * S - 1, 11 * S)]) == 5
+    ended = fleet([steady(0), steady(1)])
+    ended.rules = ALL_RULES
+    ended.logs[0].held.extend(held)
+    assert judged(ended) == []
+    ended.logs[1].held.append(held[0])
+    assert judged(ended) == ["5 slots of 4 were held at once"]
+    ended.logs[1].held[:] = [one._replace(by_policy=True) for one in [*held, *held]][:5]
+    assert judged(ended) == ["5 slots of 4 were held at once by policy"]
 
 
 def test_a_long_log_is_held_against_the_promise_too() -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 
-from ratethrottle import Decision, RateLimitExceeded, RateThrottleCore, RateThrottleRule, Request
+from ratethrottle import ConcurrencyRule, Decision, RateLimitExceeded, RateThrottleCore, RateThrottleRule, Request
+from tests.faults.records import monotonic_us
 
 LIMIT, WINDOW_S = 100, 10
-BUCKET, WINDOW, WIDE, LEASED, BOOKED, QUOTA, DAY = range(7)
+BUCKET, WINDOW, WIDE, LEASED, BOOKED, QUOTA, DAY, SLOTS = range(8)
 RULES = (
     RateThrottleRule("bucket", LIMIT, WINDOW_S, strategy="token_bucket"),
     RateThrottleRule("window", LIMIT, WINDOW_S, strategy="sliding_window"),
@@ -24,8 +26,10 @@ ALL_RULES = (
     RateThrottleRule("booked", LIMIT, WINDOW_S, strategy="token_bucket", burst=20),
     RateThrottleRule("quota", LIMIT, WINDOW_S, strategy="sliding_window"),
     RateThrottleRule("day", 2 * LIMIT, "day", strategy="fixed_window", timezone="Europe/Berlin"),
+    ConcurrencyRule("slots", 4, ttl=2),
 )
-WAIT_S = 0.1
+UNCOUNTED = ("wide", "slots")  # rules by which no interval holds too many units
+WAIT_S, HOLD_S = 0.1, 0.1
 ESTIMATE = 3
 
 
@@ -34,11 +38,16 @@ Limits = list[tuple[int, int]]  # rules and keys, by number
 
 @dataclass
 class Ask:
-    """A limiter, and what one task asks of it. turn: how many asks there were before this one. limits: what it asks for."""
+    """A limiter, and what one task asks of it.
+
+    held: is given a decision, the limit, and from when to when a slot was held, in us. turn: how many asks there were before this one.
+    limits: what it asks for.
+    """
 
     limiter: RateThrottleCore
     keys: Sequence[str]
     random: random.Random
+    held: Callable[[Decision, tuple[int, int], int, int], None]
     turn: int = 0
     limits: Limits = field(default_factory=list)
 
@@ -51,7 +60,7 @@ class Ask:
         """Tell which limits a decision has charged, or which one has denied it."""
         if decision.allowed:
             return self.limits
-        if self.limits[0][0] == BOOKED and decision.source == "overload":
+        if self.limits[0][0] in {BOOKED, SLOTS} and decision.source == "overload":
             return []  # it has waited for as long as it may, behind others: nobody has decided
         return [one for one in self.limits if ALL_RULES[one[0]].name == decision.rule][:1]
 
@@ -72,7 +81,7 @@ async def checks(ask: Ask, key: int, other: int) -> Used:
 
 @asynccontextmanager
 async def everything(ask: Ask, key: int, other: int) -> Used:
-    """Do all that a user can: joint checks of two keys, leases, waiting, reservations, a calendar, and plain checks."""
+    """Do all that a user can: joint checks of two keys, leases, waiting, reservations, slots, a calendar, and plain checks."""
     try:
         match ask.turn % 8:
             case 0:
@@ -86,6 +95,13 @@ async def everything(ask: Ask, key: int, other: int) -> Used:
                 async with ask.limiter.reserve(*ask.one(QUOTA, key), cost=ESTIMATE) as reservation:
                     reservation.settle(1)
                     yield reservation.decision
+            case 5 if ask.turn % 16 == 5:
+                async with ask.limiter.slot(*ask.one(SLOTS, key % 4), timeout=WAIT_S) as slot:
+                    began_us = monotonic_us()
+                    yield slot.decision
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(slot.lost.wait(), ask.random.uniform(0, HOLD_S))
+                    ask.held(slot.decision, (SLOTS, key % 4), began_us, monotonic_us())
             case 5:
                 yield await ask.limiter.check(*ask.one(DAY, key))
             case _:

@@ -21,9 +21,9 @@ from typing import Any
 
 import redis.sentinel
 
-from ratethrottle import RateThrottleCore, RateThrottleRule, RedisStorage, create_limiter
+from ratethrottle import ConcurrencyRule, Decision, RateThrottleCore, RateThrottleRule, RedisStorage, create_limiter
 from ratethrottle.errors import RateThrottleError
-from tests.faults.records import CONNECTS, KINDS, LATE, RECORD, monotonic_us
+from tests.faults.records import CONNECTS, HELD, HELD_BY_POLICY, KINDS, LATE, RECORD, monotonic_us
 from tests.faults.uses import WIDE, Ask, Use, checks, everything
 
 KEYS = 32
@@ -45,7 +45,7 @@ class Work:
 
     number: int
     url: str
-    rules: tuple[RateThrottleRule, ...]
+    rules: tuple[RateThrottleRule | ConcurrencyRule, ...]
     log: Path
     options: dict[str, Any] = field(default_factory=dict)
     tasks: int = 50
@@ -127,7 +127,7 @@ class Worker:
     async def client(self, limiter: RateThrottleCore) -> None:
         """One task."""
         use: Use = everything if self.work.everything else checks
-        ask = Ask(limiter, self.keys, self.random, self.random.randrange(100))
+        ask = Ask(limiter, self.keys, self.random, self.write_held, self.random.randrange(100))
         while not self.ended:
             await asyncio.sleep(self.random.uniform(0, 2 * self.work.every_s))
             await self.running.wait()
@@ -150,6 +150,9 @@ class Worker:
         rule, key = limit
         known = KINDS.index(kind if kind in KINDS else "other error")
         self.write(known, before_us, monotonic_us(), allowed=allowed, rule=rule, key=key)
+
+    def write_held(self, decision: Decision, limit: tuple[int, int], began_us: int, ended_us: int) -> None:
+        self.write(HELD_BY_POLICY if decision.source == "outage" else HELD, began_us, ended_us, rule=limit[0], key=limit[1])
 
     async def watch_loop(self) -> None:
         """Write down when a timer was late by more than 2 ms: what a call took beyond that is not the loop's fault."""
