@@ -17,7 +17,7 @@ import redis
 from ratethrottle import ConcurrencyRule
 from tests.kit.forked import CONTEXT
 from tests.kit.holder import KEY, START_S, Holding, Work, monotonic_us, most_held, read_holdings, run_process
-from tests.kit.servers import RedisServer
+from tests.kit.servers import RedisServer, SentinelTopology
 
 PROCESSES, LIMIT, TTL_S = 8, 5, 1.5
 RULE = ConcurrencyRule("db", LIMIT, TTL_S)
@@ -146,4 +146,26 @@ def test_never_more_than_the_limit_is_held_when_redis_loses_its_data_or_stands_s
                 time.sleep(1)
         check(fleet, fleet.holdings())
         with server.client() as client:
+            check_states(client)
+
+
+@pytest.mark.redis
+@pytest.mark.slow
+@pytest.mark.parametrize("planned", [True, False])
+def test_never_more_than_the_limit_is_held_when_another_server_takes_over(tmp_path: Path, planned: bool) -> None:
+    with SentinelTopology() as topology:
+        hosts = ",".join(f"{host}:{port}" for host, port in topology.addresses)
+        fleet = Fleet(f"redis+sentinel://{hosts}/{topology.name}", tmp_path, 9)
+        with fleet.running():
+            time.sleep(1.5)
+            since_s = time.monotonic()
+            if planned:
+                topology.failover()
+            else:
+                topology.nodes[0].stop()
+                topology.switched(since_s)
+            time.sleep(1)
+            fleet.kill(5)
+        check(fleet, fleet.holdings())
+        with topology.master.client() as client:
             check_states(client)

@@ -340,12 +340,9 @@ async def test_ten_thousand_slots_are_renewed_by_one_call(redis_url: str, redis_
     async with limiter_of(redis_url, rule, deadline=5) as limiter:
         tasks = [asyncio.create_task(hold(limiter, number)) for number in range(count)]
         await until(lambda: asyncio.sleep(0, len(ready) == count), 30)
-        before = scripts_run(redis_client)
+        before = renewals(redis_client)
         await asyncio.sleep(6)
-        # One a second, and the beats, of which a script tells at least once in a while.
-        calls = scripts_run(redis_client) - before
-        beats = 6 / 0.1 + 2
-        assert calls <= 6 + 1 + beats
+        assert renewals(redis_client) - before in (5, 6, 7)  # one a second
         over.set_result(None)
         await asyncio.gather(*tasks)
         assert not errors
@@ -353,9 +350,10 @@ async def test_ten_thousand_slots_are_renewed_by_one_call(redis_url: str, redis_
     assert all(redis_client.pttl(key) > 0 for key in redis_client.keys("*many@slots:*"))
 
 
-def scripts_run(client: redis.Redis) -> int:
+def renewals(client: redis.Redis) -> int:
+    """How often the script has renewed holders. No other one has this command, but for a process that is new."""
     stats = client.info("commandstats")
-    return sum(int(stats[name]["calls"]) for name in ("cmdstat_evalsha", "cmdstat_eval") if name in stats)
+    return int(stats.get("cmdstat_zremrangebyscore", {"calls": 0})["calls"])
 
 
 async def test_what_nobody_holds_is_not_remembered(redis_url: str) -> None:
