@@ -310,6 +310,24 @@ async def test_event_loops_of_a_process_share_the_limit(redis_url: str) -> None:
         assert found == [False]
 
 
+def test_what_a_loop_held_that_is_gone_is_no_part_of_the_share() -> None:
+    with RedisServer() as server:
+        limiter = limiter_of(server.url, expected_processes=1)
+
+        async def hold() -> None:
+            await limiter.slot("k", cost=2).__aenter__()
+
+        async def hold_alone() -> None:
+            await until(lambda: free(limiter, cost=2), TTL_S + 2)
+            server.stop()
+            await until(lambda: asyncio.sleep(0, limiter.statistics().breaker != "closed"))
+            assert await free(limiter, cost=2)
+            await limiter.aclose()
+
+        asyncio.run(hold())
+        asyncio.run(hold_alone())
+
+
 async def test_two_limiters_of_a_storage_hold_a_key_each_for_itself(redis_url: str) -> None:
     storage = RedisStorage.from_url(redis_url)
     async with RateThrottleCore(storage, rules=[RULE]) as one:

@@ -27,9 +27,9 @@ class Line:
 
     gone = False
 
-    def __init__(self, process: Process, slots: Slots, rng: random.Random, key: str = "k") -> None:
-        self.process, self.slots, self.rng = process, slots, rng
-        self.entry = held_entry(RULE.compiled, key, 1)
+    def __init__(self, process: Process, slots: Slots, key: str = "k", rule: ConcurrencyRule = RULE) -> None:
+        self.process, self.slots, self.rule = process, slots, rule
+        self.entry = held_entry(rule.compiled, key, 1)
         self.held = self.losses = self.granted = 0
         self.future: asyncio.Future[Held] | None = None
         self.last: tuple[Ask, int] | None = None
@@ -49,7 +49,7 @@ class Line:
             ask = Ask(self.held, cost, wanted)
             self.last = ask, self.losses
             with running(self.process.loop):
-                answer = self.slots.hold(self, RULE, ask)
+                answer = self.slots.hold(self, self.rule, ask)
             if isinstance(answer, Held):
                 self.take(answer)
             else:
@@ -80,7 +80,7 @@ class Line:
         return 0 if lapsed and record.known else self.held
 
 
-def slots_of(process: Process) -> Slots:
+def slots_of(process: Process, on_outage: str = "deny") -> Slots:
     return Slots(
         process.names,
         process.repair,
@@ -88,7 +88,7 @@ def slots_of(process: Process) -> Slots:
         process.connection,  # type: ignore[arg-type]  # as much of a loop as it uses
         process.loop,
         deadline_us=250_000,
-        on_outage="deny",
+        on_outage=on_outage,
     )
 
 
@@ -99,7 +99,7 @@ class Scene:
         self.rng = rng = random.Random(seed)
         self.world = World(client)
         self.processes = [Process(self.world, rate=1_000_000 + rng.randint(-300, 300)) for _ in range(count)]
-        self.lines = [Line(process, slots_of(process), rng) for process in self.processes]
+        self.lines = [Line(process, slots_of(process)) for process in self.processes]
         self.still_until_us = [0] * count
         self.most = 0
 
@@ -193,6 +193,45 @@ def test_what_is_held_stays_held_when_the_store_loses_its_data(redis_client: red
         kept = dumped(scene.world) if rng.random() < 0.7 else kept
     assert scene.most == LIMIT
     scene.end()
+
+
+@pytest.mark.redis
+@pytest.mark.parametrize("unreadable", [False, True])
+def test_what_was_given_back_before_the_store_heard_of_it_keeps_nobody_waiting(
+    redis_client: redis.Redis, unreadable: bool
+) -> None:
+    rule = ConcurrencyRule("db", LIMIT, TTL_S)
+    world = World(redis_client)
+    processes = [Process(world, expected=1), Process(world, expected=1)]
+    slots = slots_of(processes[0], "local")
+    known, granted_here = [Line(processes[0], slots, key, rule) for key in ("known", "here")]
+    other = Line(processes[1], slots_of(processes[1]), "other")
+
+    def pass_time(for_us: int, who: list[Process]) -> None:
+        ends_us = world.t_us + for_us
+        while world.t_us < ends_us:
+            world.t_us += 5_000
+            for process in who:
+                process.round_trip()
+
+    known.ask(0, 1, 1)
+    pass_time(S, processes)
+    processes[0].connection.late()  # nothing is heard for longer than a ttl
+    granted_here.ask(0, 1, 1)
+    assert (known.holds, granted_here.holds) == (1, 1)
+    for _ in range(3 * TTL_S):
+        world.t_us += S // 2
+        processes[0].turn()
+    assert (known.holds, granted_here.holds, known.losses) == (0, 1, 1)
+    if unreadable:
+        redis_client.set(processes[0].names.slots_key(granted_here.entry), "something else")
+    else:
+        granted_here.ask(1)
+    pass_time(S // 2, processes)
+    for line in (known, other):
+        line.ask(0, 1, LIMIT)
+        pass_time(S // 10, processes)
+        assert line.holds == LIMIT
 
 
 def dumped(world: World) -> dict[bytes, bytes]:

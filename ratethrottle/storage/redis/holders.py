@@ -59,6 +59,7 @@ class Identity:
         """Have nothing of a key any more."""
         self.records.pop(record, None)
         self.keys.discard(record.key)
+        self.untold.discard(record)
 
     def rename(self) -> None:
         """Take another name, of which Redis has heard nothing."""

@@ -339,6 +339,7 @@ class Slots:
             self._announce([record])
         elif granted == UNREADABLE:
             record.sent = False
+            record.identity.untold.discard(record)  # nobody else is granted anything there either
             self._fail(record, StateUnreadable(record.rule.name))
         else:
             cost = asked.ask.cost if asked is not None else 1
@@ -491,6 +492,12 @@ class Slots:
             ControlCall("slots", [self._names.holders_key], [b"leave", b"%d" % len(known), *words], lambda _: _done(left))
         )
         return left
+
+    def drop(self) -> None:
+        """Hold nothing any more, as the loop or the process is another one."""
+        self._closed = True
+        for record in self._records.values():
+            record.hold(0)
 
     def forget(self, entry: Entry) -> Future[bool] | None:
         """Have Redis forget who holds a key. Tells whether it did; None if it can't be asked now."""

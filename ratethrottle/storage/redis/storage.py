@@ -274,11 +274,9 @@ class RedisStorage(SharedStorage):
         connections, loop = self._connections_here(), asyncio.get_running_loop()
         slots = self._slots.get(loop)
         if slots is None or slots.process != os.getpid():
-            if slots is not None:
-                self._held_here = Here()  # what the other process holds isn't this one's
             for known, old in list(self._slots.items()):
                 if known.is_closed() or old.process != os.getpid():
-                    del self._slots[known]
+                    self._slots.pop(known).drop()
             slots = self._slots[loop] = Slots(
                 self.names,
                 self.repair,
