@@ -105,6 +105,8 @@ class Slots:
             except BaseException:
                 line.abandon(claim)
                 raise
+            finally:
+                claim.future = None  # it refers to the claim
         if isinstance(claim.outcome, BaseException):
             error, claim.outcome = claim.outcome, None
             try:
