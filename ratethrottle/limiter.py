@@ -331,7 +331,7 @@ class RateThrottleCore(Patchable, Limiter):
     def statistics(self) -> Statistics:
         """Count what the storage did and holds in this process, and what this limiter decided. Costs no I/O; also after `aclose`."""
         counted: Statistics = self._storage.statistics()
-        return replace(counted, decisions=self._counted(Outcomes))
+        return replace(counted, slots=self._slots.held(self), decisions=self._counted(Outcomes))
 
     async def aclose(self) -> None:
         """Close the limiter and its storage. Later calls raise LimiterClosed; closing again does nothing.

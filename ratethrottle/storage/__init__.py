@@ -31,7 +31,8 @@ class Statistics:
     hold units taken ahead, which may be spent now. connections: that are open for decisions. waiting: checks that are queued for a
     connection. in_flight: script calls without a reply yet. breaker: "closed" while Redis is asked, "open" while it isn't, as it
     doesn't answer or refuses us, "half_open" while an attempt is made meanwhile. processes: how many share the limits, by their
-    heartbeats, this one included. owed: keys × rules with units that policies admitted and Redis hasn't counted yet.
+    heartbeats, this one included. owed: keys × rules with units that policies admitted and Redis hasn't counted yet. slots: units of
+    slots that are held by this limiter; 0 if a storage is asked.
 
     How often since the storage was made:
     calls: script calls sent. items: items sent in them, equal checks of a key being one. reconnections: connections that
@@ -54,6 +55,7 @@ class Statistics:
     breaker: Literal["closed", "open", "half_open"] = "closed"
     processes: int = 0
     owed: int = 0
+    slots: int = 0
     calls: int = 0
     items: int = 0
     reconnections: int = 0

@@ -118,11 +118,19 @@ class Slots:
     def add(self, limiter: Limiter, rule: ConcurrencyRule) -> None:
         """Take a rule up, also for those that wait by its name."""
         self.rules[rule.name] = rule
-        for lines in list(limiter._lines._loops.values()):
-            for line in list(lines.lines.values()):
-                if isinstance(line, SlotLine) and line.rule.name == rule.name and lines.process == os.getpid():
-                    with suppress(RuntimeError):  # that loop has ended
-                        lines.loop.from_any_thread(partial(line.change, rule))
+        for line in self._lines(limiter):
+            if line.rule.name == rule.name:
+                with suppress(RuntimeError):  # that loop has ended
+                    line.of.loop.from_any_thread(partial(line.change, rule))
+
+    def held(self, limiter: Limiter) -> int:
+        """Units that are held, in all event loops."""
+        return sum(line.used for line in self._lines(limiter))
+
+    def _lines(self, limiter: Limiter) -> list[SlotLine]:
+        """All lines of this process."""
+        loops = [lines for lines in list(limiter._lines._loops.values()) if lines.process == os.getpid()]
+        return [line for lines in loops for line in list(lines.lines.values()) if isinstance(line, SlotLine)]
 
     async def reset(self, limiter: Limiter, key: Key, rule: str | ConcurrencyRule) -> None:
         """Take all slots of a key from their holders."""

@@ -242,6 +242,16 @@ def test_a_slot_is_held_as_long_as_its_block_runs() -> None:
     run(main)
 
 
+def test_statistics_count_what_is_held() -> None:
+    async def main() -> None:
+        core = limiter(RULE)
+        async with core.slot("key", cost=2), core.slot("other"):
+            assert core.statistics().slots == 3
+        assert core.statistics().slots == 0
+
+    run(main)
+
+
 def test_a_decision_says_what_is_left_and_knows_no_time() -> None:
     async def main() -> None:
         core = limiter(RULE)
