@@ -96,6 +96,34 @@ async def test_a_slot_goes_to_those_who_wait_in_the_order_in_which_their_process
     assert served in ([1, 2, 3, 0], [0, 1, 2, 3])
 
 
+async def test_one_that_asks_once_leaves_no_place_behind(redis_url: str) -> None:
+    async with processes(redis_url, 3) as (one, other, third):
+        async with one.slot("k", cost=2):
+            assert not await free(other)
+        assert await free(third)
+        async with one.slot("k", cost=2):
+            with pytest.raises(RateLimitExceeded):
+                await other.slot("k", timeout=0.1).__aenter__()
+        assert await becomes_free(third) < 0.7  # a place that nobody gives up stays for a second
+
+
+async def test_a_slot_may_be_taken_together_with_limits_that_count(redis_url: str) -> None:
+    rules = RULE, RateThrottleRule("api", 3, 60)
+    async with limiter_of(redis_url, *rules) as one, limiter_of(redis_url, *rules) as other, one.slot("k", ("db", "api")) as slot:
+        assert [(part.rule, part.remaining, part.source) for part in slot.decision.parts] == [
+            ("db", 1, "redis"),
+            ("api", 2, "redis"),
+        ]
+        async with other.slot("k", {"db": 1, "api": 2}) as second:
+            assert [part.remaining for part in second.decision.parts] == [0, 0]
+        for limiter in (one, other):
+            with pytest.raises(RateLimitExceeded) as raised:
+                await limiter.slot("k", ("db", "api")).__aenter__()
+            assert raised.value.decision.rule == "api"
+        assert await free(other, rule="db")  # it was given back
+        assert not await free(other, cost=2, rule="db")
+
+
 async def test_a_process_that_closes_gives_back_what_it_holds_at_once(redis_url: str) -> None:
     async with processes(redis_url, 1) as (other,):
         leaving = limiter_of(redis_url)

@@ -281,7 +281,7 @@ class Slots:
             words += identity.words(told)
         for record, _, held, asked in flight.items:
             self._sequence += 1
-            cost, wanted, waits = (asked.ask.cost, asked.ask.wanted, True) if asked is not None else (1, 0, False)
+            cost, wanted, waits = (asked.ask.cost, asked.ask.wanted, asked.ask.waits) if asked is not None else (1, 0, False)
             bits = (record.kept and held > 0) + 2 * waits
             item = (numbers[record.identity], record.rule.limit, cost, held, wanted, self._sequence, bits)
             words += [b"%d" % number for number in item]
