@@ -183,7 +183,7 @@ async def test_slots_that_could_not_be_renewed_are_lost_before_others_have_them(
                 granted_s = time.monotonic()
                 server.pause()
                 await asyncio.wait_for(slot.lost.wait(), WITHIN_S)
-                assert TTL_S * 0.6 < time.monotonic() - granted_s < TTL_S + 0.2
+                assert TTL_S * 0.6 < time.monotonic() - granted_s < TTL_S + 1
                 server.resume()
                 assert await becomes_free(other, cost=2) < WITHIN_S
             assert await becomes_free(one, cost=2) < WITHIN_S
