@@ -101,7 +101,8 @@ class ManualClock:
         """Let seconds or a timedelta pass, and whatever waits in this event loop go on at its own time.
 
         The clock stands still while tasks have something to do, or wait for an answer of Redis. It goes on once all of them wait, and
-        stops at each time for which one of them waits in `acquire`. Other waits, such as `asyncio.sleep`, aren't of this clock.
+        stops at each time for which one of them waits in `acquire`, or for a slot, and where slots are renewed. Other waits, such as
+        `asyncio.sleep`, aren't of this clock.
         Raises ConfigurationError.
         """
         until_us = self._now_us + micros(by)

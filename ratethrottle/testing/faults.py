@@ -250,7 +250,8 @@ class Switch:
         if storage is None or self._clock is None or not self.delay_s:
             self._ticking.discard(loop)
             return
-        if any(connection.batch.asked for connection in storage._open.get(loop, ())):
+        slots = storage._slots.get(loop)
+        if any(connection.batch.asked for connection in storage._open.get(loop, ())) or (slots is not None and slots.asked):
             self._clock.step(loop)
         loop.call_later(LOOK_S, self._tick, loop)
 

@@ -128,7 +128,9 @@ class SteeredMaster(Between):
 
 
 class ManualRedisStorage(RedisStorage):
-    """A RedisStorage whose time is that of a `ManualClock`: rules, leases, deadlines and `acquire` go by it. Connecting takes real time.
+    """A RedisStorage whose time is that of a `ManualClock`: rules, leases, deadlines, slots and `acquire` go by it.
+
+    Connecting takes real time.
 
     client: any that RedisStorage takes; one of `fakeredis` too. clock: all storages that share keys must have the same.
     prefix: by default one of the clock's own, so that tests don't meet in one Redis. The keys under it are deleted when the last
@@ -153,7 +155,9 @@ class ManualRedisStorage(RedisStorage):
     @property
     def asked(self) -> bool:
         """Whether somebody waits for an answer of Redis."""
-        return any(connection.batch.asked for known in list(self._open.values()) for connection in known)
+        return any(connection.batch.asked for known in list(self._open.values()) for connection in known) or any(
+            slots.asked for slots in list(self._slots.values())
+        )
 
     def timers(self, loop: asyncio.AbstractEventLoop) -> Timers:
         """Find what calls back by this storage's time: the clock."""

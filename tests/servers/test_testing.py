@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 import redis.asyncio
 
-from ratethrottle import RateThrottleCore, RateThrottleRule, RedisStorage, StorageError, StorageRefused, StorageTimeout, events
+from ratethrottle import (
+    ConcurrencyRule,
+    RateLimitExceeded,
+    RateThrottleCore,
+    RateThrottleRule,
+    RedisStorage,
+    StorageError,
+    StorageRefused,
+    StorageTimeout,
+    events,
+)
 from ratethrottle.testing import Faults, ManualClock, ManualRedisStorage, assert_promise, assert_promise_between
 from tests.kit.servers import RedisServer, SentinelTopology
 from tests.kit.strategies import STRATEGIES
@@ -256,3 +266,57 @@ async def test_time_elapses_only_once_the_server_has_answered(redis_url: str, ra
     assert decided == [began_us] * 20
     await task
     await limiter.aclose()
+
+
+async def test_slots_go_by_the_clock_of_the_test(redis_url: str, ratethrottle_clock: ManualClock) -> None:
+    rule = ConcurrencyRule("exports", 1, ttl=1)
+    one, other = (
+        RateThrottleCore(ManualRedisStorage.from_url(redis_url, clock=ratethrottle_clock, deadline=5.0), rules=[rule])
+        for _ in range(2)
+    )
+
+    async def export(limiter: RateThrottleCore, timeout: float) -> str:
+        async with limiter.slot("ann", timeout=timeout) as slot:
+            return slot.decision.source
+
+    async with one, other:
+        async with one.slot("ann") as slot:
+            late, early = asyncio.create_task(export(other, 60)), asyncio.create_task(export(other, 3))
+            await ratethrottle_clock.elapse(2)
+            assert not early.done()
+            await ratethrottle_clock.elapse(1)
+            assert isinstance(early.exception(), RateLimitExceeded)
+            await ratethrottle_clock.elapse(10)
+            assert not late.done()
+            assert not slot.lost.is_set()
+        await ratethrottle_clock.elapse(1)
+        assert late.result() == "redis"
+        async with one.slot("ann") as slot:
+            ratethrottle_clock.advance(2)  # as if the loop had stood still
+            await ratethrottle_clock.settle()
+            assert slot.lost.is_set()
+
+
+async def test_faults_are_for_slots_too(redis_url: str, ratethrottle_clock: ManualClock) -> None:
+    storage = ManualRedisStorage.from_url(redis_url, clock=ratethrottle_clock, on_outage="raise", deadline=0.25)
+    limiter, began_s = RateThrottleCore(storage, rules=[ConcurrencyRule("exports", 1, ttl=10)]), time.monotonic()
+    faults = Faults(limiter)
+
+    async def tried() -> str:
+        try:
+            async with limiter.slot("ann") as slot:
+                return slot.decision.source
+        except StorageError as error:
+            return type(error).__name__
+
+    async with limiter:
+        assert await tried() == "redis"
+        async with faults.slow(60):
+            assert await tried() == "StorageTimeout"
+        async with faults.outage():
+            assert await tried() in {"StorageUnavailable", "StorageTimeout"}
+        while await tried() != "redis":
+            ratethrottle_clock.advance(0.1)
+        async with faults.refuse():
+            assert await tried() == "StorageRefused"
+    assert time.monotonic() - began_s < 30

@@ -95,6 +95,11 @@ class Slots:
         """Keys of which something is held, or that Redis has to hear of."""
         return len(self._records)
 
+    @property
+    def asked(self) -> bool:
+        """Whether an answer of Redis is to come."""
+        return self._flight is not None or any(asked.waits for asked in self._asked)
+
     def use(self, link: Link) -> None:
         """Send calls on that connection from now on."""
         if self._link is not link:

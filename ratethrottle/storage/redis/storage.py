@@ -282,7 +282,7 @@ class RedisStorage(SharedStorage):
                 self.repair,
                 self._held_here,
                 connections[0],
-                self._batch_timers(loop),
+                self.timers(loop),  # a clock of a test stops at renewals
                 deadline_us=self.context.deadline_us,
                 on_outage=self._policy,
             )
