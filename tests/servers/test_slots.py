@@ -249,6 +249,26 @@ async def test_while_redis_is_away_the_policy_decides_and_then_redis_hears_of_it
                 assert await holds(others, other) == max(0, 5 - held)
 
 
+async def test_redis_hears_of_what_was_granted_without_it_however_much_it_is() -> None:
+    rule = ConcurrencyRule("wide", 10**9, 30)
+    with RedisServer() as server:
+        async with (
+            limiter_of(server.url, rule, on_outage="allow") as one,
+            limiter_of(server.url, rule, on_outage="deny") as other,
+        ):
+            assert await free(one)
+            await away(server, one)
+            async with AsyncExitStack() as stack:
+                for _ in range(5):
+                    await stack.enter_async_context(one.slot("k", cost=10**9))
+                server.start()
+                with server.client() as client:
+                    await until(lambda: asyncio.sleep(0, bool(client.keys("*wide@slots:=k"))), WITHIN_S)
+                assert await until(lambda: free(other, "another"), WITHIN_S) < WITHIN_S
+                assert not await free(other)
+            assert await becomes_free(other, cost=10**9) < WITHIN_S
+
+
 async def test_with_raise_a_slot_raises_while_redis_is_away_and_can_be_given_back() -> None:
     with RedisServer() as server:
         async with processes(server.url, 1, on_outage="raise") as (one,):

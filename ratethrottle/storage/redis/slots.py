@@ -24,6 +24,9 @@ from ratethrottle.storage.redis.holders import Asked, Here, Identity, Record
 
 KEYS_MAX: Final = 128  # of a call
 HOLDERS_MAX: Final = 64
+WANTED_MAX: Final = 1_000_000  # of an item, and held units; whatever is above is as good as that
+HELD_MAX: Final = 4_000_000_000
+NOTHING: Final = Ask(0, waits=False)
 UNREADABLE, UNSURE, OLD, LAPSED, FORGOTTEN = -2, -3, -4, -5, -6
 TOUCHED_US: Final = 1_800_000_000  # a state is kept for longer without a call
 AGAIN_S: Final = 0.05, 1.0  # at least and at most, without Redis
@@ -286,10 +289,11 @@ class Slots:
             words += identity.words(told)
         for record, _, held, asked in flight.items:
             self._sequence += 1
-            cost, wanted, waits = (asked.ask.cost, asked.ask.wanted, asked.ask.waits) if asked is not None else (1, 0, False)
-            bits = (record.kept and held > 0) + 2 * waits
-            item = (numbers[record.identity], record.rule.limit, cost, held, wanted, self._sequence, bits)
-            words += [b"%d" % number for number in item]
+            ask = asked.ask if asked is not None else NOTHING
+            wanted, bits = min(ask.wanted, WANTED_MAX), (record.kept and held > 0) + 2 * ask.waits
+            number = numbers[record.identity]
+            item = (number, record.rule.limit, ask.cost, min(held, HELD_MAX), wanted, self._sequence, bits)
+            words += [b"%d" % word for word in item]
             # After this, something of it may be gone there.
             record.sent, record.kept, record.stale = True, record.kept and held > 0, False
         keys = [self._names.holders_key, *(record.key for record, _, _, _ in flight.items)]
