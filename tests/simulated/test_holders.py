@@ -72,7 +72,7 @@ class Line:
     def holds(self) -> int:
         """What it holds, for all that it could know by now."""
         self.hear()
-        record = self.slots._records.get((self, RULE.ttl_us))
+        record = self.slots._book.find(self, RULE.ttl_us)
         if record is None:
             assert not self.held
             return 0

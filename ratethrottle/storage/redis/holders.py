@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from asyncio import Future
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from os import urandom
 from typing import Final
@@ -156,3 +157,59 @@ class Record:
         self.hold(0)
         self.known, self.kept, self.stale = 0, False, False
         self.identity.untold.discard(self)
+
+
+class Book:
+    """All that an event loop holds."""
+
+    def __init__(self, here: Here) -> None:
+        self._here = here
+        self._records: dict[tuple[Holder, int], Record] = {}
+        self._identities: dict[tuple[int, int], Identity] = {}  # by ttl, and by a number, as lines of one key have different ones
+
+    def __len__(self) -> int:
+        """Keys of which something is held, or that Redis has to hear of."""
+        return len(self._records)
+
+    @property
+    def identities(self) -> Iterable[Identity]:
+        """All that Redis may know."""
+        return self._identities.values()
+
+    def find(self, holder: Holder, ttl_us: int) -> Record | None:
+        """Find what a line has under a ttl."""
+        return self._records.get((holder, ttl_us))
+
+    def add(self, holder: Holder, rule: ConcurrencyRule, key: bytes) -> Record:
+        """Begin to remember what a line has."""
+        number = 0
+        while (identity := self._identities.get((rule.ttl_us, number))) and key in identity.keys:
+            number += 1
+        if identity is None:
+            identity = self._identities[rule.ttl_us, number] = Identity(rule.ttl_us)
+        record = self._records[holder, rule.ttl_us] = Record(holder, rule, key, identity, self._here)
+        identity.add(record)
+        return record
+
+    def tidy(self, record: Record) -> None:
+        """Forget a record that says nothing any more."""
+        name = record.holder, record.identity.ttl_us
+        if record.over and self._records.get(name) is record:
+            del self._records[name]
+            record.identity.remove(record)
+
+    def of_key(self, key: bytes) -> list[Record]:
+        """Find what is held of a key."""
+        return [record for record in self._records.values() if record.key == key and record.held]
+
+    def all(self) -> list[Record]:
+        """Return all that is remembered."""
+        return list(self._records.values())
+
+    def untold(self) -> dict[Record, None]:
+        """Find what is held and Redis hasn't heard of under the names of now."""
+        return {record: None for identity in self.identities for record in identity.untold}
+
+    def units_here(self, key: bytes) -> int:
+        """Return how many units of a key this process holds, in all of its loops."""
+        return self._here.units(key)

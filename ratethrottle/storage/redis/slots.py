@@ -20,7 +20,7 @@ from ratethrottle.storage._shared.batch import Batch
 from ratethrottle.storage._shared.call import ControlCall
 from ratethrottle.storage._shared.keynames import KeyNames
 from ratethrottle.storage._shared.repair import Repair
-from ratethrottle.storage.redis.holders import Asked, Here, Identity, Record
+from ratethrottle.storage.redis.holders import Asked, Book, Here, Identity, Record
 
 KEYS_MAX: Final = 128  # of a call
 HOLDERS_MAX: Final = 64
@@ -73,7 +73,7 @@ class Slots:
         self.process = os.getpid()
         self._names = names
         self._repair = repair
-        self._here = here
+        self._book = Book(here)
         self._link = link
         self._loop = link.loop
         self._timers = timers
@@ -81,8 +81,6 @@ class Slots:
         self._on_outage = on_outage
         self._context = contextvars.Context()  # of what is called later: it belongs to no request
         self._epoch, self._clears = repair.epoch, repair.clears
-        self._records: dict[tuple[Holder, int], Record] = {}
-        self._identities: dict[tuple[int, int], Identity] = {}  # by ttl, and by a number, as lines of one key have different ones
         self._due: deque[Record] = deque()
         self._asked: deque[Asked] = deque()  # in the order of their deadlines
         self._flight: Flight | None = None
@@ -96,7 +94,7 @@ class Slots:
 
     def __len__(self) -> int:
         """Keys of which something is held, or that Redis has to hear of."""
-        return len(self._records)
+        return len(self._book)
 
     @property
     def asked(self) -> bool:
@@ -115,7 +113,9 @@ class Slots:
 
     def hold(self, holder: Holder, rule: ConcurrencyRule, ask: Ask) -> Held | Future[Held]:
         """Answer an ask. Raises StorageError."""
-        record, batch = self._record(holder, rule), self._link.batch
+        record, batch = self._book.find(holder, rule.ttl_us), self._link.batch
+        if record is None:
+            record = self._book.add(holder, rule, self._names.slots_key(holder.entry))
         record.rule = rule
         record.hold(ask.held)
         if not batch.knows_epoch:
@@ -127,19 +127,6 @@ class Slots:
         self._queue(record)
         self._arm(asked.deadline_us)
         return asked.answer
-
-    def _record(self, holder: Holder, rule: ConcurrencyRule) -> Record:
-        record = self._records.get((holder, rule.ttl_us))
-        if record is None:
-            key = self._names.slots_key(holder.entry)
-            number = 0
-            while (identity := self._identities.get((rule.ttl_us, number))) and key in identity.keys:
-                number += 1
-            if identity is None:
-                identity = self._identities[rule.ttl_us, number] = Identity(rule.ttl_us)
-            record = self._records[holder, rule.ttl_us] = Record(holder, rule, key, identity, self._here)
-            identity.add(record)
-        return record
 
     def _decide(self, record: Record, ask: Ask) -> Held:
         """Answer by the outage policy. Raises StorageError. What is given back is taken in any case."""
@@ -168,7 +155,7 @@ class Slots:
             return 0, 0
         shares = self._repair.shares
         share = limit // shares.n + (shares.rank < limit % shares.n) if shares.n else 0
-        room = max(0, share - self._here.units(record.key))
+        room = max(0, share - self._book.units_here(record.key))
         granted = min(ask.wanted, room // ask.cost)
         return granted, room - granted * ask.cost
 
@@ -221,21 +208,21 @@ class Slots:
         """Be somebody else in a new epoch, and tell it first of all what is held; or nothing, if everything was cleared."""
         if self._clears != self._repair.clears:
             self._clears, self._epoch = self._repair.clears, self._repair.epoch
-            for identity in self._identities.values():
+            for identity in self._book.identities:
                 self._announce([record for record in identity.records if record.held])
                 identity.lapse()
         elif self._epoch != self._repair.epoch:
             before, self._epoch = self._epoch, self._repair.epoch
             if before:
-                for identity in self._identities.values():
+                for identity in self._book.identities:
                     identity.rename()
         else:
             return
-        untold = {record: None for identity in self._identities.values() for record in identity.untold}
+        untold = self._book.untold()
         self._due = deque([*untold, *(record for record in self._due if record not in untold)])
         for record in untold:
             record.queued = True
-        for identity in self._identities.values():
+        for identity in self._book.identities:
             self._tell(identity)
 
     def _fill(self, now_us: int) -> Flight | None:
@@ -250,7 +237,7 @@ class Slots:
             if record.asked is not None and not record.asked.waits:
                 self._settle(record, queue=False)
             if record.asked is None and not record.stale:
-                self._tidy(record)
+                self._book.tidy(record)
             elif record.key in records or (record.identity not in identities and len(identities) == HOLDERS_MAX):
                 later.append(record)
             else:
@@ -259,7 +246,7 @@ class Slots:
         for record in reversed(later):
             record.queued = True
             self._due.appendleft(record)
-        for identity in self._identities.values():
+        for identity in self._book.identities:
             if identity.records and identity.until_us and identity.renew_us <= now_us and len(identities) < HOLDERS_MAX:
                 identities[identity] = None
         if not identities:
@@ -274,7 +261,7 @@ class Slots:
 
     def _touch(self, now_us: int) -> None:
         """Say again what was held for long, a call's worth at a time, so that Redis keeps it."""
-        for identity in self._identities.values():
+        for identity in self._book.identities:
             for record in [*_first(identity.records, KEYS_MAX // 2)]:
                 if record.touched_us + TOUCHED_US > now_us:
                     break
@@ -339,7 +326,7 @@ class Slots:
             if waits or record.stale:
                 self._queue(record)
             else:
-                self._tidy(record)
+                self._book.tidy(record)
         elif granted in (OLD, LAPSED):
             record.stale = True
             self._queue(record)
@@ -380,13 +367,13 @@ class Slots:
                 self._loop.call_exception_handler({"message": "a slot could not be announced as lost", "exception": error})
             if asked is not None and not asked.answer.done():
                 asked.answer.set_result(Held(0, 0, AGAIN_S[0], "redis", lost=True))
-            self._tidy(record)
+            self._book.tidy(record)
 
     def _fail(self, record: Record, error: StorageError) -> None:
         asked, record.asked = record.asked, None
         if asked is not None and not asked.answer.done():
             asked.answer.set_exception(error)
-        self._tidy(record)
+        self._book.tidy(record)
 
     def _settle(self, record: Record, *, queue: bool = True) -> None:
         """No ask of it waits any more: see whether Redis has to hear what is held."""
@@ -394,13 +381,7 @@ class Slots:
         record.stale = record.sent or record.known != record.held
         if record.stale and queue:
             self._queue(record)
-        self._tidy(record)
-
-    def _tidy(self, record: Record) -> None:
-        """Forget a record that says nothing any more."""
-        if record.over and self._records.get((record.holder, record.identity.ttl_us)) is record:
-            del self._records[record.holder, record.identity.ttl_us]
-            record.identity.remove(record)
+        self._book.tidy(record)
 
     # What comes by time:
 
@@ -417,7 +398,7 @@ class Slots:
         self._timer = self._timers.call_later(delay_s, self._on_timer, context=self._context)
 
     def _arm_renewals(self) -> None:
-        for identity in self._identities.values():
+        for identity in self._book.identities:
             if identity.records and identity.until_us:
                 self._arm(
                     min(identity.until_us, max(identity.renew_us, self._now_us() + 1_000), self._now_us() + TOUCHED_US // 3)
@@ -442,7 +423,7 @@ class Slots:
         self._arm_again(now_us)
 
     def _lapse(self, now_us: int) -> None:
-        for identity in self._identities.values():
+        for identity in self._book.identities:
             if identity.until_us and identity.until_us <= now_us:
                 self._lapse_one(identity)
 
@@ -457,7 +438,7 @@ class Slots:
             if record in identity.untold or record.asked is not None:
                 self._queue(record)
             else:
-                self._tidy(record)
+                self._book.tidy(record)
 
     def _expire(self, now_us: int) -> None:
         """Answer by the policy what has waited for too long."""
@@ -486,8 +467,8 @@ class Slots:
         """Give everything back, for good. Returns what tells when Redis has heard it; None if it can't, or needn't."""
         if self._closed:
             return None
-        known = [identity for identity in self._identities.values() if identity.joined or identity.previous][:HOLDERS_MAX]
-        for record in list(self._records.values()):
+        known = [identity for identity in self._book.identities if identity.joined or identity.previous][:HOLDERS_MAX]
+        for record in self._book.all():
             self._fail(record, StorageUnavailable("the storage was closed"))
         self._closed = True
         if self._timer is not None:
@@ -505,7 +486,7 @@ class Slots:
     def drop(self) -> None:
         """Hold nothing any more, as the loop or the process is another one."""
         self._closed = True
-        for record in self._records.values():
+        for record in self._book.all():
             record.hold(0)
 
     def forget(self, entry: Entry) -> Future[bool] | None:
@@ -518,7 +499,7 @@ class Slots:
 
         def done(numbers: Sequence[int]) -> None:
             if numbers:
-                self._announce([record for record in self._records.values() if record.key == key and record.held])
+                self._announce(self._book.of_key(key))
             if not forgotten.done():
                 forgotten.set_result(bool(numbers))
 
