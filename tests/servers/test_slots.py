@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import random
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -450,3 +452,30 @@ async def test_a_caller_that_is_cancelled_leaves_nothing(redis_url: str, when: s
             with pytest.raises(asyncio.CancelledError):
                 await task
         assert await becomes_free(other, 1.5, cost=2) < 1.5
+
+
+async def test_a_storm_of_cancellations_loses_no_slot(redis_url: str) -> None:
+    seed = random.randrange(2**32)
+    rng, inside, served = random.Random(seed), 0, 0
+
+    async def client(limiter: RateThrottleCore, ends_s: float) -> None:
+        nonlocal inside, served
+        while time.monotonic() < ends_s:
+            cost, timeout = rng.choice((1, 1, 2)), rng.choice((None, 0, 0.05, 1))
+            with contextlib.suppress(RateLimitExceeded, TimeoutError):
+                async with asyncio.timeout(rng.uniform(0.0005, 0.3)), limiter.slot("k", cost=cost, timeout=timeout):
+                    inside, served = inside + cost, served + 1
+                    assert inside <= RULE.limit, seed
+                    try:
+                        await asyncio.sleep(rng.uniform(0, 0.005))
+                    finally:
+                        inside -= cost
+            await asyncio.sleep(rng.uniform(0, 0.01))
+
+    async with processes(redis_url, 3, deadline=5) as limiters:
+        ends_s = time.monotonic() + 3
+        await asyncio.gather(*(client(limiter, ends_s) for limiter in limiters for _ in range(15)))
+        assert served > 50, seed
+        await becomes_free(limiters[0], cost=2)
+        for limiter in limiters:
+            await until(lambda limiter=limiter: asyncio.sleep(0, len(limiter._lines) == len(slots_of(limiter)) == 0), WITHIN_S)
