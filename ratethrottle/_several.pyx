@@ -21,7 +21,7 @@ from ratethrottle._engine.decision cimport (
 )
 from ratethrottle._engine.definitions cimport CompiledRule, DENY_IT
 from ratethrottle._engine.joint cimport (
-    CHARGES, Joint, joint_blank, joint_count, joint_decision, joint_fill, joint_new, joint_outcome, JointDecision, part_uncounted,
+    BOOKS, CHARGES, Joint, joint_blank, joint_count, joint_decision, joint_fill, joint_new, joint_outcome, JointDecision, part_uncounted,
     PARTS_MAX, SETTLES, Several,
 )
 from ratethrottle._engine.keys cimport forks, KeyTable
@@ -30,6 +30,7 @@ from ratethrottle._engine.table cimport cell_at, Place, shard_find
 from collections.abc import Mapping
 from operator import index as whole_number
 
+from ratethrottle._engine.bookings import served
 from ratethrottle.errors import InvalidRequest, shown
 from ratethrottle.rule import ConcurrencyRule, FirstOf, RateThrottleRule
 
@@ -530,6 +531,8 @@ def told(Decision decision not None):
     """The decision as the caller of a check would have got it."""
     if not isinstance(decision, JointDecision) or (<JointDecision>decision).sets > 1:
         return decision
+    if (<JointDecision>decision).joint.corrects == BOOKS:
+        return served(decision)
     return decision_new(decision.compiled, decision.key, decision.cost, decision.source_index, &decision.out)
 
 
@@ -537,8 +540,11 @@ def settlement(JointDecision decision not None, tuple used not None):
     """What to charge and to give back, if these units were used of each limit; None if that is nothing. Raises InvalidRequest."""
     cdef Joint joint = decision.joint, part
     cdef list parts = []
-    cdef int64_t units
+    cdef int64_t units, waited = 0
     cdef int s, p, i
+    if joint.corrects == BOOKS and decision.outs[0].in_ticks:
+        # What comes back is less by what drained since it was counted. Until its turn that was what had been booked before it.
+        waited = decision.outs[0].retry_us // decision.compiled.terms.unit_ticks
     for s in range(decision.sets):
         p = decision.reported[s]
         units = units_used(f"what was used under rule {joint.rules[p].name!r}", used[s], 0, used_most(joint.rules[p]))
@@ -553,7 +559,7 @@ def settlement(JointDecision decision not None, tuple used not None):
         tuple([joint.keys[<int>one] for one, _ in parts]), tuple([joint.canonicals[<int>one] for one, _ in parts]))
     for i in range(part.size):
         units = parts[i][1]
-        part.costs[i] = abs(units)
+        part.costs[i] = units if units >= 0 else min(-units + waited, COST_MAX)
         part.refunds |= <uint32_t>(units < 0) << i
     part.timed = True
     part.corrects = SETTLES

@@ -268,9 +268,11 @@ class RateThrottleCore(Patchable, Limiter):
         It takes a key, a rule or several, and a cost as `check` does.
         timeout: seconds to wait at most, from 0; None waits as long as needed. 0 asks once, as `check` does.
 
-        In each event loop the callers of a key and rule are served in the order in which they came, large requests too. A `check`
-        doesn't stand in line, and may be served before them. A caller that is cancelled, or out of time, leaves the line; a grant
-        that has come at that very moment goes to the next one that asks for the same, or stays consumed if there is none.
+        In each event loop the callers of a key and rule are served in the order in which they came, large requests too; on a bucket
+        those of all processes are. A `check` doesn't stand in line: on a window it may be served before them, and on a bucket it is
+        denied what they have booked. A caller that is cancelled, or out of time, leaves the line; a grant that has come at that very
+        moment goes to the next one that asks for the same. If there is none, it stays consumed on a window, and on a bucket if
+        others have booked behind it.
 
         Raises `RateLimitExceeded` as soon as it is known that the time is too short, and if the request can never be granted; its
         decision has the source "overload" if no answer came within the timeout. Raises `InvalidRequest` at once for a bad key, rule,

@@ -8,12 +8,13 @@ from libc.stdint cimport int64_t, uint32_t
 
 from ratethrottle._engine.arithmetic cimport (
     BUCKET, COUNTER, Counts, FIXED, judge, LEVEL_MAX, Outcome, report, same_definition, settle, SLIDING, Terms, View, view_free,
-    view_live, view_reach,
+    view_live, view_reach, view_roll,
 )
 from ratethrottle._engine.pieces cimport piece_free
 from ratethrottle._engine.table cimport (
     Account, Cell, cell_at, cell_views, fingerprints_of, named_fresh_at, NamedCell, Shard, terms_met,
 )
+from ratethrottle._engine.turns cimport BOOKED_US, Booking, booking_fits, tell_booking
 from ratethrottle._engine.window cimport KEEP, NO_MEMORY, Units, Window, window_new
 
 
@@ -83,7 +84,7 @@ cdef inline bint bound_assertion(const Bound* bound, int64_t now_us, int64_t* nu
     numbers[0] = numbers[1] = numbers[2] = 0
     if terms.kind == BUCKET:
         # A level below zero still says by how much: the store may have begun to drain earlier.
-        past_us = min(past_us, 2 * view_reach(terms) + LATE_US)  # a debt counts for twice as long
+        past_us = min(past_us, 2 * view_reach(terms) + BOOKED_US + LATE_US)  # a debt counts for twice as long
         numbers[0] = known.amount.level_ticks - past_us * terms.drain_ticks
         if numbers[0] <= -LATE_US * terms.drain_ticks:
             return False
@@ -145,6 +146,20 @@ cdef inline int bound_look(const Bound* bound, const Terms* terms, bint leases, 
         return LEASED
     verdict = bound_verdict(<Bound*>bound, terms, False, now_us, units, ttl_us, out)
     return OPEN if admits and verdict == DENIED else verdict
+
+
+cdef inline int bound_books(const Bound* bound, const Terms* terms, int64_t now_us, int64_t units, const Booking* booking, int64_t ttl_us,
+                            Outcome* out) noexcept nogil:
+    """Say what `bound_verdict` would of a booking: DENIED if even by what is known its turn is too far ahead. bound: or NULL."""
+    cdef View view
+    if bound == NULL or bound.cell.view.terms != terms and not same_definition(bound.cell.view.terms, terms):
+        return OPEN
+    view = bound.cell.view
+    view_roll(&view, aged(bound, now_us))
+    tell_booking(terms, view.amount.level_ticks, units, booking.evenly, booking_fits(terms, view.amount.level_ticks, units, booking), out)
+    if out.allowed or bound.lease_units or bound.sent_us <= bound.returned_us:
+        return OPEN
+    return DENIED if now_us - bound.sent_us <= ttl_us else STALE
 
 
 cdef inline bint bound_covers(const Bound* bound, const Terms* terms, int64_t now_us, int64_t units) noexcept nogil:

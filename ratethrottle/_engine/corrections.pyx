@@ -10,6 +10,7 @@ from libc.stdlib cimport calloc, free, malloc
 from ratethrottle._engine.arithmetic cimport (
     CHARGED, correct_views, dated_start, Outcome, report, same_definition, SLIDING, Terms, View, view_ahead, view_debt, view_free,
 )
+from ratethrottle._engine.turns cimport book_views, Booking
 from ratethrottle._engine.dated cimport dated_bring, dated_write
 from ratethrottle._engine.decision cimport Entry, MEMORY
 from ratethrottle._engine.joint cimport CHARGES, Joint, joint_count, joint_decision, joint_new, part_uncounted, PARTS_MAX
@@ -40,8 +41,12 @@ cdef bint forgotten(KeyTable table, Hash128 hashed, int64_t granted_us) noexcept
     return False
 
 
-cdef int correct_place(KeyTable table, const Place* place, int64_t now_us, int64_t units, int64_t granted_us, Outcome* out) except -1:
-    """Give back units that were granted then, or charge them (CHARGED). Says what is left of the key. Runs no Python code."""
+cdef int correct_place(KeyTable table, const Place* place, int64_t now_us, int64_t units, int64_t granted_us, const Booking* booking,
+                       Outcome* out) except -1:
+    """Give back units that were granted then, or charge them (CHARGED). Says what is left of the key. Runs no Python code.
+
+    booking: what is charged is booked, what comes back was; else NULL.
+    """
     cdef const Terms* terms = place.terms if place.terms.kept == NULL else place.terms.kept
     cdef View[2] views
     cdef View dropped
@@ -54,7 +59,7 @@ cdef int correct_place(KeyTable table, const Place* place, int64_t now_us, int64
     cdef int count, status, i
     cdef bint changed, charges = granted_us == CHARGED
     if found < 0:
-        return correct_new(table, place, terms, now_us, units, granted_us, out)
+        return correct_new(table, place, terms, now_us, units, granted_us, booking, out)
     if not charges and forgotten(table, place.hashed, granted_us):
         units = 0
     cell = cell_at(shard, <uint32_t>found)
@@ -68,7 +73,10 @@ cdef int correct_place(KeyTable table, const Place* place, int64_t now_us, int64
             count == 1 or not same_definition(views[1].terms, terms)):
         units = 0                            # a view that is made only now doesn't hold what was granted
     changed = dated_bring(views, &count, &dropped, terms, now_us)
-    status = correct_views(views, &count, terms, now_us, units, granted_us, out)
+    if booking != NULL:
+        status = book_views(views, &count, terms, now_us, units, booking, out)
+    else:
+        status = correct_views(views, &count, terms, now_us, units, granted_us, out)
     for i in range(2):
         piece_free(windows[i] if status == WRITE else copies[i])
     if changed and charges and status == KEEP:
@@ -102,7 +110,7 @@ cdef int copy_ahead(View* views, int count, int64_t now_us, Window** windows, Wi
 
 
 cdef int correct_new(KeyTable table, const Place* place, const Terms* terms, int64_t now_us, int64_t units, int64_t granted_us,
-                     Outcome* out) except -1:
+                     const Booking* booking, Outcome* out) except -1:
     """Correct a key of which nothing is known. A charge isn't counted if the table is full and forgets no key for a new one."""
     cdef View[2] views
     cdef Cell cell
@@ -114,11 +122,13 @@ cdef int correct_new(KeyTable table, const Place* place, const Terms* terms, int
     if table.used >= table.max_keys:
         free_at_us = table.make_place(place.shard, now_us)
         if free_at_us > now_us:
-            table.charges_lost += 1
-            out[0] = Outcome(True, False, 0, free_at_us - now_us, free_at_us - now_us)
+            table.charges_lost += booking == NULL
+            out[0] = Outcome(booking == NULL, False, 0, free_at_us - now_us, free_at_us - now_us)
             return 0
     table.make_room(place.shard, now_us)
-    if correct_views(views, &count, terms, now_us, units, granted_us, out) == NO_MEMORY:
+    if booking != NULL:
+        book_views(views, &count, terms, now_us, units, booking, out)  # of a bucket, which takes no memory
+    elif correct_views(views, &count, terms, now_us, units, granted_us, out) == NO_MEMORY:
         raise MemoryError
     if terms.calendar != NULL:
         views[0].at_us = dated_start(terms, now_us)
@@ -146,7 +156,8 @@ def correct(KeyTable table not None, Joint joint not None):
         if joint.uncounted >> p & 1:
             outs[p] = part_uncounted(joint, p)
         else:
-            correct_place(table, &places[p], now_us, joint.costs[p], joint.granted_us if joint.refunds >> p & 1 else CHARGED, &outs[p])
+            correct_place(table, &places[p], now_us, joint.costs[p], joint.granted_us if joint.refunds >> p & 1 else CHARGED, NULL,
+                          &outs[p])
     decision = joint_decision(joint, MEMORY, outs, reported, joint.sets, True)
     joint_count(decision)
     return decision

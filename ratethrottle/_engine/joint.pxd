@@ -4,6 +4,7 @@ cimport cython
 from libc.stdint cimport int64_t, uint8_t, uint32_t
 
 from ratethrottle._engine.arithmetic cimport BUCKET, ceil_div, NEVER, Outcome, Terms
+from ratethrottle._engine.turns cimport Booking
 from ratethrottle._engine.decision cimport Decision, Source
 from ratethrottle._engine.definitions cimport CompiledRule
 
@@ -19,6 +20,8 @@ cdef enum Correction:                        # what a Joint is, if it is no chec
     NONE
     CHARGES                                  # units that nobody was asked for are counted
     SETTLES                                  # so are those used beyond a reservation, and what it didn't use is given back
+    BOOKS                                    # a check that may be granted for later, of one part
+    UNBOOKS                                  # such a grant isn't needed any more
 
 
 @cython.final
@@ -42,6 +45,7 @@ cdef class Joint:
     cdef uint32_t refunds                    # bit i: part i gives units back
     cdef readonly int64_t granted_us         # when these were granted, in the time of the store that did
     cdef readonly int64_t epoch              # and in which epoch of it
+    cdef Booking booking                     # of what books, or unbooks
     cdef bint granted_here                   # or by this process, while the store was away
 
     cdef Joint twin(self)

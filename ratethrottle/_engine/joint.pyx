@@ -85,6 +85,7 @@ cdef class Joint:
         twin.refunds = self.refunds
         twin.granted_us = self.granted_us
         twin.epoch = self.epoch
+        twin.booking = self.booking
         twin.granted_here = self.granted_here
         for p in range(self.size):
             twin.costs[p] = self.costs[p]
@@ -400,7 +401,7 @@ cdef void joint_count(Decision decision) noexcept:
         count_decision(decision.compiled, decision.source_index, decision.out.allowed)
         return
     joint = <JointDecision>decision
-    for s in range(joint.sets if joint.joint.corrects != SETTLES else 0):
+    for s in range(joint.sets if joint.joint.corrects not in (SETTLES, UNBOOKS) else 0):
         if joint.granted or not (joint.outs[s].allowed or joint.joint.flagged >> joint.reported[s] & 1):
             rule = <CompiledRule>PyTuple_GET_ITEM(joint.joint.rules, joint.reported[s])
             count_decision(rule, joint.source_index, joint.outs[s].allowed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from asyncio import AbstractEventLoop
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -122,6 +122,12 @@ class Storage(Protocol):
 
         Raises StorageError if the storage is closed.
         """
+
+    def book(self, booking: Joint, /) -> Decision | Coroutine[Any, Any, Decision]:
+        """Decide on a check that may be granted for later. It begins when it is awaited, if it has to be."""
+
+    def unbook(self, unbooking: Joint, /) -> None:
+        """Begin to give back what was granted for later, unless others were since."""
 
     async def open(self, required: bool = False) -> None:
         """Take up the storage before the first check needs it; if it is required, wait for it, and raise if it isn't there."""

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from anyio.lowlevel import checkpoint
 
+from ratethrottle._engine.bookings import book, unbook
 from ratethrottle._engine.corrections import correct, expect_refunds
 from ratethrottle._engine.decision import Decision, Entry
 from ratethrottle._engine.joint import Joint
@@ -105,6 +106,14 @@ class InMemoryStorage:
     async def forget_slots(self, rule: ConcurrencyRule, entry: Entry) -> None:
         """Have nobody hold slots of a key."""
         self.slots.forget(rule, entry)
+
+    def book(self, booking: Joint) -> Decision:
+        """Decide on a booking."""
+        return book(self.table, booking)
+
+    def unbook(self, unbooking: Joint) -> None:
+        """Give a booking back."""
+        unbook(self.table, unbooking)
 
     async def _let_others_run(self, decisions: int) -> None:
         """Give the loop a turn at least every 128 decisions, before anything is decided: a loop of calls must not freeze it."""

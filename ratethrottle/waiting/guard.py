@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 from ratethrottle._engine.decision import Decision
 from ratethrottle.errors import InvalidRequest
-from ratethrottle.waiting.lines import Key, seconds_of
+from ratethrottle.waiting.tickets import Key, seconds_of
 
 KeyOfCall = Callable[..., Key | Awaitable[Key]]
 

@@ -23,8 +23,9 @@ from ratethrottle.errors import CostExceedsLimit, LimiterClosed, RateLimitExceed
 from ratethrottle.events import SlotLost
 from ratethrottle.rule import ConcurrencyRule
 from ratethrottle.waiting.agenda import Agenda
-from ratethrottle.waiting.lines import SOON_S, STEP_S, LoopLines
+from ratethrottle.waiting.lines import LoopLines
 from ratethrottle.waiting.loops import Future
+from ratethrottle.waiting.tickets import SOON_S, STEP_S
 
 UNKNOWN = -1
 # When what couldn't be given back is given back again.

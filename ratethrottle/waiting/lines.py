@@ -10,110 +10,43 @@ import os
 import random
 from asyncio import CancelledError
 from collections import OrderedDict
-from collections.abc import Coroutine, Hashable, Mapping
+from collections.abc import Hashable
 from contextlib import suppress
 from functools import partial
 from itertools import islice
-from math import ceil, inf
+from math import inf
 from typing import Any, Protocol, cast
 
+from anyio.lowlevel import checkpoint
+
 from ratethrottle._core import PendingDecision
-from ratethrottle._engine.decision import Decision, Entry
-from ratethrottle._engine.joint import Joint
-from ratethrottle._several import SeveralRules, Timed
-from ratethrottle.errors import InvalidRequest, LimiterClosed, RateLimitExceeded, shown
-from ratethrottle.rule import FirstOf, RateThrottleRule
+from ratethrottle._engine.bookings import bookable, served
+from ratethrottle._engine.decision import Decision
+from ratethrottle._several import Timed
+from ratethrottle.errors import LimiterClosed, RateLimitExceeded
 from ratethrottle.storage._shared.waiting import is_queued
 from ratethrottle.waiting.agenda import Agenda
+from ratethrottle.waiting.bookings import BookedLine, begin, give_back, wait_of
 from ratethrottle.waiting.loops import loop_here, loop_of
 from ratethrottle.waiting.rivals import Rivals
+from ratethrottle.waiting.tickets import (
+    AWAY,
+    AWAY_STEP_S,
+    SOON_S,
+    STEP_S,
+    Heard,
+    Key,
+    Limiter,
+    Pending,
+    Ticket,
+    kept,
+    only_of,
+    refusal,
+    rules_of,
+    seconds_of,
+)
 
-Key = str | tuple[str | int, ...]
-Pending = Coroutine[Any, Any, Decision]
-
-
-class Limiter(Protocol):
-    """A limiter, as far as lines need it."""
-
-    @property
-    def _storage(self) -> Any: ...
-
-    @property
-    def _by_several(self) -> SeveralRules: ...
-
-    def check(self, key: Key, rule: Any = None, *, cost: int = 1) -> Pending:
-        """Decide."""
-
-    def _entry_of(self, key: Key, rule: Any = None, cost: int = 1) -> Entry | Joint: ...
-
-
-FOREVER_S = 10**9
-# What is due within this time is due.
-SOON_S = 1e-6
-# A denied line asks again no sooner. What a policy or an overload denied was never a question of capacity.
-STEP_S = 0.001
-AWAY_STEP_S = 0.05
-AWAY = ("outage", "overload")
-
-
-def seconds_of(timeout: object) -> float:
-    """Validate a timeout; None is inf. Raises InvalidRequest."""
-    if timeout is None:
-        return inf
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
-        raise InvalidRequest(
-            f"timeout is a {type(timeout).__name__}; it is seconds (int or float) from 0, or None to wait as long as needed"
-        )
-    if not timeout >= 0:
-        raise InvalidRequest(f"timeout is {shown(timeout)}; it is seconds from 0, or None to wait as long as needed")
-    return float(timeout) if timeout < FOREVER_S else inf
-
-
-def rules_of(rule: Any) -> Hashable:
-    """Name the rules of a call, whatever it costs under each: calls that name the same stand in one line."""
-    if isinstance(rule, Timed):
-        return rules_of(rule.rules)
-    if isinstance(rule, FirstOf):
-        return tuple(map(rules_of, rule.rules))
-    if isinstance(rule, (Mapping, tuple, list)):
-        names = frozenset(map(rules_of, rule))
-        return names if len(names) > 1 else next(iter(names))
-    return rule.name if isinstance(rule, RateThrottleRule) else rule
-
-
-def only_of(entry: Entry | Joint) -> str:
-    """Name the only rule of a limiter, which the entry is under."""
-    rule = cast(Joint, entry).rules[0] if isinstance(entry, Joint) else cast(Entry, entry).rule
-    return rule.name
-
-
-def kept(rule: Any) -> Any:
-    """Copy what its owner may change meanwhile."""
-    if isinstance(rule, Timed):
-        return Timed(kept(rule.rules))
-    return dict(rule) if isinstance(rule, Mapping) else tuple(rule) if isinstance(rule, list) else rule
-
-
-def ask_of(rule: Any, cost: int) -> Hashable:
-    """Name what a call asks for: of equal ones, each may take the other's grant."""
-    if isinstance(rule, Timed):
-        return (Timed, ask_of(rule.rules, cost))
-    return tuple(rule.items()) if isinstance(rule, Mapping) else (rule, cost)
-
-
-class Ticket:
-    """One caller in a line."""
-
-    __slots__ = ("ask", "cost", "deadline", "future", "outcome", "rule", "timeout_s")
-
-    def __init__(self, rule: Any, cost: int, timeout_s: float, deadline: float) -> None:
-        self.rule = rule
-        self.cost = cost
-        self.ask = ask_of(rule, cost)
-        self.timeout_s = timeout_s
-        self.deadline = deadline
-        self.future: Any = None  # what the caller's task waits on, once it has to
-        self.outcome: Any = None  # a decision, or an error to raise
+YIELD_EVERY = 128  # callers in a row that don't have to wait, then the loop has a turn
 
 
 class Line:
@@ -325,22 +258,8 @@ class Line:
         asked, answered = self.denial, self.until != inf
         if asked is not None and answered and asked[0] == ticket.ask and asked[2] == now:
             return RateLimitExceeded(asked[1])
-        try:
-            entry = self.limiter._entry_of(self.key, ticket.rule, ticket.cost)
-            entries = self.limiter._by_several.entries(self.key, ticket.rule)
-        except InvalidRequest as error:  # its rule was changed, or removed, meanwhile
-            return error
-        costs: tuple[int, ...] = getattr(entry, "costs", (entry.cost,))  # of several limits each has its own
-        found = [each.costing(cost) for each, cost in zip(entries, costs, strict=True)]
-        if asked is None or not answered:  # nothing was heard in time
-            wait_us = ceil(max(ticket.timeout_s, STEP_S) * 1e6)
-            return RateLimitExceeded(found[0].decided("overload", False, 0, wait_us, wait_us))
-        # Of an earlier moment, or of the ticket in front: this one's turn doesn't come before.
-        denial, denied_at = asked[1:]
-        retry_us = max(1, ceil((self.until - now) * 1e6))
-        reset_us = max(retry_us, denial.reset_after_us - int((now - denied_at) * 1e6))
-        binding = next((each for each in found if each.rule.name == denial.rule), found[0])
-        return RateLimitExceeded(binding.decided(denial.source, False, denial.remaining, retry_us, reset_us))
+        heard = None if asked is None or not answered else Heard(asked[1], asked[2], self.until)
+        return refusal(self.limiter, self.key, ticket, heard, now)
 
     # The tickets:
 
@@ -421,12 +340,12 @@ class LoopLines:
         self.lines: dict[Hashable, Planned] = {}
         self.agenda: Agenda[Planned] = Agenda()
 
-    def line(self, name: Hashable, limiter: Limiter, key: Key) -> Line:
+    def line(self, name: Hashable, limiter: Limiter, key: Key, *, books: bool) -> Line | BookedLine:
         """Find or make a line."""
         found = self.lines.get(name)
         if found is None:
-            found = self.lines[name] = Line(self, name, limiter, key)
-        return cast(Line, found)
+            found = self.lines[name] = (BookedLine if books else Line)(self, name, limiter, key)
+        return cast("Line | BookedLine", found)
 
     def plan(self, line: Planned, at: float) -> None:
         """Have a line's `on_time` called then; inf: not by time."""
@@ -462,9 +381,10 @@ class LoopLines:
 class Lines:
     """The lines of a limiter, in all event loops of this process."""
 
-    __slots__ = ("_loops",)
+    __slots__ = ("_in_a_row", "_loops")
 
     def __init__(self) -> None:
+        self._in_a_row = 0
         self._loops: dict[Hashable, LoopLines] = {}
 
     def __len__(self) -> int:
@@ -480,25 +400,23 @@ class Lines:
                 raise RateLimitExceeded(decision)
             return decision
         entry = limiter._entry_of(key, rule, cost)  # each mistake is refused here, also while others wait
-        # A storage that books (charges now, and says when it is the caller's turn) is to be asked here. All below is for those that
-        # can only be asked again.
+        books = bookable(entry)
         rule = only_of(entry) if rule is None else kept(rule)
         if isinstance(rule, Timed) and rule.rules is None:
             rule = Timed(only_of(entry))
-        name = (key, rules_of(rule))
-        begun = denial = None
+        name = (key, rules_of(rule), books)
+        begun = answer = None
         if not self._waits(name):
-            pending = limiter.check(key, rule, cost=cost)
-            try:
-                begun = (pending, pending.send(None))
-            except StopIteration as stop:
-                if stop.value:
-                    return cast(Decision, stop.value)  # most are granted here and now, and need no line
-                denial = stop.value
+            asks = begin(limiter, entry, timeout_s) if books else limiter.check(key, rule, cost=cost)
+            begun, answer = self._step(asks)
+            if answer and (not books or wait_of(answer) == 0):
+                if books:
+                    await self._let_others_run(limiter, answer)
+                return answer if isinstance(rule, Timed) else served(answer)  # most are granted here and now, and need no line
         here = self._here(limiter)
         ticket = Ticket(rule, cost, timeout_s, here.loop.now() + timeout_s)
-        line = here.line(name, limiter, key)
-        line.enter(ticket, begun, denial)
+        line = here.line(name, limiter, key, books=books)
+        line.enter(ticket, begun, answer)
         if ticket.outcome is None:
             ticket.future = here.loop.future(partial(line.abandon, ticket))
             try:
@@ -506,13 +424,36 @@ class Lines:
             except BaseException:
                 line.abandon(ticket)
                 raise
+        elif books:
+            await self._let_others_run(limiter, ticket.outcome)
         outcome, ticket.outcome = ticket.outcome, None
         if isinstance(outcome, BaseException):
             try:
                 raise outcome
             finally:
                 del outcome  # its traceback holds this frame
-        return cast(Decision, outcome)
+        return cast(Decision, outcome) if isinstance(rule, Timed) else served(cast(Decision, outcome))
+
+    def _step(self, asks: Decision | Pending) -> tuple[tuple[Pending, Any] | None, Decision | None]:
+        """Begin to await what asks. Returns it and what that waits for, or the answer."""
+        if isinstance(asks, Decision):
+            return None, asks
+        try:
+            return (asks, asks.send(None)), None
+        except StopIteration as stop:
+            return None, stop.value
+
+    async def _let_others_run(self, limiter: Limiter, outcome: Decision | BaseException) -> None:
+        """Keep a task that goes on acquiring, and never has to wait, from freezing the loop. To refuse takes a hundred times as long."""
+        self._in_a_row += 1
+        if self._in_a_row >= YIELD_EVERY or isinstance(outcome, BaseException):
+            self._in_a_row = 0
+            try:
+                await checkpoint()
+            except BaseException:
+                if isinstance(outcome, Decision):
+                    give_back(limiter, outcome)
+                raise
 
     def _waits(self, name: Hashable) -> bool:
         """Whether somebody waits in that line of the running loop."""
@@ -530,9 +471,9 @@ class Lines:
             lines = self._loops[found] = LoopLines(self, found, limiter._storage)
         return lines
 
-    def line_now(self, line: Line) -> Line:
+    def line_now(self, line: Any) -> Any:
         """Find the line that others stand in by now, if this one has ended since."""
-        return cast(Line, self._loops.get(line.of.found, line.of).lines.get(line.name, line))
+        return self._loops.get(line.of.found, line.of).lines.get(line.name, line)
 
     def drop(self, lines: LoopLines) -> None:
         """Forget a loop in which nobody waits."""

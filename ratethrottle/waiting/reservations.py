@@ -14,7 +14,8 @@ from ratethrottle._several import Timed, reserved, settlement, told
 from ratethrottle.errors import InvalidRequest, RateLimitExceeded, StorageError, listed, shown
 from ratethrottle.events import UnsettledReservation
 from ratethrottle.rule import FirstOf, RateThrottleRule
-from ratethrottle.waiting.lines import Lines, seconds_of
+from ratethrottle.waiting.lines import Lines
+from ratethrottle.waiting.tickets import seconds_of
 
 Key = str | tuple[str | int, ...]
 Ask = tuple[Key, Any, int, float | None]  # key, rule, cost, timeout

@@ -20,8 +20,9 @@ from ratethrottle._holding import HoldsSlots
 from ratethrottle.errors import ConfigurationError, InvalidRequest, LimiterClosed, RateLimitExceeded, listed
 from ratethrottle.rule import ConcurrencyRule
 from ratethrottle.waiting.holders import Claim, SlotLine, never
-from ratethrottle.waiting.lines import Key, Lines, seconds_of
+from ratethrottle.waiting.lines import Lines
 from ratethrottle.waiting.loops import Future, loop_here
+from ratethrottle.waiting.tickets import Key, seconds_of
 
 YIELD_EVERY = 128  # slots that were granted at once, one after the other
 

@@ -81,6 +81,24 @@ class Correction(NamedTuple):
     granted_us: int | None = None
 
 
+class Booking(NamedTuple):
+    """`count` equal checks that may be granted for later; or, if `empty_us` is given, one that is given back."""
+
+    rule: CompiledRule
+    key: str
+    units: int = 1
+    ahead_us: int = 0
+    count: int = 1
+    empty_us: int | None = None
+
+    def part(self, key_index: int, rule_index: int) -> tuple[int, ...]:
+        """The script's part."""
+        bits = BITS["evenly"] if self.rule.strategy == "leaky_bucket" else BITS["book"]
+        if self.empty_us is not None:
+            return key_index, rule_index, self.units, self.empty_us, BITS["unbook"]
+        return key_index, rule_index, self.units, self.count + (self.ahead_us << 20), bits
+
+
 class PartAnswer(NamedTuple):
     """How many of the equal checks a part has paid for, and the numbers of its answer: a code alone if there is none."""
 
@@ -246,7 +264,18 @@ def make_settlement(corrections: Sequence[Correction], now_us: int = 0) -> Call:
     return Call(keys, args, [], "check_joint", 0)
 
 
-def settled(corrections: Sequence[Correction], reply: list[Any]) -> tuple[list[PartAnswer], list[tuple[int, int]]]:
+def make_bookings(bookings: Sequence[Booking], now_us: int = 0) -> Call:
+    """A call with bookings, which are decided one after the other."""
+    keys, rules = [list(dict.fromkeys(each)) for each in ([one.key for one in bookings], [one.rule for one in bookings])]
+    args: list[Any] = ["check_joint", EPOCH, len(rules), 0, 0, len(bookings)]
+    for rule in rules:
+        args += words_of(rule, script("decide").header["rule"], now_us)
+    for booking in bookings:
+        args += booking.part(keys.index(booking.key) + 1, rules.index(booking.rule) + 1)
+    return Call(keys, args, [], "check_joint", 0)
+
+
+def settled(corrections: Sequence[Correction | Booking], reply: list[Any]) -> tuple[list[PartAnswer], list[tuple[int, int]]]:
     """What each correction of such a call answers, and pairs of item and generation."""
     joint = JointCheck([[Part(one.rule, one.key, one.units)] for one in corrections])
     _, ((*answers,),), generations = Call([], [], [], "check_joint", 0, [joint]).split(reply)

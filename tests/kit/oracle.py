@@ -22,7 +22,8 @@ from ratethrottle.testing.intervals import window_start
 
 Answer = tuple[bool, int, int, int]  # allowed, remaining, retry_us (-1: never), reset_us
 EXACT = 65  # units that a window without slots remembers: its limit is smaller
-DRAIN_US_MAX = 2**49  # no bucket takes longer, with as much debt as it may have
+DRAIN_US_MAX = 2**50  # no bucket takes longer, with as much debt as it may have, and as much that is booked
+LEVEL_MAX = 2**53 - 1  # ticks: no more can be counted
 
 
 def definition(rule: CompiledRule) -> tuple[str, int, int]:
@@ -363,6 +364,32 @@ class Oracle:
             if not any(account.used(now, account.rule) for account in self.accounts):
                 self.accounts = []  # nobody can tell it from a key that was never used
         return self.corrected(own, rule, now)
+
+    def book(self, rule: CompiledRule, now: int, cost: int, ahead: int) -> Answer:
+        """Grant for later, if the turn is at most so far ahead. The third number says when it is, or would have been."""
+        own, others, changed, _ = self.look(rule, now)
+        held, instants, evenly = own.held(rule), own.instants(now), rule.strategy == "leaky_bucket"
+        room = 0 if evenly else rule.capacity - cost  # at its turn all before it has drained, or so much that it has room
+        wait = instants[bisect_left(instants, True, key=lambda t: held(t) <= room)] - now if cost <= rule.capacity else -1
+        allowed = 0 <= wait <= ahead and (held(now) + cost) * rule.unit_ticks <= LEVEL_MAX
+        if allowed or changed:
+            self.count(own, others, rule, now, cost if allowed else 0)
+            held, instants = own.held(rule), own.instants(now)
+        reset = instants[bisect_left(instants, True, key=lambda t: held(t) == 0)] - now
+        return allowed, max(0, floor(rule.capacity - held(now))), wait, reset
+
+    def unbook(self, rule: CompiledRule, now: int, units: int, empty: int) -> None:
+        """Give a booking back, unless the bucket isn't empty at that time any more: somebody has booked behind it."""
+        own, others, _, derived = self.look(rule, now)
+        held, instants = own.held(rule), own.instants(now)
+        left = held(now)
+        if not derived and instants[bisect_left(instants, True, key=lambda t: held(t) == 0)] == empty:
+            left -= min(left, units)
+        if left < held(now):
+            own.log = [(now, left)] if left else []
+            self.count(own, others, rule, now, 0)
+            if not any(account.used(now, account.rule) for account in self.accounts):
+                self.accounts = []
 
     def corrected(self, own: Account, rule: CompiledRule, now: int) -> Answer:
         held, instants = own.held(rule), own.instants(now)

@@ -7,12 +7,24 @@ from itertools import accumulate
 from typing import Any, Protocol
 
 from ratethrottle._core import Limiter
-from ratethrottle._engine import corrections
+from ratethrottle._engine import bookings, corrections
+from ratethrottle._engine.bookings import read_booking
 from ratethrottle._engine.decision import Decision, Entry, read_correction
 from ratethrottle._engine.definitions import CompiledRule
 from ratethrottle._engine.joint import joint_of
 from ratethrottle._engine.keys import KeyTable
-from tests.kit.clocked import ClockedScript, Correction, JointAnswer, Part, View, make_settlement, read_state, settled
+from tests.kit.clocked import (
+    Booking,
+    ClockedScript,
+    Correction,
+    JointAnswer,
+    Part,
+    View,
+    make_bookings,
+    make_settlement,
+    read_state,
+    settled,
+)
 from tests.kit.joint import binding
 from tests.kit.oracle import Answer, Oracle
 
@@ -94,6 +106,16 @@ class Core:
         self.now_us = now_us
         return self.corrected(corrections.refund(self.table, self.entry(rule, 1, key).costing(units), granted_us))
 
+    def book(self, rule: CompiledRule, now_us: int, cost: int, ahead_us: int, *, key: str = "key") -> Answer:
+        """Grant for later. The third number says when it is its turn."""
+        self.now_us = now_us
+        return answer_of(bookings.book(self.table, bookings.booking(self.entry(rule, cost, key), ahead_us)))
+
+    def unbook(self, rule: CompiledRule, now_us: int, units: int, empty_us: int, *, key: str = "key") -> None:
+        """Give a booking back."""
+        self.now_us = now_us
+        bookings.unbook_entry(self.table, self.entry(rule, units, key), now_us, empty_us)
+
     def corrected(self, decision: Decision) -> Answer:
         assert decision.allowed
         assert decision.over == (decision.retry_after_us > 0)
@@ -131,6 +153,19 @@ class Lua:
         (answer,), _ = settled([correction], self.script.send(self.script.client, now_us, make_settlement([correction], now_us)))
         assert answer.took == 1
         return read_correction(correction.rule, answer.numbers)
+
+    def book(self, rule: CompiledRule, now_us: int, cost: int, ahead_us: int) -> Answer:
+        """Grant for later."""
+        booking = Booking(rule, self.key, cost, ahead_us)
+        (answer,), _ = settled([booking], self.script.send(self.script.client, now_us, make_bookings([booking])))
+        assert answer.took == answer.numbers[0]
+        return read_booking(rule, answer.numbers, cost, rule.strategy == "leaky_bucket", 0)
+
+    def unbook(self, rule: CompiledRule, now_us: int, units: int, empty_us: int) -> None:
+        """Give a booking back."""
+        booking = Booking(rule, self.key, units, empty_us=empty_us)
+        (answer,), _ = settled([booking], self.script.send(self.script.client, now_us, make_bookings([booking])))
+        assert answer.took == 1
 
     def state(self, rule: CompiledRule) -> list[View] | None:
         """What the key's state holds."""

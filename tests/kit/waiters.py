@@ -8,8 +8,10 @@ import time
 from dataclasses import dataclass
 from multiprocessing.synchronize import Barrier
 
-from ratethrottle import RateLimitExceeded, RateThrottleCore, RateThrottleRule, RedisStorage
+from ratethrottle import Decision, RateLimitExceeded, RateThrottleCore, RateThrottleRule, RedisStorage
+from ratethrottle._engine.joint import JointDecision
 from ratethrottle.testing.intervals import Bracketed
+from ratethrottle.waiting import lines
 
 START_S = 60  # for processes to come up on a busy machine
 
@@ -38,6 +40,9 @@ class Done:
 
     granted: list[Bracketed]
     calls: int
+    booked: list[
+        tuple[int, int]
+    ]  # of grants that were booked: when the bucket would be empty after it, and when its task went on
     late_s: float  # by how much a task came back after its timeout, at most
     in_order: bool  # whether grants came in the order in which tasks began to wait
 
@@ -53,6 +58,7 @@ def run_process(work: Work) -> Done:
 
 async def _run(work: Work) -> Done:
     granted: list[Bracketed] = []
+    booked: list[tuple[int, int]] = []
     late_s, began, served = 0.0, 0, list[int]()
 
     async def client() -> None:
@@ -65,10 +71,18 @@ async def _run(work: Work) -> Done:
                 served.append(number)
             late_s = max(late_s, (monotonic_us() - ends_us) / 1e6)
 
+    def served_now(decision: Decision) -> Decision:
+        # Each booking has the bucket be empty later, so that this tells in which order Redis has seen them.
+        if isinstance(decision, JointDecision):
+            booked.append((decision.at_us + decision.reset_after_us, monotonic_us()))
+        return real(decision)
+
+    real, lines.served = lines.served, served_now
     async with RateThrottleCore(RedisStorage.from_url(work.url, deadline=30), rules=[work.rule]) as limiter:
         await limiter.peek("somebody else")  # connects
         await asyncio.to_thread(_together.wait, START_S)
         before = limiter.statistics().calls
         ends_us = monotonic_us() + round(work.run_s * 1e6)
         await asyncio.gather(*(client() for _ in range(work.tasks)))
-        return Done(granted, limiter.statistics().calls - before, late_s, served == sorted(served))
+        lines.served = real
+        return Done(granted, limiter.statistics().calls - before, booked, late_s, served == sorted(served))

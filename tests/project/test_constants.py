@@ -115,7 +115,10 @@ def test_what_stands_instead_of_an_answer_is_what_the_header_says() -> None:
     codes = {name: value(core, name) for name in ("UNREADABLE", "UNSURE", "DEFERRED", "SKIPPED")}
     assert {name: int(header[name.lower()][0]) for name in codes} == codes
     bits = dict(word.split("=") for word in header["bits"])
-    assert bits == {name.lower(): str(value(core, name)) for name in ("JOINED", "ALTERNATIVE", "FLAGGED", "CHARGE", "REFUND")}
+    assert bits == {
+        name.lower(): str(value(core, name))
+        for name in ("JOINED", "ALTERNATIVE", "FLAGGED", "CHARGE", "REFUND", "BOOK", "EVENLY", "UNBOOK")
+    }
     texts = {path.name: path.read_text() for path in LUA.glob("*.lua")}
     for name, code in codes.items():
         assert {int(number) for text in texts.values() for number in named(text, name)} == {code}, name

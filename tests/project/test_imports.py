@@ -24,6 +24,7 @@ COMPILED = (
             "window",
             "calendar",
             "arithmetic",
+            "turns",
             "text",
             "dated",
             "table",
@@ -34,6 +35,7 @@ COMPILED = (
             "held",
             "keys",
             "corrections",
+            "bookings",
         )
     ),
     *("_coroutine", "_method", "_core", "_several"),

@@ -66,7 +66,16 @@ def test_the_header_names_what_python_sends_and_reads_of_joint_checks() -> None:
     header = script("decide").header
     assert header["joint_ARGV"] == (*header["ARGV"][:6], "part_count", *header["ARGV"][6:], "part...")
     assert header["part"] == ("key_index", "rule_index", "cost", "count", "bits")
-    assert BITS == {"joined": 1, "alternative": 2, "flagged": 4, "charge": 8, "refund": 16}
+    assert BITS == {
+        "joined": 1,
+        "alternative": 2,
+        "flagged": 4,
+        "charge": 8,
+        "refund": 16,
+        "book": 32,
+        "evenly": 64,
+        "unbook": 128,
+    }
     assert header["joint_reply"] == ("request", "server_us", "answer...", "part_answer...", "generation_pair...")
     assert header["part_answer"] == ("took", "answer")
     assert header["skipped"] == ("-5",)

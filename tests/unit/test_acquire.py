@@ -10,8 +10,9 @@ import os
 import random
 import threading
 import warnings
-from collections.abc import Coroutine, Hashable
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Hashable
+from contextlib import ExitStack
+from typing import Any, cast
 from unittest.mock import patch
 
 import pytest
@@ -30,9 +31,11 @@ from ratethrottle import (
     RateThrottleRule,
     StorageUnavailable,
 )
+from ratethrottle._engine.joint import Joint
 from ratethrottle.testing import ManualClock, ManualRedisStorage, fake_redis
 from ratethrottle.waiting.agenda import Agenda
-from ratethrottle.waiting.lines import AWAY_STEP_S, Line, ask_of, rules_of
+from ratethrottle.waiting.lines import Line
+from ratethrottle.waiting.tickets import AWAY_STEP_S, ask_of, rules_of
 from tests.kit.counted import counted
 from tests.kit.strategies import STRATEGIES
 from tests.kit.timeless import limiter, run, settled, timeless
@@ -67,7 +70,9 @@ def test_it_waits_for_exactly_as_long_as_it_has_to(strategy: str) -> None:
         core = limiter(RateThrottleRule("api", 3, 60, strategy=strategy))
         granted = await core.acquire("key", cost=3)
         assert (granted.allowed, granted.cost, granted.remaining, granted.source) == (True, 3, 0, "memory")
-        wait_s = (await core.peek("key", cost=2)).retry_after
+        found = await core.peek("key", cost=2)
+        # A leaky bucket lets work out evenly: once all before it has drained.
+        wait_s = found.reset_after if strategy == "leaky_bucket" else found.retry_after
         began_s = timeless().time()
         second = await core.acquire("key", cost=2)
         assert second.allowed
@@ -198,14 +203,78 @@ def test_callers_that_never_have_to_wait_let_others_run() -> None:
 
 def test_a_check_does_not_stand_in_line() -> None:
     async def main() -> None:
-        core = await exhausted(BUCKET)
+        core = limiter(RateThrottleRule("api", 3, 3))
+        for _ in range(3):
+            assert await core.check("key")
+            await asyncio.sleep(1.01)
         waiting = start(core.acquire("key", cost=3))
-        await asyncio.sleep(1.5)
+        await asyncio.sleep(0.5)
         assert await core.check("key")
         assert not await core.check("key")
         began_s = timeless().time()
         await waiting
-        assert timeless().time() - began_s == pytest.approx(2.5, abs=0.01)
+        assert timeless().time() - began_s == pytest.approx(3, abs=0.01)
+
+    run(main)
+
+
+def test_a_check_is_denied_what_is_booked() -> None:
+    async def main() -> None:
+        core = await exhausted(BUCKET)
+        waiting = start(core.acquire("key", cost=3))
+        await asyncio.sleep(1.5)
+        denied = await core.check("key")
+        assert (denied.allowed, denied.remaining) == (False, 0)
+        assert (denied.retry_after, denied.reset_after) == (pytest.approx(2.5), pytest.approx(4.5))
+        began_s = timeless().time()
+        granted = await waiting
+        assert timeless().time() - began_s == pytest.approx(1.5, abs=0.01)
+        assert (granted.allowed, granted.over, granted.remaining, granted.retry_after) == (True, False, 0, 0)
+        assert granted.reset_after == pytest.approx(3)
+        assert (await core.peek("key")).retry_after == pytest.approx(1)
+
+    run(main)
+
+
+def test_callers_for_whom_a_minute_is_not_enough_wait_until_they_can_book() -> None:
+    async def main() -> None:
+        core = limiter(RateThrottleRule("api", 1, 10, strategy="token_bucket", burst=1))
+        served: list[tuple[int, float]] = []
+
+        async def caller(number: int, timeout: float | None) -> None:
+            await core.acquire("key", timeout=timeout)
+            served.append((number, round(timeless().time()) - 1000))
+
+        tasks = [start(caller(number, None if number % 2 else 300)) for number in range(15)]
+        await settled()
+        assert (await core.peek("key")).retry_after <= 70, "no turn is farther ahead"
+        with pytest.raises(RateLimitExceeded) as caught:
+            await core.acquire("key", timeout=65)
+        assert caught.value.decision.retry_after == pytest.approx(70)
+        tasks[3].cancel()
+        tasks[12].cancel()
+        await asyncio.wait(tasks)
+        numbers = [number for number in range(15) if number not in (3, 12)]
+        assert served == [(number, 10 * place) for place, number in enumerate(numbers)]
+        assert counted(core)["api"]["memory"].allowed <= 16
+        assert left_behind(core) == [0, 0, 0]
+
+    run(main)
+
+
+def test_loops_are_served_in_the_order_in_which_they_booked() -> None:
+    async def main() -> None:
+        store = InMemoryStorage(clock_us=timeless().time_us)
+        cores = [RateThrottleCore(store, rules=[BUCKET]) for _ in range(2)]
+        await cores[0].acquire("key", cost=3)
+        served: list[tuple[int, float]] = []
+
+        async def caller(number: int) -> None:
+            await cores[number % 2].acquire("key")
+            served.append((number, round(timeless().time()) - 1000))
+
+        await asyncio.gather(*(caller(number) for number in range(6)))
+        assert served == [(number, number + 1) for number in range(6)]
 
     run(main)
 
@@ -248,7 +317,8 @@ def test_without_a_timeout_left_it_is_a_check_that_raises() -> None:
         assert timeless().time() == began_s
         waiting = start(core.acquire("key", cost=3))
         await asyncio.sleep(1.5)
-        assert await core.acquire("key", timeout=0.0)  # as a check does, it stands in no line
+        with pytest.raises(RateLimitExceeded, match=r"retry in 2\.5 s"):  # as a check does, it finds units that are booked
+            await core.acquire("key", timeout=0.0)
         await waiting
 
     run(main)
@@ -268,13 +338,13 @@ def test_what_cannot_be_met_is_raised_at_once() -> None:
             await core.acquire("key", timeout=1.9)
         denied = caught.value.decision
         assert (denied.cost, denied.key, denied.rule, denied.source) == (1, "key", "api", "memory")
-        assert denied.retry_after == pytest.approx(2)
+        assert denied.retry_after == pytest.approx(3)
         assert timeless().time() == began_s
         assert len(core._lines) == 1
         await asyncio.sleep(1.5)
         with pytest.raises(RateLimitExceeded) as caught:
             await core.acquire("key", timeout=0.1)
-        assert caught.value.decision.retry_after == pytest.approx(0.5)  # as it is by now
+        assert caught.value.decision.retry_after == pytest.approx(1.5)  # as it is by now
         assert (await waiting).allowed
         assert left_behind(core) == [0, 0, 0]
 
@@ -482,19 +552,38 @@ def test_a_rule_that_changes_counts_for_those_that_wait() -> None:
     run(main)
 
 
-def test_an_error_of_the_storage_is_that_of_the_first_caller_alone() -> None:
+def late_storage(core: RateThrottleCore, answered: Callable[[], Awaitable[None]]) -> ExitStack:
+    """Have each answer come only after that."""
+    check, book = core.check, core._storage.book
+
+    async def check_late(*args: Any, **options: Any) -> Decision:
+        await answered()
+        return await check(*args, **options)
+
+    async def book_late(booking: Joint) -> Decision:
+        await answered()
+        return cast(Decision, book(booking))
+
+    stack = ExitStack()
+    stack.enter_context(patch.object(core, "check", check_late))
+    stack.enter_context(patch.object(core._storage, "book", book_late))
+    return stack
+
+
+@pytest.mark.parametrize("rule", [BUCKET, RULE])
+def test_an_error_of_the_storage_is_that_of_the_first_caller_alone(rule: RateThrottleRule) -> None:
     async def main() -> None:
-        core = await exhausted(BUCKET)
-        answers: list[object] = [StorageUnavailable("away"), ValueError("strange")]
-        real = core.check
+        core = await exhausted(rule)
+        answers: list[BaseException] = [StorageUnavailable("away"), ValueError("strange")]
 
-        async def check(*args: Any, **options: Any) -> Decision:
-            await asyncio.sleep(0.1)
+        delays_s = iter((0.1, 0.2, 0.3, 0.4, *[0.1] * 9))
+
+        async def answered() -> None:
+            await asyncio.sleep(next(delays_s))
             if answers:
-                raise answers.pop(0)  # type: ignore[misc]  # they are exceptions
-            return await real(*args, **options)
+                raise answers.pop(0)
 
-        with patch.object(core, "check", check):
+        with late_storage(core, answered):
             tasks = [start(core.acquire("key")) for _ in range(4)]
             done = await asyncio.gather(*tasks, return_exceptions=True)
         assert [type(one) for one in done] == [StorageUnavailable, ValueError, Decision, Decision]
@@ -567,7 +656,7 @@ def test_closing_the_limiter_ends_every_wait() -> None:
 
 def test_a_caller_that_is_cancelled_leaves_nothing_behind() -> None:
     async def main() -> None:
-        core = await exhausted(BUCKET)
+        core = await exhausted(RateThrottleRule("api", 3, 60))
         first, second, third = (start(core.acquire("key", cost=cost, timeout=100)) for cost in (3, 1, 1))
         await settled()
         second.cancel()
@@ -577,9 +666,45 @@ def test_a_caller_that_is_cancelled_leaves_nothing_behind() -> None:
         first.cancel()
         began_s = timeless().time()
         await third
-        assert timeless().time() - began_s == pytest.approx(1, abs=NEAR_S)
+        assert timeless().time() - began_s == pytest.approx(60, abs=NEAR_S)
         assert left_behind(core) == [0, 0, 0]
-        assert (await core.peek("key")).remaining == 0
+        assert (await core.peek("key")).remaining == 2
+
+    run(main)
+
+
+def test_those_behind_a_caller_that_is_cancelled_have_their_turns_sooner() -> None:
+    async def main() -> None:
+        core = await exhausted(BUCKET)
+        tasks = [start(core.acquire("key", timeout=100)) for _ in range(5)]
+        await settled()
+        for task in (tasks[0], tasks[3]):
+            task.cancel()
+        began_s = timeless().time()
+        for i, at_s in ((1, 1), (2, 2), (4, 3)):
+            await tasks[i]
+            assert timeless().time() - began_s == pytest.approx(at_s, abs=NEAR_S)
+        assert left_behind(core) == [0, 0, 0]
+        assert (await core.peek("key")).reset_after == pytest.approx(3, abs=NEAR_S), "what nobody needed came back"
+
+    run(main)
+
+
+def test_what_others_have_booked_behind_stays_used() -> None:
+    async def main() -> None:
+        core = await exhausted(BUCKET)
+        first, second, third = (start(core.acquire("key", cost=cost)) for cost in (2, 1, 2))
+        await settled()
+        third.cancel()
+        await settled()
+        assert (await core.peek("key")).retry_after == pytest.approx(4, abs=NEAR_S)
+        first.cancel()
+        await settled()
+        assert (await core.peek("key")).retry_after == pytest.approx(4, abs=NEAR_S)
+        began_s = timeless().time()
+        assert (await core.acquire("key", cost=2)).cost == 2  # it takes the turn that nobody needed
+        assert timeless().time() - began_s == pytest.approx(5, abs=NEAR_S)
+        assert second.done()
 
     run(main)
 
@@ -600,7 +725,7 @@ def test_a_grant_for_a_caller_that_is_cancelled_at_that_moment_goes_to_the_next(
         for number, task in enumerate(rest, 1):
             await task
             assert timeless().time() == pytest.approx(1000 + number, abs=0.01)
-        assert counted(core)["api"]["memory"].allowed == 3 + max(others, 1)
+        assert counted(core)["api"]["memory"].allowed == 4 + others
         assert left_behind(core) == [0, 0, 0]
 
     run(main)
@@ -612,7 +737,7 @@ def test_a_storm_of_cancellations_loses_no_unit_and_no_place() -> None:
     rng = random.Random(seed)
 
     async def main() -> None:
-        core = limiter(RateThrottleRule("api", 20, 20, strategy="token_bucket", burst=5))
+        core = limiter(RateThrottleRule("api", 5, 5))
         served: dict[int, list[tuple[float, int]]] = {1: [], 2: [], 5: []}
         granted = 0
 
@@ -663,26 +788,62 @@ def test_a_storm_of_cancellations_loses_no_unit_and_no_place() -> None:
     assert lost < consumed / 50
 
 
-def test_a_storm_of_cancellations_while_answers_are_awaited_leaves_nothing_behind() -> None:
+def test_a_storm_of_cancellations_loses_nothing_that_was_booked() -> None:
     seed = random.randrange(2**32)
     print("seed", seed)
     rng = random.Random(seed)
 
     async def main() -> None:
-        core = limiter(RateThrottleRule("api", 50, 50, strategy="token_bucket"))
-        real = core.check
+        core = limiter(RateThrottleRule("api", 20, 20, strategy="token_bucket", burst=5))
+        began_s = timeless().time()
+        served: list[tuple[float, int]] = []
 
-        async def check(*args: Any, **options: Any) -> Decision:
-            await asyncio.sleep(rng.random() * 0.02)
-            return await real(*args, **options)
+        async def caller(number: int) -> None:
+            with contextlib.suppress(RateLimitExceeded):
+                await core.acquire("key", timeout=rng.choice((None, None, 5, 50)))
+                served.append((timeless().time(), number))
 
+        tasks: list[asyncio.Task[None]] = []
+        for number in range(3_000):
+            tasks.append(start(caller(number)))
+            if rng.random() < 0.3:
+                await asyncio.sleep(rng.choice((0, 0, 0.05, 0.3, 1)))
+            while rng.random() < 0.6:
+                rng.choice(tasks[-50:]).cancel()
+        await settled()
+        waits = sum(not task.done() for task in tasks)
+        ends_s = timeless().time()
+        await asyncio.wait(tasks)
+        numbers = [number for _, number in sorted(served)]
+        assert numbers == sorted(numbers), "in the order in which they came"
+        used = 1_000_000 * len(served) - round((timeless().time() - began_s) * 1e6)
+        assert (await core.peek("key")).reset_after_us == pytest.approx(max(0, used), abs=5_000_000)
+        # They were served as if nobody else had ever come.
+        assert waits > 10
+        assert timeless().time() - ends_s == pytest.approx(waits, abs=1.01)
+        assert left_behind(core) == [0, 0, 0]
+
+    run(main)
+
+
+@pytest.mark.parametrize("strategy", ["token_bucket", "sliding_window"])
+def test_a_storm_of_cancellations_while_answers_are_awaited_leaves_nothing_behind(strategy: str) -> None:
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    rng = random.Random(seed)
+
+    async def main() -> None:
+        core = limiter(RateThrottleRule("api", 50, 50, strategy=strategy))
         served: list[int] = []
+
+        async def answered() -> None:
+            await asyncio.sleep(rng.random() * 0.02)
 
         async def caller(number: int) -> None:
             await core.acquire("key")
             served.append(number)
 
-        with patch.object(core, "check", check):
+        with late_storage(core, answered):
             tasks = [start(caller(number)) for number in range(300)]
             for _ in range(300):
                 await asyncio.sleep(rng.choice((0, 0, 0.001, 0.01, 0.1)))
@@ -824,6 +985,8 @@ async def test_it_waits_on_real_loops_too() -> None:
     await asyncio.gather(*(caller(number) for number in range(11)))
     assert served == list(range(11))
     assert loop.time() - began_s >= 0.2 - 0.002  # the clock of uvloop has whole ms
+    while await core.check("key"):
+        pass
     with pytest.raises(RateLimitExceeded):
         await core.acquire("key", timeout=0.001)
     assert len(core._lines._loops) == 0

@@ -8,6 +8,7 @@ from ratethrottle._core cimport GIVE_BACK, Mode, Parts, PEEK, PendingDecision, R
 from ratethrottle._engine.arithmetic cimport answer_length, BUCKET, SLIDING, Terms, view_reach
 from ratethrottle._engine.definitions cimport CompiledRule
 from ratethrottle._engine.table cimport Hash128
+from ratethrottle._engine.turns cimport BOOKED_US
 from ratethrottle.storage._shared.item cimport ASKS, CallItem, JOINED
 from ratethrottle.storage._shared.reply cimport CALL_ITEMS_MAX
 from ratethrottle.storage._shared.request cimport Writer
@@ -182,8 +183,8 @@ cdef class CallIndex:
 
 
 cdef inline int64_t reset_reach(const Terms* terms) noexcept:
-    """For how long what a key had used before a reset may matter to somebody: a bucket may owe twice its capacity."""
-    return 2 * view_reach(terms) if terms.kind == BUCKET else view_reach(terms)
+    """For how long what a key had used before a reset may matter to somebody: a bucket may owe twice its capacity, and what is booked."""
+    return 2 * view_reach(terms) + BOOKED_US if terms.kind == BUCKET else view_reach(terms)
 
 
 cdef inline int64_t lead_us(CompiledRule rule) noexcept:

@@ -11,10 +11,11 @@ from libc.string cimport memset
 from ratethrottle._core cimport CHECK, CHECK_JOINT, GIVE_BACK, Mode, Parts, PEEK, PEEK_JOINT, PendingDecision, RESET
 from ratethrottle._engine.arithmetic cimport LEVEL_MAX, Outcome, Terms
 from ratethrottle._engine.definitions cimport calendar_in, CompiledRule
-from ratethrottle._engine.joint cimport Joint, PARTS_MAX
+from ratethrottle._engine.joint cimport BOOKS, Joint, PARTS_MAX, UNBOOKS
+from ratethrottle._engine.turns cimport take_booking
 from ratethrottle.storage._shared.item cimport (
-    ALTERNATIVE, ASKS, CallItem, CHARGE, DEFERRED, FLAGGED, JOINED, PART, possible_numbers, REFUND, RETURNS, UNASKED, UNREADABLE,
-    UNSURE,
+    ALTERNATIVE, ASKS, BOOK, BOOKINGS, CallItem, CHARGE, DEFERRED, EVENLY, FLAGGED, JOINED, PART, possible_numbers, REFUND, RETURNS,
+    UNASKED, UNBOOK, UNREADABLE, UNSURE,
 )
 from ratethrottle.storage._shared.joint cimport (
     allowed_of, PartAnswer, possible_parts, read_parts, take_corrections, take_looks, take_payers,
@@ -264,7 +265,10 @@ cdef class CheckCall(Call):
             writer.put_int(item.key_index)
             writer.put_int(item.rule_index)
             writer.put_int(item.cost)
-            writer.put_int(item.back_us if item.bits & REFUND else count)
+            if item.bits & (REFUND | UNBOOK):
+                writer.put_int(item.back_us)
+            else:
+                writer.put_int(item.back_us << 20 | count if item.bits & BOOKINGS else count)
             writer.put_int(item.bits)
         return self.size + self.parts
 
@@ -357,6 +361,10 @@ cdef bint possible_answer(const Answers* answers, int64_t count) noexcept:
 
 cdef inline int part_bits(Joint joint, int p) noexcept:
     """What a part of it is to the others."""
+    if joint.corrects == BOOKS:
+        return EVENLY if joint.booking.evenly else BOOK
+    if joint.corrects == UNBOOKS:
+        return UNBOOK
     if joint.corrects:
         return (JOINED if p else 0) | (REFUND if joint.refunds >> p & 1 else CHARGE)
     return ((JOINED if p else 0) | (ALTERNATIVE if joint.alternatives >> p & 1 else 0)
@@ -381,7 +389,11 @@ cdef class CallIndex:
         cdef PendingDecision member
         cdef CallItem* item
         cdef int p, first = self.places[self.find(call, (<PendingDecision>parts.members[0]).hashed)] - 1
-        if joint.corrects or first < CALL_ITEMS_MAX or call.joint_size(first - CALL_ITEMS_MAX) != joint.size:
+        if joint.corrects and joint.corrects != BOOKS:
+            return NULL
+        if first < CALL_ITEMS_MAX or call.joint_size(first - CALL_ITEMS_MAX) != joint.size:
+            return NULL
+        if joint.corrects and call.items[first].back_us != joint.booking.ahead_us:
             return NULL
         for p in range(joint.size):
             member = <PendingDecision>parts.members[p]
@@ -404,7 +416,10 @@ cdef class CallIndex:
             key_index = call.items[self.places[place] - 1].key_index if self.places[place] else call.keys + 1
             item = call.add_part(member, key_index, part_bits(joint, p))
             # What was granted in another life of the store's data may be lost there: units granted at 0 don't count any more.
-            item.back_us = joint.granted_us if joint.epoch == epoch else 0
+            if joint.corrects == BOOKS:
+                item.back_us = joint.booking.ahead_us
+            elif joint.epoch == epoch:
+                item.back_us = joint.booking.empty_us if joint.corrects == UNBOOKS else joint.granted_us
             self.places[place] = <uint16_t>(CALL_ITEMS_MAX + call.parts)
         return call.part_at(first)
 
@@ -557,6 +572,11 @@ cdef int hear_joints(CheckCall call, const int64_t* numbers, int count) noexcept
         parts, size = call.part_at(first), call.joint_size(first)
         at = read_parts(parts, size, at, numbers + count, found)
         allowed = allowed_of(parts, size, parts.count, found)
+        if parts.bits & BOOKINGS:
+            for position in range(<int>min(max(allowed, <int64_t>0), <int64_t>9)):
+                take_booking(&(<CompiledRule>parts.rule).terms, found.numbers, parts.cost, parts.bits & EVENLY, position, outs)
+            first += size
+            continue
         if parts.bits & UNASKED:
             if allowed >= 0:
                 take_corrections(parts, size, found, outs, pays)

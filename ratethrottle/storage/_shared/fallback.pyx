@@ -8,7 +8,7 @@ from ratethrottle._core cimport CHECK_JOINT, GIVE_BACK, Parts, PEEK, PendingDeci
 from ratethrottle._engine.arithmetic cimport Outcome
 from ratethrottle._engine.decision cimport decision_new, OUTAGE, OVERLOAD
 from ratethrottle._engine.definitions cimport ALLOW, CompiledRule, DENY, Policy, RAISE
-from ratethrottle._engine.joint cimport CHARGES, Joint, joint_outcome, PARTS_MAX
+from ratethrottle._engine.joint cimport BOOKS, CHARGES, Joint, joint_outcome, NONE, PARTS_MAX
 from ratethrottle.storage._shared.context cimport StorageContext
 from ratethrottle.storage._shared.known cimport KnownKeys
 from ratethrottle.storage._shared.link cimport AWAY, ENDED, Link, REFUSED, SERVING
@@ -80,7 +80,7 @@ cdef class Fallback:
         cdef int p, sets = 0
         if pending.mode == GIVE_BACK and pending.stage == WAITING and self.link.state != ENDED:
             self.known.return_later(pending, now_us)
-        if pending.mode == CHECK_JOINT and (<Parts>pending.text).joint.corrects:
+        if pending.mode == CHECK_JOINT and (<Parts>pending.text).joint.corrects not in (NONE, BOOKS):
             return self.correct(pending, error, now_us)
         if not raises:
             parts = <Parts>pending.text
@@ -128,7 +128,7 @@ cdef class Fallback:
         cdef int p, sets = 0
         cdef bint allowed
         self.context.overloads += 1
-        if pending.mode == CHECK_JOINT and (<Parts>pending.text).joint.corrects:
+        if pending.mode == CHECK_JOINT and (<Parts>pending.text).joint.corrects not in (NONE, BOOKS):
             return self.correct(pending, StorageUnavailable(words), self.context.bounds.now_us())
         if not self.context.deny_overload or pending.mode == RESET or pending.mode == GIVE_BACK:
             return complete(pending, StorageUnavailable(

@@ -28,7 +28,11 @@ cdef enum:                                   # what a part is to others, as the 
     FLAGGED = 4                              # it never vetoes
     CHARGE = 8                               # it is no check: units are counted that nobody was asked for
     REFUND = 16                              # nor this: units are given back
-    UNASKED = CHARGE | REFUND
+    BOOK = 32                                # a check by itself, which may be granted for later
+    EVENLY = 64                              # likewise, once all before it has drained
+    UNBOOK = 128                             # such a grant is given back
+    BOOKINGS = BOOK | EVENLY
+    UNASKED = CHARGE | REFUND | UNBOOK
 
 
 cdef struct CallItem:                        # equal checks of one key, decided as one; or a part of equal joint checks
@@ -40,7 +44,7 @@ cdef struct CallItem:                        # equal checks of one key, decided 
     int64_t count                            # of a joint check, that of its first part
     int64_t ahead                            # units to take in advance, for a lease
     int64_t back                             # units of a lease to give back, and when the store counted them
-    int64_t back_us                          # or the units of a part that gives back
+    int64_t back_us                          # or those of a part that gives back; of one that books, how far ahead
     Role role
     int bits                                 # of a part
     Queue waiters                            # of a joint check, those of its first part

@@ -12,7 +12,7 @@ from libc.string cimport memcpy
 from ratethrottle._engine.arithmetic cimport answer_length, LEVEL_MAX, Outcome, take_answer, take_correction, Terms
 from ratethrottle._engine.definitions cimport CompiledRule
 from ratethrottle.storage._shared.item cimport (
-    ALTERNATIVE, CallItem, DEFERRED, FLAGGED, possible_numbers, SKIPPED, UNASKED, UNREADABLE, UNSURE,
+    ALTERNATIVE, BOOKINGS, CallItem, DEFERRED, FLAGGED, possible_numbers, SKIPPED, UNASKED, UNREADABLE, UNSURE,
 )
 
 
@@ -50,6 +50,8 @@ cdef bint possible_parts(const CallItem* parts, int size, bint consumes, const P
     allowed = allowed_of(parts, size, most, found)
     if allowed < 0:
         return all_undecided(size, found)
+    if parts.bits & BOOKINGS:
+        return consumes and found.numbers[0] == found.took and possible_numbers(terms_of(parts), found.numbers, found.length)
     if parts.bits & UNASKED:
         return possible_corrections(parts, size, consumes, found)
     whole = consumes and allowed == most

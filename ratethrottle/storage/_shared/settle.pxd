@@ -27,6 +27,7 @@ cdef class Settlement:
     cdef int settle_undecided(self, CheckCall call, CallItem* item, CompiledRule rule, int64_t kind, int64_t now_us) except -1
     cdef int settle_with_parts(self, CheckCall call, const int64_t* numbers, int count, int64_t now_us) except -1
     cdef int settle_joint(self, CheckCall call, int first, int size, const PartAnswer* found, int64_t server_us) except -1
+    cdef int settle_bookings(self, CheckCall call, CallItem* item, const PartAnswer* found, int64_t server_us) except -1
     cdef int settle_undecided_joint(self, CheckCall call, int first, int size, const PartAnswer* found, int64_t now_us) except -1
     cdef int learn_parts(self, CheckCall call, int first, Parts parts, const PartAnswer* found, int64_t server_us,
                          int64_t now_us) except -1

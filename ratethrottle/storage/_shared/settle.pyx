@@ -7,14 +7,15 @@ from libc.stdint cimport int64_t
 from libc.string cimport memset
 
 from ratethrottle._core cimport CHECK, CHECK_JOINT, COMPLETE, GIVE_BACK, Mode, PARKED, Parts, PendingDecision, RESET, WAITING
-from ratethrottle._engine.arithmetic cimport Outcome, take_answer
+from ratethrottle._engine.arithmetic cimport Outcome, take_answer, Terms
 from ratethrottle._engine.decision cimport decision_new, REDIS
 from ratethrottle._engine.definitions cimport CompiledRule
 from ratethrottle._engine.joint cimport joint_outcome, PARTS_MAX
+from ratethrottle._engine.turns cimport take_booking
 from ratethrottle.storage._shared.call cimport Answers, answers_in, Call, CheckCall, ControlCall
 from ratethrottle.storage._shared.context cimport StorageContext
 from ratethrottle.storage._shared.fallback cimport Fallback, repairing
-from ratethrottle.storage._shared.item cimport CallItem, DEFERRED, UNASKED, UNREADABLE, UNSURE
+from ratethrottle.storage._shared.item cimport BOOKINGS, CallItem, DEFERRED, EVENLY, UNASKED, UNREADABLE, UNSURE
 from ratethrottle.storage._shared.joint cimport allowed_of, PartAnswer, read_parts, take_corrections, take_looks, take_payers
 from ratethrottle.storage._shared.known cimport KnownKeys
 from ratethrottle.storage._shared.link cimport AWAY, Link
@@ -152,6 +153,8 @@ cdef class Settlement:
         cdef bint consumes = call.mode == CHECK_JOINT, allows = False
         cdef int64_t allowed = allowed_of(item, size, item.count, found) if consumes else 0, position = 0
         cdef int sets = 0
+        if item.bits & BOOKINGS:
+            return self.settle_bookings(call, item, found, server_us)
         if item.bits & UNASKED:
             allowed = 0                      # nobody is refused: all hear the same
             allows = True
@@ -170,6 +173,22 @@ cdef class Settlement:
                 complete_joint(pending, REDIS, outs, pays, sets, True, server_us, call.epoch)
             else:
                 complete_joint(pending, REDIS, looks, reported, sets, allows)
+        return 0
+
+    cdef int settle_bookings(self, CheckCall call, CallItem* item, const PartAnswer* found, int64_t server_us) except -1:
+        """Tell equal checks that book whether and when it is their turn."""
+        cdef const Terms* terms = &(<CompiledRule>item.rule).terms
+        cdef PendingDecision pending
+        cdef Outcome out
+        cdef int64_t position = 0
+        cdef int reported = 0
+        while item.waiters.first != NULL:
+            pending = <PendingDecision>item.waiters.first
+            take(&item.waiters, pending)
+            if pending.stage != COMPLETE:    # else it gave up, but its place in the count is its own
+                take_booking(terms, found.numbers, item.cost, item.bits & EVENLY, position, &out)
+                complete_joint(pending, REDIS, &out, &reported, 1, out.allowed, server_us, call.epoch)
+            position += 1
         return 0
 
     cdef int settle_undecided_joint(self, CheckCall call, int first, int size, const PartAnswer* found, int64_t now_us) except -1:

@@ -1,10 +1,10 @@
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Coroutine, Sequence
+from typing import Any, Literal
 
 from typing_extensions import disjoint_base
 
 from ratethrottle._core import Backend, Group
-from ratethrottle._engine.decision import Entry
+from ratethrottle._engine.decision import Decision, Entry
 from ratethrottle._engine.definitions import _OnOutage
 from ratethrottle._engine.joint import Joint
 from ratethrottle.storage._shared.batch import Batch
@@ -35,4 +35,6 @@ class SharedStorage(Backend):
     def _forked(self) -> bool: ...
     def _forget_here(self) -> None: ...
     def _settle(self, settlement: Joint) -> Group | None: ...
+    def book(self, booking: Joint) -> Decision | Coroutine[Any, Any, Decision]: ...
+    def _unbook(self, unbooking: Joint) -> Group | None: ...
     def _ask_together(self, entries: Sequence[Entry | Joint], mode: Literal["check", "peek", "reset"]) -> Group: ...

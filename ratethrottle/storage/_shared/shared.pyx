@@ -1,12 +1,15 @@
 # cython: auto_pickle=False, autotestdict=False
 """The compiled part of a storage that processes share: which connection's batch a check belongs to."""
 
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from ratethrottle._core cimport Backend, CHECK, Group, Mode, PARKED, Parts, PEEK, PendingDecision, RESET, WAITING
-from ratethrottle._engine.decision cimport Entry
-from ratethrottle._engine.joint cimport Joint, PARTS_MAX
-from ratethrottle._engine.table cimport Hash128, Place
+from ratethrottle._core cimport Backend, CHECK, Group, Mode, NEW, PARKED, Parts, PEEK, PendingDecision, RESET, WAITING
+from ratethrottle._engine.arithmetic cimport Outcome
+from ratethrottle._engine.bound cimport Bound, bound_books, DENIED, OPEN
+from ratethrottle._engine.decision cimport Entry, PREFILTER
+from ratethrottle._engine.definitions cimport CompiledRule
+from ratethrottle._engine.joint cimport Joint, joint_count, joint_decision, PARTS_MAX
+from ratethrottle._engine.table cimport cell_at, Hash128, Place, shard_find
 from ratethrottle._several cimport pending_joint
 from ratethrottle.storage._shared.batch cimport Batch
 from ratethrottle.storage._shared.context cimport StorageContext
@@ -125,6 +128,39 @@ cdef class SharedStorage(Backend):
             if settlement is None:
                 return None
         return self._ask_together([settlement], "check")
+
+    def book(self, Joint booking not None):
+        """The decision on a booking, if what is known denies it; else an awaitable that asks for it. That doesn't wait for its turn."""
+        cdef CompiledRule rule = <CompiledRule>booking.rules[0]
+        cdef PendingDecision pending
+        cdef Place[PARTS_MAX] places
+        cdef Outcome out
+        cdef int64_t now_us, found
+        cdef int verdict = OPEN, reported = 0
+        self.bounds.locate_joint(booking, places)
+        now_us = self.bounds.now_us()
+        found = shard_find(places[0].shard, places[0].hashed)
+        if found >= 0:
+            verdict = bound_books(<Bound*>cell_at(places[0].shard, <uint32_t>found), places[0].terms, now_us, booking.costs[0],
+                                  &booking.booking, self.ttl_us, &out)
+        if verdict == DENIED and not (self.bounds.away and self.allows(rule)):
+            decision = joint_decision(booking, PREFILTER, &out, &reported, 1, False)
+            joint_count(decision)
+            return decision
+        pending = pending_joint(booking, places, CHECK)
+        pending.stage = NEW
+        pending.backend = self
+        return pending
+
+    def _unbook(self, Joint unbooking not None):
+        """Begin to give a booking back, unless that would take a new connection. Returns the Group that does it, or None."""
+        cdef tuple found = self.here_batches
+        if running_loop() is not self.here or not found or self.here_forks != self.bounds.forks:
+            return None
+        for batch in found:
+            if not batch.serving:
+                return None
+        return self._ask_together([unbooking], "check")
 
     def _ask_together(self, entries, str mode not None):
         """Enter checks (or peeks, or resets) one after the other; returns the Group whose future says that all are decided."""

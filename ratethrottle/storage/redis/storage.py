@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 
 import redis
 
-from ratethrottle._core import Limiter
+from ratethrottle._core import Group, Limiter
 from ratethrottle._engine.decision import Decision, Entry
 from ratethrottle._engine.definitions import CompiledRule
 from ratethrottle._engine.joint import Joint
@@ -245,12 +245,22 @@ class RedisStorage(SharedStorage):
         Raises StorageUnavailable if the storage is closed: the estimate stays.
         """
         group = self._settle(settlement)
+        settled = self._follow(group)
+        return None if settled is None else asyncio.shield(settled)
+
+    def unbook(self, unbooking: Joint) -> None:
+        """Begin to give a booking back, which goes on if nobody waits for it. While Redis is away it stays counted."""
+        with contextlib.suppress(StorageError):
+            self._follow(self._unbook(unbooking))
+
+    def _follow(self, group: Group | None) -> asyncio.Future[None] | None:
+        """Have `aclose` wait for a settlement that has begun. Returns its future, or None if it is done."""
         if group is None or group.future.done():
             return None
         settled: asyncio.Future[None] = group.future
         self._settling.add(settled)
         settled.add_done_callback(self._settling.discard)
-        return asyncio.shield(settled)
+        return settled
 
     def hold(self, holder: Holder, rule: ConcurrencyRule, ask: Ask) -> Held | asyncio.Future[Held]:
         """Take what a holder of slots gives back, and grant what it may have. Raises StorageError, here or by the future."""

@@ -6,7 +6,7 @@
 --- run: key_index key_count rule_index cost count
 --- lease: key_index rule_index cost count ahead back back_us
 --- part: key_index rule_index cost count bits
---- bits: joined=1 alternative=2 flagged=4 charge=8 refund=16
+--- bits: joined=1 alternative=2 flagged=4 charge=8 refund=16 book=32 evenly=64 unbook=128
 --- reply: request server_us answer... generation_pair...
 --- joint_reply: request server_us answer... part_answer... generation_pair...
 --- part_answer: took answer
@@ -39,6 +39,10 @@
 -- Parts that `charge` or `refund` stand among themselves. They count units that nobody was asked for, up to a debt of one capacity, with a
 -- `count` of 1; and give units back, with the server's time of their grant for `count`. Each is taken (`took` 1), and answers as one check
 -- that is granted, unless the key is in debt: then as one of no units that is denied until that is over.
+-- A part that books, for a bucket, is a check by itself, which may be granted for later. Its `count` is that of equal ones, at most 10^6,
+-- and 2^20 times how far ahead their turns may be, us, at most a minute. Then it is their turn: once the level, with them, is at the
+-- capacity, or where they come `evenly` once all before them has drained. It answers as an item does, with `took` for `granted`. A part that
+-- unbooks gives one of them back, unless others have booked behind it. Its `count` says when the bucket would have been empty after it.
 -- kind d is a fixed window by a calendar. Its window_us is the mean length, slot_us the calendar's number, and unit_ticks drain_ticks
 -- coarse_us lead_us are four boundaries around now, us: of the window before, this one, the next one and the one after it.
 

@@ -4,6 +4,7 @@
 -- Makes what only such items need, for one reading of a call's states. Returns `decide_item` and `correct_item`.
 local function long_way(states, resets, numbers, reply, repairing, untold_us, now, sub, floor, min, max)
   local TICKS, UNITS_MAX, EXACT_UNITS, PLAIN, UNREADABLE, UNSURE = 4503599627370496, 4000000000, 65, '1;', -2, -3
+  local EXACT_MAX = 9007199254740991
   local read, roll, push, read_header, print_header, print_state, units_of, at_of, place_of, set_units = views()
 
   -- Counts units that were granted now, and others that were taken ahead.
@@ -205,6 +206,38 @@ local function long_way(states, resets, numbers, reply, repairing, untold_us, no
     return filled, work + more, h and h.generation > 0 and h.generation
   end
 
+  -- Books for `count` checks of the key at k, which is a bucket's, as many as have their turn within `ahead` us. Without that, gives back a
+  -- booking if the bucket is empty at `count` yet, so that nobody has booked behind it. Answers like correct_item, with how many were
+  -- booked for whether it is in debt. Returns what decide_item does.
+  local function book_item(k, state, rule, units, count, ahead, evenly, filled)
+    local head, own, other, changed, derived, pushed, h = open(state, rule)
+    if not head then
+      reply[filled + 1] = own
+      return filled + 1, 2
+    end
+    local ticks, level, granted, work = units * rule.unit, own.level, 1, 4 + 5 * pushed
+    if ahead then
+      -- What isn't exact here is above EXACT_MAX anyway.
+      local most = (evenly and units or rule.cap) * rule.unit + ahead * rule.drain
+      local room = units <= rule.cap and max(0, min(most, EXACT_MAX) - level) or 0
+      granted = min(count, (room - room % ticks) / ticks)
+      if granted > 0 then
+        charge_all(own, other, h, rule, granted * units, 0)
+        changed = true
+      end
+    else
+      local left = level + own.drain - 1
+      -- What was used before a reset could be others' by now.
+      if not derived and not (h and h.generation > 0) and now + (left - left % own.drain) / own.drain == count then
+        own.level = level - min(level, ticks)
+      end
+      changed = own.level < level  -- as in correct_item
+      granted = own.level <= rule.cap * rule.unit and 1 or 0
+    end
+    if changed then work = work + keep(k, head, own, other, h) end
+    return answer(own, rule, 0, granted, false, filled), work, h and h.generation > 0 and h.generation
+  end
+
   -- Decides `count` checks of the key at k, whose state is given, and charges for them if it `consumes`. Of a lease, `wanted` is how many
   -- units it would take ahead (nil: it is none), and `back` how many of those of back_us it gives back. Puts the answer behind `filled`
   -- numbers of the reply. Returns how many there are then, about how many us this took, and when the key was reset, if it was.
@@ -241,5 +274,5 @@ local function long_way(states, resets, numbers, reply, repairing, untold_us, no
     return filled, work + more, h and h.generation > 0 and h.generation
   end
 
-  return decide_item, correct_item
+  return decide_item, correct_item, book_item
 end

@@ -3,12 +3,21 @@
 -- less than was asked, the states are put back. It is known then how many of the equal checks all sets grant: just these are charged.
 local parts_at = right - 5 * part_count
 
--- The bits of a part of a check. Another one corrects.
+-- The bits of a part of a check, and of one that books or unbooks. Another one corrects.
 local checks = {['0'] = true, ['1'] = true, ['3'] = true, ['4'] = true, ['5'] = true}
+local books = {['32'] = true, ['64'] = true, ['128'] = true}
+local EQUAL = 1048576
 
--- Returns how many equal ones a part stands for, or, if it gives back, when its units were granted.
+-- Returns how many equal ones a part stands for; if it gives back, when its units were granted, or when the bucket would have been empty; if
+-- it books, how many there are, and how far ahead their turns may be.
 local function count_of(text, bits)
-  if bits == '16' or bits == '17' then return number(text, 0, 9007199254740991) end
+  if bits == '16' or bits == '17' or bits == '128' then return number(text, 0, 9007199254740991) end
+  if books[bits] then
+    local both = number(text, 1, (BOOKED_US + 1) * EQUAL - 1)
+    local count = both and both % EQUAL
+    if not both or count < 1 or count > 1000000 then return nil end
+    return count, (both - count) / EQUAL
+  end
   return number(text, 1, checks[bits] and 1000000 or 1)
 end
 
@@ -21,6 +30,9 @@ function check_parts()
     if not (k and rule and cost and count_of(together, bits)) then return 'RATETHROTTLE a number of a part is out of range' end
     if bits == '0' or bits == '4' then
       count = together
+    elseif consumes and books[bits] then
+      if rules[rule].kind ~= 'b' then return 'RATETHROTTLE only buckets are booked' end
+      count = nil
     elseif consumes and (bits == '8' or bits == '16') then
       count = false
     elseif bits == '9' or bits == '17' then
@@ -38,9 +50,9 @@ local function settling(kept, takes, reply, items, generations, decide_item, wor
   local SKIPPED, DEFERRED, WORK_MAX = -5, -4, 700
   -- By number of the part: why it can't be decided, and when its key was reset. Of the joint check that begins with the part `current`,
   -- whether those parts have to be asked anew that aren't simple.
-  local codes, resets_at, current, busy, correct_item = {nil}, {nil}, 0, false, nil
+  local codes, resets_at, current, busy, correct_item, book_item = {nil}, {nil}, 0, false, nil, nil
   if not decide_item then
-    decide_item, correct_item = long_way(states, resets, numbers, reply, repair_us > 0, untold_us, now, sub, floor, min, max)
+    decide_item, correct_item, book_item = long_way(states, resets, numbers, reply, repair_us > 0, untold_us, now, sub, floor, min, max)
   end
 
   local function key_of(i)
@@ -76,25 +88,31 @@ local function settling(kept, takes, reply, items, generations, decide_item, wor
     end
   end
 
-  -- Charges or gives back, in its turn. Returns where the answer ends, how many were taken, and whether it could be.
+  -- Charges, gives back or books, in its turn. Returns where the answer ends, how many were taken, and whether it could be.
   local function correct(first, i, bits, filled)
     if first ~= current then current, busy = first, work > WORK_MAX end
-    local at, place, took, back = parts_at + 5 * i, filled + 1, 0, bits == '16' or bits == '17'
-    local count = count_of(ARGV[at - 1], bits)
-    local known, begins = back or bits == '8' or bits == '9', bits == '8' or bits == '16'
-    if not (count and known) or begins ~= (i == first) then error('a part is malformed') end
+    local at, place, took, back, booking = parts_at + 5 * i, filled + 1, 0, bits == '16' or bits == '17', books[bits]
+    local count, ahead = count_of(ARGV[at - 1], bits)
+    local known, begins = back or booking or bits == '8' or bits == '9', bits == '8' or bits == '16' or booking
+    if not (count and known) or (begins or false) ~= (i == first) then error('a part is malformed') end
     if busy then
       reply[place], filled = DEFERRED, place
     else
       if not correct_item then
-        decide_item, correct_item = long_way(states, resets, numbers, reply, repair_us > 0, untold_us, now, sub, floor, min, max)
+        decide_item, correct_item, book_item = long_way(states, resets, numbers, reply, repair_us > 0, untold_us, now, sub, floor, min, max)
       end
-      local k, rule = key_of(i), rules[ARGV[at - 3] + 0]
-      filled, took, resets_at[i] = correct_item(k, states[k], rule, ARGV[at - 2] + 0, back and count, filled)
+      local k, rule, units = key_of(i), rules[ARGV[at - 3] + 0], ARGV[at - 2] + 0
+      if not booking then
+        filled, took, resets_at[i] = correct_item(k, states[k], rule, units, back and count, filled)
+      elseif rule.kind == 'b' then
+        filled, took, resets_at[i] = book_item(k, states[k], rule, units, count, ahead, bits == '64', filled)
+      else
+        error('a part is malformed')
+      end
     end
     work = work + took
     if reply[place] < 0 then codes[i] = reply[place] end
-    return filled, codes[i] and 0 or 1, not codes[i]
+    return filled, codes[i] and 0 or ahead and reply[place] or 1, not codes[i]
   end
 
   -- Decides a part that isn't simple, in its turn. Returns where its answer ends, how many were granted, and whether it could be decided.

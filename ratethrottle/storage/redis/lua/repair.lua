@@ -164,9 +164,9 @@ end
 -- Joins what a process knows of one definition, to its view and to the other one: as `read` derives a view, but all of it from when
 -- the state was first touched, so that to do it again changes nothing.
 local function join(rule, own, other, h, a, b, c)
-  local kind, units, at, heard = rule.kind, a, slot_end(other and other.q or 1, h.start), 0
+  local EXACT_MAX, kind, units, at, heard = 9007199254740991, rule.kind, a, slot_end(other and other.q or 1, h.start), 0
   if kind == 'b' then
-    join_bucket(own, h, a, 2 * rule.cap * own.unit)
+    join_bucket(own, h, a, min(EXACT_MAX, 2 * rule.cap * own.unit + BOOKED_US * own.drain))
     units = floor((max(0, a) + own.unit - 1) / own.unit)
   elseif kind == 's' then
     at = now + b - own.window

@@ -8,6 +8,8 @@ local sub, find, match, format, tonumber, call = string.sub, string.find, string
 local TICKS, UNITS_MAX = 4503599627370496, 4000000000
 -- How long states note what was granted since an epoch began, for those to assert what they know who come late.
 local REPAIR_US = 10000000
+-- How far ahead a turn may be that is booked.
+local BOOKED_US = 60000000
 
 -- '%d' is exact and takes half the time of '%.0f', but only where C's long has 64 bits.
 if format('%d', TICKS) ~= '4503599627370496' then
@@ -357,9 +359,9 @@ local function views()
     return max(reset, other_reset), head .. text .. other_text
   end
 
-  -- How long what is known of a view may matter to somebody: a bucket may owe twice its capacity.
+  -- How long what is known of a view may matter to somebody: a bucket may owe twice its capacity, and what is booked.
   function reach(v)
-    if v.kind == 'b' then return floor(2 * v.cap * v.unit / v.drain) + 1 end
+    if v.kind == 'b' then return floor(2 * v.cap * v.unit / v.drain) + 1 + BOOKED_US end
     if v.kind == 's' then return v.window + floor(v.window / 8) + v.q end
     return 2 * v.window
   end
