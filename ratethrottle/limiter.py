@@ -209,6 +209,7 @@ class RateThrottleCore(Patchable, Limiter):
             return
         for entry in self._by_several.entries(key, rule):
             await self._storage.reset(entry)
+        self._lines.came_back(key)
 
     @overload
     async def charge(self, key: Key, rule: Rules | None = None, *, cost: int = 1) -> Decision: ...

@@ -117,9 +117,10 @@ class Storage(Protocol):
     def expect_refunds(self) -> None:
         """Prepare for settlements of what is granted from now on."""
 
-    def settle(self, settlement: Joint, /) -> Awaitable[object] | None:
+    def settle(self, settlement: Joint, came_back: Callable[[], None], /) -> Awaitable[object] | None:
         """Begin to settle a reservation, which goes on whether or not somebody awaits what this returns. None: it is done.
 
+        came_back: called in the same thread when it is settled.
         Raises StorageError if the storage is closed.
         """
 

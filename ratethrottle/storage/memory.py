@@ -95,9 +95,10 @@ class InMemoryStorage:
         """Remember from now on which keys are forgotten: what was granted before that must not come back."""
         expect_refunds(self.table)
 
-    def settle(self, settlement: Joint) -> None:
+    def settle(self, settlement: Joint, came_back: Callable[[], None]) -> None:
         """Count what was used beyond a reservation, and take back what was not used of it."""
         correct(self.table, settlement)
+        came_back()
 
     def hold(self, holder: Holder, rule: ConcurrencyRule, ask: Ask) -> Held:
         """Take what a holder of slots gives back, and grant what it may have."""

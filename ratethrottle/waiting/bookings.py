@@ -156,6 +156,13 @@ class BookedLine:
 
     # What time and answers do:
 
+    def hurry(self) -> None:
+        """Ask for those without a turn at once, since units have come back. Turns stay as they are."""
+        self.until = -inf
+        self.advance()
+        self.trim()
+        self.plan()
+
     def on_time(self) -> None:
         """Serve those whose turn it is, and give up those that are out of time."""
         now = self.of.loop.now()

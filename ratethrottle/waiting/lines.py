@@ -125,6 +125,12 @@ class Line:
 
     # What time and answers do:
 
+    def hurry(self) -> None:
+        """Ask at once, since units have come back."""
+        if self.tickets:
+            self.until = inf
+            self.advance()
+
     def on_time(self) -> None:
         """Ask again, if it is time, and give up tickets that are out of it."""
         now = self.of.loop.now()
@@ -338,6 +344,7 @@ class LoopLines:
         self.process = os.getpid()
         self.loop = loop_of(found, storage)
         self.lines: dict[Hashable, Planned] = {}
+        self.of_keys: dict[Key, dict[Line | BookedLine, None]] = {}  # those of `acquire`
         self.agenda: Agenda[Planned] = Agenda()
 
     def line(self, name: Hashable, limiter: Limiter, key: Key, *, books: bool) -> Line | BookedLine:
@@ -345,6 +352,7 @@ class LoopLines:
         found = self.lines.get(name)
         if found is None:
             found = self.lines[name] = (BookedLine if books else Line)(self, name, limiter, key)
+            self.of_keys.setdefault(key, {})[found] = None
         return cast("Line | BookedLine", found)
 
     def plan(self, line: Planned, at: float) -> None:
@@ -359,6 +367,11 @@ class LoopLines:
         """Forget a line, and the loop with its last one."""
         if self.lines.get(line.name) is line:
             del self.lines[line.name]
+            if isinstance(line, (Line, BookedLine)):
+                of_key = self.of_keys[line.key]
+                del of_key[line]
+                if not of_key:
+                    del self.of_keys[line.key]
         self.plan(line, inf)
         if not self.lines:
             self.owner.drop(self)
@@ -372,10 +385,22 @@ class LoopLines:
             finally:
                 self.loop.set_timer(self.agenda.first(), self.on_time)
 
+    def came_back(self, key: Key) -> None:
+        """Have the lines of a key ask at once, since units of it have come back."""
+        for line in list(self.of_keys.get(key, ())):
+            line.hurry()
+
     def close(self) -> None:
         """End all lines with their limiter."""
         for line in list(self.lines.values()):
             line.close()
+
+
+def running() -> Hashable:
+    """Find what stands for the running event loop; None if there is none."""
+    with suppress(RuntimeError):
+        return loop_here()
+    return None
 
 
 class Lines:
@@ -480,12 +505,19 @@ class Lines:
         if self._loops.get(lines.found) is lines:
             del self._loops[lines.found]
 
+    def came_back(self, key: Key) -> None:
+        """Have callers of a key ask at once, in each loop, since units of it have come back."""
+        for found, lines in list(self._loops.items()):
+            if key in lines.of_keys and lines.process == os.getpid():
+                if found is running():
+                    lines.came_back(key)
+                else:
+                    with suppress(RuntimeError):  # that loop has ended
+                        lines.loop.from_any_thread(partial(lines.came_back, key))
+
     def close(self) -> None:
         """Have every caller that waits raise LimiterClosed, in its own loop."""
-        try:
-            here = loop_here()
-        except RuntimeError:
-            here = None
+        here = running()
         for found, lines in list(self._loops.items()):
             if lines.process != os.getpid():
                 continue

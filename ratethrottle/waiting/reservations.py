@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Awaitable, Iterable, Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self, cast
 from weakref import WeakSet
@@ -170,7 +171,9 @@ class Reservation:
         if difference is None:
             return None
         try:
-            waits: Awaitable[object] | None = self._limiter._storage.settle(difference)
+            # Those who wait for just these units need not wait for the time that their denial named.
+            came_back = partial(self._limiter._lines.came_back, self._ask[0])
+            waits: Awaitable[object] | None = self._limiter._storage.settle(difference, came_back)
         except StorageError:
             self._of.warn(self._limiter, self._place, closed=True)
             return None

@@ -368,3 +368,31 @@ async def test_after_a_loss_of_state_nothing_comes_back_of_what_was_granted_befo
                 assert await left(limiter, "tokens") == [600], "this process has told it"
                 reservation.settle(0)
             assert await left(limiter, "tokens") == [600]
+
+
+@pytest.mark.parametrize("ends", ["settled", "cancelled"])
+async def test_those_who_wait_for_what_comes_back_need_not_wait_longer(redis_server: RedisServer, ends: str) -> None:
+    """Nor if the task that gives it back is cancelled meanwhile."""
+    async with limiter_of(redis_server.url) as limiter:
+        began, ending = asyncio.Event(), asyncio.Event()
+
+        async def work() -> None:
+            async with limiter.reserve("key", "requests", cost=20) as reservation:
+                began.set()
+                await ending.wait()
+                reservation.settle(5)
+
+        first = asyncio.create_task(work())
+        await began.wait()
+        waiting = [asyncio.create_task(limiter.acquire("key", "requests", cost=cost)) for cost in (10, 5)]
+        await limiter.peek("key", "requests")
+        assert not any(task.done() for task in waiting)
+        ending.set()
+        await asyncio.sleep(0)
+        if ends == "cancelled":
+            first.cancel()
+        with suppress(asyncio.CancelledError):
+            await first
+        async with asyncio.timeout(10):
+            assert [(await task).cost for task in waiting] == [10, 5]
+        assert await left(limiter, "requests") == [0]

@@ -552,3 +552,28 @@ async def test_settlements_are_no_decisions(world: World) -> None:
             reservation.settle(used)
     counted: Mapping[str, Any] = world.limiter.statistics().decisions["tokens"]
     assert (counted["memory"].allowed, counted["memory"].denied) == (2, 0)
+
+
+@pytest.mark.parametrize("limits", ["daily", ("daily", "tokens")])
+async def test_those_who_wait_for_what_comes_back_need_not_wait_longer(world: World, limits: Any) -> None:
+    order: list[str] = []
+
+    async def acquire(name: str, cost: int) -> None:
+        await world.limiter.acquire("key", limits, cost=cost)
+        order.append(name)
+
+    async with world.limiter.reserve("key", "daily", cost=100) as reservation:
+        tasks = [asyncio.create_task(acquire(name, cost)) for name, cost in (("first", 50), ("second", 20), ("third", 20))]
+        elsewhere = asyncio.create_task(world.limiter.acquire("other", "daily", cost=1))
+        await world.clock.settle()
+        assert order == []
+        reservation.settle(30)
+    await world.clock.settle()
+    assert order == ["first", "second"]
+    assert await elsewhere
+    # A reset lets them go on as well.
+    await world.limiter.reset("key", "daily")
+    await world.clock.settle()
+    assert order == ["first", "second", "third"]
+    await asyncio.gather(*tasks)
+    assert len(world.limiter._lines) == 0

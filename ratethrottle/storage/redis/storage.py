@@ -239,14 +239,18 @@ class RedisStorage(SharedStorage):
     def expect_refunds(self) -> None:
         """Nothing to prepare: a state says when it was reset."""
 
-    def settle(self, settlement: Joint) -> asyncio.Future[None] | None:
+    def settle(self, settlement: Joint, came_back: Callable[[], None]) -> asyncio.Future[None] | None:
         """Begin to settle a reservation; it goes on if the caller is cancelled. The future is done within the deadline.
 
         Raises StorageUnavailable if the storage is closed: the estimate stays.
         """
         group = self._settle(settlement)
         settled = self._follow(group)
-        return None if settled is None else asyncio.shield(settled)
+        if settled is None:
+            came_back()
+            return None
+        settled.add_done_callback(lambda _: came_back())
+        return asyncio.shield(settled)
 
     def unbook(self, unbooking: Joint) -> None:
         """Begin to give a booking back, which goes on if nobody waits for it. While Redis is away it stays counted."""
