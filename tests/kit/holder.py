@@ -63,7 +63,7 @@ async def _run(work: Work) -> None:
             try:
                 async with limiter.slot(KEY, cost=cost, timeout=rng.choice((0, 0.05, 1, 1))) as slot:
                     note(GRANTED, this, cost, before_us)
-                    lasts_s = rng.uniform(0, 0.2) if rng.random() < 0.95 else 1.5 * work.rule.ttl
+                    lasts_s = rng.uniform(0, 0.2) if rng.random() < 0.97 else 1.5 * work.rule.ttl
                     try:
                         await asyncio.wait_for(slot.lost.wait(), lasts_s)
                     except TimeoutError:
