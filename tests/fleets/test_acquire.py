@@ -15,7 +15,7 @@ from tests.kit.waiters import Work, join, run_process
 
 PROCESSES, TASKS, WINDOWS = 4, 50, 10
 LIMIT, WINDOW_S = 100, 1.0
-LATE_US = 100_000  # an event loop of a busy machine may be late
+LATE_US = 50_000  # besides what event loops are late on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,8 @@ def test_processes_that_wait_for_one_bucket_are_served_in_the_order_in_which_red
     assert grants == pytest.approx(expected, rel=0.01)
     booked = sorted(one for each in done for one in each.booked)
     assert len(booked) == grants
-    latest_us = 0
+    latest_us, stalled_us = 0, max(each.stalled_us for each in done)
+    print(f"an event loop was {stalled_us / 1e6:.3f} s late")
     for _, served_us in booked:
-        assert served_us > latest_us - LATE_US, "nobody was served before those that Redis saw earlier"
+        assert served_us > latest_us - LATE_US - 2 * stalled_us, "nobody was served before those that Redis saw earlier"
         latest_us = max(latest_us, served_us)

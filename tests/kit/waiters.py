@@ -13,6 +13,7 @@ from ratethrottle._engine.joint import JointDecision
 from ratethrottle.testing.intervals import Bracketed
 from ratethrottle.waiting import lines
 
+WATCH_S = 0.005
 START_S = 60  # for processes to come up on a busy machine
 
 _together: Barrier
@@ -43,6 +44,7 @@ class Done:
     booked: list[
         tuple[int, int]
     ]  # of grants that were booked: when the bucket would be empty after it, and when its task went on
+    stalled_us: int  # by how much its event loop was late, at most: on a busy machine that is a lot
     late_s: float  # by how much a task came back after its timeout, at most
     in_order: bool  # whether grants came in the order in which tasks began to wait
 
@@ -71,6 +73,15 @@ async def _run(work: Work) -> Done:
                 served.append(number)
             late_s = max(late_s, (monotonic_us() - ends_us) / 1e6)
 
+    stalled_us = 0
+
+    async def watch() -> None:
+        nonlocal stalled_us
+        while True:
+            before_us = monotonic_us()
+            await asyncio.sleep(WATCH_S)
+            stalled_us = max(stalled_us, monotonic_us() - before_us - round(WATCH_S * 1e6))
+
     def served_now(decision: Decision) -> Decision:
         # Each booking has the bucket be empty later, so that this tells in which order Redis has seen them.
         if isinstance(decision, JointDecision):
@@ -83,6 +94,8 @@ async def _run(work: Work) -> Done:
         await asyncio.to_thread(_together.wait, START_S)
         before = limiter.statistics().calls
         ends_us = monotonic_us() + round(work.run_s * 1e6)
+        watching = asyncio.create_task(watch())
         await asyncio.gather(*(client() for _ in range(work.tasks)))
+        watching.cancel()
         lines.served = real
-        return Done(granted, limiter.statistics().calls - before, booked, late_s, served == sorted(served))
+        return Done(granted, limiter.statistics().calls - before, booked, stalled_us, late_s, served == sorted(served))
