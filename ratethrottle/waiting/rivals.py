@@ -17,7 +17,7 @@ THERE_S = 4.0
 # How many units a line lets pass at most; and from so many times in vain on, each one more halves that.
 PASS, IN_VAIN = 10.0, 2
 # With others there, a line asks for no more of what is left at once.
-PART = 8
+PART = 4
 
 
 class Rivals:

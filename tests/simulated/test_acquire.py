@@ -72,13 +72,15 @@ class Process:
         call.set_result(None)
 
 
-def compete(rule: RateThrottleRule, processes: int, seed: int, *, spread: bool = False) -> Got:
-    """So many processes acquire for ten windows. spread: what was used before comes back bit by bit."""
+def compete(rule: RateThrottleRule, processes: int, seed: int, *, spread: bool = False, busy: bool = False) -> Got:
+    """So many processes acquire for ten windows. spread: what was used before comes back bit by bit. busy: so is the machine."""
 
     async def main() -> Got:
         rng = random.Random(seed)
         store = InMemoryStorage(clock_us=timeless().time_us)
         each = [Process(store, rule, rng) for _ in range(processes)]
+        for process in each if busy else ():
+            process.way_s, process.late_s = rng.uniform(0.015, 0.03), 0.1
         if spread:
             for _ in range(rule.limit):
                 assert await each[0].core.check("key")
@@ -125,6 +127,17 @@ def test_four_processes_share_a_window_for_two_calls_a_grant(strategy: str, limi
     assert fmean(got.calls_each for got in found) <= (2 if limit > 20 else 2.25)
     assert fmean(got.least_share for got in found) >= 0.5
     assert min(got.used for got in found) >= 0.9
+
+
+@pytest.mark.parametrize("spread", [False, True])
+@pytest.mark.parametrize("strategy", WINDOWED)
+def test_on_a_busy_machine_they_still_share_a_window_and_use_most_of_it(strategy: str, spread: bool) -> None:
+    for seed in range(3):
+        got = compete(RateThrottleRule("api", 100, WINDOW_S, strategy=strategy), 4, seed, spread=spread, busy=True)
+        print(got)
+        assert got.calls_each <= 1
+        assert got.least_share >= 0.5
+        assert got.used >= 0.8
 
 
 @pytest.mark.parametrize("spread", [False, True])
