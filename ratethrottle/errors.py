@@ -118,6 +118,8 @@ class RateLimitExceeded(RateThrottleError):
         denied = self.decision
         if denied.retry_after == float("inf"):
             when = "it can never be allowed: raise the limit, or ask for less"
+        elif denied.retry_after == 0 and denied.source == "outage":
+            when = "the storage didn't answer in time: retry later, or wait for a slot with a timeout"
         elif denied.retry_after == 0:
             when = "nobody knows when a slot is given back: retry later, or wait for it with a timeout"
         elif denied.source in ("outage", "overload"):

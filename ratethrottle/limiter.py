@@ -418,6 +418,10 @@ def create_limiter(
     if storage not in STORAGES:
         raise ConfigurationError(_wrong_storage(storage))
     for name in options:
+        if name == "clock_us":
+            raise ConfigurationError(
+                "clock_us is no option here; write RateThrottleCore(InMemoryStorage(clock_us=...), rules=...)"
+            )
         if name not in OPTIONS:
             near = difflib.get_close_matches(name, [*OPTIONS, "redis_url", "rules", "require_storage"], 1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(OPTIONS)}"

@@ -119,12 +119,15 @@ class Reservation:
         used: units of each limit, or a mapping of rules to units; limits that it doesn't name keep their estimate. A FirstOf stands for
         the rule that has paid. At most twice the capacity can have been used.
 
-        To say the same again does nothing. Raises InvalidRequest for other numbers than before, and outside the block.
+        To say the same again does nothing. Raises InvalidRequest for other numbers than before, for numbers that can't be, and
+        outside the block. After numbers that can't be, the estimate stays counted, whatever `on_error` says.
         """
         if self._stage != WITHIN or self._decision is None:
             raise InvalidRequest(
                 f"settle is called {'after' if self._stage == AFTER else 'before'} the block; call it within `async with`"
             )
+        # Something was used, whatever is wrong with the numbers: an exception that this raises doesn't give all of it back.
+        self._on_error = "keep"
         units = tuple(self._named(used) if isinstance(used, Mapping) else self._single(used))
         settlement(self._decision, units)  # raises what is wrong with them
         if self._used is not None and self._used != units:
@@ -204,7 +207,9 @@ class Reservation:
             names = [_name(one) for one in (rule.rules if isinstance(rule, FirstOf) else (rule,))]
             name = names[0]
             if name not in places:
-                raise InvalidRequest(f"settle names a rule that nothing is reserved of; reserved are {listed(places)}")
+                raise InvalidRequest(
+                    f"settle names {shown(name)}, of which nothing is reserved; reserved are {listed(places, str(name))}"
+                )
             if isinstance(rule, FirstOf) and set(names) != set(self._limits[places[name]][0]):
                 raise InvalidRequest(f"settle names a FirstOf that nothing is reserved of; reserved are {listed(places)}")
             if places[name] in named:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from functools import partial
 from math import inf
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol, Self, cast
+from typing import Any, NamedTuple, NoReturn, Protocol, Self, cast
 
 from anyio.lowlevel import checkpoint
 
@@ -146,8 +146,8 @@ class Slots:
         held = [each for each in rule if isinstance(each, ConcurrencyRule) or (isinstance(each, str) and each in self.rules)]
         if len(held) != 1:
             raise InvalidRequest(
-                f"a slot is of one ConcurrencyRule, and this names {len(held) or 'none'}"
-                f"{'' if held else '; limiter.limit(...) guards a block by other rules'}"
+                f"a slot is of one ConcurrencyRule, and this names {len(held) or 'none'}; "
+                f"{'nest a block for each of them' if held else 'limiter.limit(...) guards a block by other rules'}"
             )
         others = [each for each in rule if each is not held[0]]
         if isinstance(rule, Mapping):
@@ -222,6 +222,12 @@ class Slot:
         waits = self._leave()
         if waits is not None:
             await waits
+
+    def __call__(self, *_: object) -> NoReturn:
+        """Refuse to decorate. Raises TypeError, which says what to write."""
+        raise TypeError(
+            "a slot decorates nothing: write `async with limiter.slot(...):` in the function (limiter.limit decorates, for rates)"
+        )
 
     async def __aenter__(self) -> Self:
         if self._stage != BEFORE:

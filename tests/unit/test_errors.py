@@ -83,6 +83,8 @@ async def test_a_denial_that_is_raised_says_by_what_and_for_how_long() -> None:
     assert str(never).endswith("; it can never be allowed: raise the limit, or ask for less")
     away = errors.RateLimitExceeded(limiter._entry("key").decided("overload", False, 0, 250_000, 250_000))
     assert str(away).endswith("; the storage didn't answer in time: retry in 0.25 s")
+    no_slot = errors.RateLimitExceeded(limiter._entry("key").decided("outage", False, 0, 0, 0))
+    assert str(no_slot).endswith("; the storage didn't answer in time: retry later, or wait for a slot with a timeout")
 
 
 def test_errors_of_facts_word_themselves() -> None:

@@ -115,6 +115,7 @@ def test_rules_are_added_once_replaced_on_request_and_removed_by_name() -> None:
     [
         (lambda: create_limiter(max_kyes=5), "did you mean 'max_keys'"),
         (lambda: create_limiter(colour=5), "there are max_keys"),
+        (lambda: create_limiter(clock_us=int), r"write RateThrottleCore\(InMemoryStorage\(clock_us=...\)"),
         (lambda: create_limiter(deadline=5), 'belongs to storage="redis"'),
         (lambda: create_limiter("disk"), '"memory" or "redis"'),
         (lambda: create_limiter("redis"), "needs redis_url"),

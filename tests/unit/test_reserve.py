@@ -360,15 +360,17 @@ BAD_UNITS: list[tuple[Any, str]] = [
     ({"tokens": 2001}, "from 0 to 2,000"),
     ({"tokens": 1.5}, "float"),
     ({"tokens": True}, "True"),
-    ({"daily": 1}, "reserved are requests, tokens"),
+    ({"daily": 1}, "settle names 'daily', of which nothing is reserved; reserved are requests, tokens"),
+    ({"token": 1}, "settle names 'token', of which nothing is reserved; reserved are tokens, requests"),
     ({"tokens": 1, "unknown": 1}, "reserved are"),
 ]
 
 
+@pytest.mark.parametrize("on_error", ["keep", "refund"])
 @pytest.mark.parametrize(("units", "words"), BAD_UNITS)
-async def test_bad_units_are_refused_and_the_estimate_stays(world: World, units: Any, words: str) -> None:
+async def test_bad_units_are_refused_and_the_estimate_stays(world: World, units: Any, words: str, on_error: Any) -> None:
     with pytest.raises(InvalidRequest, match=words):
-        async with world.limiter.reserve("key", BOTH) as reservation:
+        async with world.limiter.reserve("key", BOTH, on_error=on_error) as reservation:
             reservation.settle(units)
     assert await world.left("tokens") == 600
 

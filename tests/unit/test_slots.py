@@ -172,7 +172,13 @@ def test_bad_calls_are_refused_at_once() -> None:
             core.slot(**{"key": "key", "rule": "exports", **given})
     with pytest.raises(CostExceedsLimit):
         core.slot("key", "exports", cost=4)
+    with pytest.raises(TypeError, match=r"write `async with limiter.slot\(...\):` in the function \(limiter.limit decorates"):
+        core.slot("key", "exports")(main_of_nothing)
     assert len(core._storage.slots) == 0
+
+
+async def main_of_nothing() -> None:
+    """What somebody decorates with a slot."""
 
 
 def test_checks_by_such_a_rule_say_what_to_call() -> None:
@@ -797,7 +803,7 @@ def test_what_cannot_be_taken_together_is_refused_at_once() -> None:
     calls: list[tuple[Any, int, str]] = [
         ((), 1, "a slot is of one ConcurrencyRule, and this names none; limiter.limit"),
         (("per_minute",), 1, "names none"),
-        (("exports", "imports"), 1, "a slot is of one ConcurrencyRule, and this names 2"),
+        (("exports", "imports"), 1, "a slot is of one ConcurrencyRule, and this names 2; nest a block for each of them"),
         (("exports", RULE), 1, "names 2"),
         (("exports", "other"), 1, "the limiter has no such rule"),
         (("exports", 7), 1, "one of several rules is a int"),
