@@ -240,8 +240,8 @@ class SlotLost(Event):
     def message(self) -> str:
         """What happened and what to look at, in one line."""
         return (
-            f"{self.slots} slots of rule {self.rule!r} are lost: they were not renewed in time, and others may hold them now; is the "
-            "event loop blocked, or Redis away?"
+            f"{self.slots} slots of rule {self.rule!r} are lost, and others may hold them now: their key was reset, or they were not "
+            "renewed in time; is the event loop blocked, Redis away, or a manual clock advanced at once?"
         )
 
 
