@@ -672,7 +672,7 @@ def test_a_reset_takes_slots_from_their_holders() -> None:
             assert not waits.done()
         await settled()
         assert [(event.kind, str(event).partition(":")[0]) for event in heard] == [
-            ("slot_lost", "1 slots of rule 'exports' are lost")
+            ("slot_lost", "1 slots of rule 'exports' are lost, and others may hold them now")
         ]
         waits.cancel()
         await asyncio.wait([waits])
