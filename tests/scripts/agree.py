@@ -2,7 +2,7 @@
 
 Worlds of a few keys share a clock that steps both ways and stops at the very instants that denials have promised. The script
 decides a world's checks of one instant in one call, mostly with equal ones as one item, and often joint checks with them. Some keys are
-charged then, or given back to. Ends at the first difference, with a vector for tests/vectors, and 1.
+charged then, or given back to, and some buckets are booked. Ends at the first difference, with a vector for tests/vectors, and 1.
 """
 
 from __future__ import annotations
@@ -23,10 +23,23 @@ import fakeredis
 import redis
 
 from ratethrottle import ConfigurationError, RateThrottleRule
+from ratethrottle._engine.bookings import read_booking
 from ratethrottle._engine.decision import read_correction
 from ratethrottle._engine.definitions import CompiledRule
 from ratethrottle.cli.processes import NoRedis, server_program
-from tests.kit.clocked import Call, ClockedScript, Correction, JointAnswer, JointCheck, Part, make_call, make_settlement, settled
+from tests.kit.clocked import (
+    Booking,
+    Call,
+    ClockedScript,
+    Correction,
+    JointAnswer,
+    JointCheck,
+    Part,
+    make_bookings,
+    make_call,
+    make_settlement,
+    settled,
+)
 from tests.kit.joint import check_jointly
 from tests.kit.oracle import Answer
 from tests.kit.servers import RedisServer
@@ -37,6 +50,8 @@ CHUNK_STEPS = 12_000
 KEYS, CHECKS, INSTANTS = 6, 10, 40
 JOINTS = 3  # at most, in every other call
 CORRECTED = 0.2  # of the keys, after every call
+BOOKED = 0.2  # likewise, and again
+AHEAD_MOST_US = 60_000_000
 CALENDARS_SHARE = 0.1  # of rules
 FAKE_STEPS = 1_500  # fakeredis runs Lua, but takes about fifty times as long
 EARLIEST_US, LATEST_US = START_US // 2, START_US * 2  # a state has 16 digits for an instant
@@ -58,6 +73,7 @@ class Key:
     oracle: Oracle = field(default_factory=Oracle)
     history: list[Step] = field(default_factory=list)
     corrected: bool = False  # what happened is not all in its history
+    booked: list[tuple[RateThrottleRule, int, int]] = field(default_factory=list)  # rule, units, when it would be empty after it
 
     def turn(self, rng: random.Random, turns: float) -> RateThrottleRule:
         """The rule of a check that comes now."""
@@ -222,6 +238,42 @@ class World:
                 self.promised.append(self.now_us + answer[2])
         return settlement, expected
 
+    def bookings(self) -> tuple[list[Booking], list[list[Answer]]]:
+        """Book for some keys, likewise, or give back what was booked. Each comes with what its equal ones hear."""
+        rng = self.rng
+        bookings: list[Booking] = []
+        expected: list[list[Answer]] = []
+        for key in [*self.keys, *self.keys]:
+            if rng.random() >= BOOKED:
+                continue
+            if key.booked and rng.random() < 0.4:
+                rule, units, empty_us = key.booked.pop(rng.choice((-1, -1, rng.randrange(len(key.booked)))))
+                key.oracle.unbook(rule.compiled, self.now_us, units, empty_us)
+                self.core.unbook(rule.compiled, self.now_us, units, empty_us, key=key.name)
+                bookings.append(Booking(rule.compiled, key.name, units, empty_us=empty_us))
+                expected.append([])
+            elif (rule := key.turn(rng, self.turns)).compiled.kind == "b":
+                units, ahead_us = min(self.cost(rule), rule.capacity), rng.choice((0, rng.randrange(10**6), AHEAD_MOST_US))
+                told = []
+                for _ in range(rng.randint(1, 3)):
+                    told.append(key.oracle.book(rule.compiled, self.now_us, units, ahead_us))
+                    core = self.core.book(rule.compiled, self.now_us, units, ahead_us, key=key.name)
+                    if core != told[-1]:
+                        one = Booking(rule.compiled, key.name, units, ahead_us)
+                        raise DifferenceError(booking_difference("core", self.now_us, one, told[-1], core))
+                    if told[-1][0]:
+                        key.booked.append((rule, units, self.now_us + told[-1][3]))
+                        self.promised.append(self.now_us + told[-1][2])
+                bookings.append(Booking(rule.compiled, key.name, units, ahead_us, len(told)))
+                expected.append(told)
+            key.corrected = True
+        return bookings, expected
+
+
+def booking_difference(who: str, now_us: int, booking: Booking, oracle: Answer, theirs: Answer) -> str:
+    """What there is to say of a booking: the seed repeats it."""
+    return f"the oracle says {oracle}, the {who} {theirs}, at {now_us} of {booking}"
+
 
 def correction_difference(who: str, now_us: int, correction: Correction, oracle: Answer, theirs: Answer) -> str:
     """What there is to say of a charge or a refund: the seed repeats it."""
@@ -269,6 +321,7 @@ class Scripts:
         self.script = ClockedScript(client)
         self.queued: list[tuple[Call, list[tuple[Key, int]], list[Answer], int, list[list[JointAnswer]]]] = []
         self.corrections: list[tuple[int, list[Correction], list[Answer]]] = []
+        self.bookings: list[tuple[int, list[Booking], list[list[Answer]]]] = []
         self.pipeline = client.pipeline(transaction=False)
 
     def queue(
@@ -289,16 +342,34 @@ class Scripts:
             self.script.send(self.pipeline, now_us, make_settlement(settlement, now_us))
         self.corrections.append((now_us, settlement, expected))
 
+    def queue_bookings(self, now_us: int, bookings: list[Booking], expected: list[list[Answer]]) -> None:
+        """Take up the bookings that come after that, if there are any."""
+        if bookings:
+            self.script.send(self.pipeline, now_us, make_bookings(bookings))
+        self.bookings.append((now_us, bookings, expected))
+
     def compare(self) -> None:
         """Send what is queued and hold the answers against the oracle's."""
         replies = iter(self.pipeline.execute())
-        for queued, corrections in zip(self.queued, self.corrections, strict=True):
+        for queued, corrections, bookings in zip(self.queued, self.corrections, self.bookings, strict=True):
             self.compare_checks(*queued, next(replies))
             if corrections[1]:
                 self.compare_corrections(*corrections, next(replies))
+            if bookings[1]:
+                self.compare_bookings(*bookings, next(replies))
         assert not list(replies)
         self.queued.clear()
         self.corrections.clear()
+        self.bookings.clear()
+
+    def compare_bookings(self, now_us: int, bookings: list[Booking], expected: list[list[Answer]], reply: list[Any]) -> None:
+        """Hold what the script answers to bookings against what the oracle says to each of the equal ones."""
+        for booking, oracles, told in zip(bookings, expected, settled(bookings, reply)[0], strict=True):
+            evenly = booking.rule.strategy == "leaky_bucket"
+            for place, ours in enumerate(oracles):
+                theirs = read_booking(booking.rule, told.numbers, booking.units, evenly, place)
+                if ours != theirs or told.took != sum(answer[0] for answer in oracles):
+                    raise DifferenceError(booking_difference(self.who, now_us, booking, ours, theirs))
 
     def compare_corrections(self, now_us: int, settlement: list[Correction], expected: list[Answer], reply: list[Any]) -> None:
         """Hold what the script answers to corrections against the oracle's answers."""
@@ -352,13 +423,15 @@ def run(seed: int, chunk: int, steps: int, url: str | None) -> tuple[int, int]:
             decided = list(world.joint_checks(consume))
             joints, jointly = [joint for joint, _ in decided], [told for _, told in decided]
             settlement, corrected = world.settlement()
-            done += CHECKS + sum(map(len, jointly)) + len(settlement)
+            bookings, booked = world.bookings()
+            done += CHECKS + sum(map(len, jointly)) + len(settlement) + sum(map(len, booked))
             allowed += sum(answer[0] for answer in expected) + sum(told[0] for each in jointly for told in each)
             told = [(rule.compiled, key.name, cost) for key, rule, cost in checks]
             call = make_call(told, "check" if consume else "peek", merge=merge, joints=joints, now_us=world.now_us)
             for subject in subjects:
                 subject.queue(world.now_us, call, marks, expected, jointly)
                 subject.queue_settlement(world.now_us, settlement, corrected)
+                subject.queue_bookings(world.now_us, bookings, booked)
         for subject in subjects:
             subject.compare()
             subject.client.delete(*(key.name for key in world.keys))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ratethrottle import RateThrottleRule
 from ratethrottle._engine.bookings import read_booking
 from ratethrottle.testing.manual import steered
-from tests.kit.clocked import EPOCH, EPOCH_KEY, Booking, ClockedScript, PartAnswer, load, make_bookings, settled
+from tests.kit.clocked import EPOCH, EPOCH_KEY, Booking, ClockedScript, ClockedServer, PartAnswer, load, make_bookings, settled
 from tests.kit.strategies import START_US, calendar_rules, make_rule, rules
 from tests.kit.subjects import Core, Lua, Oracle
 from tests.scripts.test_agreement import costs, moved, moves, shapes, units
@@ -168,6 +168,17 @@ def test_malformed_bookings_are_refused(redis_client: redis.Redis, number: int, 
     with pytest.raises(redis.ResponseError, match=words):
         clocked.send(redis_client, NOW_US, call)
     assert not redis_client.exists("a", "b")
+
+
+@pytest.mark.parametrize("rule", [TEN, EVENLY])
+def test_what_is_booked_survives_a_loss_of_data(redis_client: redis.Redis, rule: Any) -> None:
+    server = ClockedServer(redis_client, NOW_US - 1_000)
+    booked = 40 * rule.unit_ticks  # more than a debt may be
+    assert server.tell(NOW_US, rule, (booked, 0, 0)) == 1
+    assert server.check(NOW_US, rule) == [0, booked]
+    most = 2 * rule.capacity * rule.unit_ticks + MINUTE_US * rule.drain_ticks
+    assert server.tell(NOW_US, rule, (most + 1, 0, 0)) == 1
+    assert server.check(NOW_US, rule) == [0, most]
 
 
 def test_only_buckets_are_booked(redis_client: redis.Redis) -> None:
