@@ -84,7 +84,7 @@ class HeldSlots:
     """The slots of one storage, for any number of limiters, event loops and threads. What nobody holds or waits for isn't there."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._locks: dict[int, threading.Lock] = {}  # process -> its lock
         self._keys: dict[Key, KeySlots] = {}
         self._sweep_at = SWEEP_LEAST
         self._process = os.getpid()
@@ -96,10 +96,8 @@ class HeldSlots:
     def hold(self, holder: Holder, rule: ConcurrencyRule, ask: Ask) -> Held:
         """Answer an ask, and wake the holder that comes next. Holders are served in the order in which they began to wait."""
         name = (rule.name, holder.entry.canonical)
-        with self._lock:
-            if self._process != os.getpid():  # the other process holds them
-                self._process = os.getpid()
-                self._keys.clear()
+        with self._lock():
+            self._forget_parent()
             slots = self._keys.get(name)
             if slots is None:
                 self._sweep()
@@ -112,7 +110,8 @@ class HeldSlots:
     def forget(self, rule: ConcurrencyRule, entry: Entry) -> None:
         """Have nobody hold anything of a key. Each holder finds out when it asks, which it does at once."""
         name = (rule.name, entry.canonical)
-        with self._lock:
+        with self._lock():
+            self._forget_parent()
             slots = self._keys.get(name)
             if slots is None:
                 return
@@ -123,6 +122,17 @@ class HeldSlots:
             holders += filter(None, [self._settled(name)])
         for holder in holders:
             self._wake(name, holder)
+
+    def _lock(self) -> threading.Lock:
+        """Find this process's lock. That of the process which forked this one may have been held just then: nobody here releases it."""
+        process = os.getpid()
+        return self._locks.get(process) or self._locks.setdefault(process, threading.Lock())
+
+    def _forget_parent(self) -> None:
+        """Forget what the process holds that forked this one."""
+        if self._process != os.getpid():
+            self._process = os.getpid()
+            self._keys.clear()
 
     def _sweep(self) -> None:
         """Forget what event loops left that are closed, each time that there are twice as many keys."""
@@ -139,7 +149,7 @@ class HeldSlots:
             try:
                 holder.wake()
             except RuntimeError:
-                with self._lock:
+                with self._lock():
                     slots = self._keys.get(name)
                     if slots is None:
                         return

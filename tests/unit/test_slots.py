@@ -7,6 +7,7 @@ import contextlib
 import os
 import pickle
 import random
+import signal
 import threading
 from collections.abc import Coroutine
 from typing import Any
@@ -909,6 +910,41 @@ def test_a_forked_process_has_slots_of_its_own() -> None:
             assert slot.decision.remaining == 1
 
     assert asyncio.run(main()) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_process_may_be_forked_while_another_thread_takes_a_slot() -> None:
+    inside, goes_on = threading.Event(), threading.Event()
+
+    class Slow(Caller):
+        """Stands still where the store looks at it."""
+
+        @property
+        def gone(self) -> bool:  # type: ignore[override]
+            inside.set()
+            goes_on.wait(60)
+            return False
+
+    store, woken, (first, other) = callers("first", "other")
+    first.ask(0, 3, 1)
+    thread = threading.Thread(target=Slow(store, woken, "slow").ask, args=(0, 1, 1))
+    thread.start()
+    assert inside.wait(60)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)  # ends it, with no status of 0
+        status = 1
+        try:
+            store.forget(RULE, first.entry)  # the other process's holder hears nothing
+            if other.ask(0, 2, 1) == Held(1, 1) and not woken:
+                status = 0
+        finally:
+            os._exit(status)
+    goes_on.set()
+    thread.join(60)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert first.ask(3, 1, 1) == Held(0, 0)
 
 
 def test_it_works_under_trio() -> None:
