@@ -136,6 +136,40 @@ async def test_a_process_that_closes_gives_back_what_it_holds_at_once(redis_url:
         assert await free(other, cost=2)
 
 
+async def test_what_a_storage_gives_back_as_it_closes_is_lost_to_all_its_limiters(redis_url: str) -> None:
+    storage = RedisStorage.from_url(redis_url)
+    async with processes(redis_url, 1) as (other,):
+        closing, staying = [RateThrottleCore(storage, rules=[RULE]) for _ in range(2)]
+        async with staying.slot("k", cost=2) as slot:
+            await closing.aclose()
+            assert slot.lost.is_set()
+            assert await free(other, cost=2)
+
+
+async def test_a_storage_that_closes_gives_back_what_its_other_event_loops_hold(redis_url: str) -> None:
+    rule = ConcurrencyRule("db", 2, 30)
+    async with limiter_of(redis_url, rule) as other:
+        closing = limiter_of(redis_url, rule)
+        held, lost = threading.Event(), threading.Event()
+
+        async def hold() -> None:
+            async with closing.slot("k") as slot:
+                held.set()
+                await asyncio.wait_for(slot.lost.wait(), WITHIN_S)
+                lost.set()
+
+        thread = threading.Thread(target=lambda: asyncio.run(hold()))
+        thread.start()
+        await asyncio.to_thread(held.wait)
+        async with closing.slot("k") as slot:
+            assert not await free(other)
+            await closing.aclose()
+            assert slot.lost.is_set()
+        assert await free(other, cost=2)
+        await asyncio.to_thread(thread.join)
+        assert lost.is_set()
+
+
 async def test_what_a_dead_process_held_is_free_after_its_ttl(redis_url: str) -> None:
     async with processes(redis_url, 1) as (other,):
         dying = limiter_of(redis_url)

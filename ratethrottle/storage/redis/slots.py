@@ -8,6 +8,7 @@ import os
 from asyncio import AbstractEventLoop, Future
 from collections import deque
 from collections.abc import Iterable, Sequence
+from concurrent import futures
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -467,21 +468,46 @@ class Slots:
         """Give everything back, for good. Returns what tells when Redis has heard it; None if it can't, or needn't."""
         if self._closed:
             return None
-        known = [identity for identity in self._book.identities if identity.joined or identity.previous][:HOLDERS_MAX]
-        for record in self._book.all():
-            self._fail(record, StorageUnavailable("the storage was closed"))
         self._closed = True
+        known = [identity for identity in self._book.identities if identity.joined or identity.previous]
+        for record in self._book.all():
+            held = record.held
+            self._fail(record, StorageUnavailable("the storage was closed"))
+            if held:
+                self._announce([record])
         if self._timer is not None:
             self._timer.cancel()
         self._link.batch.listen(None)
         if not (known and self._link.batch.knows_epoch):
             return None
         left: Future[None] = self._loop.create_future()
-        words = [word for identity in known for word in identity.words(told=True)]
-        self._link.batch.send(
-            ControlCall("slots", [self._names.holders_key], [b"leave", b"%d" % len(known), *words], lambda _: _done(left))
-        )
+        calls = -(-len(known) // HOLDERS_MAX)
+
+        def heard(_: Sequence[int]) -> None:
+            nonlocal calls
+            calls -= 1
+            if not calls:
+                _done(left)
+
+        for first in range(0, len(known), HOLDERS_MAX):
+            some = known[first : first + HOLDERS_MAX]
+            words = [b"leave", b"%d" % len(some), *(word for identity in some for word in identity.words(told=True))]
+            self._link.batch.send(ControlCall("slots", [self._names.holders_key], words, heard))
         return left
+
+    def leave_there(self) -> futures.Future[None]:
+        """Have its own loop leave, from another thread. Raises RuntimeError if that loop is closed."""
+        over: futures.Future[None] = futures.Future()
+
+        def leave() -> None:
+            left = self.leave()
+            if left is None:
+                _done(over)
+            else:
+                left.add_done_callback(lambda _: _done(over))
+
+        self._loop.call_soon_threadsafe(leave, context=self._context)
+        return over
 
     def drop(self) -> None:
         """Hold nothing any more, as the loop or the process is another one."""
@@ -512,6 +538,6 @@ def _first(records: Iterable[Record], count: int) -> Iterable[Record]:
         yield record
 
 
-def _done(future: Future[None]) -> None:
+def _done(future: Future[None] | futures.Future[None]) -> None:
     if not future.done():
         future.set_result(None)

@@ -395,7 +395,8 @@ class RedisStorage(SharedStorage):
     async def aclose(self) -> None:
         """Close our connections for good, those of other loops too. The client that was passed in stays as it is.
 
-        What is being settled in this loop is waited for, the deadline at most.
+        Slots that are held are given back, and their holders hear that they are lost. What is being settled in this loop is waited
+        for, the deadline at most.
         """
         self._closed = True
         loop = asyncio.get_running_loop()
@@ -403,12 +404,29 @@ class RedisStorage(SharedStorage):
         try:
             if settling:
                 await asyncio.wait(settling, timeout=self._deadline_s)
-            slots = self._slots.pop(loop, None)
-            left = slots.leave() if slots is not None and slots.process == os.getpid() else None
-            if left is not None:
-                await asyncio.wait([left], timeout=self._deadline_s)
+            left = self._leave_slots(loop)
+            if left:
+                await asyncio.wait(left, timeout=self._deadline_s)
         finally:
             await self._end()
+
+    def _leave_slots(self, here: asyncio.AbstractEventLoop) -> list[asyncio.Future[None]]:
+        """Have all loops give back the slots that they hold. Returns what to wait for."""
+        left: list[asyncio.Future[None] | None] = []
+        for loop in list(self._slots):
+            slots = self._slots.pop(loop)
+            if slots.process != os.getpid():
+                continue
+            if loop is here:
+                left.append(slots.leave())
+                continue
+            try:
+                over = slots.leave_there()
+            except RuntimeError:  # it is closed
+                slots.drop()
+            else:
+                left.append(asyncio.wrap_future(over) if loop.is_running() else None)
+        return [each for each in left if each is not None]
 
     async def _end(self) -> None:
         self.repair.users.discard(self)
