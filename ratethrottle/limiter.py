@@ -197,19 +197,22 @@ class RateThrottleCore(Patchable, Limiter):
         decision: Decision = await self._storage.peek(entry if entry.cost else entry.costing(1))
         return decision if entry.cost else entry.asked(decision)
 
-    async def reset(self, key: Key, rule: Rules | ConcurrencyRule | None = None) -> None:
+    async def reset(self, key: Key, rule: Rules | SlotRules | None = None) -> None:
         """Forget what the key has used under the rule, or under each of several, one after the other. Raises what `check` raises.
 
-        Of a ConcurrencyRule it takes all slots of the key from their holders: `slot.lost` is set for them.
+        Of a ConcurrencyRule it takes all slots of the key from their holders: `slot.lost` is set for them. Such rules may stand among
+        several. rule: None is the only one that counts, or the only ConcurrencyRule if there are no others.
         """
         if self._closed:
             raise LimiterClosed
-        if isinstance(rule, ConcurrencyRule) or (isinstance(rule, str) and rule in self._slots.rules):
-            await self._slots.reset(self, key, rule)
-            return
-        for entry in self._by_several.entries(key, rule):
+        slots, others = self._slots.resets(self, key, rule)
+        entries = self._by_several.entries(key, others) if others or not slots else ()
+        for slot_rule, entry in slots:
+            await self._slots.reset(self, slot_rule, entry)
+        for entry in entries:
             await self._storage.reset(entry)
-        self._lines.came_back(key)
+        if entries:
+            self._lines.came_back(key)
 
     @overload
     async def charge(self, key: Key, rule: Rules | None = None, *, cost: int = 1) -> Decision: ...
@@ -308,7 +311,8 @@ class RateThrottleCore(Patchable, Limiter):
         several loops, and processes. A caller that is cancelled, or out of time, leaves the line, and holds nothing.
 
         With other rules beside it, as a tuple or list, or a mapping of each to its own cost, the slot is taken first. Then the others
-        are checked, or waited for within the timeout. If they deny, the slot is given back, and nothing of them is consumed.
+        are checked, or waited for within the timeout. If they deny, the slot is given back, and nothing of them is consumed. If it is
+        lost meanwhile, another one is taken within the timeout; what the others have granted stays consumed if there is none.
 
         `slot.decision` says how many units were left. `await slot.release()` gives the slot back before the block ends. `slot.lost` is
         an asyncio.Event: it is set when the slot isn't held any more although its block runs, since this process was too slow to

@@ -50,6 +50,14 @@ class Claim:
         self.outcome: Decision | BaseException | None = None
         self.lost = asyncio.Event()
 
+    def left_s(self, now: float) -> float:
+        """Seconds that are left of its timeout; 0 asks once."""
+        return max(self.deadline - now, 0.0) if self.timeout_s else 0.0
+
+    def again(self, now: float) -> Claim:
+        """Make one for the time that is left, in the place of one whose slot was lost."""
+        return Claim(self.entry, self.rule, self.left_s(now), named=self.named)
+
     def go_by(self, rule: ConcurrencyRule) -> None:
         """Go on by another rule of its name. Raises CostExceedsLimit."""
         self.entry = held_entry(rule.compiled, self.entry.key, self.cost)

@@ -133,17 +133,29 @@ class Slots:
         loops = [lines for lines in list(limiter._lines._loops.values()) if lines.process == os.getpid()]
         return [line for lines in loops for line in list(lines.lines.values()) if isinstance(line, SlotLine)]
 
-    async def reset(self, limiter: Limiter, key: Key, rule: str | ConcurrencyRule) -> None:
+    def resets(self, limiter: Limiter, key: Key, rule: Any) -> tuple[list[tuple[ConcurrencyRule, Entry]], Any]:
+        """Find what a reset means: the rules of slots with their validated entries, and the other rules. Raises InvalidRequest."""
+        several = isinstance(rule, (tuple, list, Mapping))
+        if rule is None:
+            held = [None] if self.rules and len(self.rules) == len(limiter.rules) else []
+        else:
+            held = [each for each in (rule if several else [rule]) if self._holds(each)]
+        others = [each for each in rule if not self._holds(each)] if held and several else () if held else rule
+        found = [self._found(limiter, each) for each in held]
+        return [(each, held_entry(each.compiled, key, 1)) for each in found], others
+
+    async def reset(self, limiter: Limiter, rule: ConcurrencyRule, entry: Entry) -> None:
         """Take all slots of a key from their holders."""
-        found = self._found(limiter, rule)
-        entry = held_entry(found.compiled, key, 1)
-        await _holding(limiter._storage).forget_slots(found, entry)
+        await _holding(limiter._storage).forget_slots(rule, entry)
+
+    def _holds(self, rule: Any) -> bool:
+        return isinstance(rule, ConcurrencyRule) or (isinstance(rule, str) and rule in self.rules)
 
     def _parts(self, rule: Any, cost: int) -> tuple[Any, int, Rates | None]:
         """Find what the slot is of, and its cost, among several limits."""
         if not isinstance(rule, (tuple, list, Mapping)):
             return rule, cost, None
-        held = [each for each in rule if isinstance(each, ConcurrencyRule) or (isinstance(each, str) and each in self.rules)]
+        held = [each for each in rule if self._holds(each)]
         if len(held) != 1:
             raise InvalidRequest(
                 f"a slot is of one ConcurrencyRule, and this names {len(held) or 'none'}; "
@@ -234,8 +246,14 @@ class Slot:
             raise InvalidRequest("a slot is entered once; call limiter.slot(...) for each block")
         self._stage = ENTERING
         line = await self._of.take(self._limiter, self._claim)
+        rates = None if self._rates is None else await self._acquire(line, *self._rates)
+        # It may be lost before its block begins, as other limits were waited for, or this task for its turn. Another one is taken then,
+        # within what is left of the timeout. What the other limits have granted is for that one. It stays consumed if none is free.
+        while self._claim.lost.is_set():
+            self._claim = self._claim.again(line.of.loop.now())
+            line = await self._of.take(self._limiter, self._claim)
         slot = cast(SlotDecision, self._claim.outcome)
-        self._decision = slot if self._rates is None else held_with(slot, await self._acquire(line, *self._rates))
+        self._decision = slot if rates is None else held_with(slot, rates)
         self._line = line
         self._stage = WITHIN
         return self
@@ -255,7 +273,7 @@ class Slot:
     async def _acquire(self, line: SlotLine, rules: Any, cost: int) -> Decision:
         """Check the other limits, within what is left of the timeout. The slot is given back if they deny."""
         claim = self._claim
-        left_s = max(claim.deadline - line.of.loop.now(), 0.0) if claim.timeout_s else 0.0
+        left_s = claim.left_s(line.of.loop.now())
         try:
             return await self._limiter._lines.acquire(
                 cast(Any, self._limiter), claim.entry.key, rules, cost, None if left_s == inf else left_s

@@ -682,6 +682,40 @@ def test_a_reset_takes_slots_from_their_holders() -> None:
     run(main)
 
 
+def test_a_reset_names_rules_as_slots_do() -> None:
+    async def main() -> None:
+        core = limiter(ONE)
+        async with core.slot("key") as slot:
+            await core.reset("key")  # the only rule
+            await settled()
+            assert slot.lost.is_set()
+        core.add_rule(PER_MINUTE)
+        for named in (("exports", "per_minute"), ["per_minute", ONE], ("exports",), (ONE,)):
+            used = (await core.check("key")).remaining
+            async with core.slot("key") as slot:
+                await core.reset("key", named)
+                await settled()
+                assert slot.lost.is_set()
+            assert (await core.peek("key")).remaining == (5 if len(named) == 2 else used)
+        await core.reset("key")  # the only one that checks are by
+        assert (await core.peek("key")).remaining == 5
+        async with core.slot("key") as slot:
+            for wrong in (("exports", "other"), ("exports", 7), ("other",), (), "other", 7):
+                with pytest.raises(InvalidRequest):
+                    await core.reset("key", wrong)  # type: ignore[arg-type]
+            with pytest.raises(InvalidRequest, match="the key is empty"):
+                await core.reset("", ("exports", "per_minute"))
+            await settled()
+            assert not slot.lost.is_set()
+        core.remove_rule("per_minute")
+        core.add_rule(ConcurrencyRule("imports", 1))
+        with pytest.raises(InvalidRequest, match="several concurrency rules; name one"):
+            await core.reset("key")
+        assert left_behind(core) == NOTHING
+
+    run(main)
+
+
 def test_the_end_of_a_limiter_ends_waits_and_gives_slots_back() -> None:
     async def main() -> None:
         storage = InMemoryStorage(clock_us=timeless().time_us)
@@ -794,6 +828,59 @@ def test_the_timeout_is_for_the_slot_and_the_other_limits_together() -> None:
         await asyncio.wait([late, holder])
         assert timeless().time() - began_s == pytest.approx(6)
         assert (await core.peek("key")).remaining == 0  # it was consumed, and kept
+        assert left_behind(core) == NOTHING
+
+    run(main)
+
+
+def test_a_slot_that_is_lost_while_other_limits_are_waited_for_is_taken_again() -> None:
+    async def main() -> None:
+        core = limiter(ONE, RateThrottleRule("api", 1, 10, strategy="token_bucket"))
+        assert await core.check("key", "api")
+        waits = start(core.slot("key", ("exports", "api"), timeout=11).__aenter__())
+        await settled()
+        await core.reset("key", "exports")
+        await asyncio.sleep(10)
+        slot = waits.result()
+        assert not slot.lost.is_set()
+        assert [(part.rule, part.remaining) for part in slot.decision.parts] == [("exports", 0), ("api", 0)]
+        late = start(core.slot("key", ("exports", "api"), timeout=11).__aenter__())
+        await settled()
+        with pytest.raises(RateLimitExceeded):
+            await core.slot("key", "exports").__aenter__()
+        await slot.release()
+        await settled()  # it holds the slot now, and waits for the rest
+        await core.reset("key", "exports")
+        until = asyncio.Event()
+        other = start(hold(core.slot("key"), until))  # and others take it meanwhile
+        await asyncio.sleep(10.9)
+        assert not late.done()
+        await asyncio.sleep(0.2)
+        error = late.exception()
+        assert isinstance(error, RateLimitExceeded)
+        assert error.decision.rule == "exports"
+        assert (await core.peek("key", "api")).remaining == 0  # what it has waited for stays consumed
+        until.set()
+        await other
+        assert left_behind(core) == NOTHING
+
+    run(main)
+
+
+def test_a_slot_that_is_lost_before_its_task_goes_on_is_taken_again() -> None:
+    async def main() -> None:
+        core = limiter(ONE)
+        async with core.slot("key") as first:
+            waits = start(core.slot("key", timeout=None).__aenter__())
+            await settled()
+            [line] = core._slots._lines(core)
+            await first.release()
+            line.lost()
+        await settled()
+        slot = waits.result()
+        assert not slot.lost.is_set()
+        assert core.statistics().slots == 1
+        await slot.release()
         assert left_behind(core) == NOTHING
 
     run(main)
