@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, settings
 
 from ratethrottle.storage._shared.repair import Repair
 from ratethrottle.storage.redis import storage
+from ratethrottle.storage.redis.holders import Here
 from ratethrottle.storage.redis.sharing import SHARING
 from tests.kit.servers import RedisServer
 from tests.kit.strategies import STRATEGIES
@@ -90,6 +91,9 @@ class Apart:
         made = make()
         made.users.add(user)
         return made
+
+    def held(self, _repair: Repair) -> Here:
+        return Here()
 
 
 @pytest.fixture

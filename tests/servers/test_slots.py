@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
+import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Literal
@@ -24,6 +27,9 @@ from ratethrottle import (
     StorageUnavailable,
 )
 from ratethrottle.events import SlotLost
+from ratethrottle.storage.redis import storage as storage_module
+from ratethrottle.storage.redis.holders import Here
+from ratethrottle.storage.redis.sharing import Sharing
 from tests.kit.recovery import until
 from tests.kit.relay import Relay
 from tests.kit.servers import RedisServer
@@ -410,6 +416,58 @@ def test_what_a_loop_held_that_is_gone_is_no_part_of_the_share() -> None:
 
         asyncio.run(hold())
         asyncio.run(hold_alone())
+
+
+async def test_storages_of_a_process_grant_one_share_while_redis_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_module, "SHARING", Sharing())
+    wide = ConcurrencyRule("wide", 4, 30)
+    with RedisServer() as server:
+        async with AsyncExitStack() as stack:
+            limiters = [await stack.enter_async_context(limiter_of(server.url, wide, expected_processes=1)) for _ in range(2)]
+            for limiter in limiters:
+                assert await until(lambda limiter=limiter: free(limiter), WITHIN_S) < WITHIN_S
+            server.stop()
+            for limiter in limiters:
+                await until(lambda limiter=limiter: asyncio.sleep(0, limiter.statistics().breaker != "closed"))
+            assert [await holds(stack, limiter) for limiter in limiters] == [4, 0]
+
+
+def test_event_loops_that_ask_at_once_keep_to_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them stands still between its look at what is held and its own slot."""
+    here, meet = Here(), threading.Barrier(2)
+    counted: list[int] = []
+
+    class Slow(Counter[bytes]):
+        def __getitem__(self, key: bytes) -> int:
+            units = super().__getitem__(key)
+            with contextlib.suppress(threading.BrokenBarrierError):
+                meet.wait(0.2)
+            return units
+
+    monkeypatch.setattr(here, "_units", Slow())
+    threads = [threading.Thread(target=lambda: counted.append(here.take(b"k", 3, 1, 2)[0])) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(counted) == [1, 2]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system can't fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_process_holds_nothing_and_waits_for_no_thread_of_its_parent() -> None:
+    shared = Sharing()
+    limiter = limiter_of("redis://localhost:1")
+    repair = limiter._storage.repair  # type: ignore[union-attr]  # it is a RedisStorage
+    here = shared.held(repair)
+    here.add(b"k", 2)
+    with here._lock:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(10)  # ends it, with no status of 0
+            os._exit(0 if here.take(b"k", 3, 1, 5) == (3, 0) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert here.take(b"k", 3, 1, 5) == (1, 0)
 
 
 async def test_two_limiters_of_a_storage_hold_a_key_each_for_itself(redis_url: str) -> None:

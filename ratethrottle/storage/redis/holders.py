@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from asyncio import Future
 from collections import Counter
@@ -19,9 +20,14 @@ RENEWALS: Final = 3  # in a ttl
 
 
 class Here:
-    """How many units of each key this process holds, in all of its event loops."""
+    """How many units of each key this process holds, in all of its event loops and in all storages of these keys."""
 
     def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Hold nothing, in a process that has just been forked: another thread may have had the lock then."""
+        self.process = os.getpid()
         self._units: Counter[bytes] = Counter()
         self._lock = threading.Lock()
 
@@ -32,9 +38,14 @@ class Here:
             if not self._units[key]:
                 del self._units[key]
 
-    def units(self, key: bytes) -> int:
-        """Return how many it is."""
-        return self._units[key]
+    def take(self, key: bytes, share: int, cost: int, wanted: int) -> tuple[int, int]:
+        """Count so many times `cost` as a share has room for, `wanted` at most. Returns how many, and the units that are left."""
+        with self._lock:
+            room = max(0, share - self._units[key])
+            granted = min(wanted, room // cost)
+            if granted:
+                self._units[key] += granted * cost
+        return granted, room - granted * cost
 
 
 class Identity:
@@ -141,8 +152,15 @@ class Record:
 
     def hold(self, units: int) -> None:
         """Note how many units the line has."""
-        self._here.add(self.key, units - self.held)
-        self.held = units
+        if units != self.held:
+            self._here.add(self.key, units - self.held)
+            self.held = units
+
+    def take(self, share: int, cost: int, wanted: int) -> tuple[int, int]:
+        """Have as many slots more as this process's share allows. Returns how many, and the units that are left."""
+        granted, left = self._here.take(self.key, share, cost, wanted)
+        self.held += granted * cost
+        return granted, left
 
     def confirm(self, units: int, now_us: int) -> None:
         """Note that Redis has taken down so many units."""
@@ -209,7 +227,3 @@ class Book:
     def untold(self) -> dict[Record, None]:
         """Find what is held and Redis hasn't heard of under the names of now."""
         return {record: None for identity in self.identities for record in identity.untold}
-
-    def units_here(self, key: bytes) -> int:
-        """Return how many units of a key this process holds, in all of its loops."""
-        return self._here.units(key)

@@ -156,9 +156,7 @@ class Slots:
             return 0, 0
         shares = self._repair.shares
         share = limit // shares.n + (shares.rank < limit % shares.n) if shares.n else 0
-        room = max(0, share - self._book.units_here(record.key))
-        granted = min(ask.wanted, room // ask.cost)
-        return granted, room - granted * ask.cost
+        return record.take(share, ask.cost, ask.wanted)
 
     # What Redis is asked:
 
@@ -512,8 +510,9 @@ class Slots:
     def drop(self) -> None:
         """Hold nothing any more, as the loop or the process is another one."""
         self._closed = True
-        for record in self._book.all():
-            record.hold(0)
+        if self.process == os.getpid():  # in a forked one nothing is counted as held
+            for record in self._book.all():
+                record.hold(0)
 
     def forget(self, entry: Entry) -> Future[bool] | None:
         """Have Redis forget who holds a key. Tells whether it did; None if it can't be asked now."""

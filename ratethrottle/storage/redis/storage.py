@@ -34,7 +34,6 @@ from ratethrottle.storage.redis.backoff import Backoff
 from ratethrottle.storage.redis.clearing import Clearing
 from ratethrottle.storage.redis.connection import Connection
 from ratethrottle.storage.redis.failures import failure
-from ratethrottle.storage.redis.holders import Here
 from ratethrottle.storage.redis.notices import EventSource
 from ratethrottle.storage.redis.scripts import check_installed
 from ratethrottle.storage.redis.settings import Settings, close
@@ -148,7 +147,7 @@ class RedisStorage(SharedStorage):
         self._max_waiting = max_waiting
         self._settling: set[asyncio.Future[None]] = set()
         self._policy = on_outage
-        self._held_here = Here()
+        self._held_here = SHARING.held(shared)
         self._slots: dict[asyncio.AbstractEventLoop, Slots] = {}
         self.events = Events()
         self.context.noticed = self._notices = EventSource(self.events, on_outage)
