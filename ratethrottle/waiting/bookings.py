@@ -37,7 +37,7 @@ class Turn(NamedTuple):
 
     at: float
     number: int  # of equal ones the first that was heard comes first
-    decision: Decision
+    decision: Any
 
 
 def place_of(ticket: Ticket, tickets: list[Ticket]) -> int:
@@ -198,8 +198,11 @@ class BookedLine:
 
     def ask(self, asked: Asked, ticket: Ticket) -> None:
         """Ask for a ticket, unless it takes a turn that somebody else didn't need."""
+        now = self.of.loop.now()
+        while len(asked.tickets) == 1 and asked.turns and asked.turns[0].at < now - SOON_S:
+            asked.turns.pop(0)  # nobody needed it at that time, and nobody may use it later
         if len(asked.turns) >= len(asked.tickets):
-            self.serve(self.of.loop.now())
+            self.serve(now)
             self.refuse_late(asked, ticket)
             return
         try:
@@ -298,24 +301,34 @@ class BookedLine:
                 self.give(ticket, refusal(self.limiter, self.key, ticket, Heard(turn.decision, now, turn.at), now))
 
     def trim(self) -> None:
-        """Give back the turns that nobody needs, the last ones first, once no answer is on its way that may be behind them."""
+        """Give back the turns that nobody needs, the last ones first, once no answer is on its way that may be behind them.
+
+        What stands before others of this line can't be given back. It stays for those who ask for the same before that turn.
+        """
         for asked in self.asked.values():
-            for pending in [each for each, ticket in asked.asking.items() if place_of(ticket, asked.tickets) < 0]:
+            orphans = asked.asking if len(asked.turns) + len(asked.asking) > len(asked.tickets) else {}
+            for pending in [each for each, ticket in orphans.items() if place_of(ticket, asked.tickets) < 0]:
                 if isinstance(pending, PendingDecision) and is_queued(pending):
                     del asked.asking[pending]  # what isn't sent yet consumes nothing if it is closed
                     pending.close()
         if self.is_asking():
             return
+        for ask, asked in list(self.asked.items()):
+            while len(asked.turns) > len(asked.tickets) and (
+                follower := next((each for each in self.tail if each.ask == ask), None)
+            ):
+                self.tail.remove(follower)
+                self.ask(self.stand(follower), follower)
+        now = self.of.loop.now()
+        needed = [each.turns[: len(each.tickets)][-1] for each in self.asked.values() if each.turns and each.tickets]
+        last = max(needed, default=Turn(now, 0, None))
         spare: list[Turn] = []
         for ask, asked in list(self.asked.items()):
-            while len(asked.turns) > len(asked.tickets):
-                follower = next((ticket for ticket in self.tail if ticket.ask == ask), None)
-                if follower is None:
-                    spare.append(asked.turns.pop())
-                else:
-                    self.tail.remove(follower)
-                    self.ask(self.stand(follower), follower)
-            if not asked.tickets:
+            while len(asked.turns) > len(asked.tickets) and (
+                asked.turns[-1] > last or (not asked.tickets and asked.turns[-1].at <= now)
+            ):
+                spare.append(asked.turns.pop())
+            if not asked.tickets and not asked.turns:
                 del self.asked[ask]
         for turn in sorted(spare, reverse=True):
             give_back(self.limiter, turn.decision)

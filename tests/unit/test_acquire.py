@@ -703,8 +703,30 @@ def test_what_others_have_booked_behind_stays_used() -> None:
         assert (await core.peek("key")).retry_after == pytest.approx(4, abs=NEAR_S)
         began_s = timeless().time()
         assert (await core.acquire("key", cost=2)).cost == 2  # it takes the turn that nobody needed
-        assert timeless().time() - began_s == pytest.approx(5, abs=NEAR_S)
-        assert second.done()
+        assert timeless().time() - began_s == pytest.approx(2, abs=NEAR_S)
+        assert not second.done()
+        await second
+        assert timeless().time() - began_s == pytest.approx(3, abs=NEAR_S)
+        assert left_behind(core) == [0, 0, 0]
+
+    run(main)
+
+
+def test_a_turn_that_has_passed_is_not_used_later() -> None:
+    async def main() -> None:
+        core = await exhausted(BUCKET)
+        first, second = start(core.acquire("key", cost=2)), start(core.acquire("key", cost=3))
+        await settled()
+        first.cancel()
+        await asyncio.sleep(3)
+        began_s = timeless().time()
+        tasks = [start(core.acquire("key", cost=2)) for _ in range(2)]
+        await second
+        assert timeless().time() - began_s == pytest.approx(2, abs=NEAR_S)
+        for i in range(2):
+            await tasks[i]
+            assert timeless().time() - began_s == pytest.approx(4 + 2 * i, abs=NEAR_S)
+        assert left_behind(core) == [0, 0, 0]
 
     run(main)
 
