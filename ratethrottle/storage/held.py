@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from time import monotonic
 
 from ratethrottle._engine.decision import Entry
 from ratethrottle._holding import Ask, Held, Holder
@@ -11,18 +12,21 @@ from ratethrottle.rule import ConcurrencyRule
 
 Key = tuple[str, bytes]  # name of the rule, canonical key
 SWEEP_LEAST = 1_024
+PATIENCE_S = 1.0  # for so long a place in line is kept for an event loop that doesn't react
 
 
 class KeySlots:
     """The slots of one key."""
 
-    __slots__ = ("forgotten", "total", "units", "waiting")
+    __slots__ = ("forgotten", "total", "turn", "turn_s", "units", "waiting")
 
     def __init__(self) -> None:
         self.units: dict[Holder, int] = {}
         self.total = 0
         self.waiting: dict[Holder, tuple[int, int]] = {}  # cost and limit, in the order in which they have come
         self.forgotten: set[Holder] = set()  # they don't know yet that they hold nothing any more
+        self.turn: Holder | None = None  # the first that waits, if there is room for it
+        self.turn_s = 0.0  # since when
 
     def __bool__(self) -> bool:
         return bool(self.units or self.waiting or self.forgotten)
@@ -40,10 +44,13 @@ class KeySlots:
         self.forgotten.discard(holder)
 
     def sweep(self) -> None:
-        """Forget the holders whose event loop is closed."""
+        """Forget the holders whose event loop is closed, and the place of one whose loop doesn't run: it may have been left for good."""
         for holder in [*self.units, *self.waiting, *self.forgotten]:
             if holder.gone:
                 self.remove(holder)
+        if self.turn is not None and monotonic() >= self.turn_s + PATIENCE_S:
+            self.waiting.pop(self.turn, None)
+            self.turn = None
 
     def first(self) -> Holder | None:
         """Find the one that has waited for longest."""
@@ -57,6 +64,8 @@ class KeySlots:
         granted = 0
         if ask.wanted:
             self.waiting[holder] = (ask.cost, limit)  # it keeps its place, if it has one
+            if self.turn is holder:
+                self.turn = None
             if self.forgotten or self.first() is not holder or self.total + ask.cost > limit:
                 self.sweep()
             if self.first() is holder:
@@ -69,14 +78,20 @@ class KeySlots:
             self.waiting.pop(holder, None)
         if granted < ask.wanted and ask.waits:
             self.waiting[holder] = (ask.cost, limit)  # behind all others, if it was granted something
-        return Held(granted, max(0, limit - self.total), lost=lost)
+        # The first is woken. Those behind it look whether it still comes.
+        behind = holder in self.waiting and self.first() is not holder
+        return Held(granted, max(0, limit - self.total), PATIENCE_S if behind else 0.0, lost=lost)
 
     def next_served(self) -> Holder | None:
         """Find the first that waits, if there is room for it."""
         first = self.first()
         if first is not None:
             cost, limit = self.waiting[first]
-            return first if self.total + cost <= limit else None
+            if self.total + cost <= limit:
+                if self.turn is not first:
+                    self.turn, self.turn_s = first, monotonic()
+                return first
+        self.turn = None
         return None
 
 

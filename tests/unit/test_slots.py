@@ -35,7 +35,8 @@ from ratethrottle import (
 from ratethrottle._engine.decision import Entry
 from ratethrottle._engine.held import held_entry
 from ratethrottle._holding import Ask, Held, Holder
-from ratethrottle.storage.held import HeldSlots
+from ratethrottle.storage import held
+from ratethrottle.storage.held import PATIENCE_S, HeldSlots
 from ratethrottle.testing import ManualClock
 from ratethrottle.waiting import slots
 from ratethrottle.waiting.holders import RETRY_LEAST_S, Claim, SlotLine
@@ -971,6 +972,36 @@ def test_slots_of_a_loop_that_was_closed_are_free() -> None:
         waits.close()
 
 
+def test_a_loop_that_does_not_run_keeps_nobody_waiting_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(held, "PATIENCE_S", 0.05)
+    core = RateThrottleCore(rules=[ONE])
+    loop = asyncio.new_event_loop()
+    served: list[str] = []
+
+    async def take(name: str) -> None:
+        async with core.slot("key", timeout=60):
+            served.append(name)
+
+    async def main() -> None:
+        async with core.slot("key"):
+            await asyncio.to_thread(loop.run_until_complete, begin())
+            behind = start(take("second"))
+            await settled()
+        await behind  # the first one's loop stands still, and isn't closed
+
+    async def begin() -> None:
+        tasks.append(start(take("first")))
+        await settled()
+
+    tasks: list[asyncio.Task[Any]] = []
+    asyncio.run(main())
+    assert served == ["second"]
+    loop.run_until_complete(tasks[0])
+    loop.close()
+    assert served == ["second", "first"]
+    assert len(core._storage.slots) == len(core._lines) == 0
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_forked_process_has_slots_of_its_own() -> None:
@@ -1031,7 +1062,7 @@ def test_a_process_may_be_forked_while_another_thread_takes_a_slot() -> None:
     goes_on.set()
     thread.join(60)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert first.ask(3, 1, 1) == Held(0, 0)
+    assert first.ask(3, 1, 1) == Held(0, 0, PATIENCE_S)
 
 
 def test_it_works_under_trio() -> None:
@@ -1286,15 +1317,15 @@ def callers(*names: str) -> tuple[HeldSlots, list[str], list[Caller]]:
 def test_holders_are_served_in_the_order_in_which_they_began_to_wait() -> None:
     store, woken, (a, b, c) = callers("a", "b", "c")
     assert a.ask(0, 1, 5) == Held(3, 0)
-    assert b.ask(0, 2, 1) == Held(0, 0)
-    assert c.ask(0, 1, 1) == Held(0, 0)
+    assert b.ask(0, 2, 1) == Held(0, 0, PATIENCE_S)
+    assert c.ask(0, 1, 1) == Held(0, 0, PATIENCE_S)
     assert a.ask(2) == Held(0, 1)  # b comes first, and wants two
-    assert c.ask(0, 1, 1) == Held(0, 1)
+    assert c.ask(0, 1, 1) == Held(0, 1, PATIENCE_S)
     assert woken == []
-    assert a.ask(1, 1, 1) == Held(0, 2)  # behind them
+    assert a.ask(1, 1, 1) == Held(0, 2, PATIENCE_S)  # behind them
     assert woken == ["b"]
-    assert b.ask(0, 2, 3) == Held(1, 0)  # one by one, as others wait
-    assert b.ask(0, 2, 2) == Held(0, 2)
+    assert b.ask(0, 2, 3) == Held(1, 0, PATIENCE_S)  # one by one, as others wait
+    assert b.ask(0, 2, 2) == Held(0, 2, PATIENCE_S)
     assert woken[-1] == "c"
     assert c.ask(0, 1, 1) == Held(1, 1)
     assert woken[-1] == "a"
@@ -1322,7 +1353,8 @@ def test_those_that_ask_once_have_no_place() -> None:
 def test_the_slots_of_loops_that_are_closed_are_free_again() -> None:
     store, woken, (a, b, c) = callers("a", "b", "c")
     assert a.ask(0, 2, 1) == Held(1, 1)
-    assert b.ask(0, 2, 1) == c.ask(0, 3, 1) == Held(0, 1)
+    assert b.ask(0, 2, 1) == Held(0, 1)
+    assert c.ask(0, 3, 1) == Held(0, 1, PATIENCE_S)
     b.gone = True
     assert a.ask(0) == Held(0, 3)
     assert woken == ["c"]
@@ -1348,6 +1380,27 @@ def test_a_holder_whose_slots_were_forgotten_hears_of_it_once() -> None:
     c.store = store
     assert c.ask(0, 3, 1) == Held(1, 0)
     c.ask(0)
+    assert len(store) == 0
+
+
+def test_a_holder_that_does_not_come_in_its_turn_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 100.0
+    monkeypatch.setattr(held, "monotonic", lambda: now_s)
+    store, woken, (a, b, c) = callers("a", "b", "c")
+    assert a.ask(0, 3, 1) == Held(1, 0)
+    assert b.ask(0, 1, 1) == Held(0, 0)
+    now_s += 10  # nothing is free: it isn't its turn
+    assert c.ask(0, 2, 1) == Held(0, 0, PATIENCE_S)
+    assert a.ask(0) == Held(0, 3)
+    assert woken == ["b"]
+    now_s += 0.99
+    assert c.ask(0, 2, 1) == Held(0, 3, PATIENCE_S)
+    assert a.ask(0, 1, 1, waits=False) == Held(0, 3)
+    now_s += 0.01
+    assert c.ask(0, 2, 1) == Held(1, 1)
+    assert b.ask(0, 1, 1) == Held(1, 0)  # it comes after all
+    c.ask(0)
+    b.ask(0)
     assert len(store) == 0
 
 
