@@ -13,7 +13,7 @@ from ratethrottle import ConcurrencyRule
 from ratethrottle._engine.held import held_entry
 from ratethrottle._holding import Ask, Held
 from ratethrottle.errors import StorageError
-from ratethrottle.storage.redis.holders import Here
+from ratethrottle.storage.redis.holders import IDLE_MAX, Here
 from ratethrottle.storage.redis.slots import Slots
 from tests.kit.processes import Process, World, running
 
@@ -232,6 +232,85 @@ def test_what_was_given_back_before_the_store_heard_of_it_keeps_nobody_waiting(
         line.ask(0, 1, LIMIT)
         pass_time(S // 10, processes)
         assert line.holds == LIMIT
+
+
+@pytest.mark.redis
+def test_while_nothing_can_be_renewed_no_timer_turns_round(redis_client: redis.Redis) -> None:
+    world = World(redis_client)
+    process = Process(world, expected=1)
+    slots = slots_of(process)
+    line = Line(process, slots)
+    line.ask(0, 1, 1)
+    process.round_trip()
+    assert line.holds == 1
+    process.connection.late()  # nothing is heard from now on
+    fired = 0
+    on_timer = slots._on_timer
+
+    def count() -> None:
+        nonlocal fired
+        fired += 1
+        on_timer()
+
+    slots._on_timer = count  # type: ignore[method-assign]
+    for _ in range(TTL_S * 1_000 + 500):
+        world.t_us += 1_000
+        process.turn()
+    assert (line.losses, line.holds) == (1, 0)
+    assert fired < 10
+    # And when all is well again, what is held is renewed as before.
+    process.round_trip()
+    line.ask(0, 1, 1)
+    for _ in range(3 * TTL_S * 20):
+        world.t_us += 50_000
+        process.round_trip()
+    assert (line.losses, line.holds) == (1, 1)
+
+
+@pytest.mark.redis
+def test_what_is_held_is_renewed_after_an_outage_that_ends_before_its_time(redis_client: redis.Redis) -> None:
+    world = World(redis_client)
+    process = Process(world, expected=1)
+    line = Line(process, slots_of(process))
+    line.ask(0, 1, 1)
+    process.round_trip()
+    for _ in range(4):
+        process.connection.late()
+        for _ in range(8):
+            world.t_us += 100_000
+            process.turn()
+        process.connection.connect()
+        for _ in range(2 * TTL_S * 20):
+            world.t_us += 50_000
+            process.round_trip()
+    assert (line.losses, line.holds) == (0, 1)
+
+
+@pytest.mark.redis
+@pytest.mark.parametrize("ttl_s", [1, 3_600])
+def test_holders_of_nothing_are_forgotten(redis_client: redis.Redis, ttl_s: int) -> None:
+    """A caller may make up a rule, and a ttl, for each slot."""
+    world = World(redis_client)
+    process = Process(world, expected=1)
+    slots = slots_of(process)
+    for number in range(500):
+        line = Line(process, slots, rule=ConcurrencyRule("db", LIMIT, ttl_s + number / 1_000))
+        line.ask(0, 1, 1)
+        process.round_trip()
+        line.hear()
+        assert line.held == 1
+        line.ask(1)
+        process.round_trip()
+    assert len(slots) == 0
+    assert len(slots._book.identities) <= IDLE_MAX
+    kept = Line(process, slots)
+    kept.ask(0, 1, 1)
+    process.round_trip()
+    if ttl_s == 1:
+        for _ in range(40):
+            world.t_us += 50_000
+            process.round_trip()
+        assert kept.holds == len(slots._book.identities) == 1
 
 
 def dumped(world: World) -> dict[bytes, bytes]:

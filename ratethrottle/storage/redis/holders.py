@@ -6,7 +6,6 @@ import os
 import threading
 from asyncio import Future
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from os import urandom
 from typing import Final
@@ -17,6 +16,7 @@ from ratethrottle.rule import ConcurrencyRule
 # A slot is taken for lost here a thousandth of its ttl before Redis gives it to others: two clocks may run so differently.
 EARLY: Final = 1_000
 RENEWALS: Final = 3  # in a ttl
+IDLE_MAX: Final = 64  # holders of nothing; one that comes again soon is nobody new to Redis
 
 
 class Here:
@@ -51,8 +51,9 @@ class Here:
 class Identity:
     """A holder, as Redis knows it: this event loop under one ttl. Times are µs, by the process's clock."""
 
-    def __init__(self, ttl_us: int) -> None:
+    def __init__(self, ttl_us: int, number: int = 0) -> None:
         self.ttl_us = ttl_us
+        self.number = number  # among those of its ttl, as lines of one key have different ones
         self.name = urandom(8).hex().encode()
         self.previous = b""  # the name that it had, of which Redis may still have something
         self.joined = False  # Redis knows the name
@@ -183,16 +184,17 @@ class Book:
     def __init__(self, here: Here) -> None:
         self._here = here
         self._records: dict[tuple[Holder, int], Record] = {}
-        self._identities: dict[tuple[int, int], Identity] = {}  # by ttl, and by a number, as lines of one key have different ones
+        self._identities: dict[tuple[int, int], Identity] = {}  # by ttl and number
+        self._idle: dict[Identity, None] = {}  # that which has had nothing for the longest time first
 
     def __len__(self) -> int:
         """Keys of which something is held, or that Redis has to hear of."""
         return len(self._records)
 
     @property
-    def identities(self) -> Iterable[Identity]:
+    def identities(self) -> list[Identity]:
         """All that Redis may know."""
-        return self._identities.values()
+        return list(self._identities.values())
 
     def find(self, holder: Holder, ttl_us: int) -> Record | None:
         """Find what a line has under a ttl."""
@@ -204,7 +206,8 @@ class Book:
         while (identity := self._identities.get((rule.ttl_us, number))) and key in identity.keys:
             number += 1
         if identity is None:
-            identity = self._identities[rule.ttl_us, number] = Identity(rule.ttl_us)
+            identity = self._identities[rule.ttl_us, number] = Identity(rule.ttl_us, number)
+        self._idle.pop(identity, None)
         record = self._records[holder, rule.ttl_us] = Record(holder, rule, key, identity, self._here)
         identity.add(record)
         return record
@@ -215,6 +218,20 @@ class Book:
         if record.over and self._records.get(name) is record:
             del self._records[name]
             record.identity.remove(record)
+            if not record.identity.records:
+                self._idle[record.identity] = None
+                if len(self._idle) > IDLE_MAX:
+                    self._drop(next(iter(self._idle)))
+
+    def sweep(self, now_us: int) -> None:
+        """Forget holders of nothing that have lapsed."""
+        for identity in [identity for identity in self._idle if identity.until_us <= now_us]:
+            self._drop(identity)
+
+    def _drop(self, identity: Identity) -> None:
+        """Forget a holder of nothing. What Redis still counts of a name that it had before lapses by itself."""
+        del self._idle[identity]
+        del self._identities[identity.ttl_us, identity.number]
 
     def of_key(self, key: bytes) -> list[Record]:
         """Find what is held of a key."""

@@ -202,6 +202,8 @@ class Slots:
             self._flight = flight
             self._link.batch.send(self._call(flight))
             self._arm(now_us + 2 * self._deadline_us)
+        else:
+            self._arm_renewals()
 
     def _enter_epoch(self) -> None:
         """Be somebody else in a new epoch, and tell it first of all what is held; or nothing, if everything was cleared."""
@@ -397,11 +399,12 @@ class Slots:
         self._timer = self._timers.call_later(delay_s, self._on_timer, context=self._context)
 
     def _arm_renewals(self) -> None:
+        asks = self._flight is None and self._link.batch.knows_epoch  # else nothing can be renewed, and `_pump` comes when it can
+        now_us = self._now_us()
         for identity in self._book.identities:
             if identity.records and identity.until_us:
-                self._arm(
-                    min(identity.until_us, max(identity.renew_us, self._now_us() + 1_000), self._now_us() + TOUCHED_US // 3)
-                )
+                at_us = min(max(identity.renew_us, now_us + 1_000), now_us + TOUCHED_US // 3) if asks else identity.until_us
+                self._arm(min(identity.until_us, at_us))
 
     def _on_timer(self) -> None:
         now_us = self._now_us()
@@ -422,6 +425,7 @@ class Slots:
         self._arm_again(now_us)
 
     def _lapse(self, now_us: int) -> None:
+        self._book.sweep(now_us)
         for identity in self._book.identities:
             if identity.until_us and identity.until_us <= now_us:
                 self._lapse_one(identity)
