@@ -64,8 +64,9 @@ def test_the_wheel_check_finds_what_is_missing_and_what_is_too_much(tmp_path: Pa
     run = subprocess.run([sys.executable, ROOT / "tools/check_wheel.py", wheel], capture_output=True, text=True, check=False)
     assert run.returncode == 1
     assert "a source: ratethrottle/_core.pyx" in run.stdout
-    assert "missing: the compiled ratethrottle/_core" in run.stdout
-    assert "missing: the compiled ratethrottle/storage/_shared/batch" in run.stdout
+    if (ROOT / "ratethrottle").is_dir():  # not where an installed wheel is tested: what it should hold is found in the sources
+        assert "missing: the compiled ratethrottle/_core" in run.stdout
+        assert "missing: the compiled ratethrottle/storage/_shared/batch" in run.stdout
     assert "missing: ratethrottle/py.typed" in run.stdout
     assert "missing: pytest_ratethrottle.py" in run.stdout
     assert "missing: the entry point of the pytest plugin" in run.stdout
