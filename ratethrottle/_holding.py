@@ -57,7 +57,7 @@ class Holder(Protocol):
 
 
 class HoldsSlots(Protocol):
-    """A storage that has slots."""
+    """A storage that has slots. If they don't lapse it has `slots_lapse = False`, and holders with another `ttl` are the same."""
 
     def hold(self, holder: Holder, rule: ConcurrencyRule, ask: Ask) -> Held | Future[Held]:
         """Answer an ask: at once, or by a future of the holder's event loop. A holder has one ask in flight.

@@ -239,9 +239,10 @@ class SlotLost(Event):
     @property
     def message(self) -> str:
         """What happened and what to look at, in one line."""
+        what = f"{self.slots} slots" if self.slots > 1 else "1 slot"
         return (
-            f"{self.slots} slots of rule {self.rule!r} are lost, and others may hold them now: their key was reset, or they were not "
-            "renewed in time; is the event loop blocked, Redis away, or a manual clock advanced at once?"
+            f"lost {what} of rule {self.rule!r}, which others may hold now: the key was reset, or this process didn't renew in time; "
+            "is the event loop blocked, Redis away, or a manual clock advanced at once?"
         )
 
 

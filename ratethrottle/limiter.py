@@ -122,7 +122,7 @@ class RateThrottleCore(Patchable, Limiter):
         if name not in self._by_name:
             raise ConfigurationError(f"there is no rule {shown(name)}; there are {listed(self._by_name, name) or 'none'}")
         if isinstance(self._by_name.pop(name), ConcurrencyRule):
-            del self._slots.rules[name]
+            self._slots.drop(name)
         else:
             self._uninstall(name)
 
@@ -338,7 +338,8 @@ class RateThrottleCore(Patchable, Limiter):
     def statistics(self) -> Statistics:
         """Count what the storage did and holds in this process, and what this limiter decided. Costs no I/O; also after `aclose`."""
         counted: Statistics = self._storage.statistics()
-        return replace(counted, slots=self._slots.held(self), decisions=self._counted(Outcomes))
+        decisions = {**self._counted(Outcomes), **self._slots.counted()}
+        return replace(counted, slots=self._slots.held(self), decisions=decisions)
 
     async def aclose(self) -> None:
         """Close the limiter and its storage. Later calls raise LimiterClosed; closing again does nothing.

@@ -1,9 +1,12 @@
-from typing import Any, final
+from collections.abc import Callable
+from typing import Any, TypeVar, final
 
 from typing_extensions import override
 
 from ratethrottle._engine.decision import Decision, Entry, _Key
 from ratethrottle._engine.definitions import CompiledRule
+
+_T = TypeVar("_T")
 
 @final
 class SlotDecision(Decision):
@@ -16,3 +19,6 @@ class SlotDecision(Decision):
 def held_with(slot: SlotDecision, rates: Decision) -> SlotDecision: ...
 def held_entry(rule: CompiledRule, key: _Key, cost: int) -> Entry: ...
 def held_decision(entry: Entry, source: str, granted: bool, remaining: int, retry_us: int = 0) -> SlotDecision: ...
+def held_tally(rule: CompiledRule) -> CompiledRule: ...
+def held_count(tally: CompiledRule, decision: Decision) -> None: ...
+def held_counted(tallies: dict[str, CompiledRule], outcomes: Callable[[int, int], _T]) -> dict[str, dict[str, _T]]: ...

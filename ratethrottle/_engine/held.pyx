@@ -4,8 +4,8 @@
 cimport cython
 from libc.stdint cimport int64_t
 
-from ratethrottle._engine.decision cimport Decision, decision_facts, Entry, entry_new
-from ratethrottle._engine.definitions cimport CompiledRule
+from ratethrottle._engine.decision cimport count_decision, Decision, decision_facts, decisions_counted, Entry, entry_new
+from ratethrottle._engine.definitions cimport CompiledRule, Tally
 
 from ratethrottle._engine.decision import _restore_decision
 
@@ -18,6 +18,24 @@ def held_entry(CompiledRule rule not None, key, cost):
 def held_decision(Entry entry not None, str source not None, bint granted, int64_t remaining, int64_t retry_us=0):
     """The decision on a slot. `retry_us` −1 is never, and 0 that nobody knows."""
     return of_slot(entry.decided(source, granted, remaining, retry_us, 0))
+
+
+def held_tally(CompiledRule rule not None):
+    """Make something for a limiter to count its decisions by: the same rule, with a tally of its own."""
+    cdef CompiledRule counted = CompiledRule(*rule.facts())
+    counted.tally = Tally.__new__(Tally)
+    counted.counts = counted.tally.counts
+    return counted
+
+
+def held_count(CompiledRule tally not None, Decision decision not None):
+    """Count a decision."""
+    count_decision(tally, decision.source_index, decision.out.allowed)
+
+
+def held_counted(dict tallies not None, outcomes):
+    """The decisions counted by each tally: name -> source -> outcomes(allowed, denied)."""
+    return decisions_counted(tallies, outcomes)
 
 
 cdef SlotDecision of_slot(Decision plain):

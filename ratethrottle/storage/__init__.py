@@ -42,8 +42,9 @@ class Statistics:
 
     decisions: what this limiter decided since a rule of that name was added: name of the rule -> `source` of the decisions ->
     Outcomes, for each rule that the limiter has and each source. Peeks, errors and checks that were cancelled don't count. Under a
-    rule with `enforce="flag"` those that were over are denied; a rule that is off allows all, under "memory". Empty if a storage
-    is asked instead of a limiter. Only to be read: rules that decided nothing share one mapping.
+    rule with `enforce="flag"` those that were over are denied; a rule that is off allows all, under "memory". Slots count too, also
+    those that were given back as another limit denied. Empty if a storage is asked instead of a limiter. Only to be read: rules that
+    decided nothing share one mapping.
     """
 
     keys: int = 0

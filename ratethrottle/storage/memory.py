@@ -34,6 +34,8 @@ class InMemoryStorage:
     Raises ConfigurationError.
     """
 
+    slots_lapse = False
+
     def __init__(
         self,
         *,

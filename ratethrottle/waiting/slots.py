@@ -14,11 +14,13 @@ from typing import Any, NamedTuple, NoReturn, Protocol, Self, cast
 from anyio.lowlevel import checkpoint
 
 from ratethrottle._engine.decision import Decision, Entry
-from ratethrottle._engine.held import SlotDecision, held_entry, held_with
+from ratethrottle._engine.definitions import CompiledRule
+from ratethrottle._engine.held import SlotDecision, held_count, held_counted, held_entry, held_tally, held_with
 from ratethrottle._engine.joint import Joint
 from ratethrottle._holding import HoldsSlots
 from ratethrottle.errors import ConfigurationError, InvalidRequest, LimiterClosed, RateLimitExceeded, listed
 from ratethrottle.rule import ConcurrencyRule
+from ratethrottle.storage import Outcomes
 from ratethrottle.waiting.holders import Claim, SlotLine, never
 from ratethrottle.waiting.lines import Lines
 from ratethrottle.waiting.loops import Future, loop_here
@@ -58,10 +60,11 @@ class Rates(NamedTuple):
 class Slots:
     """The concurrency rules of a limiter, and what takes slots by them."""
 
-    __slots__ = ("_since_turn", "rules")
+    __slots__ = ("_since_turn", "_tallies", "rules")
 
     def __init__(self) -> None:
         self.rules: dict[str, ConcurrencyRule] = {}
+        self._tallies: dict[str, CompiledRule] = {}  # what decisions are counted by
         self._since_turn = 0
 
     def make(self, limiter: Limiter, key: Key, rule: Any, cost: int, timeout: float | None) -> Slot:
@@ -78,7 +81,16 @@ class Slots:
         return Slot(self, limiter, Claim(entry, found, timeout_s, named=found is not named), rates)
 
     async def take(self, limiter: Limiter, claim: Claim) -> SlotLine:
-        """Wait in line for a slot. Returns the line."""
+        """Wait in line for a slot, and count what becomes of it. Returns the line."""
+        try:
+            line = await self._take(limiter, claim)
+        except RateLimitExceeded as denied:
+            self._count(claim, denied.decision)
+            raise
+        self._count(claim, cast(Decision, claim.outcome))
+        return line
+
+    async def _take(self, limiter: Limiter, claim: Claim) -> SlotLine:
         if limiter._closed:
             raise LimiterClosed
         self._since_turn += 1
@@ -91,7 +103,9 @@ class Slots:
         if not claim.entry.counted:  # the limit is 0
             raise RateLimitExceeded(never(claim.entry))
         lines = limiter._lines._here(cast(Any, limiter))
-        name = (rule.name, rule.ttl_us, claim.entry.canonical)
+        # Where nothing lapses, callers stand in one line whatever the ttl.
+        ttl_us = rule.ttl_us if getattr(limiter._storage, "slots_lapse", True) else 0
+        name = (rule.name, ttl_us, claim.entry.canonical)
         line = cast("SlotLine | None", lines.lines.get(name))
         if line is None:
             line = lines.lines[name] = SlotLine(lines, name, limiter._storage, claim.entry, rule)
@@ -119,10 +133,26 @@ class Slots:
     def add(self, limiter: Limiter, rule: ConcurrencyRule) -> None:
         """Take a rule up, also for those that wait by its name."""
         self.rules[rule.name] = rule
+        if rule.name not in self._tallies:
+            self._tallies[rule.name] = held_tally(rule.compiled)
         for line in self._lines(limiter):
             if line.rule.name == rule.name:
                 with suppress(RuntimeError):  # that loop has ended
                     line.of.loop.from_any_thread(partial(line.change, rule))
+
+    def _count(self, claim: Claim, decision: Decision) -> None:
+        """Count it under the limiter's rule of that name, also for one of the caller's own."""
+        tally = self._tallies.get(claim.rule.name)
+        if tally is not None:
+            held_count(tally, decision)
+
+    def drop(self, name: str) -> None:
+        """Forget a rule, and what was counted under it."""
+        del self.rules[name], self._tallies[name]
+
+    def counted(self) -> dict[str, dict[str, Outcomes]]:
+        """Say how many slots were granted and denied under each rule of the limiter, by each source."""
+        return held_counted(self._tallies, Outcomes)
 
     def held(self, limiter: Limiter) -> int:
         """Units that are held, in all event loops."""

@@ -26,6 +26,7 @@ from ratethrottle import (
     InMemoryStorage,
     InvalidRequest,
     LimiterClosed,
+    Outcomes,
     RateLimitExceeded,
     RateThrottleCore,
     RateThrottleRule,
@@ -41,6 +42,7 @@ from ratethrottle.testing import ManualClock
 from ratethrottle.waiting import slots
 from ratethrottle.waiting.holders import RETRY_LEAST_S, Claim, SlotLine
 from ratethrottle.waiting.slots import Slot
+from tests.kit.counted import counted
 from tests.kit.timeless import run, settled, timeless
 
 RULE = ConcurrencyRule("exports", 3)
@@ -256,6 +258,41 @@ def test_statistics_count_what_is_held() -> None:
         async with core.slot("key", cost=2), core.slot("other"):
             assert core.statistics().slots == 3
         assert core.statistics().slots == 0
+
+    run(main)
+
+
+def test_statistics_count_decisions_on_slots_as_those_of_checks() -> None:
+    async def main() -> None:
+        core = limiter(ONE, PER_MINUTE)
+        ready = core.slot("other")
+        async with core.slot("key", "exports"):
+            for rule in ("exports", ("exports", "per_minute"), RULE):  # the last one is of the caller's own, and grants it
+                with contextlib.suppress(RateLimitExceeded):
+                    await core.slot("key", rule).__aenter__()
+            late = start(core.slot("key", timeout=1).__aenter__())
+            given_up = start(core.slot("key", timeout=None).__aenter__())
+            await settled()
+            given_up.cancel()
+            await asyncio.wait([late])
+            assert isinstance(late.exception(), RateLimitExceeded)
+        async with core.slot("other", ("exports", "per_minute"), timeout=1):
+            pass
+        assert counted(core) == {"exports": {"memory": Outcomes(3, 3)}, "per_minute": {"memory": Outcomes(1, 0)}}
+        decisions = core.statistics().decisions
+        assert decisions["exports"].keys() == decisions["per_minute"].keys()
+        another = RateThrottleCore(InMemoryStorage(clock_us=timeless().time_us), rules=[ONE])
+        assert counted(another) == {}
+        core.add_rule(RULE, replace=True)
+        assert counted(core)["exports"] == {"memory": Outcomes(3, 3)}
+        async with ready:
+            assert counted(core)["exports"] == {"memory": Outcomes(4, 3)}
+        core.remove_rule("exports")
+        assert "exports" not in core.statistics().decisions
+        core.add_rule(ConcurrencyRule("exports", 0))
+        with pytest.raises(RateLimitExceeded):
+            await core.slot("key").__aenter__()
+        assert counted(core)["exports"] == {"memory": Outcomes(0, 1)}
 
     run(main)
 
@@ -629,6 +666,29 @@ def test_a_generator_that_is_closed_gives_its_slot_back() -> None:
 # Rules that change, resets, and the end
 
 
+def test_callers_stand_in_one_line_whatever_the_ttl() -> None:
+    async def main() -> None:
+        core = limiter(ONE)
+        served: list[int] = []
+
+        async def caller(number: int) -> None:
+            async with core.slot("key", timeout=None):
+                served.append(number)
+
+        async with core.slot("key"):
+            tasks = [start(caller(0)), start(caller(1))]
+            await settled()
+            core.add_rule(ConcurrencyRule("exports", 1, ttl=5), replace=True)
+            tasks += [start(caller(2)), start(caller(3))]
+            await settled()
+            assert len(core._lines) == 1
+        await asyncio.gather(*tasks)
+        assert served == [0, 1, 2, 3]
+        assert left_behind(core) == NOTHING
+
+    run(main)
+
+
 def test_those_that_wait_by_a_name_go_on_by_the_rule_that_takes_its_place() -> None:
     async def main() -> None:
         core = limiter(ONE)
@@ -673,8 +733,9 @@ def test_a_reset_takes_slots_from_their_holders() -> None:
             assert core._storage.slots._keys[("exports", b"=key")].total == 1
             assert not waits.done()
         await settled()
+        assert events.SlotLost("exports", 2).message.startswith("lost 2 slots of rule 'exports', which")
         assert [(event.kind, str(event).partition(":")[0]) for event in heard] == [
-            ("slot_lost", "1 slots of rule 'exports' are lost, and others may hold them now")
+            ("slot_lost", "lost 1 slot of rule 'exports', which others may hold now")
         ]
         waits.cancel()
         await asyncio.wait([waits])
