@@ -107,11 +107,13 @@ class Key:
 
     units: dict[str, int] = field(default_factory=dict)
     sequences: dict[str, int] = field(default_factory=dict)
+    asked_us: dict[str, int] = field(default_factory=dict)
     line: list[Place] = field(default_factory=list)
 
     def drop(self, holder_id: str) -> None:
         self.units.pop(holder_id, None)
         self.sequences.pop(holder_id, None)
+        self.asked_us.pop(holder_id, None)
 
 
 class SlotsOracle:
@@ -156,7 +158,7 @@ class SlotsOracle:
         """For how long nobody is granted anything."""
         if 0 < self.began_us <= now_us + 500_000 and now_us < self.began_us + 250_000:
             return self.began_us + 250_000 - now_us
-        return 25_000 if any(at_us > now_us - 3_000_000 for at_us in self.telling.values()) else 0
+        return 25_000 if any(now_us - 3_000_000 < at_us <= now_us + 500_000 for at_us in self.telling.values()) else 0
 
     def ask(self, now_us: int, holder: Holder, item: Item) -> Answer:
         key, own = self.keys[item.key], holder.holder_id
@@ -168,7 +170,8 @@ class SlotsOracle:
             code = LAPSED if not there else OLD if item.sequence < key.sequences.get(own, 0) else FORGOTTEN
             return code, max(0, item.limit - others - (key.units[own] if code == OLD else 0)), 0
         for each in list(key.units):
-            if each == holder.previous_id or not self.lives(each, now_us):
+            forgotten = each != own and not key.units[each] and abs(now_us - key.asked_us[each]) >= 60_000_000
+            if each == holder.previous_id or not self.lives(each, now_us) or forgotten:
                 key.drop(each)
         mine = next((place for place in key.line if place.holder_id in (own, holder.previous_id)), None)
         key.line = [place for place in key.line if place is mine or self.waits(place, now_us, holder)]
@@ -178,6 +181,7 @@ class SlotsOracle:
         if not ahead and not unsure_us:
             granted = max(0, min(item.wanted, (item.limit - others - item.held) // item.cost))
         key.units[own], key.sequences[own] = item.held + granted * item.cost, item.sequence
+        key.asked_us[own] = now_us
         free = max(0, item.limit - others - key.units[own])
         again_us = 0
         stays = item.waits and granted < item.wanted and item.cost <= item.limit
@@ -195,6 +199,8 @@ class SlotsOracle:
             elif others or ahead:
                 waited_us = (now_us - mine.since_us) // 16
                 again_us = min(500_000, (len(ahead) + 1) * min(250_000, max(25_000, waited_us)))
+            else:
+                again_us = 500_000
         return UNSURE if unsure_us and item.wanted else granted, free, again_us
 
     def waits(self, place: Place, now_us: int, asking: Holder) -> bool:

@@ -142,9 +142,38 @@ def test_one_that_waits_for_long_is_asked_to_come_less_often(slots: ClockedSlots
     asked = [(0, 25_000), (S // 2, 31_250), (S, 62_500), (3 * S // 2, 93_750)]
     for sequence, (at_us, again_us) in enumerate(asked, 1):
         assert hold(slots, 10 + at_us, B, wanted=1, waits=True, sequence=sequence) == (0, 0, again_us)
-    # There is nobody else to give anything back.
+    # There is nobody else to give anything back: it comes only to keep its place.
     assert hold(slots, 20 + 2 * S, A, held=3, wanted=1, waits=True, sequence=2)[2] > 0
-    assert hold(slots, 20, A, key="other", wanted=4, waits=True) == (3, 0, 0)
+    assert hold(slots, 20, A, key="other", wanted=4, waits=True) == (3, 0, S // 2)
+    assert hold(slots, S // 2, A, key="other", held=3, wanted=1, waits=True, sequence=2) == (0, 0, S // 2)
+    assert hold(slots, S, B, key="other", wanted=1, waits=True)[:2] == (0, 0)
+    assert hold(slots, S + 1, A, key="other", held=2, wanted=1, waits=True, sequence=3) == (1, 0, 0)
+
+
+def test_one_that_died_as_it_told_keeps_nobody_waiting_for_longer_after_the_clock_was_set_back(slots: ClockedSlots) -> None:
+    slots.hold(START_US, [A._replace(tells=True)])
+    for back_us, source in ((500_000, UNSURE), (500_001, 1), (3_600 * S, 1)):
+        holder = Holder(f"{back_us:016}", joins=True)
+        assert hold(slots, -back_us, holder, key=f"k{back_us}", wanted=1)[0] == source
+
+
+def test_holders_of_nothing_leave_the_state_after_a_minute(slots: ClockedSlots) -> None:
+    holders = [Holder(f"{number:016}", ttl_us=3_600 * S, joins=True) for number in range(50)]
+    for number, holder in enumerate(holders):
+        hold(slots, number * S, holder, wanted=1)
+        hold(slots, number * S, holder, sequence=2)
+    last = holders[-1]
+    assert len(state(slots)) > 49 * 20
+    # What comes late, but within a minute, isn't new.
+    assert hold(slots, 59 * S, holders[0], wanted=1, sequence=1) == (OLD, 3, 0)
+    hold(slots, 80 * S, last, wanted=1, sequence=3)
+    assert state(slots).count("h") == 29
+    hold(slots, 3_000 * S, last, held=1, sequence=4)
+    assert state(slots) == f"h{last.holder_id},1,4;"
+    # Nor does a clock that is set back keep them.
+    hold(slots, 3_001 * S, last, sequence=5)
+    slots.hold(START_US, [A], [Item("k", wanted=1)])
+    assert state(slots) == f"h{A.holder_id},1,1;"
 
 
 def test_what_is_held_is_taken_down_whatever_the_limit(slots: ClockedSlots) -> None:
@@ -197,7 +226,7 @@ def test_a_holder_takes_over_what_it_was_before(slots: ClockedSlots) -> None:
     # Then it has told all. Of the other key it holds nothing any more.
     assert slots.hold(START_US + 6, [again._replace(tells=False)]) == ([1], [])
     assert hold(slots, 7, C, key="other", wanted=1) == (1, 2, 0)
-    held = f"h{B.holder_id},1,1;h{C.holder_id},0,1;h{'d' * 16},2,1;"
+    held = f"h{B.holder_id},1,1;h{C.holder_id},0,1,{START_US + 3};h{'d' * 16},2,1;"
     places = [f"q{each.holder_id},1,{START_US + at_us},{START_US + at_us};" for each, at_us in ((B, 2), (C, 3))]
     assert state(slots) == held + "".join(places)
     assert hold(slots, 8, B._replace(holder_id="e" * 16, previous_id=B.holder_id), held=1, wanted=1, waits=True)[0] == 0
@@ -299,7 +328,11 @@ def test_bad_calls_are_refused(slots: ClockedSlots, mode: str, keys: list[str], 
 def random_holder(rng: random.Random) -> Holder:
     name, previous = rng.choice("abcd"), rng.choice(("", "", "", *"abcd"))
     return Holder(
-        name * 16, "" if previous == name else previous * 16, TTL_US, joins=rng.random() < 0.3, tells=rng.random() < 0.05
+        name * 16,
+        "" if previous == name else previous * 16,
+        rng.choice((TTL_US, TTL_US, 200 * S)),
+        joins=rng.random() < 0.3,
+        tells=rng.random() < 0.05,
     )
 
 
@@ -326,7 +359,7 @@ def test_the_script_answers_as_the_oracle_does(slots: ClockedSlots, round_number
     slots.enter(epoch_text(START_US - 20 * S, began_us))
     oracle, now_us = SlotsOracle(began_us), START_US
     for _ in range(600):
-        now_us += rng.choice((1, 1, 5_000, 50_000, 300_000, S, TTL_US, -1, -100_000, -3 * S)) + rng.randrange(3)
+        now_us += rng.choice((1, 1, 5_000, 50_000, 300_000, S, TTL_US, 40 * S, -1, -100_000, -3 * S)) + rng.randrange(3)
         match rng.random():
             case chance if chance < 0.03:
                 holder = random_holder(rng)

@@ -22,11 +22,11 @@
 -- Where it is one of these, `lapsed` or `unreadable`, nothing is written. `unsure`: nobody is granted anything while others may still tell what
 -- they hold; `held` is taken down. A holder that `tells` has more to tell; one that has told all doesn't need the holder any more that it
 -- was before (previous_id), whose units and place an item takes over.
--- `waits`: the holder comes again in again_us (0: only if it has released something), and keeps its place until then.
+-- `waits`: the holder comes again in again_us (0: nothing to wait for), and keeps its place until then.
 -- `leave` gives up all that the holders have. `forget` forgets who holds the keys, or waits; its items are empty, and it has no holders.
--- A state is '1e', the epoch, and ';', then `h` id,units,sequence; of each holder and `q` id,cost,since_us,asked_us; of each that waits, in order.
+-- A state is '1e', the epoch, and ';', then `h` id,units,sequence; of each holder (with a 0 of units, and asked_us behind) and `q` id,cost,since_us,asked_us; of each that waits, in order.
 local LEARN_US, OTHERS_US, TELLS_US, TTL_MAX_US = 250000, 500000, 3000000, 86400000000
-local PLACE_US, SOON_US, FIRST_US, LAST_US = 1000000, 25000, 250000, 500000
+local PLACE_US, SOON_US, FIRST_US, LAST_US, NOTHING_US = 1000000, 25000, 250000, 500000, 60000000
 local KEPT_MS, EMPTY_MS, HOLDERS_MS = 7200000, '60000', '172800000'
 local UNREADABLE, UNSURE, OLD, LAPSED, FORGOTTEN = -2, -3, -4, -5, -6
 local KEYS, ARGV, refuse = KEYS, ARGV, redis.error_reply
@@ -95,11 +95,11 @@ local function read_slots(state)
   if not state then return held, queue end
   if not match(state, '^1e%d%d%d%d%d%d%d%d%d%d%d%d%d%d%d%d;') then return nil end
   while from <= #state do
-    local id, units, sequence, after = match(state, '^h(%x+),(%d+),(%d+);()', from)
+    local id, units, sequence, asked, after = match(state, '^h(%x+),(%d+),(%d+),?(%d*);()', from)
     if id then
-      held[#held + 1] = {id = id, units = units + 0, sequence = sequence + 0}
+      held[#held + 1] = {id = id, units = units + 0, sequence = sequence + 0, asked = tonumber(asked) or 0}
     else
-      local cost, since, asked
+      local cost, since
       id, cost, since, asked, after = match(state, '^q(%x+),(%d+),(%d+),(%d+);()', from)
       if not id then return nil end
       queue[#queue + 1] = {id = id, cost = cost + 0, since = since + 0, asked = asked + 0}
@@ -113,12 +113,12 @@ local function write_slots(key, held, queue, ttl)
   local text, count = {'1e', epoch, ';'}, 0
   for _, one in ipairs(held) do
     count = count + one.units
-    text[#text + 1] = 'h' .. one.id .. format(',%d,%d;', one.units, one.sequence)
+    text[#text + 1] = 'h' .. one.id .. format(one.units > 0 and ',%d,%d;' or ',%d,%d,%d;', one.units, one.sequence, one.asked)
   end
   for _, one in ipairs(queue) do
     text[#text + 1] = 'q' .. one.id .. format(',%d,%d,%d;', one.cost, one.since, one.asked)
   end
-  -- A holder of nothing stays for a while, as an item may come late that was asked before.
+  -- A holder of nothing stays for a minute, as an item may come late that was asked before.
   local expiry_ms = count > 0 and format('%d', max(call('PTTL', key), KEPT_MS + floor(ttl / 1000))) or EMPTY_MS
   call('PSETEX', key, expiry_ms, table.concat(text))
 end
@@ -168,7 +168,7 @@ if key_count == 0 then return reply end
 -- How long nobody is granted anything: until all that knew of an epoch before have come, and told what they hold.
 local began, unsure_us = sub(ARGV[3], 57) + 0, 0
 if began > 0 and began <= now + OTHERS_US then unsure_us = max(0, began + LEARN_US - now) end
-if unsure_us == 0 and #call('ZRANGEBYSCORE', telling, '(' .. format('%d', now - TELLS_US), '+inf', 'LIMIT', 0, 1) > 0 then
+if unsure_us == 0 and #call('ZRANGEBYSCORE', telling, '(' .. format('%d', now - TELLS_US), format('%d', now + OTHERS_US), 'LIMIT', 0, 1) > 0 then
   unsure_us = SOON_US
 end
 
@@ -181,7 +181,7 @@ local function ask(key, state, item)
   for _, one in ipairs(held) do
     if one.id == holder.id then
       own = one
-    elseif one.id ~= holder.previous and lives(one.id) then
+    elseif one.id ~= holder.previous and lives(one.id) and (one.units > 0 or math.abs(now - one.asked) < NOTHING_US) then
       others = others + one.units
       staying[#staying + 1] = one
     end
@@ -197,7 +197,7 @@ local function ask(key, state, item)
         mine, one.id = one, holder.id
         waiting[#waiting + 1] = one
       end
-    elseif lives(one.id) and now - one.asked < PLACE_US and one.asked - now < PLACE_US then
+    elseif lives(one.id) and math.abs(now - one.asked) < PLACE_US then
       if not mine then ahead = ahead + 1 end
       waiting[#waiting + 1] = one
     end
@@ -224,9 +224,12 @@ local function ask(key, state, item)
       again_us = unsure_us
     elseif others > 0 or ahead > 0 then
       again_us = min(LAST_US, (ahead + 1) * max(SOON_US, min(FIRST_US, floor((now - mine.since) / 16))))
+    else
+      -- Nobody else can give anything back: it comes only to keep its place.
+      again_us = LAST_US
     end
   end
-  staying[#staying + 1] = {id = holder.id, units = item.held + granted * cost, sequence = item.sequence}
+  staying[#staying + 1] = {id = holder.id, units = item.held + granted * cost, sequence = item.sequence, asked = now}
   write_slots(key, staying, waiting, holder.ttl)
   return unsure_us > 0 and wanted > 0 and UNSURE or granted, max(0, limit - others - item.held - granted * cost), again_us
 end
