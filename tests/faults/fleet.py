@@ -35,7 +35,12 @@ class Member:
     pipe: Connection
     ready: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
-    killed: bool = False
+    killed_us: int = 0
+
+    @property
+    def killed(self) -> bool:
+        """Whether somebody has killed it."""
+        return self.killed_us > 0
 
     def hear(self, within_s: float) -> Any:
         """What it says next. Raises RuntimeError when it says nothing, or has gone."""
@@ -151,7 +156,7 @@ class Fleet:
 
     def kill(self, member: Member) -> None:
         """Kill one, with whatever it is in the middle of."""
-        member.killed = True
+        member.killed_us = monotonic_us()
         member.process.kill()
         member.process.join()
 
@@ -171,7 +176,7 @@ class Fleet:
         for member in self.living:
             member.report = member.hear(END_S)
             member.process.join(END_S)
-        self.logs = [read_log(member.work.number, member.work.log) for member in self.members]
+        self.logs = [read_log(member.work.number, member.work.log, member.killed_us) for member in self.members]
 
     def close(self) -> None:
         """End what still runs, and remove the logs."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import struct
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 SOURCES = ("redis", "prefilter", "lease", "outage", "memory", "overload")
 ERRORS = ("StorageUnavailable", "StorageTimeout", "StorageProtocolError", "StorageRefused", "other error", "cancelled")
-KINDS = (*SOURCES, *ERRORS, "loop was late", "connects", "held", "held by policy")
-LATE, CONNECTS, HELD, HELD_BY_POLICY = range(len(KINDS) - 4, len(KINDS))
+KINDS = (*SOURCES, *ERRORS, "loop was late", "connects", "held", "held by policy", "holds", "holds by policy")
+LATE, CONNECTS, HELD, HELD_BY_POLICY, HOLDS, HOLDS_BY_POLICY = range(len(KINDS) - 6, len(KINDS))
 RECORD = struct.Struct("=BBBHQQ")  # kind, allowed, rule, key, µs before, µs after, all of the monotonic clock
 
 
@@ -53,17 +54,23 @@ def monotonic_us() -> int:
     return time.monotonic_ns() // 1_000
 
 
-def read_log(process: int, path: Path) -> Log:
-    """Read what a process wrote, up to where it was killed."""
+def read_log(process: int, path: Path, killed_us: int = 0) -> Log:
+    """Read what a process wrote, up to where it was killed. killed_us: when; until then it held what it hadn't given back."""
     data = path.read_bytes()
     log = Log(process, [], [], [])
+    begun: Counter[tuple[bool, int, int]] = Counter()
     for kind, allowed, rule, key, before_us, after_us in RECORD.iter_unpack(data[: len(data) - len(data) % RECORD.size]):
         if kind == LATE:
             log.late.append((before_us, after_us))
         elif kind in {HELD, HELD_BY_POLICY}:
             log.held.append(Held(process, kind == HELD_BY_POLICY, key, before_us, after_us))
+            begun[kind == HELD_BY_POLICY, key, before_us] -= 1
+        elif kind in {HOLDS, HOLDS_BY_POLICY}:
+            begun[kind == HOLDS_BY_POLICY, key, before_us] += 1
         elif kind == CONNECTS:
             log.connects.append((before_us, key))
         else:
             log.calls.append(Call(process, KINDS[kind], bool(allowed), rule, key, before_us, after_us))
+    if killed_us:
+        log.held.extend(Held(process, *how, killed_us) for how in begun.elements())
     return log

@@ -279,6 +279,17 @@ def test_a_log_is_read_up_to_where_its_process_was_killed(tmp_path: Path) -> Non
     assert read_log(4, path) == Log(4, [Call(4, "outage", True, 2, 3, 10, 20)], [(5, 9)], [])
 
 
+def test_a_slot_counts_until_the_kill_of_its_process(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    holds, held = KINDS.index("holds"), KINDS.index("held")
+    begun = [RECORD.pack(holds, 0, 0, 1, at_us, 0) for at_us in (10, 10, 11)] + [RECORD.pack(holds + 1, 0, 0, 2, 12, 0)]
+    path.write_bytes(b"".join(begun) + RECORD.pack(held, 0, 0, 1, 10, 20))
+    assert read_log(4, path).held == [Held(4, False, 1, 10, 20)]
+    assert read_log(4, path, 30).held == [
+        Held(4, False, 1, 10, 20), Held(4, False, 1, 10, 30), Held(4, False, 1, 11, 30), Held(4, True, 2, 12, 30),
+    ]  # fmt: skip  # in order
+
+
 async def test_a_loop_that_is_kept_busy_is_written_down(tmp_path: Path) -> None:
     """By the library's own doing: that is not to be forgiven as lag of a busy machine."""
     worker = Worker(Work(0, "", RULES, tmp_path / "log"), multiprocessing.Pipe()[0])

@@ -30,6 +30,9 @@ ALL_RULES = (
 )
 UNCOUNTED = ("wide", "slots")  # rules by which no interval holds too many units
 WAIT_S, HOLD_S = 0.1, 0.1
+# So many slots are held for so long, in seconds: they have to be renewed.
+LONG, LONG_S = 0.05, 3.0
+LATE_US = 250_000
 ESTIMATE = 3
 
 
@@ -40,14 +43,15 @@ Limits = list[tuple[int, int]]  # rules and keys, by number
 class Ask:
     """A limiter, and what one task asks of it.
 
-    held: is given a decision, the limit, and from when to when a slot was held, in us. turn: how many asks there were before this one.
-    limits: what it asks for.
+    held: is given a decision, the limit, and from when to when a slot was held, in us. holds: likewise, when that begins. turn: how many
+    asks there were before this one. limits: what it asks for.
     """
 
     limiter: RateThrottleCore
     keys: Sequence[str]
     random: random.Random
     held: Callable[[Decision, tuple[int, int], int, int], None]
+    holds: Callable[[Decision, tuple[int, int], int], None]
     turn: int = 0
     limits: Limits = field(default_factory=list)
 
@@ -97,11 +101,15 @@ async def everything(ask: Ask, key: int, other: int) -> Used:
                     yield reservation.decision
             case 5 if ask.turn % 16 == 5:
                 async with ask.limiter.slot(*ask.one(SLOTS, key % 4), timeout=WAIT_S) as slot:
-                    began_us = monotonic_us()
+                    began_us, limit = monotonic_us(), (SLOTS, key % 4)
+                    ask.holds(slot.decision, limit, began_us)
                     yield slot.decision
                     with suppress(TimeoutError):
-                        await asyncio.wait_for(slot.lost.wait(), ask.random.uniform(0, HOLD_S))
-                    ask.held(slot.decision, (SLOTS, key % 4), began_us, monotonic_us())
+                        lasts_s = LONG_S if ask.random.random() < LONG else ask.random.uniform(0, HOLD_S)
+                        await asyncio.wait_for(slot.lost.wait(), lasts_s)
+                    # It was lost before this task heard of it, by as much as the loop is late.
+                    ended_us = max(began_us, monotonic_us() - LATE_US * slot.lost.is_set())
+                    ask.held(slot.decision, limit, began_us, ended_us)
             case 5:
                 yield await ask.limiter.check(*ask.one(DAY, key))
             case _:

@@ -23,7 +23,7 @@ import redis.sentinel
 
 from ratethrottle import ConcurrencyRule, Decision, RateThrottleCore, RateThrottleRule, RedisStorage, create_limiter
 from ratethrottle.errors import RateThrottleError
-from tests.faults.records import CONNECTS, HELD, HELD_BY_POLICY, KINDS, LATE, RECORD, monotonic_us
+from tests.faults.records import CONNECTS, HELD, HELD_BY_POLICY, HOLDS, HOLDS_BY_POLICY, KINDS, LATE, RECORD, monotonic_us
 from tests.faults.uses import WIDE, Ask, Use, checks, everything
 
 KEYS = 32
@@ -127,7 +127,7 @@ class Worker:
     async def client(self, limiter: RateThrottleCore) -> None:
         """One task."""
         use: Use = everything if self.work.everything else checks
-        ask = Ask(limiter, self.keys, self.random, self.write_held, self.random.randrange(100))
+        ask = Ask(limiter, self.keys, self.random, self.write_held, self.write_holds, self.random.randrange(100))
         while not self.ended:
             await asyncio.sleep(self.random.uniform(0, 2 * self.work.every_s))
             await self.running.wait()
@@ -153,6 +153,9 @@ class Worker:
 
     def write_held(self, decision: Decision, limit: tuple[int, int], began_us: int, ended_us: int) -> None:
         self.write(HELD_BY_POLICY if decision.source == "outage" else HELD, began_us, ended_us, rule=limit[0], key=limit[1])
+
+    def write_holds(self, decision: Decision, limit: tuple[int, int], began_us: int) -> None:
+        self.write(HOLDS_BY_POLICY if decision.source == "outage" else HOLDS, began_us, 0, rule=limit[0], key=limit[1])
 
     async def watch_loop(self) -> None:
         """Write down when a timer was late by more than 2 ms: what a call took beyond that is not the loop's fault."""

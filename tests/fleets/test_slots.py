@@ -82,17 +82,13 @@ def check(fleet: Fleet, holdings: list[Holding]) -> None:
     assert most == LIMIT
     served = {each.process for each in holdings}
     assert served >= set(range(PROCESSES)) - set(fleet.killed)
-    # What dead processes held goes to others in time, if these are well.
-    freed = 0
-    for number, killed_us in fleet.killed.items():
-        until_us = killed_us + round((TTL_S + 1) * 1e6)
-        if any(began_us < until_us and killed_us < over_us for stood in fleet.frozen.values() for began_us, over_us in stood):
-            continue
-        freed += 1
-        of_others = [each for each in holdings if each.process != number and each.process not in fleet.killed]
-        after = [each for each in of_others if killed_us < each.until_us and each.since_us < until_us]
-        assert most_held(after)[0] >= LIMIT - 1, "what a dead process held is not free in time"
-    assert freed
+    # What dead processes held goes to others in time: after that these hold all there is. What stood still then lapses too.
+    stood_us = [over_us for stood in fleet.frozen.values() for _, over_us in stood]
+    free_us = max([*fleet.killed.values(), *stood_us]) + round((TTL_S + 1) * 1e6)
+    after = [each for each in holdings if each.process not in fleet.killed and each.until_us > free_us]
+    assert max(each.since_us for each in after) > free_us + 500_000, "the run is too short to tell"
+    after = [each._replace(since_us=max(each.since_us, free_us)) for each in after]
+    assert most_held(after)[0] == LIMIT, "what a dead process held is not free in time"
 
 
 def check_states(client: redis.Redis) -> None:
@@ -145,7 +141,7 @@ def test_never_more_than_the_limit_is_held_when_redis_loses_its_data_or_stands_s
     lose: Callable[[RedisServer], Any], tmp_path: Path
 ) -> None:
     with RedisServer() as server:
-        fleet = Fleet(server.url, tmp_path, 8)
+        fleet = Fleet(server.url, tmp_path, 10)
         with fleet.running():
             time.sleep(1)
             for _ in range(2):
@@ -164,7 +160,7 @@ def test_never_more_than_the_limit_is_held_when_redis_loses_its_data_or_stands_s
 def test_never_more_than_the_limit_is_held_when_another_server_takes_over(tmp_path: Path, planned: bool) -> None:
     with SentinelTopology() as topology:
         hosts = ",".join(f"{host}:{port}" for host, port in topology.addresses)
-        fleet = Fleet(f"redis+sentinel://{hosts}/{topology.name}", tmp_path, 10 if planned else 14)
+        fleet = Fleet(f"redis+sentinel://{hosts}/{topology.name}", tmp_path, 12 if planned else 16)
         with fleet.running():
             time.sleep(1.5)
             since_s = time.monotonic()

@@ -21,6 +21,7 @@ from ratethrottle import ConcurrencyRule, RateLimitExceeded, RateThrottleCore, R
 ENTRY = struct.Struct("=BIBQQ")
 GRANTED, RELEASES, LOST = range(3)
 KEY = "tenant:42"
+LATE_US = 250_000
 START_S = 60  # for processes to come up on a busy machine
 
 
@@ -92,8 +93,8 @@ class Holding(NamedTuple):
 def read_holdings(work: Work, ended_us: int, frozen: Sequence[tuple[int, int]] = ()) -> list[Holding]:
     """What a process held, up to when it ended. frozen: from when to when it stood still.
 
-    What was lost, or was held by a process that was killed or stood still, lasted until it lapsed. That was no sooner than a ttl after it
-    was granted, nor while the process was well.
+    What was held by a process that was killed or stood still lasted until it lapsed. That was no sooner than a ttl after it was granted,
+    nor while the process was well. What was lost lasted until the process said so, but for how late its loop may be on a busy machine.
     """
     data = work.log.read_bytes()
     ttl_us = round(0.99 * work.rule.ttl * 1e6)
@@ -107,7 +108,7 @@ def read_holdings(work: Work, ended_us: int, frozen: Sequence[tuple[int, int]] =
         stood_us = [began_us for began_us, over_us in frozen if since_us < over_us and began_us < now_us]
         until_us = min(now_us, max(least_us, stood_us[0])) if stood_us else now_us
         if what == LOST and not stood_us:
-            until_us = min(now_us, least_us)
+            until_us = max(min(now_us, least_us), now_us - LATE_US)
         holdings.append(Holding(work.number, units, since_us, until_us))
     for units, since_us, least_us in begun.values():
         holdings.append(Holding(work.number, units, since_us, max(ended_us, least_us)))

@@ -42,7 +42,9 @@ from ratethrottle.testing import ManualClock
 from ratethrottle.waiting import slots
 from ratethrottle.waiting.holders import RETRY_LEAST_S, Claim, SlotLine
 from ratethrottle.waiting.slots import Slot
+from tests.kit import slots as oracles
 from tests.kit.counted import counted
+from tests.kit.slots import SlotsOracle
 from tests.kit.timeless import run, settled, timeless
 
 RULE = ConcurrencyRule("exports", 3)
@@ -1472,6 +1474,37 @@ def test_what_closed_loops_left_is_bounded() -> None:
         assert gone.ask(0, 1, 1) == Held(1, 2)
         gone.gone = True
     assert len(store) <= 1_024
+
+
+def test_it_answers_as_the_oracle_of_the_script_does() -> None:
+    seed = random.randrange(2**32)
+    rng = random.Random(seed)
+    names = "abcd"
+    granted = waited = 0
+    for _ in range(100):
+        store, woken, found = callers(*names)
+        oracle = SlotsOracle()
+        holders = [oracles.Holder(name, joins=True) for name in names]
+        units, wants, limit = dict.fromkeys(names, 0), dict[str, int](), rng.randint(1, 6)
+        for number in range(60):
+            which = rng.randrange(len(names))
+            ask = Ask(rng.randint(0, units[names[which]]), rng.randint(1, limit), rng.randint(0, 1), rng.random() < 0.7)
+            item = oracles.Item("key", 1, limit, ask.cost, ask.held, ask.wanted, number + 1, waits=ask.waits)
+            woken.clear()
+            answer = store.hold(found[which], ConcurrencyRule("exports", limit), ask)
+            _, [expected] = oracle.hold(10**15, [holders[which]], [item])
+            assert (answer.granted, answer.free) == expected[:2], (seed, number)
+            units[names[which]] = ask.held + answer.granted * ask.cost
+            wants[names[which]] = ask.cost
+            line = [place.holder_id for place in oracle.keys["key"].line]
+            first = line[0] if line and sum(units.values()) + wants[line[0]] <= limit else None
+            assert woken == ([first] if first else []), (seed, number)
+            granted, waited = granted + answer.granted, waited + bool(line)
+        for caller in found:
+            caller.ask(0)
+        assert len(store) == 0, seed
+    assert granted > 500
+    assert waited > 500
 
 
 def test_a_limit_that_was_lowered_grants_nothing_until_less_is_held() -> None:
