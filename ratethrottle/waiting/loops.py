@@ -134,8 +134,6 @@ class AsyncioFuture(asyncio.Future[None]):
 class TrioLoop:
     """Of trio, which has no timer: a system task sleeps for all."""
 
-    closed = False
-
     def __init__(self, token: Any) -> None:
         self._trio: Any = sys.modules["trio"]
         self._token = token
@@ -143,6 +141,15 @@ class TrioLoop:
         self._sleeps = False
         self._at = inf
         self.now: Callable[[], float] = self._trio.current_time
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has ended: only then it refuses."""
+        try:
+            self._token.run_sync_soon(_nothing, idempotent=True)
+        except RuntimeError:
+            return True
+        return False
 
     def future(self, _on_cancel: Callable[[], None]) -> Future:
         """Make something to wait on."""
@@ -173,6 +180,10 @@ class TrioLoop:
                 self._at = inf
                 callback()
         self._sleeps = False
+
+
+def _nothing() -> None:
+    """Do nothing."""
 
 
 class TrioFuture:

@@ -1154,6 +1154,23 @@ def test_it_works_under_trio() -> None:
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
+def test_slots_of_a_run_of_trio_that_has_ended_are_free() -> None:
+    core = RateThrottleCore(rules=[ONE])
+
+    async def leave() -> None:
+        await core.slot("key").__aenter__()
+
+    async def take() -> None:
+        async with core.slot("key"):
+            with pytest.raises(RateLimitExceeded):
+                await core.slot("key").__aenter__()
+
+    trio.run(leave)
+    trio.run(take)
+    trio.run(take)
+    assert len(core._storage.slots) == len(core._lines) == 0
+
+
 async def test_a_manual_clock_lets_waits_pass() -> None:
     clock = ManualClock()
     core = RateThrottleCore(InMemoryStorage(clock_us=clock), rules=[ONE])
