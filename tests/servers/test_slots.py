@@ -24,6 +24,9 @@ from ratethrottle import (
     RateThrottleRule,
     RedisStorage,
     StateUnreadable,
+    StorageError,
+    StorageProtocolError,
+    StorageRefused,
     StorageUnavailable,
 )
 from ratethrottle.events import SlotLost
@@ -245,6 +248,27 @@ async def test_a_reset_takes_slots_from_all_that_hold_them(redis_url: str) -> No
         assert await free(third, cost=2)
 
 
+async def test_a_reset_is_heard_at_once_by_the_other_event_loops_of_its_process(redis_url: str) -> None:
+    rule = ConcurrencyRule("db", 2, 30)
+    held, lost = threading.Event(), threading.Event()
+    async with limiter_of(redis_url, rule) as limiter:
+
+        async def hold() -> None:
+            async with limiter.slot("k") as slot, limiter.slot("other") as kept:
+                held.set()
+                await asyncio.wait_for(slot.lost.wait(), WITHIN_S)
+                if not kept.lost.is_set():
+                    lost.set()
+
+        thread = threading.Thread(target=lambda: asyncio.run(hold()))
+        thread.start()
+        await asyncio.to_thread(held.wait)
+        await limiter.reset("k", "db")
+        await asyncio.to_thread(thread.join)
+        assert lost.is_set()
+        assert await free(limiter, cost=2)
+
+
 async def test_clear_takes_all_slots(redis_url: str) -> None:
     async with processes(redis_url, 2) as (one, other), one.slot("k") as mine, other.slot("k") as theirs:
         storage = one._storage
@@ -378,6 +402,49 @@ async def test_a_state_that_cannot_be_read_raises_until_it_is_reset(redis_url: s
         assert await free(one, "other")
         await one.reset("k", "db")
         assert await free(one, cost=2)
+
+
+@pytest.mark.parametrize("policy", ["local", "allow"])
+async def test_what_refuses_slots_alone_is_raised_at_once_and_leaves_rates_alone(policy: Policy) -> None:
+    rules = RULE, RateThrottleRule("api", 1_000, 60)
+    with RedisServer() as server, server.client() as client:
+        client.execute_command("ACL", "SETUSER", "u", "on", ">pw", "~*", "&*", "+@all", "-srem")
+        url = f"redis://u:pw@127.0.0.1:{server.port}"
+        async with limiter_of(url, *rules, on_outage=policy, expected_processes=1, deadline=2) as limiter:
+            assert (await limiter.check("k", "api")).source == "redis"
+            for _ in range(3):
+                began_s = time.monotonic()
+                with pytest.raises(StorageRefused, match="may not run our scripts"):
+                    await free(limiter)
+                assert time.monotonic() - began_s < 1
+                assert (await limiter.check("k", "api")).source == "redis"
+            client.execute_command("ACL", "SETUSER", "u", "-del")
+            with pytest.raises(StorageRefused, match="may not run our scripts"):
+                await limiter.reset("k", "db")
+            client.execute_command("ACL", "SETUSER", "u", "+@all")
+            assert await free(limiter, cost=2)
+            assert limiter.statistics().reconnections == 0
+
+
+async def test_what_a_script_cannot_do_is_raised_and_a_refusal_once_it_has_come_three_times() -> None:
+    with RedisServer() as server, server.client() as client:
+        async with limiter_of(server.url, on_outage="allow", expected_processes=1, deadline=2) as limiter:
+            async with limiter.slot("held") as slot:
+                assert slot.decision.source == "redis"
+                client.delete("ratethrottle:slots")
+                client.set("ratethrottle:slots", "something else")
+                seen: list[type[Exception]] = []
+                for _ in range(4):
+                    with pytest.raises(StorageError, match="written by somebody else") as raised:
+                        await free(limiter)
+                    seen.append(raised.type)
+                assert seen[0] is StorageProtocolError
+                assert seen[-1] is StorageRefused
+                before = limiter.statistics().calls
+                await asyncio.sleep(TTL_S)
+                assert limiter.statistics().calls - before < 8  # it asks no more than once a second
+                client.delete("ratethrottle:slots")
+            assert await until(lambda: served_slot(limiter), WITHIN_S) < WITHIN_S
 
 
 async def test_a_rate_and_slots_of_one_name_do_not_meet(redis_url: str) -> None:

@@ -313,6 +313,27 @@ def test_holders_of_nothing_are_forgotten(redis_client: redis.Redis, ttl_s: int)
         assert kept.holds == len(slots._book.identities) == 1
 
 
+@pytest.mark.redis
+def test_that_the_store_has_dropped_a_state_is_noticed_within_a_minute(redis_client: redis.Redis) -> None:
+    """It says nothing when it evicts a key."""
+    world = World(redis_client)
+    process = Process(world, expected=1)
+    rule = ConcurrencyRule("db", LIMIT, 3_600)
+    slots = slots_of(process)
+    lines = [Line(process, slots, key, rule) for key in ("kept", "dropped")]
+    for line in lines:
+        line.ask(0, 1, 1)
+    process.round_trip()
+    for line in lines:
+        line.hear()
+        assert line.held == 1
+    redis_client.delete(process.names.slots_key(lines[1].entry))
+    for _ in range(600):
+        world.t_us += 100_000
+        process.round_trip()
+    assert [(line.losses, line.held) for line in lines] == [(0, 1), (1, 0)]
+
+
 def dumped(world: World) -> dict[bytes, bytes]:
     """What a replica would have now."""
     client: Any = world.store.client

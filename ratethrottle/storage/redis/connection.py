@@ -11,6 +11,7 @@ import contextvars
 import math
 import os
 import time
+from collections.abc import Callable
 
 from redis.asyncio.connection import AbstractConnection
 
@@ -23,6 +24,7 @@ from ratethrottle.storage.redis.backoff import EVERY_S, Backoff
 from ratethrottle.storage.redis.failures import failure, guess_of, lost_again, no_connection, refusal
 from ratethrottle.storage.redis.overdue import Overdue
 from ratethrottle.storage.redis.race import Pace
+from ratethrottle.storage.redis.replies import Meaning
 from ratethrottle.storage.redis.settings import abort, close
 from ratethrottle.storage.redis.tasks import own_task
 from ratethrottle.storage.redis.topology import Master
@@ -88,6 +90,7 @@ class Connection:
         self._returning: asyncio.Future[None] | None = None  # leases, at the end
         self._closing = False  # because the storage was closed or dropped; not because the loop ends
         self._sent_before_error = 0  # calls, when Redis last answered one with an error
+        self.slots_failed: Callable[[ControlCall, StorageError], None] | None = None  # what hears of an error to a call of slots
         self._context = contextvars.Context()  # of what is called later: it belongs to no request
         self._overdue = Overdue(self._context, self._discard)
         self._owner = own_task(self.loop, self._run(), "ratethrottle connection")
@@ -329,6 +332,9 @@ class Connection:
         beat = isinstance(call, ControlCall) and call.script == "beat"
         # What the script itself refuses is no outage.
         ours = isinstance(error, StorageProtocolError)
+        if isinstance(call, ControlCall) and call.script == "slots" and (ours or isinstance(error, StorageRefused)):
+            self._refuse_slots(call, error, guess_of(reply))
+            return
         if not ours or beat:
             if isinstance(call, CheckCall) and self.batch.sent_calls - self._sent_before_error > IN_FLIGHT_MAX:
                 self._backoff.repeated.went("decide")  # another one between them was answered
@@ -348,6 +354,18 @@ class Connection:
             if text.startswith((b"READONLY", b"NOREPLICAS", b"MASTERDOWN")):
                 self.master.suspect()
             self.batch.begin_outage(error)
+
+    def _refuse_slots(self, call: ControlCall, error: StorageError, guess: Meaning | None) -> None:
+        """Give an error to those that ask for slots. Checks may be served all the same, by another script."""
+        if guess is not None:
+            error = self._backoff.repeated.judge("slots", self, error, guess)
+        self.batch.give_up(call)
+        if self.slots_failed is not None:
+            self.slots_failed(call, error)
+
+    def slots_answered(self) -> None:
+        """Take note that a call of slots has gone well after all."""
+        self._backoff.repeated.went("slots")
 
     def broken(self, what: str) -> None:
         """Drop the connection, on which `what` came instead of a reply."""

@@ -7,7 +7,7 @@ import copy
 import os
 from asyncio import AbstractEventLoop, Future
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent import futures
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -29,7 +29,7 @@ WANTED_MAX: Final = 1_000_000  # of an item, and held units; whatever is above i
 HELD_MAX: Final = 4_000_000_000
 NOTHING: Final = Ask(0, waits=False)
 UNREADABLE, UNSURE, OLD, LAPSED, FORGOTTEN = -2, -3, -4, -5, -6
-TOUCHED_US: Final = 1_800_000_000  # a state is kept for longer without a call
+TOUCHED_US: Final = 45_000_000  # Redis hears again what is held, and says if its state is gone
 AGAIN_S: Final = 0.05, 1.0  # at least and at most, without Redis
 STOOD_STILL_US: Final = 50_000  # a timer that fires so late was kept from it by its loop
 
@@ -39,12 +39,16 @@ class Link(Protocol):
 
     loop: AbstractEventLoop
     batch: Batch
+    slots_failed: Callable[[ControlCall, StorageError], None] | None
 
     def connect(self) -> None:
         """Have it connect, if there is no connection."""
 
     def retry_us(self) -> int:
         """Return how long until Redis is asked again, in µs."""
+
+    def slots_answered(self) -> None:
+        """Take note that a call has gone well after an error."""
 
 
 @dataclass(eq=False, slots=True)
@@ -55,6 +59,7 @@ class Flight:
     sent_us: int
     holders: list[tuple[Identity, bytes, bool]]  # by what name, and whether it has told all by then
     items: list[tuple[Record, bytes, int, Asked | None]]  # by what name, and with how many units held
+    call: ControlCall | None = None
 
 
 class Slots:
@@ -91,7 +96,9 @@ class Slots:
         self._timer_us = 0
         self._excused = False
         self._closed = False
-        link.batch.listen(self._moved_on)
+        self._held_back_us = 0  # after an error nothing is renewed until then; 0: there was none since the last answer
+        self._forgetting: dict[ControlCall, Future[bool]] = {}
+        self._follow(link)
 
     def __len__(self) -> int:
         """Keys of which something is held, or that Redis has to hear of."""
@@ -108,7 +115,11 @@ class Slots:
             self._link.batch.listen(None)
             self._link = link
             self._give_up_flight()
-            link.batch.listen(self._moved_on)
+            self._follow(link)
+
+    def _follow(self, link: Link) -> None:
+        link.batch.listen(self._moved_on)
+        link.slots_failed = self._failed
 
     # What lines ask:
 
@@ -197,10 +208,14 @@ class Slots:
         now_us = self._now_us()
         self._enter_epoch()
         self._lapse(now_us)
+        if now_us < self._held_back_us and not any(record.asked is not None for record in self._due):
+            self._arm(self._held_back_us)
+            return
         flight = self._fill(now_us)
         if flight is not None:
             self._flight = flight
-            self._link.batch.send(self._call(flight))
+            flight.call = self._call(flight)
+            self._link.batch.send(flight.call)
             self._arm(now_us + 2 * self._deadline_us)
         else:
             self._arm_renewals()
@@ -261,7 +276,7 @@ class Slots:
         )
 
     def _touch(self, now_us: int) -> None:
-        """Say again what was held for long, a call's worth at a time, so that Redis keeps it."""
+        """Say again what was held for long, a call's worth at a time: Redis keeps it, or has lost it, which this finds out."""
         for identity in self._book.identities:
             for record in [*_first(identity.records, KEYS_MAX // 2)]:
                 if record.touched_us + TOUCHED_US > now_us:
@@ -297,6 +312,9 @@ class Slots:
             self._give_up_flight()
             return
         self._flight = None
+        if self._held_back_us:
+            self._held_back_us = 0
+            self._link.slots_answered()
         for (identity, name, told), standing in zip(holders, numbers[1:], strict=False):
             if identity.name == name:
                 self._take_standing(identity, standing, flight.sent_us, told)
@@ -304,6 +322,25 @@ class Slots:
         for record, name, held, asked in items:
             self._take_item(record, name, held, asked, numbers[at : at + 3])
             at += 3
+        if self._due:
+            self._schedule()
+        self._arm_renewals()
+
+    def _failed(self, call: ControlCall, error: StorageError) -> None:
+        """Redis has answered a call with an error: it is that of all who asked. Redis hears later what is held."""
+        forgotten, flight = self._forgetting.pop(call, None), self._flight
+        if forgotten is not None and not forgotten.done():
+            forgotten.set_exception(error)
+        if flight is None or flight.call is not call:
+            return
+        self._flight = None
+        self._held_back_us = self._now_us() + round(AGAIN_S[1] * 1e6)
+        for record, _, _, asked in flight.items:
+            record.kept = False
+            if asked is not None and record.asked is asked and asked.waits:
+                self._fail(record, copy.copy(error))
+            if record.asked is None or record.asked is asked:
+                self._settle(record)
         if self._due:
             self._schedule()
         self._arm_renewals()
@@ -403,7 +440,11 @@ class Slots:
         now_us = self._now_us()
         for identity in self._book.identities:
             if identity.records and identity.until_us:
-                at_us = min(max(identity.renew_us, now_us + 1_000), now_us + TOUCHED_US // 3) if asks else identity.until_us
+                at_us = (
+                    min(max(identity.renew_us, now_us + 1_000, self._held_back_us), now_us + TOUCHED_US // 3)
+                    if asks
+                    else identity.until_us
+                )
                 self._arm(min(identity.until_us, at_us))
 
     def _on_timer(self) -> None:
@@ -527,13 +568,24 @@ class Slots:
         key = self._names.slots_key(entry)
 
         def done(numbers: Sequence[int]) -> None:
+            self._forgetting.pop(call, None)
             if numbers:
                 self._announce(self._book.of_key(key))
             if not forgotten.done():
                 forgotten.set_result(bool(numbers))
 
-        self._link.batch.send(ControlCall("slots", [self._names.holders_key, key], [b"forget", b"0"], done))
+        call = ControlCall("slots", [self._names.holders_key, key], [b"forget", b"0"], done)
+        self._forgetting[call] = forgotten
+        forgotten.add_done_callback(lambda _: self._forgetting.pop(call, None))
+        self._link.batch.send(call)
         return forgotten
+
+    def look_again(self, entry: Entry) -> None:
+        """Say again what is held of a key: Redis has forgotten who holds it."""
+        for record in self._book.of_key(self._names.slots_key(entry)):
+            if record.known and not self._closed:
+                record.stale = True
+                self._queue(record)
 
 
 def _first(records: Iterable[Record], count: int) -> Iterable[Record]:

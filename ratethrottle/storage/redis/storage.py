@@ -270,17 +270,32 @@ class RedisStorage(SharedStorage):
         return self._slots_here().hold(holder, rule, ask)
 
     async def forget_slots(self, rule: ConcurrencyRule, entry: Entry) -> None:  # noqa: ARG002  # memory needs it
-        """Have nobody hold slots of a key. A process finds out within a third of its ttl. Raises StorageUnavailable without Redis."""
+        """Have nobody hold slots of a key. A process finds out within a third of its ttl, and this one in all of its loops at once.
+
+        Raises StorageError.
+        """
         give_up_s = time.monotonic() + LEARNS_S
         while True:
             forgotten = self._slots_here().forget(entry)
             if forgotten is not None:
-                await asyncio.wait([forgotten], timeout=self._deadline_s)
-                if forgotten.done() and forgotten.result():
+                try:
+                    await asyncio.wait([forgotten], timeout=self._deadline_s)
+                finally:
+                    forgotten.cancel()
+                if not forgotten.cancelled() and forgotten.result():
+                    self._look_again(entry)
                     return
             if time.monotonic() >= give_up_s:
                 raise self._connections_here()[0].unsent()
             await asyncio.sleep(ASK_AGAIN_S)
+
+    def _look_again(self, entry: Entry) -> None:
+        """Have this process's other loops ask what they still hold of a key."""
+        here = asyncio.get_running_loop()
+        for loop, slots in list(self._slots.items()):
+            if loop is not here and slots.process == os.getpid():
+                with contextlib.suppress(RuntimeError):  # the loop is closed
+                    loop.call_soon_threadsafe(slots.look_again, entry)
 
     def _slots_here(self) -> Slots:
         """Find or make the slots of this process and this loop."""
