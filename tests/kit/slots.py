@@ -180,8 +180,11 @@ class SlotsOracle:
         granted = 0
         if not ahead and not unsure_us:
             granted = max(0, min(item.wanted, (item.limit - others - item.held) // item.cost))
+        key.units.pop(own, None)
         key.units[own], key.sequences[own] = item.held + granted * item.cost, item.sequence
         key.asked_us[own] = now_us
+        for each in [each for each, units in key.units.items() if not units][:-512]:
+            key.drop(each)
         free = max(0, item.limit - others - key.units[own])
         again_us = 0
         stays = item.waits and granted < item.wanted and item.cost <= item.limit

@@ -325,6 +325,18 @@ def test_bad_calls_are_refused(slots: ClockedSlots, mode: str, keys: list[str], 
         slots.run(START_US, mode, keys, *args)
 
 
+def test_a_state_has_a_bounded_number_of_holders_of_nothing(slots: ClockedSlots) -> None:
+    oracle = SlotsOracle()
+    for number in range(600):
+        holder = Holder(f"{number:016}", joins=True)
+        for sequence, wanted in ((1, 1), (2, 0)):
+            item = Item("k", wanted=wanted, sequence=sequence, held=0)
+            assert slots.hold(START_US + number, [holder], [item]) == oracle.hold(START_US + number, [holder], [item])
+    assert state(slots).count("h") == len(oracle.keys["k"].units) == 512
+    assert hold(slots, 600, Holder(f"{88:016}"), wanted=1, sequence=1) == (OLD, 3, 0)
+    assert f"h{87:016}," not in state(slots)
+
+
 def random_holder(rng: random.Random) -> Holder:
     name, previous = rng.choice("abcd"), rng.choice(("", "", "", *"abcd"))
     return Holder(

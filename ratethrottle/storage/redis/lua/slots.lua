@@ -26,7 +26,7 @@
 -- `leave` gives up all that the holders have. `forget` forgets who holds the keys, or waits; its items are empty, and it has no holders.
 -- A state is '1e', the epoch, and ';', then `h` id,units,sequence; of each holder (with a 0 of units, and asked_us behind) and `q` id,cost,since_us,asked_us; of each that waits, in order.
 local LEARN_US, OTHERS_US, TELLS_US, TTL_MAX_US = 250000, 500000, 3000000, 86400000000
-local PLACE_US, SOON_US, FIRST_US, LAST_US, NOTHING_US = 1000000, 25000, 250000, 500000, 60000000
+local PLACE_US, SOON_US, FIRST_US, LAST_US, NOTHING_US, NOTHINGS_MAX = 1000000, 25000, 250000, 500000, 60000000, 512
 local KEPT_MS, EMPTY_MS, HOLDERS_MS = 7200000, '60000', '172800000'
 local UNREADABLE, UNSURE, OLD, LAPSED, FORGOTTEN = -2, -3, -4, -5, -6
 local KEYS, ARGV, refuse = KEYS, ARGV, redis.error_reply
@@ -110,15 +110,21 @@ local function read_slots(state)
 end
 
 local function write_slots(key, held, queue, ttl)
-  local text, count = {'1e', epoch, ';'}, 0
+  local text, count, nothings = {'1e', epoch, ';'}, 0, 0
+  for _, one in ipairs(held) do
+    if one.units == 0 then nothings = nothings + 1 end
+  end
   for _, one in ipairs(held) do
     count = count + one.units
-    text[#text + 1] = 'h' .. one.id .. format(one.units > 0 and ',%d,%d;' or ',%d,%d,%d;', one.units, one.sequence, one.asked)
+    -- They stand in the order in which they were written.
+    local left_out = one.units == 0 and nothings > NOTHINGS_MAX
+    if left_out then nothings = nothings - 1 end
+    text[#text + 1] = left_out and '' or 'h' .. one.id .. format(one.units > 0 and ',%d,%d;' or ',%d,%d,%d;', one.units, one.sequence, one.asked)
   end
   for _, one in ipairs(queue) do
     text[#text + 1] = 'q' .. one.id .. format(',%d,%d,%d;', one.cost, one.since, one.asked)
   end
-  -- A holder of nothing stays for a minute, as an item may come late that was asked before.
+  -- A holder of nothing stays for a minute, as an item may come late that was asked before: the last 512.
   local expiry_ms = count > 0 and format('%d', max(call('PTTL', key), KEPT_MS + floor(ttl / 1000))) or EMPTY_MS
   call('PSETEX', key, expiry_ms, table.concat(text))
 end
