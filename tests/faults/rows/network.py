@@ -18,12 +18,20 @@ from tests.faults.worker import PASSWORD
 from tests.kit.servers import RedisServer
 
 
-def cut_off(run: Run, *, processes: int = PROCESSES, policy: str = "local", cut: bool = True, **mode: Any) -> None:
+def cut_off(
+    run: Run,
+    *,
+    processes: int = PROCESSES,
+    policy: str = "local",
+    cut: bool = True,
+    everything: bool = False,
+    **mode: Any,
+) -> None:
     """Some of the processes reach Redis through a proxy that stops passing; the others go on."""
     with RedisServer(password=PASSWORD) as server, Proxy(server.socket, password=PASSWORD) as proxy:
         server.grow_old()
         urls = [proxy.url] * processes + [server.url] * (PROCESSES - processes)
-        with Fleet(urls, on_outage=policy) as fleet:
+        with Fleet(urls, everything=everything, on_outage=policy) as fleet:
             fleet.calm(run.seconds(3, 2))
             with fleet.fault():
                 accepted = proxy.set(**mode)["accepted"]

@@ -76,11 +76,10 @@ def judge_moves(run: Run, fleet: Fleet) -> None:
         )
 
 
-@row(short=True)
-def sentinel_master_killed(run: Run) -> None:
-    """The master is killed: a normal decision within 1 s of +switch-master"""
+def failed_over(run: Run, *, everything: bool = False) -> None:
+    """Kill the master, and have a replica become the master."""
     with SentinelTopology() as topology:
-        with Fleet(clients(topology)) as fleet:
+        with Fleet(clients(topology), everything=everything) as fleet:
             fleet.calm(run.seconds(4, 2))
             began_s = time.monotonic()
             topology.master.stop()
@@ -88,6 +87,12 @@ def sentinel_master_killed(run: Run) -> None:
             calm(fleet, topology, run.seconds(10, 3))
         run.judge(fleet, heals_s=GAP_S, events=("master_moved",))
         judge_moves(run, fleet)
+
+
+@row(short=True)
+def sentinel_master_killed(run: Run) -> None:
+    """The master is killed: a normal decision within 1 s of +switch-master"""
+    failed_over(run)
 
 
 @row()

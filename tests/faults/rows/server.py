@@ -15,11 +15,11 @@ from tests.faults.worker import PASSWORD, keys
 from tests.kit.servers import RedisServer
 
 
-def killed(run: Run, policy: str) -> None:
+def killed(run: Run, policy: str, *, everything: bool = False) -> None:
     """Kill it, and start it empty a while later."""
     with RedisServer(password=PASSWORD) as server:
         server.grow_old()
-        with Fleet(server.url, on_outage=policy) as fleet:
+        with Fleet(server.url, everything=everything, on_outage=policy) as fleet:
             fleet.calm(run.seconds(3, 2))
             with fleet.fault():
                 server.stop()
@@ -144,22 +144,27 @@ def maxclients(run: Run) -> None:
         run.judge(fleet, attempts=True)
 
 
-@row(short=True)
-def worker_killed(run: Run) -> None:
-    """A worker process is killed in mid-batch, 100 times: nobody else is affected, no key stays for ever"""
+def workers_killed(run: Run, times: int, *, everything: bool = False) -> None:
+    """Start one process after the other, and kill it. Nobody else notices, and no key stays for ever."""
     with RedisServer(password=PASSWORD) as server:
         server.grow_old()
-        with Fleet(server.url) as fleet:
+        with Fleet(server.url, everything=everything) as fleet:
             fleet.calm(1)
-            for _ in range(run.count(100, 5)):
+            for _ in range(times):
                 victim = fleet.add(server.url)
-                fleet.calm(run.seconds(0.1, 0.1))
+                fleet.calm(0.1)
                 fleet.kill(victim)
             fleet.calm(1)
         run.judge(fleet, bites=False, heals_s=None)
         felt = [call for call in between(fleet.logs, fleet.began_us, fleet.ended_us) if call.kind == "outage"]
         run.expect(not felt, f"{len(felt)} others were affected")
         run.expect(not (kept := forever(server)), f"keys without an expiry: {kept[:3]}")
+
+
+@row(short=True)
+def worker_killed(run: Run) -> None:
+    """A worker process is killed in mid-batch, 100 times: nobody else is affected, no key stays for ever"""
+    workers_killed(run, run.count(100, 5))
 
 
 def forever(server: RedisServer) -> list[bytes]:

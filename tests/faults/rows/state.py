@@ -32,18 +32,23 @@ def script_flush(run: Run) -> None:
         run.expect(stats.get("cmdstat_eval", {}).get("calls", 0), "no call had to be sent by value: the row proves nothing")
 
 
-@row(short=True)
-def flushall(run: Run) -> None:
-    """FLUSHALL under load, three times: noticed, repaired, nothing over that a living process knew"""
+def flushed(run: Run, *, everything: bool = False) -> None:
+    """Empty it under load, three times."""
     with RedisServer(password=PASSWORD) as server, server.client() as client:
         server.grow_old()
-        with Fleet(server.url) as fleet:
+        with Fleet(server.url, everything=everything) as fleet:
             fleet.calm(run.seconds(4, 2.5))
             for _ in range(run.count(3, 1)):
                 with fleet.fault():
                     client.flushall()
                 fleet.calm(run.seconds(4, 3.5))
         run.judge(fleet, bites=False, events=("state_lost",))
+
+
+@row(short=True)
+def flushall(run: Run) -> None:
+    """FLUSHALL under load, three times: noticed, repaired, nothing over that a living process knew"""
+    flushed(run)
 
 
 @row()
