@@ -420,6 +420,9 @@ def hear(config: Config, state: State, p: int, proc: Proc, reply: Reply) -> Stat
             epoch=reply.epoch, marked=reply.marked, learn=reply.learn, age=min(2, proc.age + another),
             behind=knows or (proc.behind and not another),
         )  # fmt: skip  # a line for each word would be a page
+        if proc.behind and state.master.repair and not another:
+            # It comes back after a while in which nobody waited for it. It says so again before its checks: an assertion is sent first.
+            state = state._replace(master=state.master._replace(untold=state.master.untold | 1 << p))
         return held_to_reset(put(state, p, onwards(proc)))
     if reply.kind == "asserted":
         return held_to_reset(put(state, p, onwards(proc._replace(behind=False))))
