@@ -168,8 +168,9 @@ class BookedLine:
         now = self.of.loop.now()
         self.serve(now)
         self.advance()
+        last = self.heard
         for ticket in self.deadlines.before(now + SOON_S):
-            heard = self.heard if place_of(ticket, self.tail) >= 0 else None
+            heard = last if place_of(ticket, self.tail) >= 0 else None
             self.give(ticket, refusal(self.limiter, self.key, ticket, heard, now))
         self.trim()
         self.plan()
@@ -289,9 +290,9 @@ class BookedLine:
 
     def judge(self) -> None:
         """Give up, without waiting, those of the tail that have no time until the turn of the first one."""
-        now = self.of.loop.now()
-        for ticket in [each for each in self.tail if self.heard is not None and each.deadline < self.heard.until]:
-            self.give(ticket, refusal(self.limiter, self.key, ticket, self.heard, now))
+        now, heard = self.of.loop.now(), self.heard
+        for ticket in [each for each in self.tail if heard is not None and each.deadline < heard.until]:
+            self.give(ticket, refusal(self.limiter, self.key, ticket, heard, now))
 
     def refuse_late(self, asked: Asked, ticket: Ticket) -> None:
         """Give a ticket up whose turn comes after its time."""
@@ -358,6 +359,8 @@ class BookedLine:
             if (place := place_of(ticket, tickets)) >= 0:
                 del tickets[place]
                 self.deadlines.take(ticket)
+                if tickets is self.tail and place == 0 and (self.heard is None or self.heard.denial.source not in AWAY):
+                    self.until, self.heard, self.room = -inf, None, 1  # that was for this one alone
                 return True
         return False
 

@@ -262,6 +262,28 @@ def test_callers_for_whom_a_minute_is_not_enough_wait_until_they_can_book() -> N
     run(main)
 
 
+def test_what_the_first_of_a_tail_heard_leaves_with_it() -> None:
+    async def main() -> None:
+        core = limiter(RateThrottleRule("api", 1, 10, strategy="token_bucket", burst=10))
+        await core.check("key", cost=10)
+        booked = start(core.acquire("key", cost=6))  # its turn is in a minute
+        await settled()
+        large, second = start(core.acquire("key", cost=10)), start(core.acquire("key"))  # the first not before 160 s
+        await settled()
+        large.cancel()
+        await settled()
+        small = start(core.acquire("key", timeout=100))
+        await settled()
+        assert not small.done()
+        began_s = timeless().time()
+        for waiting, turn_s in ((booked, 60), (second, 70), (small, 80)):
+            await waiting
+            assert timeless().time() - began_s == pytest.approx(turn_s, abs=0.01)
+        assert left_behind(core) == [0, 0, 0]
+
+    run(main)
+
+
 def test_loops_are_served_in_the_order_in_which_they_booked() -> None:
     async def main() -> None:
         store = InMemoryStorage(clock_us=timeless().time_us)
