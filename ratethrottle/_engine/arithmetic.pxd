@@ -47,7 +47,6 @@ cdef extern from *:
 
 cdef enum:
     NEVER = -1
-    BOOKED_US = 60_000_000                 # no turn that is booked is farther ahead
 
 cdef struct Terms:                         # what a rule compiles to; see docs/arithmetic.md
     char kind                              # a Kind
@@ -362,20 +361,6 @@ cdef inline const View* view_fullest(const View* views, int count, int64_t now_u
     return views if count else NULL
 
 
-cdef inline int64_t level_derived(const Terms* terms, const View* source, int64_t used, int64_t now_us) noexcept nogil:
-    """The level of a bucket that takes units over. What another one holds above its capacity is booked: it drains no sooner here."""
-    cdef View rolled
-    cdef int64_t over_ticks = 0, over_us
-    if source != NULL and source.terms.kind == BUCKET:
-        rolled = source[0]
-        view_roll(&rolled, now_us)
-        over_ticks = rolled.amount.level_ticks - source.terms.capacity * source.terms.unit_ticks
-    if over_ticks <= 0:
-        return min(used, terms.capacity) * terms.unit_ticks
-    over_us = min(ceil_div(over_ticks, source.terms.drain_ticks), <int64_t>BOOKED_US)
-    return min(LEVEL_MAX, terms.capacity * terms.unit_ticks + over_us * terms.drain_ticks)
-
-
 cdef inline int view_derive(View* own, const Terms* terms, const View* source, int64_t now_us) noexcept nogil:
     """Make the view of a definition that this state meets for the first time. Returns NO_MEMORY or KEEP."""
     cdef int64_t used = view_used(source, now_us) if source != NULL else 0
@@ -385,7 +370,7 @@ cdef inline int view_derive(View* own, const Terms* terms, const View* source, i
     own.terms = terms
     if terms.kind == BUCKET:
         own.at_us = now_us
-        own.amount.level_ticks = level_derived(terms, source, used, now_us)
+        own.amount.level_ticks = min(used, terms.capacity) * terms.unit_ticks
         return KEEP
     if terms.kind != SLIDING:
         own.at_us = window_start(terms, now_us)

@@ -3,14 +3,14 @@
 
 from libc.stdint cimport int64_t
 
-from ratethrottle._engine.arithmetic cimport BOOKED_US, BUCKET, ceil_div, CHARGED, Outcome, settle, Terms
+from ratethrottle._engine.arithmetic cimport BUCKET, ceil_div, CHARGED, Outcome, settle, Terms
 from ratethrottle._engine.corrections cimport correct_place
 from ratethrottle._engine.decision cimport Decision, decision_new, Entry, MEMORY, OUTAGE, settled
 from ratethrottle._engine.definitions cimport CompiledRule, DENY_IT
 from ratethrottle._engine.joint cimport BOOKS, Joint, joint_count, joint_decision, joint_new, JointDecision, UNBOOKS
 from ratethrottle._engine.keys cimport KeyTable
 from ratethrottle._engine.table cimport Place
-from ratethrottle._engine.turns cimport take_booking
+from ratethrottle._engine.turns cimport BOOKED_US, take_booking
 
 from ratethrottle._engine.corrections import expect_refunds
 

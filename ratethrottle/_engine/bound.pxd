@@ -7,14 +7,14 @@ view denies, the answer is no. A lease is units that the store has counted alrea
 from libc.stdint cimport int64_t, uint32_t
 
 from ratethrottle._engine.arithmetic cimport (
-    BOOKED_US, BUCKET, COUNTER, Counts, FIXED, judge, LEVEL_MAX, Outcome, report, same_definition, settle, SLIDING, Terms, View,
-    view_free, view_live, view_reach, view_roll,
+    BUCKET, COUNTER, Counts, FIXED, judge, LEVEL_MAX, Outcome, report, same_definition, settle, SLIDING, Terms, View, view_free,
+    view_live, view_reach, view_roll,
 )
 from ratethrottle._engine.pieces cimport piece_free
 from ratethrottle._engine.table cimport (
     Account, Cell, cell_at, cell_views, fingerprints_of, named_fresh_at, NamedCell, Shard, terms_met,
 )
-from ratethrottle._engine.turns cimport Booking, booking_fits, tell_booking
+from ratethrottle._engine.turns cimport BOOKED_US, Booking, booking_fits, tell_booking
 from ratethrottle._engine.window cimport KEEP, NO_MEMORY, Units, Window, window_new
 
 

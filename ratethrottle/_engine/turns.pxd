@@ -12,6 +12,9 @@ from ratethrottle._engine.arithmetic cimport (
 from ratethrottle._engine.window cimport KEEP, NO_MEMORY, WRITE
 
 
+cdef enum:
+    BOOKED_US = 60_000_000                   # no turn is farther ahead
+
 cdef struct Booking:
     int64_t ahead_us                         # how far ahead the turn may be
     bint evenly                              # it comes once all before it has drained: of a leaky bucket

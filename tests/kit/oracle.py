@@ -24,7 +24,6 @@ Answer = tuple[bool, int, int, int]  # allowed, remaining, retry_us (-1: never),
 EXACT = 65  # units that a window without slots remembers: its limit is smaller
 DRAIN_US_MAX = 2**50  # no bucket takes longer, with as much debt as it may have, and as much that is booked
 LEVEL_MAX = 2**53 - 1  # ticks: no more can be counted
-BOOKED_US = 60_000_000  # no turn that is booked is farther ahead
 
 
 def definition(rule: CompiledRule) -> tuple[str, int, int]:
@@ -300,22 +299,10 @@ def derive(rule: CompiledRule, source: Account | None, now: int) -> Account:
         for at, units in source.living(now):
             own.add(min(-(-at // rule.slot_us) * rule.slot_us, own.slot_end(now + own.reach)), units)
         own.write(now)
-    elif rule.kind == "b":
-        booked_us = booked_for(source, now) if source.rule.kind == "b" else 0
-        full = (
-            rule.capacity * rule.unit_ticks + booked_us * rule.drain_ticks
-        )  # what is booked drains no sooner than it would have
-        own.add(now, Fraction(min(LEVEL_MAX, full), rule.unit_ticks) if booked_us else min(source.used(now, rule), rule.capacity))
     else:
-        own.add(own.counts_from(now), source.used(now, rule))
+        used = source.used(now, rule)
+        own.add(own.counts_from(now), min(used, rule.capacity) if rule.kind == "b" else used)
     return own
-
-
-def booked_for(bucket: Account, now: int) -> int:
-    """How long until a bucket holds no more than its capacity: a minute at most."""
-    held, instants = bucket.held(bucket.rule), bucket.instants(now)
-    over = instants[bisect_left(instants, True, key=lambda t: held(t) <= bucket.rule.capacity)] - now
-    return min(over, BOOKED_US)
 
 
 class Oracle:

@@ -134,31 +134,6 @@ def test_nothing_comes_back_of_what_was_booked_before_a_reset(redis_client: redi
     assert clocked.state("key") == before
 
 
-ELEVEN = RateThrottleRule("r", 11, 1, strategy="token_bucket", burst=3).compiled
-SLOWER = RateThrottleRule("r", 1, 1, strategy="leaky_bucket", burst=5).compiled
-
-
-@pytest.mark.parametrize(
-    ("later", "booked", "wait_us"),
-    [
-        (ELEVEN, 33, 3_000_000 + 90_910),  # in whole us, from three seconds on
-        (ELEVEN, 3, 90_910),
-        (ELEVEN, 603, 60_000_000 + 90_910),
-        (SLOWER, 33, 3_000_000 + 5_000_000),
-        (SLOWER, 3, 3_000_000),
-    ],
-)
-def test_a_caller_under_a_changed_rule_waits_for_what_was_booked(
-    redis_client: redis.Redis, later: Any, booked: int, wait_us: int
-) -> None:
-    subjects: list[Any] = [Oracle(), Core(), Lua(redis_client)]
-    for each in subjects:
-        assert all(each.book(TEN, NOW_US, 1, MINUTE_US)[0] for _ in range(booked))
-        assert each.book(later, NOW_US, 1, 0)[2] == wait_us
-        assert not each.check(later, NOW_US + wait_us - 1, 1, consume=False)[0] or later is SLOWER
-        assert each.check(later, NOW_US + wait_us, 1)[0]
-
-
 @pytest.mark.parametrize("strategy", BUCKETS)
 def test_what_does_not_fit_the_arithmetic_is_denied(redis_client: redis.Redis, strategy: str) -> None:
     rule = make_rule(strategy, 999_999_937, 3_600_000_000, 4_000_000).compiled

@@ -5,9 +5,10 @@ from libc.stdint cimport int64_t, uint16_t
 from libc.string cimport memset
 
 from ratethrottle._core cimport GIVE_BACK, Mode, Parts, PEEK, PendingDecision, RESET
-from ratethrottle._engine.arithmetic cimport answer_length, BOOKED_US, BUCKET, SLIDING, Terms, view_reach
+from ratethrottle._engine.arithmetic cimport answer_length, BUCKET, SLIDING, Terms, view_reach
 from ratethrottle._engine.definitions cimport CompiledRule
 from ratethrottle._engine.table cimport Hash128
+from ratethrottle._engine.turns cimport BOOKED_US
 from ratethrottle.storage._shared.item cimport ASKS, CallItem, JOINED
 from ratethrottle.storage._shared.reply cimport CALL_ITEMS_MAX
 from ratethrottle.storage._shared.request cimport Writer

@@ -473,13 +473,6 @@ local function views()
     end
     if kind == 'b' then
       rule.level, rule.t = min(used, rule.cap) * rule.unit, now
-      local over = source and source.kind == 'b' and source.level - source.cap * source.unit or 0
-      if over > 0 then
-        -- That is booked: it drains no sooner here.
-        local rest = over % source.drain
-        local over_us = min((over - rest) / source.drain + (rest > 0 and 1 or 0), BOOKED_US)
-        rule.level = min(rule.cap * rule.unit + over_us * rule.drain, EXACT_MAX)
-      end
     elseif kind ~= 's' then
       rule.start, rule.cur, rule.prev = rule.began, min(used, UNITS_MAX), 0
     else
